@@ -1,0 +1,22 @@
+"""peft_many: a PEFT plugin for multimodal LLMs that learn task after task without forgetting (MAny, arXiv 2604.14016).
+
+Importing it registers the PEFT type `MANY`.
+"""
+
+from .merging import merge_adapter_files, merge_adapter_sequence
+from .plugin.collect import collect_statistics
+from .plugin.config import MAnyConfig
+from .plugin.model import MAnyModel
+from .plugin.registration import register
+from .version import __version__
+
+register()
+
+__all__ = [
+    "MAnyConfig",
+    "MAnyModel",
+    "__version__",
+    "collect_statistics",
+    "merge_adapter_files",
+    "merge_adapter_sequence",
+]

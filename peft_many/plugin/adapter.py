@@ -1,0 +1,307 @@
+"""Reading adapters for a merge: every tensor of a folder is understood and checked, or the adapter is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..algebra.lpm import LowRankDelta
+from .config import MAnyConfig
+from .hub import AdapterSource
+from .statistics import AdapterStatistics, TaskStatistics
+
+KEY_PREFIX = "base_model.model."
+
+
+class UnmergeableAdapterError(ValueError):
+    """An adapter cannot be merged; the message says which, where and why."""
+
+
+@dataclass(frozen=True)
+class TaskAdapter:
+    """One task as it goes into a merge.
+
+    Args:
+        name (`str`): The task's name.
+        weight (`float`): `w_t`.
+        provenance (`dict`): Source, revision and hash, for the merge's config.
+        statistics ([`TaskStatistics`]): Covariances and prototypes.
+        deltas (`Mapping[str, LowRankDelta]`): By layer, scaling folded into `A`; float32.
+        projectors (`Mapping[str, Mapping[str, torch.Tensor]]`): The state dict of each projector of its own.
+        source (`str`): The adapter's name for messages.
+    """
+
+    name: str
+    weight: float
+    provenance: dict[str, Any]
+    statistics: TaskStatistics
+    deltas: Mapping[str, LowRankDelta]
+    projectors: Mapping[str, Mapping[str, Tensor]]
+    source: str
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder, read and checked: its config and its tasks (several if it is a merge)."""
+
+    config: LoraConfig
+    tasks: tuple[TaskAdapter, ...]
+
+
+def read_adapter(source: AdapterSource, task_name: str | None = None) -> Adapter:
+    """Read an adapter with its statistics. Only safetensors and JSON are read, nothing is executed.
+
+    Args:
+        source ([`AdapterSource`]): Where it is.
+        task_name (`str`, *optional*): Overrides the task's name.
+
+    Raises:
+        UnmergeableAdapterError: It cannot be merged, be it damaged, not linear, or without statistics.
+    """
+    config = _read_config(source)
+    tensors = _read_tensors(source)
+    _check_additive(source, config)
+    statistics = getattr(config, "statistics", None)
+    if statistics is None:
+        raise UnmergeableAdapterError(
+            f"{source.name} has no statistics: load it, run `collect_statistics(model, dataloader)` on its task's data, "
+            "and save it again."
+        )
+    pairs, rest = _split_pairs(source, config, tensors)
+    if isinstance(config, MAnyConfig) and config.is_merge:
+        tasks = _tasks_of_merge(source, config, statistics, pairs, rest)
+        if task_name is not None:
+            raise UnmergeableAdapterError(f"{source.name} is a merge of several tasks and cannot be named '{task_name}'.")
+    else:
+        task = _single_task(source, config, statistics, pairs, rest)
+        tasks = (dataclasses.replace(task, name=task_name or task.name),)
+    for task in tasks:
+        _check_statistics_fit(task)
+    return Adapter(config, tasks)
+
+
+def _read_config(source: AdapterSource) -> LoraConfig:
+    if not (source.folder / CONFIG_NAME).is_file():
+        raise UnmergeableAdapterError(f"{source.name} has no {CONFIG_NAME}: it is no PEFT adapter.")
+    try:
+        config = PeftConfig.from_pretrained(str(source.folder))
+    except (KeyError, TypeError, ValueError) as error:
+        # ValueError covers broken JSON and the messages of configs and statistics, which are written for people.
+        raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} cannot be used: {error}") from error
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind not in ("LORA", "MANY"):
+        raise UnmergeableAdapterError(f"{source.name} is a {kind} adapter; only LORA and MANY adapters can be merged.")
+    return config
+
+
+def _read_tensors(source: AdapterSource) -> dict[str, Tensor]:
+    path = source.folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        pickled = (source.folder / WEIGHTS_NAME).is_file()
+        raise UnmergeableAdapterError(
+            f"{source.name} has no {SAFETENSORS_WEIGHTS_NAME}"
+            + (f"; its {WEIGHTS_NAME} is a pickle, which is never opened. Save it again as safetensors." if pickled else ".")
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+    except SafetensorError as error:
+        raise UnmergeableAdapterError(f"{path} is damaged or truncated ({error}).") from None
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UnmergeableAdapterError(f"{path}: tensor '{key}' holds NaN or Inf.")
+    return tensors
+
+
+# LoRA options whose effect on a layer is not `scaling * B A`, or that change more than linear layers.
+_UNSUPPORTED_OPTIONS = ("lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "megatron_config")
+# Initialisations that change the base weights: `B A` is then no delta on the original model.
+_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+
+def _check_additive(source: AdapterSource, config: LoraConfig) -> None:
+    """Refuse every kind of adapter whose effect is not an additive low-rank delta on linear layers."""
+    variants = [f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant")]
+    for option in [*variants, *_UNSUPPORTED_OPTIONS]:
+        if getattr(config, option, None):
+            raise UnmergeableAdapterError(
+                f"{source.name} uses `{option}`, so its effect is no plain low-rank delta and cannot be merged."
+            )
+    if config.bias != "none":
+        raise UnmergeableAdapterError(f"{source.name} trains biases (`bias='{config.bias}'`), which cannot be merged.")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith(_MUTATING_INITS):
+        raise UnmergeableAdapterError(
+            f"{source.name} was initialised with `init_lora_weights='{init}'`, which changes the base weights. Convert it "
+            "with `path_initial_model_for_weight_conversion` of `save_pretrained` first."
+        )
+
+
+def _split_pairs(
+    source: AdapterSource, config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, LowRankDelta], dict[str, Tensor]]:
+    """The LoRA pairs by layer, scaling folded in, and all other tensors by key without PEFT's prefix."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(KEY_PREFIX):
+            raise UnmergeableAdapterError(f"{source.name}: tensor '{key}' does not begin with '{KEY_PREFIX}'.")
+        key = key.removeprefix(KEY_PREFIX)
+        for half in ("A", "B"):
+            if key.endswith(f".lora_{half}.weight"):
+                halves.setdefault(key.removesuffix(f".lora_{half}.weight"), {})[half] = tensor
+                break
+        else:
+            if ".lora_" in key:
+                raise UnmergeableAdapterError(
+                    f"{source.name}: tensor '{key}' is no plain LoRA weight of a linear layer and cannot be merged."
+                )
+            rest[key] = tensor
+    pairs = {}
+    for module, pair in halves.items():
+        if set(pair) != {"A", "B"}:
+            raise UnmergeableAdapterError(f"{source.name}: layer '{module}' lacks its lora_{'AB'.strip(*pair)} tensor.")
+        pairs[module] = _delta(source, config, module, pair["A"], pair["B"])
+    if not pairs:
+        raise UnmergeableAdapterError(f"{source.name} holds no LoRA weights.")
+    return pairs, rest
+
+
+def _delta(source: AdapterSource, config: LoraConfig, module: str, A: Tensor, B: Tensor) -> LowRankDelta:
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    if A.dim() != 2 or B.dim() != 2:
+        raise UnmergeableAdapterError(f"{source.name}: layer '{module}' is no linear layer (LoRA shape {tuple(A.shape)}).")
+    if not A.shape[0] == B.shape[1] == rank:
+        raise UnmergeableAdapterError(
+            f"{source.name}: layer '{module}' has LoRA shapes {tuple(A.shape)} and {tuple(B.shape)}, but its config says "
+            f"rank {rank}."
+        )
+    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    # Rounded to float32 here, so that a task taken from a merge, where it is stored so, is the same to the bit.
+    return LowRankDelta(A=(scaling * A.double()).float(), B=B.float())
+
+
+def _single_task(
+    source: AdapterSource,
+    config: LoraConfig,
+    statistics: AdapterStatistics,
+    pairs: dict[str, LowRankDelta],
+    rest: dict[str, Tensor],
+) -> TaskAdapter:
+    if len(statistics.tasks) != 1:
+        raise UnmergeableAdapterError(f"{source.name} is no merge, but its statistics hold {len(statistics.tasks)} tasks.")
+    measured = statistics.tasks[0]
+    projectors: dict[str, dict[str, Tensor]] = {}
+    # A plain LoRA adapter does not say which of its modules is a projector; measuring it found out.
+    known = getattr(config, "projector_modules", None) or list(measured.prototypes)
+    for key, tensor in rest.items():
+        projector = next((name for name in known if key.startswith(f"{name}.")), None)
+        if projector is None:
+            raise UnmergeableAdapterError(
+                f"{source.name}: tensor '{key}' belongs to a module that is trained whole and is no projector; "
+                "such modules cannot be merged."
+            )
+        projectors.setdefault(projector, {})[key.removeprefix(f"{projector}.")] = tensor
+    return TaskAdapter(
+        name=getattr(config, "task_name", None) or measured.name or source.short_name,
+        weight=1.0,
+        provenance={"source": source.name, "revision": source.revision, "sha256": _sha256(source.folder)},
+        statistics=measured,
+        deltas=pairs,
+        projectors=projectors,
+        source=source.name,
+    )
+
+
+def _tasks_of_merge(
+    source: AdapterSource,
+    config: MAnyConfig,
+    statistics: AdapterStatistics,
+    pairs: dict[str, LowRankDelta],
+    rest: dict[str, Tensor],
+) -> tuple[TaskAdapter, ...]:
+    """Take a merge apart: the statistics hold every `A_t`, and the `B_t` are columns of the merged `B`."""
+    named = config.tasks or []
+    if len(named) != len(statistics.tasks):
+        raise UnmergeableAdapterError(
+            f"{source.name} names {len(named)} tasks, but its statistics hold {len(statistics.tasks)}."
+        )
+    columns = dict.fromkeys(pairs, 0)
+    tasks = []
+    for t, (about, measured) in enumerate(zip(named, statistics.tasks)):
+        deltas = {}
+        for module, A in measured.deltas.items():
+            start, end = columns.get(module, 0), columns.get(module, 0) + A.shape[0]
+            if module not in pairs or end > pairs[module].B.shape[1]:
+                raise UnmergeableAdapterError(f"{source.name}: its weights and its statistics disagree on '{module}'.")
+            deltas[module], columns[module] = LowRankDelta(A=A.float(), B=pairs[module].B[:, start:end]), end
+        projectors = {}
+        for projector, routing in (config.routing or {}).items():
+            order = [task["name"] for task in routing["tasks"]]
+            prefix = f"{projector}.experts.task_{order.index(about['name'])}." if about["name"] in order else None
+            expert = {k.removeprefix(prefix): v for k, v in rest.items() if prefix and k.startswith(prefix)}
+            projectors |= {projector: expert} if expert else {}
+        tasks.append(
+            TaskAdapter(
+                name=about["name"],
+                weight=float(about["weight"]),
+                provenance={key: about.get(key) for key in ("source", "revision", "sha256")},
+                statistics=measured,
+                deltas=deltas,
+                projectors=projectors,
+                source=f"{source.name}, task '{about['name']}'",
+            )
+        )
+    return tuple(tasks)
+
+
+# How far a stored norm may be from the weights': dtype casts move it by less, another training step by more.
+_NORM_TOLERANCE = 1e-3
+
+
+def _check_statistics_fit(task: TaskAdapter) -> None:
+    """The statistics must cover every layer that was trained and must have been collected with these weights."""
+    for module, delta in task.deltas.items():
+        covariance = task.statistics.covariances.get(module)
+        if covariance is None:
+            raise UnmergeableAdapterError(
+                f"{task.source} trained '{module}', but its statistics hold no covariance for it; "
+                "run `collect_statistics` again."
+            )
+        if covariance.width != delta.A.shape[1]:
+            raise UnmergeableAdapterError(
+                f"{task.source}: the covariance of '{module}' has width {covariance.width}, but its LoRA {delta.A.shape[1]}."
+            )
+        measured, norm = task.statistics.norms.get(module), delta.B.double().norm().item()
+        if measured is not None and abs(measured - norm) > _NORM_TOLERANCE * max(measured, norm):
+            raise UnmergeableAdapterError(
+                f"{task.source} was trained further after its statistics were collected ('{module}' has changed); "
+                "run `collect_statistics` again."
+            )
+    for projector in task.projectors:
+        if projector not in task.statistics.prototypes:
+            raise UnmergeableAdapterError(
+                f"{task.source} trained the projector '{projector}', but its statistics hold no visual prototype: no "
+                "image passed while they were collected."
+            )
+
+
+def _sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    with open(folder / SAFETENSORS_WEIGHTS_NAME, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

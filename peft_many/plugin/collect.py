@@ -1,0 +1,255 @@
+"""`collect_statistics`: one forward-only pass that measures an adapter's layer inputs and its images."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import extract_model_from_parallel, send_to_device
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper, PeftWarning
+from torch import nn
+from tqdm.auto import tqdm
+
+from .config import MAnyConfig
+from .families import find_projectors, language_model_linears
+from .hooks import CovarianceHooks, PrototypeHooks
+from .image_layout import watching_image_calls
+from .layers import hang_on_layers, lora_layers
+from .registration import give_statistics
+from .statistics import AdapterStatistics, TaskStatistics
+
+MASK_NAMES = ("attention_mask", "decoder_attention_mask")
+
+
+def collect_statistics(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    adapter_name: str | None = None,
+    max_samples: int | None = 256,
+    target_modules: Sequence[str] | str | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    share_inputs: bool = True,
+    progress: bool = True,
+) -> AdapterStatistics:
+    """Measure what merging needs, in one forward-only pass over a task's data with the task's own adapter active.
+
+    For every distinct input of the adapter's LoRA layers the covariance (second moment) `C = E[x xᵀ]`, accumulated in
+    float64, with tokens masked by the batch's attention mask left out; for every projector the visual prototype, the
+    mean over images of the mean-pooled projector input (DESIGN section 2; the paper's Low-rank Parameter Merging and
+    Cross-modal Projection Merging). The result hangs on the layers (`layer.covariance[adapter_name]`) and is saved by
+    `save_pretrained` and `push_to_hub` in `adapter_statistics.safetensors`.
+
+    The model's modes, active adapter, hooks, gradients and the random state are afterwards as before, also if the pass
+    fails. Works on [`MAnyConfig`] and on plain [`~peft.LoraConfig`] adapters.
+
+    Args:
+        model (`torch.nn.Module`):
+            A [`~peft.PeftModel`], or a transformers model with adapters; also as prepared by Accelerate.
+        dataloader (`Iterable`):
+            Batches as for training: mappings of the model's keyword arguments, or tuples of positional ones.
+        adapter_name (`str`, *optional*):
+            The adapter to measure. Defaults to the active one.
+        max_samples (`int`, *optional*, defaults to 256):
+            Stop after the batch that reaches this number of rows; `None` reads all. 32 to 128 were enough in the pilot.
+        target_modules (`Sequence[str]` or `str`, *optional*):
+            Further linear layers to measure, by the end of their name, or `"all-linear"`: layers that other tasks train
+            and this one does not. Layers that share an adapted layer's input are included anyway, at no cost.
+        forward_fn (`Callable`, *optional*):
+            `forward_fn(model, batch)`, for models that are not called as above.
+        share_inputs (`bool`, defaults to `True`):
+            Store the covariance of an input that arrives at several layers (q, k and v) once.
+        progress (`bool`, defaults to `True`):
+            Show a progress bar.
+
+    Returns:
+        [`AdapterStatistics`]: What was measured, of one task.
+
+    Raises:
+        ValueError: There is no such adapter, it is a merge, or the dataloader is empty.
+        RuntimeError: An activation holds NaN or Inf, or layers shared an input in some batches only.
+    """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    adapter_name = _adapter_to_measure(model, adapter_name)
+    config = model.peft_config[adapter_name]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = lora_layers(base, adapter_name)
+    linears = {name: base.get_submodule(name) for name in language_model_linears(base)}
+    measured = layers | {name: linears[name] for name in _further_layers(linears, target_modules)}
+    bystanders = {name: layer for name, layer in linears.items() if name not in measured}
+    covariances = CovarianceHooks(measured, bystanders, share_inputs)
+    prototypes = PrototypeHooks({name: base.get_submodule(name) for name in find_projectors(base)})
+
+    with (
+        _state_kept(model),
+        _only_active(model, adapter_name),
+        torch.no_grad(),
+        watching_image_calls(base),
+        covariances,
+        prototypes,
+    ):
+        model.eval()
+        samples = 0
+        bar = tqdm(total=max_samples, desc=f"Measuring '{adapter_name}'", unit="sample", disable=not progress)
+        with bar:
+            for batch in dataloader:
+                batch = send_to_device(batch, _device_of(model))
+                covariances.masks = _masks(batch)
+                _forward(model, batch, forward_fn)
+                covariances.end_of_batch()
+                rows = _batch_size(batch)
+                samples += rows
+                bar.update(rows)
+                if max_samples is not None and samples >= max_samples:
+                    break
+    if samples == 0:
+        raise ValueError("The dataloader gave no batch, so there is nothing to measure.")
+
+    task = TaskStatistics(
+        name=getattr(config, "task_name", None),
+        samples=samples,
+        images=prototypes.images,
+        covariances=covariances.result(),
+        prototypes=prototypes.result(),
+        norms={name: _norm_of_B(layer, adapter_name) for name, layer in layers.items()},
+    )
+    _warn_of_unseen(task)
+    statistics = AdapterStatistics((task,))
+    give_statistics(config, statistics)
+    hang_on_layers(base, adapter_name, statistics)
+    return statistics
+
+
+def _adapter_to_measure(model: nn.Module, adapter_name: str | None) -> str:
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        raise ValueError(f"{type(model).__name__} has no adapters; wrap it with `get_peft_model` first.")
+    if adapter_name is None:
+        active = model.active_adapters
+        active = active() if callable(active) else active  # transformers has a method, PEFT a property
+        if len(active) != 1:
+            raise ValueError(f"Exactly one adapter is measured at a time, but {active} are active; give adapter_name.")
+        adapter_name = active[0]
+    if adapter_name not in configs:
+        raise ValueError(f"There is no adapter '{adapter_name}'; the model has {sorted(configs)}.")
+    config = configs[adapter_name]
+    if isinstance(config, MAnyConfig) and config.is_merge:
+        raise ValueError(f"Adapter '{adapter_name}' is a merge; it carries the statistics of its tasks already.")
+    layers = lora_layers(model, adapter_name)
+    if not layers:
+        raise ValueError(f"Adapter '{adapter_name}' has no LoRA layers to measure.")
+    unsuited = next((name for name, layer in layers.items() if not _is_linear_lora(layer, adapter_name)), None)
+    if unsuited is not None:
+        raise ValueError(
+            f"Adapter '{adapter_name}' adapts '{unsuited}', which is no linear layer ({type(layers[unsuited]).__name__}); "
+            "only linear layers have an input covariance."
+        )
+    merged = next((name for name, layer in layers.items() if set(layer.merged_adapters) - {adapter_name}), None)
+    if merged is not None:
+        raise ValueError(f"Other adapters are merged into '{merged}'; call `unmerge_adapter()` first.")
+    return adapter_name
+
+
+@contextlib.contextmanager
+def _state_kept(model: nn.Module) -> Iterator[None]:
+    """Restore each module's training mode, each parameter's `requires_grad`, and all random states."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def _only_active(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Make one adapter the only active and enabled one, and put back each layer's own state."""
+    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            has_adapter = adapter_name in layer._get_available_adapters()
+            layer.enable_adapters(True)
+            layer.set_adapter([adapter_name] if has_adapter else [])
+        yield
+    finally:
+        for layer, active, disabled in before:
+            layer.set_adapter(active)
+            layer.enable_adapters(not disabled)
+
+
+def _further_layers(names: Iterable[str], target_modules: Sequence[str] | str | None) -> set[str]:
+    """The layers that `target_modules` asks for, with PEFT's meaning of the argument."""
+    if target_modules is None:
+        return set()
+    if target_modules == "all-linear":
+        return set(names)
+    wanted = LoraConfig(target_modules=target_modules if isinstance(target_modules, str) else list(target_modules))
+    return {name for name in names if check_target_module_exists(wanted, name)}
+
+
+def _forward(model: nn.Module, batch: Any, forward_fn: Callable[[nn.Module, Any], Any] | None) -> None:
+    if forward_fn is not None:
+        forward_fn(model, batch)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def _masks(batch: Any) -> list[torch.Tensor]:
+    """The 2-D attention masks of a batch, as booleans: which positions are tokens and which are padding."""
+    if not isinstance(batch, Mapping):
+        return []
+    masks = [batch[name] for name in MASK_NAMES if isinstance(batch.get(name), torch.Tensor)]
+    return [mask.bool() for mask in masks if mask.dim() == 2]
+
+
+def _batch_size(batch: Any) -> int:
+    """Rows of a batch: the first dimension of its ids or mask, or else of its first tensor."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch)
+    if isinstance(batch, Mapping):
+        named = [batch[name] for name in ("input_ids", "inputs_embeds", *MASK_NAMES) if batch.get(name) is not None]
+        values = [*named, *batch.values()]
+    else:
+        values = list(batch)
+    return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.dim() > 0), 1)
+
+
+def _is_linear_lora(layer: Any, adapter_name: str) -> bool:
+    return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)
+
+
+def _norm_of_B(layer: Any, adapter_name: str) -> float:
+    return layer.lora_B[adapter_name].weight.detach().double().norm().item()
+
+
+def _warn_of_unseen(task: TaskStatistics) -> None:
+    unseen = sorted(name for name, covariance in task.covariances.items() if covariance.tokens == 0)
+    if unseen:
+        warnings.warn(
+            f"No token reached {len(unseen)} adapted layers while measuring, among them '{unseen[0]}'. In a merge, "
+            "this task will have no say there. More samples may help.",
+            PeftWarning,
+        )

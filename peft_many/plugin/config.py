@@ -1,0 +1,100 @@
+"""`MAnyConfig`: a `LoraConfig` that also trains the projector and carries what merging needs."""
+
+from __future__ import annotations
+
+import enum
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig
+
+from .statistics import DEFAULT_ENERGY, AdapterStatistics
+
+DEFAULT_TEMPERATURE = 0.05
+
+
+class MAnyPeftType(str, enum.Enum):
+    """The PEFT type of this plugin. PEFT's own enum cannot be extended from outside; lookups go by the string."""
+
+    MANY = "MANY"
+
+
+@dataclass
+class MAnyConfig(LoraConfig):
+    """Configuration of a MAny adapter (arXiv 2604.14016): LoRA on the language model, a copy of the projector.
+
+    Everything of [`~peft.LoraConfig`] works as there. Where `target_modules` is not given, all linear layers of the
+    language model are adapted, never the vision tower, the projector or the output head.
+
+    Args:
+        task_name (`str`, *optional*):
+            What to call the task in merges. Defaults to the name of the folder or Hub repository at merging.
+        projector_modules (`list[str]`, *optional*):
+            Names of the multimodal projector's modules, matched at their end like `modules_to_save`. Found by itself if
+            not given; an empty list trains no projector.
+        energy (`float`, defaults to `0.999`):
+            Share of each covariance's energy that is kept when statistics are saved, in (0, 1]; the rest is kept as an
+            isotropic remainder (MAny*). `1.0` keeps them whole.
+        temperature (`float`, defaults to `0.05`):
+            `τ` of the projector routing of a merge; 0.02 to 0.1 worked alike in the pilot.
+        tasks (`list[dict]`, *optional*):
+            In a merge, the tasks it was made of: name, weight, source, revision and hash. Written by merging.
+        routing (`dict[str, dict]`, *optional*):
+            In a merge, for each projector the routed tasks and the width of its prototypes. Written by merging.
+        format_version (`int`): Version of the layout of adapter folders.
+        statistics ([`AdapterStatistics`], *optional*):
+            Covariances and prototypes. Not a part of `adapter_config.json`; they travel in a file of their own.
+    """
+
+    task_name: str | None = field(default=None, metadata={"help": "What to call the task in merges."})
+    projector_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the projector's modules. Found by itself if not given; [] trains no projector."},
+    )
+    energy: float = field(
+        default=DEFAULT_ENERGY, metadata={"help": "Share of each covariance's energy that is kept when saving."}
+    )
+    temperature: float = field(
+        default=DEFAULT_TEMPERATURE, metadata={"help": "Temperature of the projector routing of a merge."}
+    )
+    tasks: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "The tasks a merge was made of. Written by merging."}
+    )
+    routing: dict[str, dict[str, Any]] | None = field(
+        default=None, metadata={"help": "The routed projectors of a merge. Written by merging."}
+    )
+    format_version: int = field(default=1, metadata={"help": "Version of the layout of adapter folders."})
+    # A field, so that `dataclasses.replace` keeps it; no part of the configuration's value or of its JSON.
+    statistics: AdapterStatistics | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MAnyPeftType.MANY
+        if not 0.0 < self.energy <= 1.0:
+            raise ValueError(f"`energy` must be in (0, 1], but it is {self.energy}.")
+        if self.temperature <= 0.0:
+            raise ValueError(f"`temperature` must be positive, but it is {self.temperature}.")
+        if isinstance(self.projector_modules, str):
+            self.projector_modules = [self.projector_modules]
+        if self.format_version != 1:
+            raise ValueError(
+                f"This adapter has format version {self.format_version}; please upgrade peft_many to load it."
+            )
+
+    @property
+    def is_merge(self) -> bool:
+        """Whether this adapter is a merge of tasks."""
+        return self.tasks is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary, without the statistics."""
+        content: dict[str, Any] = super().to_dict()
+        del content["statistics"]
+        return content
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the configuration and, if there are any, the statistics, each in its own file."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.statistics is not None:
+            self.statistics.save(save_directory, self.energy)

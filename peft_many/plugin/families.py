@@ -1,0 +1,103 @@
+"""Where multimodal models keep their parts: the language model's linear layers and the projectors."""
+
+from __future__ import annotations
+
+import re
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+# The last path component of a projector, by the names that transformers' families use (there is no public API for it).
+PROJECTOR_NAME = re.compile(
+    r"multi_modal_projector|mm_projector|projector|connector|merger|deepstack_merger_list|aligner|"
+    r"language_projection|vision_projection"
+)
+
+
+def image_encoder_name(model: nn.Module) -> str | None:
+    """The path of the vision tower of a transformers model, or `None` where images play no part."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    encoder = model.get_encoder(modality="image")
+    if encoder is model:
+        return None
+    return _name_of(model, encoder)
+
+
+def find_projectors(model: nn.Module) -> list[str]:
+    """The paths of the modules that turn vision features into tokens; several where a family has several.
+
+    A `ModuleList` of projectors (Qwen3-VL's deepstack mergers) counts as its members. Empty for models without images.
+    """
+    if image_encoder_name(model) is None:
+        return []
+    language_model = _decoder_name(model)
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = [*found, *([language_model] if language_model else [])]
+        if any(name == outer or name.startswith(f"{outer}.") for outer in inside):
+            continue
+        if PROJECTOR_NAME.fullmatch(name.rpartition(".")[2]):
+            found += [f"{name}.{i}" for i in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
+    return found
+
+
+def match_projectors(model: nn.Module, wanted: list[str]) -> list[str]:
+    """The paths that end with the given names, as `modules_to_save` matches them.
+
+    Raises:
+        ValueError: A name matches no module.
+    """
+    names = [name for name, _ in model.named_modules()]
+    found: list[str] = []
+    for suffix in wanted:
+        matches = [name for name in names if name == suffix or name.endswith(f".{suffix}")]
+        if not matches:
+            raise ValueError(
+                f"`projector_modules` names '{suffix}', but no module of {type(model).__name__} ends with that name."
+            )
+        found += [name for name in matches if name not in found]
+    return found
+
+
+def language_model_linears(model: nn.Module) -> list[str]:
+    """The paths of all linear layers of the language model, adapted or not, without the output head.
+
+    Where images play no part, that is the whole model.
+
+    Raises:
+        ValueError: The language model of a multimodal model cannot be told apart from the rest.
+    """
+    prefix, head = "", None
+    if isinstance(model, PreTrainedModel):
+        head = model.get_output_embeddings()
+    if image_encoder_name(model) is not None:
+        language_model = _decoder_name(model)
+        if language_model is None:
+            raise ValueError(
+                f"Cannot find the language model inside {type(model).__name__} (`get_decoder()` returns no part of "
+                "it). Please specify `target_modules` in the config."
+            )
+        prefix = f"{language_model}."
+    found: list[str] = []
+    adapted: list[str] = []
+    for name, module in model.named_modules():
+        if not name.startswith(prefix) or module is head or name.startswith(tuple(adapted)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            adapted.append(f"{name}.")
+            module = module.get_base_layer()
+        if isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__:
+            found.append(name)
+    return found
+
+
+def _decoder_name(model: nn.Module) -> str | None:
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    return None if decoder is model else _name_of(model, decoder)
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str | None:
+    return next((name for name, module in model.named_modules() if module is part), None)

@@ -1,0 +1,193 @@
+"""The only forward hooks of the project: they see layer inputs and vision features pass by, and sum them up."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.utils import PeftWarning
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..algebra.covariance import Covariance, CovarianceAccumulator
+from .image_layout import current_layout
+
+
+@dataclass
+class _Arrival:
+    """A tensor of the running forward pass and the layers that it arrived at."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    leader: str | None = None
+    waiting: list[str] = field(default_factory=list)
+
+
+class CovarianceHooks:
+    """Accumulates the input covariance of each layer while the `with` block runs; a shared input only once.
+
+    Layers share an input if the very same tensor arrives at them in every call. The first measured layer that it
+    arrives at sums it up for all.
+
+    Args:
+        measured (`Mapping[str, nn.Module]`): Linear layers by path, each of which gets a covariance.
+        bystanders (`Mapping[str, nn.Module]`):
+            Further linear layers, which get a covariance only if they share the input of a measured one.
+        share (`bool`): Whether to look for shared inputs.
+    """
+
+    def __init__(
+        self, measured: Mapping[str, nn.Module], bystanders: Mapping[str, nn.Module], share: bool = True
+    ) -> None:
+        self.measured = measured
+        self.bystanders = bystanders if share else {}
+        self.share = share
+        self.masks: list[Tensor] = []
+        self._accumulators: dict[str, CovarianceAccumulator] = {}
+        self._calls: Counter[str] = Counter()
+        self._led_by: dict[str, Counter[str]] = {name: Counter() for name in [*measured, *self.bystanders]}
+        self._arrivals: dict[int, _Arrival] = {}
+        self._handles: list[RemovableHandle] = []
+        self._warned = False
+
+    def __enter__(self) -> CovarianceHooks:
+        for name, layer in [*self.measured.items(), *self.bystanders.items()]:
+            self._handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._arrivals.clear()
+
+    def end_of_batch(self) -> None:
+        """Forget the tensors of this batch, whose identity may be reused in the next."""
+        self._arrivals.clear()
+
+    def result(self) -> dict[str, Covariance]:
+        """The covariance of every layer that has one; layers that always shared their input share one object.
+
+        Raises:
+            RuntimeError: Two measured layers shared their input in some calls only.
+        """
+        sums = {leader: accumulator.result() for leader, accumulator in self._accumulators.items()}
+        found: dict[str, Covariance] = {}
+        for name, layer in self.measured.items():
+            if self._calls[name] == 0:
+                found[name] = CovarianceAccumulator(layer.in_features).result()
+                continue
+            leader = self._constant_leader(name)
+            if leader is None:
+                raise RuntimeError(
+                    f"'{name}' shared its input with {sorted(self._led_by[name])} in some calls and not in others; "
+                    "call collect_statistics with share_inputs=False."
+                )
+            found[name] = sums[leader]
+        for name in self.bystanders:
+            leader = self._constant_leader(name)
+            if leader is not None:
+                found[name] = sums[leader]
+        return found
+
+    def _constant_leader(self, name: str) -> str | None:
+        """The layer that summed up this one's input in each of its calls, and no other input."""
+        leaders = list(self._led_by[name])
+        if len(leaders) != 1 or not self._calls[name] == self._led_by[name][leaders[0]] == self._calls[leaders[0]]:
+            return None
+        return leaders[0]
+
+    def _hook(self, name: str) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            self._calls[name] += 1
+            arrival = self._arrival(name, inputs)
+            if name in self.measured and arrival.leader is None:
+                arrival.leader = name
+                self._accumulate(name, layer, inputs)
+                for earlier in arrival.waiting:
+                    self._led_by[earlier][name] += 1
+            if arrival.leader is None:
+                arrival.waiting.append(name)
+            else:
+                self._led_by[name][arrival.leader] += 1
+
+        return hook
+
+    def _arrival(self, name: str, inputs: Tensor) -> _Arrival:
+        arrival = self._arrivals.get(id(inputs)) if self.share else None
+        if arrival is not None and arrival.tensor() is inputs and arrival.version == inputs._version:
+            if arrival.leader != name:
+                return arrival
+        arrival = self._arrivals[id(inputs)] = _Arrival(weakref.ref(inputs), inputs._version)
+        return arrival
+
+    def _accumulate(self, name: str, layer: Any, inputs: Tensor) -> None:
+        width = layer.in_features
+        if inputs.shape[-1] != width:
+            raise RuntimeError(f"The input of '{name}' has {inputs.shape[-1]} features, not {width} as the layer.")
+        rows = self._without_padding(name, inputs)
+        if not torch.isfinite(rows).all():
+            raise RuntimeError(f"The input of '{name}' holds NaN or Inf; its covariance would be worthless.")
+        if name not in self._accumulators:
+            self._accumulators[name] = CovarianceAccumulator(width, inputs.device)
+        self._accumulators[name].update(rows)
+
+    def _without_padding(self, name: str, inputs: Tensor) -> Tensor:
+        """The rows of `inputs` that are tokens, shape `(tokens, in)`."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        for mask in self.masks:
+            if inputs.shape[:-1] == mask.shape or (inputs.dim() == 2 and len(rows) == mask.numel()):
+                return rows[mask.reshape(-1).to(rows.device)]
+        if not self._warned and any(not mask.all() for mask in self.masks):
+            self._warned = True
+            warnings.warn(
+                f"The input of '{name}', of shape {tuple(inputs.shape)}, fits no attention mask of the batch, so padding "
+                "could not be left out of its covariance. Batches without padding avoid this.",
+                PeftWarning,
+            )
+        return rows
+
+
+class PrototypeHooks:
+    """Averages the pooled features of each image at the input of each projector while the `with` block runs."""
+
+    def __init__(self, projectors: Mapping[str, nn.Module]) -> None:
+        self.projectors = projectors
+        self._sums: dict[str, Tensor] = {}
+        self._images: Counter[str] = Counter()
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> PrototypeHooks:
+        for name, projector in self.projectors.items():
+            self._handles.append(projector.register_forward_pre_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def images(self) -> int:
+        """How many images passed (through the projector that saw most)."""
+        return max(self._images.values(), default=0)
+
+    def result(self) -> dict[str, Tensor]:
+        """The prototype of each projector that saw an image, shape `(d,)`, float32, on the CPU."""
+        return {name: (total / self._images[name]).float().cpu() for name, total in self._sums.items()}
+
+    def _hook(self, name: str) -> Any:
+        def hook(projector: nn.Module, args: tuple[Any, ...]) -> None:
+            features = args[0]
+            pooled = current_layout(features).pool(features).double()
+            if not torch.isfinite(pooled).all():
+                raise RuntimeError(f"The vision features at '{name}' hold NaN or Inf.")
+            self._sums[name] = self._sums.get(name, 0) + pooled.sum(0)
+            self._images[name] += len(pooled)
+
+        return hook
+

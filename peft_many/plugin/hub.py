@@ -1,0 +1,88 @@
+"""Where adapters come from: local folders and Hub repositories, revisions included."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from .statistics import STATISTICS_NAME
+
+# All that merging reads; nothing else is downloaded, pickles least of all.
+ADAPTER_FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STATISTICS_NAME]
+
+
+class AdapterNotFoundError(FileNotFoundError):
+    """An adapter is neither a local folder nor a Hub repository that can be reached."""
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """A local copy of an adapter, and where it came from.
+
+    Args:
+        folder (`Path`): The local folder.
+        name (`str`): What the user called it: a path or a Hub id.
+        revision (`str`, *optional*): The commit, for a Hub repository.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None = None
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the name, the default name of the task."""
+        return Path(self.folder if self.revision is None else self.name).resolve().name
+
+
+def find_adapter(
+    entry: str | os.PathLike[str],
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> AdapterSource:
+    """Find a local folder, or download a Hub repository's adapter files (`"me/adapter"` or `"me/adapter@revision"`).
+
+    Raises:
+        AdapterNotFoundError: It is neither, or cannot be reached.
+    """
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        return AdapterSource(folder=path, name=str(entry))
+    repo_id, _, revision = str(entry).partition("@")
+    try:
+        folder = snapshot_download(
+            repo_id,
+            revision=revision or None,
+            allow_patterns=ADAPTER_FILES,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    except HFValidationError:
+        raise AdapterNotFoundError(f"There is no folder '{entry}', and it is no Hub repository id either.") from None
+    except RevisionNotFoundError:
+        raise AdapterNotFoundError(f"The Hub repository '{repo_id}' has no revision '{revision}'.") from None
+    except RepositoryNotFoundError:
+        raise AdapterNotFoundError(
+            f"There is no folder '{entry}' and no Hub repository '{repo_id}' (or it is private; pass `token`)."
+        ) from None
+    except LocalEntryNotFoundError:
+        raise AdapterNotFoundError(
+            f"There is no folder '{entry}', and the Hub cannot be reached for '{repo_id}', which is not in the cache."
+        ) from None
+    except HfHubHTTPError as error:
+        raise AdapterNotFoundError(f"The Hub did not give '{entry}': {str(error).splitlines()[0]}") from None
+    return AdapterSource(folder=Path(folder), name=repo_id, revision=Path(folder).name)

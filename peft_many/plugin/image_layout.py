@@ -1,0 +1,180 @@
+"""Which rows of a projector's input and output belong to which image.
+
+A projector sees vision features without image boundaries. The boundaries stand in the arguments of the model's public
+`get_image_features` (`get_video_features`), which both `forward` and `generate` go through, so those calls are watched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from ..algebra.routing import pool_segments
+
+WATCHED_METHODS = ("get_image_features", "get_video_features")
+
+
+@dataclass(frozen=True)
+class ImageCall:
+    """One running call of `get_image_features`: the module it belongs to and its arguments by name."""
+
+    owner: nn.Module
+    arguments: dict[str, Any]
+
+
+# A context variable, so that threads that share one model do not see each other's images.
+_running_call: ContextVar[ImageCall | None] = ContextVar("peft_many_image_call", default=None)
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """How the rows of vision features are shared out among images.
+
+    Args:
+        lengths (`torch.Tensor`, *optional*):
+            Shape `(images,)`, int64: rows of each image, up to a common factor. `None`: one row of the first dimension
+            for each image.
+        flat (`bool`):
+            Whether rows are patches, all leading dimensions flattened (`True`), or entries of the first dimension
+            (images or tiles).
+    """
+
+    lengths: Tensor | None
+    flat: bool
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Mean-pooled features of each image, shape `(images, d)`, float32; `d` is the last dimension of `features`."""
+        width = features.shape[-1]
+        rows = features.reshape(-1, width) if self.flat else features.float().reshape(len(features), -1, width).mean(1)
+        if self.lengths is None:
+            return rows.float()
+        return pool_segments(rows, self._rows_of_images(len(rows)).to(rows.device))
+
+    def spread(self, weights: Tensor, outputs: Tensor) -> Tensor:
+        """One weight for each image, `(images,)`, brought to a shape that multiplies the projector's `outputs`."""
+        rows = outputs.shape[:-1].numel() if self.flat else len(outputs)
+        if self.lengths is not None:
+            weights = weights.repeat_interleave(self._rows_of_images(rows).to(weights.device))
+        return weights.reshape((*outputs.shape[:-1], 1) if self.flat else (-1, *[1] * (outputs.dim() - 1)))
+
+    def _rows_of_images(self, rows: int) -> Tensor:
+        """`lengths` scaled to that many rows: mergers turn several patches into one token."""
+        assert self.lengths is not None
+        scaled = self.lengths * rows // self.lengths.sum()
+        if scaled.sum() != rows:
+            raise RuntimeError(
+                f"Cannot share {rows} rows of vision features out among images of {self.lengths.tolist()} patches."
+            )
+        return scaled
+
+
+def _grid_lengths(call: ImageCall) -> Tensor | None:
+    """Qwen-VL and relatives: `(images, 3)` grids of time, height and width in patches."""
+    grid = call.arguments.get("image_grid_thw", call.arguments.get("video_grid_thw"))
+    return None if grid is None else torch.as_tensor(grid).prod(-1)
+
+
+def _tile_lengths(call: ImageCall) -> Tensor | None:
+    """LLaVA-NeXT and relatives: each image is cut into tiles by its size, one entry of the first dimension each."""
+    config, sizes = getattr(call.owner, "config", None), call.arguments.get("image_sizes")
+    pinpoints = getattr(config, "image_grid_pinpoints", None)
+    if sizes is None or pinpoints is None or config is None:
+        return None
+    tiles = [image_size_to_num_patches(size, pinpoints, config.vision_config.image_size) for size in sizes]
+    return torch.tensor(tiles)
+
+
+def _size_lengths(call: ImageCall) -> Tensor | None:
+    """Pixtral towers (Mistral3, LLaVA with Pixtral): all patches in one row, `(images, 2)` sizes in pixels."""
+    sizes, patch = call.arguments.get("image_sizes"), getattr(call.owner.config, "vision_config", None)
+    if sizes is None or patch is None:
+        return None
+    return (torch.as_tensor(sizes) // patch.patch_size).prod(-1)
+
+
+# One row for each kind of layout: how the call's arguments give the lengths, and whether rows are patches. First match.
+LAYOUTS: tuple[tuple[Callable[[ImageCall], Tensor | None], bool], ...] = (
+    (_grid_lengths, True),
+    (_tile_lengths, False),
+    (_size_lengths, True),
+)
+
+
+def current_layout(features: Tensor) -> ImageLayout:
+    """The layout of the features that arrive at a projector now.
+
+    Raises:
+        RuntimeError: The features are flat patches and no watched call says where images begin.
+    """
+    call = _running_call.get()
+    if call is not None:
+        for lengths_of, flat in LAYOUTS:
+            lengths = lengths_of(call)
+            if lengths is not None:
+                return ImageLayout(lengths.cpu(), flat)
+    if features.dim() < 3:
+        raise RuntimeError(
+            f"The projector got flat vision features of shape {tuple(features.shape)} from outside the model's "
+            "`get_image_features`, so image boundaries are unknown and images cannot be routed."
+        )
+    return ImageLayout(lengths=None, flat=False)
+
+
+@functools.cache
+def _watched(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+    """A method that does what the class's own does, and lets `current_layout` know its arguments meanwhile."""
+    function = getattr(cls, name)
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)  # `generate` reads the signature
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        arguments.update(arguments.pop("kwargs", {}))
+        token = _running_call.set(ImageCall(self, arguments))
+        try:
+            return function(self, *args, **kwargs)
+        finally:
+            _running_call.reset(token)
+
+    return method
+
+
+def watch_image_calls(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Watch the image methods of every part of the model that has them; returns what was newly watched.
+
+    The methods are set on the instances (bound, so that `copy.deepcopy` of a model rebinds them to the copy); the
+    classes stay as they are.
+    """
+    watched = []
+    for module in model.modules():
+        for name in WATCHED_METHODS:
+            if callable(getattr(type(module), name, None)) and name not in module.__dict__:
+                setattr(module, name, MethodType(_watched(type(module), name), module))
+                watched.append((module, name))
+    return watched
+
+
+def unwatch_image_calls(watched: list[tuple[nn.Module, str]]) -> None:
+    """Give the modules their own methods back."""
+    for module, name in watched:
+        module.__dict__.pop(name, None)
+
+
+@contextlib.contextmanager
+def watching_image_calls(model: nn.Module) -> Iterator[None]:
+    """Watch for the length of a `with` block; parts that are already watched stay so."""
+    watched = watch_image_calls(model)
+    try:
+        yield
+    finally:
+        unwatch_image_calls(watched)

@@ -1,0 +1,150 @@
+"""`MAnyModel`: PEFT's LoRA tuner, plus the projector, plus covariances on the layers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import MAnyConfig
+from .families import find_projectors, image_encoder_name, language_model_linears, match_projectors
+from .image_layout import WATCHED_METHODS, unwatch_image_calls, watch_image_calls
+from .layers import hang_on_layers
+from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
+
+
+class MAnyModel(LoraModel):
+    """The tuner of [`MAnyConfig`] adapters: a [`~peft.LoraModel`] that also gives each adapter a projector of its own.
+
+    See [`~peft.LoraModel`] for the arguments.
+    """
+
+    def _prepare_adapter_config(self, peft_config: MAnyConfig, model_config: dict[str, Any]) -> PeftConfig:
+        if peft_config.target_modules is None and not peft_config.target_parameters:
+            if image_encoder_name(self.model) is not None:
+                peft_config.target_modules = _targets(self.model, peft_config)
+            elif isinstance(self.model, PreTrainedModel):
+                peft_config.target_modules = "all-linear"
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Wrap the projector and the language model's layers for one adapter; see [`~peft.LoraModel`].
+
+        If anything fails, the projectors are as before.
+        """
+        config: MAnyConfig = self.peft_config[adapter_name]
+        undo = self._wrap_projectors(model, adapter_name, config)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            undo()
+            raise
+        if config.routing:
+            watch_image_calls(model)
+        if config.statistics is not None:
+            hang_on_layers(model, adapter_name, config.statistics)
+
+    def _wrap_projectors(self, model: nn.Module, adapter_name: str, config: MAnyConfig) -> Callable[[], None]:
+        if config.projector_modules is None:
+            projectors = find_projectors(model)
+        else:
+            projectors = match_projectors(model, config.projector_modules)
+        config.projector_modules = projectors
+        if projectors:
+            # PEFT saves, loads and activates what is named here, and keeps LoRA out of it.
+            kept = config.modules_to_save or []
+            config.modules_to_save = [*kept, *(name for name in projectors if name not in kept)]
+        active = adapter_name in self.active_adapters
+        wrapped: list[tuple[nn.Module, str, nn.Module]] = []
+        updated: list[tuple[ProjectorWrapper, Any]] = []
+        for name in projectors:
+            parent, module = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
+            routing = _routing(config, name)
+            if isinstance(module, ProjectorWrapper):
+                updated.append((module, module.active_adapters))
+                module.update(adapter_name, routing=routing)
+                continue
+            wrapper = ProjectorWrapper(module, adapter_name, routing=routing)
+            wrapper.set_adapter(adapter_name if active else [], inference_mode=config.inference_mode)
+            setattr(parent, name.rpartition(".")[2], wrapper)
+            wrapped.append((parent, name.rpartition(".")[2], module))
+
+        def undo() -> None:
+            for parent, child, module in wrapped:
+                setattr(parent, child, module)
+            for wrapper, active_before in updated:
+                wrapper.delete_adapter(adapter_name, active_before)
+
+        return undo
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        # PEFT ignores keys that match nothing, which leaves an adapter silently untrained.
+        known = {key.removeprefix("base_model.model.") for key in model.state_dict()}
+        for key in remapped:
+            if ".lora_" in key and key.removeprefix("base_model.model.") not in known:
+                raise ValueError(
+                    f"The adapter's tensor '{key}' matches no module of {type(model).__name__}: it was trained on "
+                    "another base model, or on one whose modules had other names (pass `key_mapping`)."
+                )
+        return remapped
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        if any(isinstance(module, ProjectorMixture) for module in model.modules()):
+            # The model keeps routing, but its class knows nothing of a mixture: saved and loaded as what it calls
+            # itself, it would come back with a randomly initialised projector.
+            if isinstance(model, PreTrainedModel):
+                model.save_pretrained = MethodType(_refuse_saving, model)
+        else:
+            unwatch_image_calls([(module, name) for module in model.modules() for name in WATCHED_METHODS])
+        return model
+
+
+def _refuse_saving(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        f"This {type(model).__name__} holds a routed projector, which cannot be saved as part of a plain model: loading "
+        "it would leave the projector untrained. Save the PEFT model before `merge_and_unload()`, and load that."
+    )
+
+
+def _targets(model: PreTrainedModel, config: MAnyConfig) -> str | set[str]:
+    """`target_modules` for all linear layers of the language model: the shortest form that matches them exactly."""
+    wanted = set(language_model_linears(model))
+    last = {name.rpartition(".")[2] for name in wanted}
+    if config.layers_to_transform is not None:
+        # PEFT selects layers only among names that match by their end, which may match the vision tower too.
+        by_layer = LoraConfig(
+            target_modules=list(last), layers_to_transform=config.layers_to_transform, layers_pattern=config.layers_pattern
+        )
+        return {name for name in wanted if check_target_module_exists(by_layer, name)}
+    names = [name for name, _ in model.named_modules()]
+    if wanted == {name for name in names if name.rpartition(".")[2] in last}:
+        return last
+    stem = os.path.commonprefix([name.split(".") for name in wanted])
+    pattern = rf"{re.escape('.'.join(stem))}\..*\b(?:{'|'.join(sorted(map(re.escape, last)))})"
+    return pattern if wanted == {name for name in names if re.fullmatch(pattern, name)} else wanted
+
+
+def _routing(config: MAnyConfig, projector: str) -> ProjectorRouting | None:
+    """What a merge's config says of the mixture at one projector."""
+    routing = (config.routing or {}).get(projector)
+    if routing is None:
+        return None
+    return ProjectorRouting(
+        width=routing["width"], trained=[task["trained"] for task in routing["tasks"]], temperature=config.temperature
+    )

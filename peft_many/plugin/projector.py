@@ -1,0 +1,124 @@
+"""The routed projector: one task's projector copy, or the mixture of all tasks' projectors, in PEFT's wrapper."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..algebra.routing import routing_weights
+from .image_layout import current_layout
+
+
+@dataclass(frozen=True)
+class ProjectorRouting:
+    """What must be known of a mixture before its weights are loaded.
+
+    Args:
+        width (`int`): Feature width of the prototypes, the last dimension of the projector's input.
+        trained (`list[bool]`): For each task whether it brings a projector of its own; if not, the base model's serves.
+        temperature (`float`): `τ` of the routing softmax.
+    """
+
+    width: int
+    trained: list[bool]
+    temperature: float
+
+
+class ProjectorMixture(nn.Module):
+    """CPM: mixes the outputs of the task projectors, `Σ_t α_t(image) P_t(v)`, weights by visual prototypes.
+
+    The weights are computed in float32 from mean-pooled features of each image; the prototypes stay float32 whatever
+    dtype the model is cast to.
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, template: nn.Module, routing: ProjectorRouting) -> None:
+        super().__init__()
+        self.trained = routing.trained
+        self.temperature = routing.temperature
+        # Keys that no adapter is called by: PEFT filters state dicts by ".<adapter name>.".
+        self.experts = nn.ModuleDict(
+            {f"task_{t}": _plain_copy(template) for t, trained in enumerate(routing.trained) if trained}
+        )
+        device = next((parameter.device for parameter in template.parameters()), torch.device("cpu"))
+        self.register_buffer("prototypes", torch.zeros(len(routing.trained), routing.width, device=device))
+        self.base: nn.Module | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Stands in for the projector, with its arguments; tasks without a projector of their own use `self.base`."""
+        return self.mix(self.base, *args, **kwargs)
+
+    def mix(self, base: nn.Module | None, *args: Any, **kwargs: Any) -> Tensor:
+        """The mixed output for the projector's arguments; the first one holds the vision features."""
+        experts = [self.experts[f"task_{t}"] if trained else base for t, trained in enumerate(self.trained)]
+        if len(experts) == 1:
+            return _call(experts[0], *args, **kwargs)
+        features: Tensor = args[0]
+        layout = current_layout(features)
+        weights = routing_weights(layout.pool(features), self.prototypes.to(features.device), self.temperature)
+        mixed: Tensor | None = None
+        for t, expert in enumerate(experts):
+            output = _call(expert, *args, **kwargs)
+            part = layout.spread(weights[:, t], output) * output.float()
+            mixed = part if mixed is None else mixed + part
+        assert mixed is not None
+        return mixed.to(output.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ProjectorMixture:
+        # `.half()` and `.to(dtype)` are meant for weights; rounded prototypes would route differently.
+        prototypes = self.prototypes
+        super()._apply(fn, recurse)
+        self.prototypes = prototypes.to(self.prototypes.device)
+        return self
+
+
+def _plain_copy(module: nn.Module) -> nn.Module:
+    clone = copy.deepcopy(module)
+    remove_hook_from_module(clone, recurse=True)
+    return clone
+
+
+def _call(expert: nn.Module | None, *args: Any, **kwargs: Any) -> Tensor:
+    """Run one expert in its own dtype and return in that of the features."""
+    assert expert is not None
+    features: Tensor = args[0]
+    dtype = next((p.dtype for p in expert.parameters() if p.is_floating_point()), features.dtype)
+    return expert(features.to(dtype), *args[1:], **kwargs).to(features.dtype)
+
+
+class ProjectorWrapper(ModulesToSaveWrapper):
+    """PEFT's `modules_to_save` wrapper for a projector: a task's trainable copy, or a merge's mixture."""
+
+    def __init__(
+        self, module_to_save: nn.Module, adapter_name: str, routing: ProjectorRouting | None = None, **kwargs: Any
+    ) -> None:
+        super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, routing=routing, **kwargs)
+
+    def update(self, adapter_name: str, routing: ProjectorRouting | None = None, **kwargs: Any) -> None:
+        if routing is not None and adapter_name not in self.modules_to_save:
+            self.modules_to_save[adapter_name] = ProjectorMixture(self.original_module, routing)
+        super().update(adapter_name, **kwargs)
+
+    def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:
+        active = self.modules_to_save[self.active_adapters[0]] if self.active_adapters else None
+        if isinstance(active, ProjectorMixture):
+            return active.mix(self.original_module, *args, **kwargs)
+        return super()._forward_wrapped(*args, **kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        if isinstance(module, ProjectorMixture):
+            if len(module.trained) == 1:
+                return module.experts["task_0"] if module.trained[0] else self.original_module
+            if not all(module.trained):
+                module.base = self.original_module
+        return module

@@ -1,0 +1,77 @@
+"""Makes PEFT know the type `MANY`, and lets statistics follow an adapter through every way of loading it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from peft import LoraConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from .config import MAnyConfig, MAnyPeftType
+from .model import MAnyModel
+from .statistics import STATISTICS_NAME, AdapterStatistics
+
+
+def register() -> None:
+    """Enter `MANY` into PEFT's tables. Importing `peft_many` does this; doing it again changes nothing."""
+    # PEFT's `register_peft_method` refuses names that are not in its enum, and there is no entry point for plugins.
+    PEFT_TYPE_TO_CONFIG_MAPPING[MAnyPeftType.MANY] = MAnyConfig  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[MAnyPeftType.MANY] = MAnyModel  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[MAnyPeftType.MANY] = MAnyModel.prefix  # type: ignore[index]
+    if not hasattr(PeftConfig.from_pretrained, "__wrapped__"):
+        _let_configs_find_statistics()
+
+
+def give_statistics(config: LoraConfig, statistics: AdapterStatistics) -> None:
+    """Make a config carry statistics, so that saving the adapter saves them too; plain LoRA adapters included."""
+    config.statistics = statistics
+    if not isinstance(config, MAnyConfig):
+        # A `LoraConfig` has no such hook; this one object gets it, the class does not.
+        config.save_pretrained = MethodType(_save_with_statistics, config)
+
+
+def _save_with_statistics(config: Any, save_directory: str, **kwargs: Any) -> None:
+    type(config).save_pretrained(config, save_directory, **kwargs)
+    config.statistics.save(save_directory)
+
+
+def _let_configs_find_statistics() -> None:
+    """Wrap `PeftConfig.from_pretrained`, the one call that sees an adapter's folder on every way of loading.
+
+    `PeftModel.from_pretrained` asks the config class of the adapter's type, but `AutoPeftModel…` and transformers'
+    `load_adapter` ask the base class, so that an override in `MAnyConfig` does not run there, and nothing later in
+    those ways knows the folder. `tests/plugin/test_registration.py` fails when that changes upstream.
+    """
+    original = PeftConfig.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: str, subfolder: Any = None, **kwargs: Any) -> Any:
+        config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, LoraConfig):
+            path = _statistics_path(pretrained_model_name_or_path, subfolder, **kwargs)
+            if path is not None:
+                give_statistics(config, AdapterStatistics.load(path))
+        return config
+
+    for owner in PeftConfig.__mro__:
+        if "from_pretrained" in vars(owner):
+            owner.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]
+            return
+
+
+def _statistics_path(source: str | os.PathLike[str], subfolder: str | None, **kwargs: Any) -> Path | None:
+    """The statistics file of an adapter, if it is on this machine; loading for inference downloads none."""
+    folder = Path(source, subfolder or "")
+    if folder.is_dir():
+        path = folder / STATISTICS_NAME
+        return path if path.is_file() else None
+    name = f"{subfolder}/{STATISTICS_NAME}" if subfolder else STATISTICS_NAME
+    cached = try_to_load_from_cache(
+        str(source), name, cache_dir=kwargs.get("cache_dir"), revision=kwargs.get("revision")
+    )
+    return Path(cached) if isinstance(cached, str) else None
