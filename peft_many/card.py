@@ -20,7 +20,7 @@ def write_card(config: MAnyConfig, folder: Path) -> None:
         tags=["lora", "merge", "continual-learning", "peft-many"],
     )
     rows = "\n".join(
-        f"| {task['name']} | {task['source']} | {task['revision'] or ''} | {task['weight']:g} | `{task['sha256'][:12]}` |"
+        f"| {task['name']} | {task['source']} | {task['revision'] or ''} | {task['weight']:g} | {task['sha256'][:12]} |"
         for task in tasks
     )
     text = f"""

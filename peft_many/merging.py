@@ -296,7 +296,13 @@ def _merged_config(
     rank = max(ranks.values(), key=list(ranks.values()).count)
     exceptions = {name.replace(".", r"\."): r for name, r in ranks.items() if r != rank}
     measured = [
-        replace(task.statistics, name=task.name, weight=task.weight, deltas={m: d.A for m, d in task.deltas.items()}, norms={})
+        replace(
+            task.statistics,
+            name=task.name,
+            weight=task.weight,
+            deltas={m: d.A for m, d in task.deltas.items()},
+            norms={},
+        )
         for task in tasks
     ]
     return MAnyConfig(
@@ -357,7 +363,9 @@ def _check_fits_model(merged: MergedAdapter, model: nn.Module) -> None:
                 )
     for projector in merged.config.projector_modules or []:
         if projector not in modules:
-            raise UnmergeableAdapterError(f"The adapters' projector '{projector}' is missing in {type(model).__name__}.")
+            raise UnmergeableAdapterError(
+                f"The adapters' projector '{projector}' is missing in {type(model).__name__}."
+            )
         expected = {key: value.shape for key, value in modules[projector].state_dict().items()}
         for key, tensor in merged.tensors.items():
             name = key.removeprefix(f"{KEY_PREFIX}{projector}.experts.")

@@ -1,4 +1,4 @@
-"""Covariances (second moments) of layer inputs, `C = E[x xᵀ]`, whole or as a low-rank factor plus an even remainder."""
+"""Covariances (second moments) of layer inputs, `C = E[x xᵀ]`: whole, or a low-rank factor and an even remainder."""
 
 from __future__ import annotations
 

@@ -75,11 +75,13 @@ class LeastSquaresMerge:
         """
         if weight < 0:
             raise ValueError(f"a task's weight must not be negative, but it is {weight}.")
-        for name, width in [(name, delta.A.shape[1]) for name, delta in deltas.items()] + [
-            (f"the covariance of task {len(self._tasks) + 1}", task.covariance.width) for task in self._tasks[:1]
-        ]:
-            if width != covariance.width:
-                raise ValueError(f"{name} has input width {width}, but the covariance has {covariance.width}.")
+        if self._tasks and self._tasks[0].covariance.width != covariance.width:
+            raise ValueError(
+                f"the covariance has width {covariance.width}, but those before have {self._tasks[0].covariance.width}."
+            )
+        for name, delta in deltas.items():
+            if delta.A.shape[1] != covariance.width:
+                raise ValueError(f"'{name}' has input width {delta.A.shape[1]}, its covariance {covariance.width}.")
         self._tasks.append(_Task(covariance.with_ridge(self.ridge), weight, dict(deltas)))
 
     def solve(self) -> dict[str, LowRankDelta]:
@@ -127,8 +129,10 @@ def _rows_by_cholesky(tasks: Sequence[_Task], blocks: Sequence[tuple[int, Tensor
 def _rows_in_span(tasks: Sequence[_Task], blocks: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
     """Work in the span of the stacked factors `Z` (K × in, K < in), never in `in × in`.
 
-    `R = Zᵀ Z + ρ I` with the rows of `Z` being `√w_t S_t`. The push-through identity `Z R⁻¹ = (ρ I + Z Zᵀ)⁻¹ Z` keeps
-    small `ρ` out of the denominators: `w A C_t R⁻¹ = √w A S_tᵀ (ρ I + Z Zᵀ)⁻¹_t Z + (w ρ_t / ρ) (A − A Zᵀ (ρ I + Z Zᵀ)⁻¹ Z)`.
+    `R = Zᵀ Z + ρ I` with the rows of `Z` being `√w_t S_t`. With `N = (ρ I + Z Zᵀ)⁻¹` the push-through identity
+    `Z R⁻¹ = N Z` keeps a small `ρ` out of the denominators:
+
+        w A C_t R⁻¹ = √w A S_tᵀ N_t Z + (w ρ_t / ρ) (A − A Zᵀ N Z),   N_t: the rows of N that belong to S_t
     """
     factors, sizes = [], []
     for task in tasks:

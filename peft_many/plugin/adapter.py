@@ -83,7 +83,9 @@ def read_adapter(source: AdapterSource, task_name: str | None = None) -> Adapter
     if isinstance(config, MAnyConfig) and config.is_merge:
         tasks = _tasks_of_merge(source, config, statistics, pairs, rest)
         if task_name is not None:
-            raise UnmergeableAdapterError(f"{source.name} is a merge of several tasks and cannot be named '{task_name}'.")
+            raise UnmergeableAdapterError(
+                f"{source.name} is a merge of several tasks and cannot be named '{task_name}'."
+            )
     else:
         task = _single_task(source, config, statistics, pairs, rest)
         tasks = (dataclasses.replace(task, name=task_name or task.name),)
@@ -112,7 +114,11 @@ def _read_tensors(source: AdapterSource) -> dict[str, Tensor]:
         pickled = (source.folder / WEIGHTS_NAME).is_file()
         raise UnmergeableAdapterError(
             f"{source.name} has no {SAFETENSORS_WEIGHTS_NAME}"
-            + (f"; its {WEIGHTS_NAME} is a pickle, which is never opened. Save it again as safetensors." if pickled else ".")
+            + (
+                f"; its {WEIGHTS_NAME} is a pickle, which is never opened. Save it again as safetensors."
+                if pickled
+                else "."
+            )
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -126,7 +132,13 @@ def _read_tensors(source: AdapterSource) -> dict[str, Tensor]:
 
 
 # LoRA options whose effect on a layer is not `scaling * B A`, or that change more than linear layers.
-_UNSUPPORTED_OPTIONS = ("lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "megatron_config")
+_UNSUPPORTED_OPTIONS = (
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "megatron_config",
+)
 # Initialisations that change the base weights: `B A` is then no delta on the original model.
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
@@ -172,7 +184,9 @@ def _split_pairs(
     pairs = {}
     for module, pair in halves.items():
         if set(pair) != {"A", "B"}:
-            raise UnmergeableAdapterError(f"{source.name}: layer '{module}' lacks its lora_{'AB'.strip(*pair)} tensor.")
+            raise UnmergeableAdapterError(
+                f"{source.name}: layer '{module}' lacks its lora_{'AB'.strip(*pair)} tensor."
+            )
         pairs[module] = _delta(source, config, module, pair["A"], pair["B"])
     if not pairs:
         raise UnmergeableAdapterError(f"{source.name} holds no LoRA weights.")
@@ -183,7 +197,9 @@ def _delta(source: AdapterSource, config: LoraConfig, module: str, A: Tensor, B:
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
     if A.dim() != 2 or B.dim() != 2:
-        raise UnmergeableAdapterError(f"{source.name}: layer '{module}' is no linear layer (LoRA shape {tuple(A.shape)}).")
+        raise UnmergeableAdapterError(
+            f"{source.name}: layer '{module}' is no linear layer (LoRA shape {tuple(A.shape)})."
+        )
     if not A.shape[0] == B.shape[1] == rank:
         raise UnmergeableAdapterError(
             f"{source.name}: layer '{module}' has LoRA shapes {tuple(A.shape)} and {tuple(B.shape)}, but its config says "
@@ -202,7 +218,9 @@ def _single_task(
     rest: dict[str, Tensor],
 ) -> TaskAdapter:
     if len(statistics.tasks) != 1:
-        raise UnmergeableAdapterError(f"{source.name} is no merge, but its statistics hold {len(statistics.tasks)} tasks.")
+        raise UnmergeableAdapterError(
+            f"{source.name} is no merge, but its statistics hold {len(statistics.tasks)} tasks."
+        )
     measured = statistics.tasks[0]
     projectors: dict[str, dict[str, Tensor]] = {}
     # A plain LoRA adapter does not say which of its modules is a projector; measuring it found out.

@@ -58,10 +58,10 @@ def collect_statistics(
         adapter_name (`str`, *optional*):
             The adapter to measure. Defaults to the active one.
         max_samples (`int`, *optional*, defaults to 256):
-            Stop after the batch that reaches this number of rows; `None` reads all. 32 to 128 were enough in the pilot.
+            Stop after the batch that reaches this number of rows; `None` reads all. 32 to 128 sufficed in the pilot.
         target_modules (`Sequence[str]` or `str`, *optional*):
-            Further linear layers to measure, by the end of their name, or `"all-linear"`: layers that other tasks train
-            and this one does not. Layers that share an adapted layer's input are included anyway, at no cost.
+            Further linear layers to measure, by the end of their name, or `"all-linear"`: layers that other tasks
+            train and this one does not. Layers that share an adapted layer's input are included anyway, at no cost.
         forward_fn (`Callable`, *optional*):
             `forward_fn(model, batch)`, for models that are not called as above.
         share_inputs (`bool`, defaults to `True`):
@@ -76,10 +76,10 @@ def collect_statistics(
         ValueError: There is no such adapter, it is a merge, or the dataloader is empty.
         RuntimeError: An activation holds NaN or Inf, or layers shared an input in some batches only.
     """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    adapter_name = _adapter_to_measure(model, adapter_name)
-    config = model.peft_config[adapter_name]
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    adapter_name = _adapter_to_measure(peft_model, adapter_name)
+    config = peft_model.peft_config[adapter_name]
+    base = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
     layers = lora_layers(base, adapter_name)
     linears = {name: base.get_submodule(name) for name in language_model_linears(base)}
     measured = layers | {name: linears[name] for name in _further_layers(linears, target_modules)}
@@ -88,21 +88,21 @@ def collect_statistics(
     prototypes = PrototypeHooks({name: base.get_submodule(name) for name in find_projectors(base)})
 
     with (
-        _state_kept(model),
-        _only_active(model, adapter_name),
+        _state_kept(peft_model),
+        _only_active(peft_model, adapter_name),
         torch.no_grad(),
         watching_image_calls(base),
         covariances,
         prototypes,
     ):
-        model.eval()
+        peft_model.eval()
         samples = 0
         bar = tqdm(total=max_samples, desc=f"Measuring '{adapter_name}'", unit="sample", disable=not progress)
         with bar:
             for batch in dataloader:
-                batch = send_to_device(batch, _device_of(model))
+                batch = send_to_device(batch, _device_of(peft_model))
                 covariances.masks = _masks(batch)
-                _forward(model, batch, forward_fn)
+                _forward(peft_model, batch, forward_fn)
                 covariances.end_of_batch()
                 rows = _batch_size(batch)
                 samples += rows
@@ -118,7 +118,7 @@ def collect_statistics(
         images=prototypes.images,
         covariances=covariances.result(),
         prototypes=prototypes.result(),
-        norms={name: _norm_of_B(layer, adapter_name) for name, layer in layers.items()},
+        norms={name: layer.lora_B[adapter_name].weight.double().norm().item() for name, layer in layers.items()},
     )
     _warn_of_unseen(task)
     statistics = AdapterStatistics((task,))
@@ -127,7 +127,7 @@ def collect_statistics(
     return statistics
 
 
-def _adapter_to_measure(model: nn.Module, adapter_name: str | None) -> str:
+def _adapter_to_measure(model: Any, adapter_name: str | None) -> str:
     configs = getattr(model, "peft_config", None)
     if not configs:
         raise ValueError(f"{type(model).__name__} has no adapters; wrap it with `get_peft_model` first.")
@@ -148,8 +148,8 @@ def _adapter_to_measure(model: nn.Module, adapter_name: str | None) -> str:
     unsuited = next((name for name, layer in layers.items() if not _is_linear_lora(layer, adapter_name)), None)
     if unsuited is not None:
         raise ValueError(
-            f"Adapter '{adapter_name}' adapts '{unsuited}', which is no linear layer ({type(layers[unsuited]).__name__}); "
-            "only linear layers have an input covariance."
+            f"Adapter '{adapter_name}' adapts '{unsuited}', which is no linear layer "
+            f"({type(layers[unsuited]).__name__}); only linear layers have an input covariance."
         )
     merged = next((name for name, layer in layers.items() if set(layer.merged_adapters) - {adapter_name}), None)
     if merged is not None:
@@ -241,10 +241,6 @@ def _is_linear_lora(layer: Any, adapter_name: str) -> bool:
     return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)
 
 
-def _norm_of_B(layer: Any, adapter_name: str) -> float:
-    return layer.lora_B[adapter_name].weight.detach().double().norm().item()
-
-
 def _warn_of_unseen(task: TaskStatistics) -> None:
     unseen = sorted(name for name, covariance in task.covariances.items() if covariance.tokens == 0)
     if unseen:
@@ -252,4 +248,5 @@ def _warn_of_unseen(task: TaskStatistics) -> None:
             f"No token reached {len(unseen)} adapted layers while measuring, among them '{unseen[0]}'. In a merge, "
             "this task will have no say there. More samples may help.",
             PeftWarning,
+            stacklevel=3,
         )

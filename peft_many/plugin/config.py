@@ -31,8 +31,8 @@ class MAnyConfig(LoraConfig):
         task_name (`str`, *optional*):
             What to call the task in merges. Defaults to the name of the folder or Hub repository at merging.
         projector_modules (`list[str]`, *optional*):
-            Names of the multimodal projector's modules, matched at their end like `modules_to_save`. Found by itself if
-            not given; an empty list trains no projector.
+            Names of the multimodal projector's modules, matched at their end like `modules_to_save`. Found by itself
+            if not given; an empty list trains no projector.
         energy (`float`, defaults to `0.999`):
             Share of each covariance's energy that is kept when statistics are saved, in (0, 1]; the rest is kept as an
             isotropic remainder (MAny*). `1.0` keeps them whole.

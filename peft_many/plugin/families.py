@@ -26,6 +26,12 @@ def image_encoder_name(model: nn.Module) -> str | None:
     return _name_of(model, encoder)
 
 
+def language_model_name(model: nn.Module) -> str | None:
+    """The path of the language model inside a multimodal transformers model, `None` if it is not a part of its own."""
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    return None if decoder is model else _name_of(model, decoder)
+
+
 def find_projectors(model: nn.Module) -> list[str]:
     """The paths of the modules that turn vision features into tokens; several where a family has several.
 
@@ -33,7 +39,7 @@ def find_projectors(model: nn.Module) -> list[str]:
     """
     if image_encoder_name(model) is None:
         return []
-    language_model = _decoder_name(model)
+    language_model = language_model_name(model)
     found: list[str] = []
     for name, module in model.named_modules():
         inside = [*found, *([language_model] if language_model else [])]
@@ -74,7 +80,7 @@ def language_model_linears(model: nn.Module) -> list[str]:
     if isinstance(model, PreTrainedModel):
         head = model.get_output_embeddings()
     if image_encoder_name(model) is not None:
-        language_model = _decoder_name(model)
+        language_model = language_model_name(model)
         if language_model is None:
             raise ValueError(
                 f"Cannot find the language model inside {type(model).__name__} (`get_decoder()` returns no part of "
@@ -92,11 +98,6 @@ def language_model_linears(model: nn.Module) -> list[str]:
         if isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__:
             found.append(name)
     return found
-
-
-def _decoder_name(model: nn.Module) -> str | None:
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
-    return None if decoder is model else _name_of(model, decoder)
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str | None:

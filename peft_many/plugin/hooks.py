@@ -41,9 +41,7 @@ class CovarianceHooks:
         share (`bool`): Whether to look for shared inputs.
     """
 
-    def __init__(
-        self, measured: Mapping[str, nn.Module], bystanders: Mapping[str, nn.Module], share: bool = True
-    ) -> None:
+    def __init__(self, measured: Mapping[str, Any], bystanders: Mapping[str, nn.Module], share: bool = True) -> None:
         self.measured = measured
         self.bystanders = bystanders if share else {}
         self.share = share
@@ -120,9 +118,13 @@ class CovarianceHooks:
 
     def _arrival(self, name: str, inputs: Tensor) -> _Arrival:
         arrival = self._arrivals.get(id(inputs)) if self.share else None
-        if arrival is not None and arrival.tensor() is inputs and arrival.version == inputs._version:
-            if arrival.leader != name:
-                return arrival
+        if (
+            arrival is not None
+            and arrival.tensor() is inputs
+            and arrival.version == inputs._version
+            and arrival.leader != name
+        ):
+            return arrival
         arrival = self._arrivals[id(inputs)] = _Arrival(weakref.ref(inputs), inputs._version)
         return arrival
 
@@ -146,9 +148,10 @@ class CovarianceHooks:
         if not self._warned and any(not mask.all() for mask in self.masks):
             self._warned = True
             warnings.warn(
-                f"The input of '{name}', of shape {tuple(inputs.shape)}, fits no attention mask of the batch, so padding "
-                "could not be left out of its covariance. Batches without padding avoid this.",
+                f"The input of '{name}', of shape {tuple(inputs.shape)}, fits no attention mask of the batch, so "
+                "padding could not be left out of its covariance. Batches without padding avoid this.",
                 PeftWarning,
+                stacklevel=2,
             )
         return rows
 
@@ -190,4 +193,3 @@ class PrototypeHooks:
             self._images[name] += len(pooled)
 
         return hook
-

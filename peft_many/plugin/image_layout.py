@@ -1,7 +1,7 @@
 """Which rows of a projector's input and output belong to which image.
 
 A projector sees vision features without image boundaries. The boundaries stand in the arguments of the model's public
-`get_image_features` (`get_video_features`), which both `forward` and `generate` go through, so those calls are watched.
+`get_image_features` (`get_video_features`), which `forward` and `generate` both go through; those calls are watched.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ class ImageLayout:
     flat: bool
 
     def pool(self, features: Tensor) -> Tensor:
-        """Mean-pooled features of each image, shape `(images, d)`, float32; `d` is the last dimension of `features`."""
+        """Mean-pooled features of each image, shape `(images, d)`, float32; `d` is the features' last dimension."""
         width = features.shape[-1]
-        rows = features.reshape(-1, width) if self.flat else features.float().reshape(len(features), -1, width).mean(1)
+        units = 1 if self.flat else features.shape[:-1].numel() // max(len(features), 1)
+        rows = features.float().reshape(-1, units, width).mean(1)
         if self.lengths is None:
             return rows.float()
         return pool_segments(rows, self._rows_of_images(len(rows)).to(rows.device))
@@ -102,7 +103,7 @@ def _size_lengths(call: ImageCall) -> Tensor | None:
     return (torch.as_tensor(sizes) // patch.patch_size).prod(-1)
 
 
-# One row for each kind of layout: how the call's arguments give the lengths, and whether rows are patches. First match.
+# A row for each kind of layout: how the call's arguments give the lengths, and whether rows are patches. First match.
 LAYOUTS: tuple[tuple[Callable[[ImageCall], Tensor | None], bool], ...] = (
     (_grid_lengths, True),
     (_tile_lengths, False),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from types import MethodType
@@ -16,7 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import MAnyConfig
-from .families import find_projectors, image_encoder_name, language_model_linears, match_projectors
+from .families import (
+    find_projectors,
+    image_encoder_name,
+    language_model_linears,
+    language_model_name,
+    match_projectors,
+)
 from .image_layout import WATCHED_METHODS, unwatch_image_calls, watch_image_calls
 from .layers import hang_on_layers
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
@@ -117,8 +122,8 @@ class MAnyModel(LoraModel):
 
 def _refuse_saving(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     raise ValueError(
-        f"This {type(model).__name__} holds a routed projector, which cannot be saved as part of a plain model: loading "
-        "it would leave the projector untrained. Save the PEFT model before `merge_and_unload()`, and load that."
+        f"This {type(model).__name__} holds a routed projector, which cannot be saved as part of a plain model: "
+        "loading it would leave the projector untrained. Save the PEFT model before `merge_and_unload()` instead."
     )
 
 
@@ -129,14 +134,16 @@ def _targets(model: PreTrainedModel, config: MAnyConfig) -> str | set[str]:
     if config.layers_to_transform is not None:
         # PEFT selects layers only among names that match by their end, which may match the vision tower too.
         by_layer = LoraConfig(
-            target_modules=list(last), layers_to_transform=config.layers_to_transform, layers_pattern=config.layers_pattern
+            target_modules=list(last),
+            layers_to_transform=config.layers_to_transform,
+            layers_pattern=config.layers_pattern,
         )
         return {name for name in wanted if check_target_module_exists(by_layer, name)}
     names = [name for name, _ in model.named_modules()]
     if wanted == {name for name in names if name.rpartition(".")[2] in last}:
         return last
-    stem = os.path.commonprefix([name.split(".") for name in wanted])
-    pattern = rf"{re.escape('.'.join(stem))}\..*\b(?:{'|'.join(sorted(map(re.escape, last)))})"
+    decoder = language_model_name(model) or ""
+    pattern = rf"{re.escape(decoder)}\..*\b(?:{'|'.join(sorted(map(re.escape, last)))})"
     return pattern if wanted == {name for name in names if re.fullmatch(pattern, name)} else wanted
 
 

@@ -21,7 +21,7 @@ class ProjectorRouting:
 
     Args:
         width (`int`): Feature width of the prototypes, the last dimension of the projector's input.
-        trained (`list[bool]`): For each task whether it brings a projector of its own; if not, the base model's serves.
+        trained (`list[bool]`): For each task whether it brings its own projector; if not, the base model's serves.
         temperature (`float`): `τ` of the routing softmax.
     """
 

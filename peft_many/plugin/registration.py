@@ -20,9 +20,9 @@ from .statistics import STATISTICS_NAME, AdapterStatistics
 def register() -> None:
     """Enter `MANY` into PEFT's tables. Importing `peft_many` does this; doing it again changes nothing."""
     # PEFT's `register_peft_method` refuses names that are not in its enum, and there is no entry point for plugins.
-    PEFT_TYPE_TO_CONFIG_MAPPING[MAnyPeftType.MANY] = MAnyConfig  # type: ignore[index]
-    PEFT_TYPE_TO_TUNER_MAPPING[MAnyPeftType.MANY] = MAnyModel  # type: ignore[index]
-    PEFT_TYPE_TO_PREFIX_MAPPING[MAnyPeftType.MANY] = MAnyModel.prefix  # type: ignore[index]
+    PEFT_TYPE_TO_CONFIG_MAPPING[MAnyPeftType.MANY] = MAnyConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[MAnyPeftType.MANY] = MAnyModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[MAnyPeftType.MANY] = MAnyModel.prefix
     if not hasattr(PeftConfig.from_pretrained, "__wrapped__"):
         _let_configs_find_statistics()
 
@@ -47,7 +47,7 @@ def _let_configs_find_statistics() -> None:
     `load_adapter` ask the base class, so that an override in `MAnyConfig` does not run there, and nothing later in
     those ways knows the folder. `tests/plugin/test_registration.py` fails when that changes upstream.
     """
-    original = PeftConfig.from_pretrained.__func__  # type: ignore[attr-defined]
+    original = PeftConfig.from_pretrained.__func__
 
     @functools.wraps(original)
     def from_pretrained(cls: type, pretrained_model_name_or_path: str, subfolder: Any = None, **kwargs: Any) -> Any:
@@ -60,7 +60,7 @@ def _let_configs_find_statistics() -> None:
 
     for owner in PeftConfig.__mro__:
         if "from_pretrained" in vars(owner):
-            owner.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]
+            owner.from_pretrained = classmethod(from_pretrained)  # type: ignore[arg-type]
             return
 
 

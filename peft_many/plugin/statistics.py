@@ -146,7 +146,7 @@ def _read_header(path: Path, metadata: dict[str, str] | None) -> tuple[int, list
         content = json.loads((metadata or {})["peft_many"])
         version, tasks = content["version"], content["tasks"]
     except (KeyError, TypeError, ValueError):
-        raise StatisticsError(f"{path} is not a statistics file of peft_many: its header says nothing of it.") from None
+        raise StatisticsError(f"{path} is not a statistics file of peft_many (its header does not say so).") from None
     if version != FORMAT_VERSION:
         raise StatisticsError(
             f"{path} has statistics format {version}, and this peft_many reads format {FORMAT_VERSION}. "
