@@ -3,6 +3,7 @@
 Importing it registers the PEFT type `MANY`.
 """
 
+from .callback import MAnyCallback
 from .merging import merge_adapter_files, merge_adapter_sequence
 from .plugin.collect import collect_statistics
 from .plugin.config import MAnyConfig
@@ -13,6 +14,7 @@ from .version import __version__
 register()
 
 __all__ = [
+    "MAnyCallback",
     "MAnyConfig",
     "MAnyModel",
     "__version__",

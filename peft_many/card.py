@@ -19,10 +19,8 @@ def write_card(config: MAnyConfig, folder: Path) -> None:
         base_model_relation="adapter",
         tags=["lora", "merge", "continual-learning", "peft-many"],
     )
-    rows = "\n".join(
-        f"| {task['name']} | {task['source']} | {task['revision'] or ''} | {task['weight']:g} | {task['sha256'][:12]} |"
-        for task in tasks
-    )
+    cells = [(t["name"], t["source"], t["revision"] or "", f"{t['weight']:g}", f"`{t['sha256'][:12]}`") for t in tasks]
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     text = f"""
 # A merge of {len(tasks)} task adapters
 

@@ -30,7 +30,7 @@ AdapterPath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """A merge in memory: its config, statistics included, and its tensors by their key in `adapter_model.safetensors`."""
+    """A merge in memory: its config, statistics included, and the tensors of its `adapter_model.safetensors`."""
 
     config: MAnyConfig
     tensors: dict[str, Tensor]
@@ -47,7 +47,7 @@ def merge_adapter_sequence(
     temperature: float = DEFAULT_TEMPERATURE,
     low_cpu_mem_usage: bool = False,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     progress: bool = True,
 ) -> PeftModel:
@@ -100,7 +100,8 @@ def merge_adapter_sequence(
         progress=progress,
     )
     _check_fits_model(merged, model)
-    config = replace(merged.config, base_model_name_or_path=None)  # which get_peft_model sets to the model's own
+    config = replace(merged.config)
+    config.base_model_name_or_path = None  # which get_peft_model sets to the model's own
     merged_model = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     set_peft_model_state_dict(merged_model, merged.tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     return merged_model.eval()
@@ -115,7 +116,7 @@ def merge_adapter_files(
     ridge: float = DEFAULT_RIDGE,
     temperature: float = DEFAULT_TEMPERATURE,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -215,8 +216,8 @@ def _check_same_base(adapters: Sequence[Adapter]) -> None:
         (one, first), (two, second) = list(names.items())[:2]
         raise UnmergeableAdapterError(
             f"The adapters were trained on different base models: {first.tasks[0].source} on '{one}', "
-            f"{second.tasks[0].source} on '{two}'. If these are the same model, make `base_model_name_or_path` in their "
-            "adapter_config.json agree."
+            f"{second.tasks[0].source} on '{two}'. If these are the same model, make `base_model_name_or_path` in "
+            "their adapter_config.json agree."
         )
 
 
@@ -250,8 +251,8 @@ def _shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:
             first_shape, first = shapes.setdefault(module, (shape, task))
             if shape != first_shape:
                 raise UnmergeableAdapterError(
-                    f"'{module}' is {first_shape[0]} x {first_shape[1]} in {first.source}, but {shape[0]} x {shape[1]} in "
-                    f"{task.source}: they were trained on different base models."
+                    f"'{module}' is {first_shape[0]} x {first_shape[1]} in {first.source}, but "
+                    f"{shape[0]} x {shape[1]} in {task.source}: they were trained on different base models."
                 )
     groups: dict[tuple[int, ...], list[str]] = {}
     for module in sorted(shapes):
@@ -351,15 +352,15 @@ def _check_fits_model(merged: MergedAdapter, model: nn.Module) -> None:
             layer = modules.get(key.removesuffix(half))
             if layer is None:
                 raise UnmergeableAdapterError(
-                    f"The adapters' layer '{key.removesuffix(half)}' matches no module of {type(model).__name__}: they "
-                    "were trained on another base model."
+                    f"The adapters' layer '{key.removesuffix(half)}' matches no module of {type(model).__name__}: "
+                    "they were trained on another base model."
                 )
             features = _features(layer, side)
             if features is not None and features != tensor.shape[side]:
                 raise UnmergeableAdapterError(
                     f"'{key.removesuffix(half)}' has {features} {'input' if side else 'output'} features in this "
-                    f"{type(model).__name__}, but {tensor.shape[side]} in the adapters: they were trained on a base model "
-                    "of another size."
+                    f"{type(model).__name__}, but {tensor.shape[side]} in the adapters: they were trained on a base "
+                    "model of another size."
                 )
     for projector in merged.config.projector_modules or []:
         if projector not in modules:

@@ -43,7 +43,7 @@ class LeastSquaresMerge:
     """Merges the task deltas of layers that share one input (DESIGN section 2, LPM).
 
         minimise over ΔW   Σ_t w_t ‖(ΔW − ΔW_t) C_t^½‖²_F,   C_t ← C_t + λ · mean(diag C_t) · I
-        solution           ΔW* = [B_1 … B_T] · A*,   A* = [w_1 A_1 C_1; …; w_T A_T C_T] R⁻¹,   R = Σ_t w_t C_t
+        solution           ΔW* = [B_1 … B_T] · A*,  A* = [w_1 A_1 C_1; …; w_T A_T C_T] R⁻¹,  R = Σ_t w_t C_t
 
     Adding tasks one at a time and solving after each is the recursion of recursive least squares in information form:
     every step gives the optimum over the tasks so far, and the order does not matter. All products and solves are
@@ -77,7 +77,7 @@ class LeastSquaresMerge:
             raise ValueError(f"a task's weight must not be negative, but it is {weight}.")
         if self._tasks and self._tasks[0].covariance.width != covariance.width:
             raise ValueError(
-                f"the covariance has width {covariance.width}, but those before have {self._tasks[0].covariance.width}."
+                f"the covariance has width {covariance.width}, the one before {self._tasks[0].covariance.width}."
             )
         for name, delta in deltas.items():
             if delta.A.shape[1] != covariance.width:

@@ -76,16 +76,14 @@ def read_adapter(source: AdapterSource, task_name: str | None = None) -> Adapter
     statistics = getattr(config, "statistics", None)
     if statistics is None:
         raise UnmergeableAdapterError(
-            f"{source.name} has no statistics: load it, run `collect_statistics(model, dataloader)` on its task's data, "
-            "and save it again."
+            f"{source.name} has no statistics: load it, run `collect_statistics(model, dataloader)` on its task's "
+            "data, and save it again."
         )
     pairs, rest = _split_pairs(source, config, tensors)
     if isinstance(config, MAnyConfig) and config.is_merge:
         tasks = _tasks_of_merge(source, config, statistics, pairs, rest)
         if task_name is not None:
-            raise UnmergeableAdapterError(
-                f"{source.name} is a merge of several tasks and cannot be named '{task_name}'."
-            )
+            raise UnmergeableAdapterError(f"{source.name} is a merge, so it cannot be given one name, '{task_name}'.")
     else:
         task = _single_task(source, config, statistics, pairs, rest)
         tasks = (dataclasses.replace(task, name=task_name or task.name),)
@@ -156,8 +154,8 @@ def _check_additive(source: AdapterSource, config: LoraConfig) -> None:
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith(_MUTATING_INITS):
         raise UnmergeableAdapterError(
-            f"{source.name} was initialised with `init_lora_weights='{init}'`, which changes the base weights. Convert it "
-            "with `path_initial_model_for_weight_conversion` of `save_pretrained` first."
+            f"{source.name} was initialised with `init_lora_weights='{init}'`, which changes the base weights. "
+            "Convert it with `path_initial_model_for_weight_conversion` of `save_pretrained` first."
         )
 
 
@@ -202,8 +200,8 @@ def _delta(source: AdapterSource, config: LoraConfig, module: str, A: Tensor, B:
         )
     if not A.shape[0] == B.shape[1] == rank:
         raise UnmergeableAdapterError(
-            f"{source.name}: layer '{module}' has LoRA shapes {tuple(A.shape)} and {tuple(B.shape)}, but its config says "
-            f"rank {rank}."
+            f"{source.name}: layer '{module}' has LoRA shapes {tuple(A.shape)} and {tuple(B.shape)}, but its config "
+            f"says rank {rank}."
         )
     scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     # Rounded to float32 here, so that a task taken from a merge, where it is stored so, is the same to the bit.
@@ -259,14 +257,14 @@ def _tasks_of_merge(
         )
     columns = dict.fromkeys(pairs, 0)
     tasks = []
-    for t, (about, measured) in enumerate(zip(named, statistics.tasks)):
+    for about, measured in zip(named, statistics.tasks):
         deltas = {}
         for module, A in measured.deltas.items():
             start, end = columns.get(module, 0), columns.get(module, 0) + A.shape[0]
             if module not in pairs or end > pairs[module].B.shape[1]:
                 raise UnmergeableAdapterError(f"{source.name}: its weights and its statistics disagree on '{module}'.")
             deltas[module], columns[module] = LowRankDelta(A=A.float(), B=pairs[module].B[:, start:end]), end
-        projectors = {}
+        projectors: dict[str, dict[str, Tensor]] = {}
         for projector, routing in (config.routing or {}).items():
             order = [task["name"] for task in routing["tasks"]]
             prefix = f"{projector}.experts.task_{order.index(about['name'])}." if about["name"] in order else None
@@ -301,7 +299,8 @@ def _check_statistics_fit(task: TaskAdapter) -> None:
             )
         if covariance.width != delta.A.shape[1]:
             raise UnmergeableAdapterError(
-                f"{task.source}: the covariance of '{module}' has width {covariance.width}, but its LoRA {delta.A.shape[1]}."
+                f"{task.source}: the covariance of '{module}' has width {covariance.width}, but its LoRA has "
+                f"{delta.A.shape[1]}."
             )
         measured, norm = task.statistics.norms.get(module), delta.B.double().norm().item()
         if measured is not None and abs(measured - norm) > _NORM_TOLERANCE * max(measured, norm):

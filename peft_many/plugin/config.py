@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from .hub import RemoteStatistics
 from .statistics import DEFAULT_ENERGY, AdapterStatistics
 
 DEFAULT_TEMPERATURE = 0.05
@@ -44,7 +45,7 @@ class MAnyConfig(LoraConfig):
             In a merge, for each projector the routed tasks and the width of its prototypes. Written by merging.
         format_version (`int`): Version of the layout of adapter folders.
         statistics ([`AdapterStatistics`], *optional*):
-            Covariances and prototypes. Not a part of `adapter_config.json`; they travel in a file of their own.
+            Covariances and prototypes, or where on the Hub they are. Not a part of `adapter_config.json`; they travel in a file of their own.
     """
 
     task_name: str | None = field(default=None, metadata={"help": "What to call the task in merges."})
@@ -66,7 +67,7 @@ class MAnyConfig(LoraConfig):
     )
     format_version: int = field(default=1, metadata={"help": "Version of the layout of adapter folders."})
     # A field, so that `dataclasses.replace` keeps it; no part of the configuration's value or of its JSON.
-    statistics: AdapterStatistics | None = field(default=None, repr=False, compare=False)
+    statistics: AdapterStatistics | RemoteStatistics | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

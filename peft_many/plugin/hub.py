@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -16,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .statistics import STATISTICS_NAME
+from .statistics import STATISTICS_NAME, AdapterStatistics
 
 # All that merging reads; nothing else is downloaded, pickles least of all.
 ADAPTER_FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STATISTICS_NAME]
@@ -46,11 +47,58 @@ class AdapterSource:
         return Path(self.folder if self.revision is None else self.name).resolve().name
 
 
+@dataclass(frozen=True)
+class RemoteStatistics:
+    """The statistics of an adapter on the Hub that was loaded without them: inference downloads none.
+
+    They are downloaded when the adapter is saved again, so that saving and pushing lose nothing.
+    """
+
+    repo_id: str
+    filename: str
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+
+    def save(self, folder: str | os.PathLike[str], energy: float = 1.0) -> None:
+        """Download the file and write it into `folder` as it is (`energy` was applied when it was first saved)."""
+        try:
+            path = hf_hub_download(
+                self.repo_id, self.filename, revision=self.revision, token=self.token, cache_dir=self.cache_dir
+            )
+        except EntryNotFoundError:
+            return  # the adapter has none
+        AdapterStatistics.load(path).save(folder, energy=1.0)
+
+
+def locate_statistics(
+    source: str | os.PathLike[str],
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> AdapterStatistics | RemoteStatistics | None:
+    """The statistics that lie beside an adapter's config, without downloading anything."""
+    folder = Path(source, subfolder or "")
+    if folder.is_dir():
+        path = folder / STATISTICS_NAME
+        return AdapterStatistics.load(path) if path.is_file() else None
+    prefix = f"{subfolder}/" if subfolder else ""
+    config = try_to_load_from_cache(str(source), f"{prefix}{CONFIG_NAME}", cache_dir=cache_dir, revision=revision)
+    # The commit that the config came from: a branch may move before the statistics are fetched.
+    commit = Path(config).parents[prefix.count("/")].name if isinstance(config, str) else revision
+    name = f"{prefix}{STATISTICS_NAME}"
+    cached = try_to_load_from_cache(str(source), name, cache_dir=cache_dir, revision=commit)
+    if isinstance(cached, str):
+        return AdapterStatistics.load(cached)
+    return RemoteStatistics(str(source), name, commit, token, cache_dir)
+
+
 def find_adapter(
     entry: str | os.PathLike[str],
     *,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> AdapterSource:
     """Find a local folder, or download a Hub repository's adapter files (`"me/adapter"` or `"me/adapter@revision"`).

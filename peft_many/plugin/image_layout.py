@@ -132,7 +132,7 @@ def current_layout(features: Tensor) -> ImageLayout:
 
 
 @functools.cache
-def _watched(cls: type[nn.Module], name: str) -> Callable[..., Any]:
+def _watched(cls: type, name: str) -> Callable[..., Any]:
     """A method that does what the class's own does, and lets `current_layout` know its arguments meanwhile."""
     function = getattr(cls, name)
     signature = inspect.signature(function)
@@ -160,7 +160,8 @@ def watch_image_calls(model: nn.Module) -> list[tuple[nn.Module, str]]:
     for module in model.modules():
         for name in WATCHED_METHODS:
             if callable(getattr(type(module), name, None)) and name not in module.__dict__:
-                setattr(module, name, MethodType(_watched(type(module), name), module))
+                cls: type = type(module)
+                setattr(module, name, MethodType(_watched(cls, name), module))
                 watched.append((module, name))
     return watched
 

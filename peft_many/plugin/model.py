@@ -25,6 +25,7 @@ from .families import (
 from .image_layout import WATCHED_METHODS, unwatch_image_calls, watch_image_calls
 from .layers import hang_on_layers
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
+from .statistics import AdapterStatistics
 
 
 class MAnyModel(LoraModel):
@@ -55,7 +56,7 @@ class MAnyModel(LoraModel):
             raise
         if config.routing:
             watch_image_calls(model)
-        if config.statistics is not None:
+        if isinstance(config.statistics, AdapterStatistics):
             hang_on_layers(model, adapter_name, config.statistics)
 
     def _wrap_projectors(self, model: nn.Module, adapter_name: str, config: MAnyConfig) -> Callable[[], None]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import os
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .config import MAnyConfig, MAnyPeftType
+from .hub import RemoteStatistics, locate_statistics
 from .model import MAnyModel
-from .statistics import STATISTICS_NAME, AdapterStatistics
+from .statistics import AdapterStatistics
 
 
 def register() -> None:
@@ -27,7 +25,7 @@ def register() -> None:
         _let_configs_find_statistics()
 
 
-def give_statistics(config: LoraConfig, statistics: AdapterStatistics) -> None:
+def give_statistics(config: LoraConfig, statistics: AdapterStatistics | RemoteStatistics | None) -> None:
     """Make a config carry statistics, so that saving the adapter saves them too; plain LoRA adapters included."""
     config.statistics = statistics
     if not isinstance(config, MAnyConfig):
@@ -53,25 +51,14 @@ def _let_configs_find_statistics() -> None:
     def from_pretrained(cls: type, pretrained_model_name_or_path: str, subfolder: Any = None, **kwargs: Any) -> Any:
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, LoraConfig):
-            path = _statistics_path(pretrained_model_name_or_path, subfolder, **kwargs)
-            if path is not None:
-                give_statistics(config, AdapterStatistics.load(path))
+            where = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
+            statistics = locate_statistics(pretrained_model_name_or_path, subfolder, **where)
+            # A plain LoRA adapter on the Hub rarely has statistics; asking for them at each save would be rude.
+            if isinstance(statistics, AdapterStatistics) or isinstance(config, MAnyConfig):
+                give_statistics(config, statistics)
         return config
 
     for owner in PeftConfig.__mro__:
         if "from_pretrained" in vars(owner):
             owner.from_pretrained = classmethod(from_pretrained)  # type: ignore[arg-type]
             return
-
-
-def _statistics_path(source: str | os.PathLike[str], subfolder: str | None, **kwargs: Any) -> Path | None:
-    """The statistics file of an adapter, if it is on this machine; loading for inference downloads none."""
-    folder = Path(source, subfolder or "")
-    if folder.is_dir():
-        path = folder / STATISTICS_NAME
-        return path if path.is_file() else None
-    name = f"{subfolder}/{STATISTICS_NAME}" if subfolder else STATISTICS_NAME
-    cached = try_to_load_from_cache(
-        str(source), name, cache_dir=kwargs.get("cache_dir"), revision=kwargs.get("revision")
-    )
-    return Path(cached) if isinstance(cached, str) else None
