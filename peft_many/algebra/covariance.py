@@ -194,7 +194,10 @@ def truncate(covariance: Covariance, energy: float, dtype: torch.dtype = torch.f
     if not 0.0 < energy <= 1.0:
         raise ValueError(f"`energy` is the share of the variance to keep, in (0, 1], but it is {energy}.")
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance.dense())
-    eigenvalues, eigenvectors = eigenvalues.flip(0).clamp(min=0.0), eigenvectors.flip(1)
+    eigenvalues, eigenvectors = eigenvalues.flip(0), eigenvectors.flip(1)
+    # Below what float64 resolves beside the largest, an eigenvalue is rounding, and may even be negative.
+    resolution = covariance.width * torch.finfo(torch.float64).eps * eigenvalues[0]
+    eigenvalues = torch.where(eigenvalues > resolution, eigenvalues, 0.0)
     total = eigenvalues.sum()
     kept = int(torch.searchsorted(eigenvalues.cumsum(0), energy * total).item()) + 1 if total > 0 else 0
     kept = min(kept, covariance.width)

@@ -129,10 +129,10 @@ def _rows_by_cholesky(tasks: Sequence[_Task], blocks: Sequence[tuple[int, Tensor
 def _rows_in_span(tasks: Sequence[_Task], blocks: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
     """Work in the span of the stacked factors `Z` (K × in, K < in), never in `in × in`.
 
-    `R = Zᵀ Z + ρ I` with the rows of `Z` being `√w_t S_t`. With `N = (ρ I + Z Zᵀ)⁻¹` the push-through identity
+    `R = Zᵀ Z + ρ I`, where `Z` stacks `F_t = √w_t S_t`. With `N = (ρ I + Z Zᵀ)⁻¹` the push-through identity
     `Z R⁻¹ = N Z` keeps a small `ρ` out of the denominators:
 
-        w A C_t R⁻¹ = √w A S_tᵀ N_t Z + (w ρ_t / ρ) (A − A Zᵀ N Z),   N_t: the rows of N that belong to S_t
+        w A C_t R⁻¹ = A F_tᵀ N_t Z + (w ρ_t / ρ) (A − A Zᵀ N Z),   N_t: the rows of N that belong to F_t
     """
     factors, sizes = [], []
     for task in tasks:
@@ -153,7 +153,7 @@ def _rows_in_span(tasks: Sequence[_Task], blocks: Sequence[tuple[int, Tensor]]) 
         rows, own = A.double(), slice(starts[t], starts[t] + sizes[t])
         share = tasks[t].weight * tasks[t].covariance.remainder / remainder
         in_span = -share * (rows @ stacked.T)
-        in_span[:, own] += tasks[t].weight ** 0.5 * (rows @ factors[t].T)
+        in_span[:, own] += rows @ factors[t].T
         coefficients.append((in_span, share * rows))
     spanned = torch.cholesky_solve(torch.cat([in_span for in_span, _ in coefficients]).T, root).T @ stacked
     parts = spanned.split([A.shape[0] for _, A in blocks])

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..algebra.lpm import LowRankDelta
 from .config import MAnyConfig
 from .hub import AdapterSource
-from .statistics import AdapterStatistics, TaskStatistics
+from .statistics import AdapterStatistics, StatisticsError, TaskStatistics
 
 KEY_PREFIX = "base_model.model."
 
@@ -97,8 +97,10 @@ def _read_config(source: AdapterSource) -> LoraConfig:
         raise UnmergeableAdapterError(f"{source.name} has no {CONFIG_NAME}: it is no PEFT adapter.")
     try:
         config = PeftConfig.from_pretrained(str(source.folder))
-    except (KeyError, TypeError, ValueError) as error:
-        # ValueError covers broken JSON and the messages of configs and statistics, which are written for people.
+    except StatisticsError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # ValueError covers broken JSON and the messages of configs, which are written for people.
         raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} cannot be used: {error}") from error
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind not in ("LORA", "MANY"):
@@ -136,6 +138,7 @@ _UNSUPPORTED_OPTIONS = (
     "trainable_token_indices",
     "layer_replication",
     "megatron_config",
+    "use_qalora",
 )
 # Initialisations that change the base weights: `B A` is then no delta on the original model.
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
@@ -227,8 +230,13 @@ def _single_task(
         projector = next((name for name in known if key.startswith(f"{name}.")), None)
         if projector is None:
             raise UnmergeableAdapterError(
-                f"{source.name}: tensor '{key}' belongs to a module that is trained whole and is no projector; "
-                "such modules cannot be merged."
+                f"{source.name}: tensor '{key}' belongs to a module that is trained whole and is no projector that an "
+                "image passed while statistics were collected; such modules cannot be merged."
+            )
+        if not any(f".{projector}".endswith(f".{name}") for name in config.modules_to_save or []):
+            raise UnmergeableAdapterError(
+                f"{source.name}: tensor '{key}' is all that is trained of the projector '{projector}'; only projectors "
+                f"that are trained whole can be merged (`modules_to_save=['{projector.rpartition('.')[2]}']`)."
             )
         projectors.setdefault(projector, {})[key.removeprefix(f"{projector}.")] = tensor
     return TaskAdapter(
@@ -261,8 +269,12 @@ def _tasks_of_merge(
         deltas = {}
         for module, A in measured.deltas.items():
             start, end = columns.get(module, 0), columns.get(module, 0) + A.shape[0]
-            if module not in pairs or end > pairs[module].B.shape[1]:
+            if module not in pairs or end > pairs[module].B.shape[1] or A.shape[1] != pairs[module].A.shape[1]:
                 raise UnmergeableAdapterError(f"{source.name}: its weights and its statistics disagree on '{module}'.")
+            if not torch.isfinite(A).all():
+                raise UnmergeableAdapterError(
+                    f"{source.name}: the lora_A of '{module}' in the statistics of task '{about['name']}' holds NaN or Inf."
+                )
             deltas[module], columns[module] = LowRankDelta(A=A.float(), B=pairs[module].B[:, start:end]), end
         projectors: dict[str, dict[str, Tensor]] = {}
         for projector, routing in (config.routing or {}).items():
@@ -281,6 +293,9 @@ def _tasks_of_merge(
                 source=f"{source.name}, task '{about['name']}'",
             )
         )
+    wrong = next((module for module, pair in pairs.items() if columns[module] != pair.B.shape[1]), None)
+    if wrong is not None:
+        raise UnmergeableAdapterError(f"{source.name}: its weights and its statistics disagree on '{wrong}'.")
     return tuple(tasks)
 
 

@@ -26,18 +26,25 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`, which becomes `path` when the block ends well.
+    """Give a temporary folder, which becomes `path` when the block ends well; folders above it are made as needed.
 
     Raises:
         FileExistsError: `path` exists and is not an empty folder.
+        OSError: It cannot be created. That is found out before the block runs.
     """
+    path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"The output folder '{path}' already exists and is not empty; nothing was written.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+    # On the same file system as `path`, and nothing else is created until the block has ended.
+    above = next(parent for parent in path.parents if parent.exists())
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=above, prefix=f".{path.name}.", suffix=".partial"))
+    except OSError as error:
+        raise type(error)(f"The output folder '{path}' cannot be created: '{above}': {error.strerror}.") from None
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
+        path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, path)  # An empty folder in the way is replaced, anything else refused.
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

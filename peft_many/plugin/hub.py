@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftWarning
 
 from .statistics import STATISTICS_NAME, AdapterStatistics
 
@@ -66,6 +68,15 @@ class RemoteStatistics:
             path = hf_hub_download(
                 self.repo_id, self.filename, revision=self.revision, token=self.token, cache_dir=self.cache_dir
             )
+        except LocalEntryNotFoundError as error:
+            # Not an error: the model being saved may have been trained for hours since.
+            warnings.warn(
+                f"The statistics of '{self.repo_id}' cannot be fetched ({_first_line(error)}), so the adapter is saved "
+                f"without them. To merge it, put its {STATISTICS_NAME} into '{folder}'.",
+                PeftWarning,
+                stacklevel=2,
+            )
+            return
         except EntryNotFoundError:
             return  # the adapter has none
         AdapterStatistics.load(path).save(folder, energy=1.0)
@@ -123,6 +134,10 @@ def find_adapter(
         raise AdapterNotFoundError(f"There is no folder '{entry}', and it is no Hub repository id either.") from None
     except RevisionNotFoundError:
         raise AdapterNotFoundError(f"The Hub repository '{repo_id}' has no revision '{revision}'.") from None
+    except GatedRepoError:
+        raise AdapterNotFoundError(
+            f"The Hub repository '{repo_id}' is gated: ask for access on its page, and pass `token`."
+        ) from None
     except RepositoryNotFoundError:
         raise AdapterNotFoundError(
             f"There is no folder '{entry}' and no Hub repository '{repo_id}' (or it is private; pass `token`)."
@@ -132,5 +147,9 @@ def find_adapter(
             f"There is no folder '{entry}', and the Hub cannot be reached for '{repo_id}', which is not in the cache."
         ) from None
     except HfHubHTTPError as error:
-        raise AdapterNotFoundError(f"The Hub did not give '{entry}': {str(error).splitlines()[0]}") from None
+        raise AdapterNotFoundError(f"The Hub did not give '{entry}': {_first_line(error)}") from None
     return AdapterSource(folder=Path(folder), name=repo_id, revision=Path(folder).name)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -115,6 +115,9 @@ class ProjectorWrapper(ModulesToSaveWrapper):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
+        if not merge:
+            # PEFT's own wrapper leaves the trained copy behind, but `unload()` promises the base model.
+            return self.original_module
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         if isinstance(module, ProjectorMixture):
             if len(module.trained) == 1:

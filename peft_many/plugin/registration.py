@@ -41,9 +41,9 @@ def _save_with_statistics(config: Any, save_directory: str, **kwargs: Any) -> No
 def _let_configs_find_statistics() -> None:
     """Wrap `PeftConfig.from_pretrained`, the one call that sees an adapter's folder on every way of loading.
 
-    `PeftModel.from_pretrained` asks the config class of the adapter's type, but `AutoPeftModel…` and transformers'
-    `load_adapter` ask the base class, so that an override in `MAnyConfig` does not run there, and nothing later in
-    those ways knows the folder. `tests/plugin/test_registration.py` fails when that changes upstream.
+    `PeftModel.from_pretrained` asks the config class of the adapter's type, but transformers' `load_adapter` asks the
+    base class, so that an override in `MAnyConfig` does not run there, and nothing later on that way knows the folder.
+    Plain LoRA adapters have no class of ours at all. `tests/plugin/test_registration.py` fails when that changes.
     """
     original = PeftConfig.from_pretrained.__func__
 

@@ -105,7 +105,8 @@ class AdapterStatistics:
                     "norms": dict(task.norms),
                 }
             )
-        metadata = {"format": "pt", "peft_many": json.dumps({"version": FORMAT_VERSION, "tasks": header})}
+        # One entry only: safetensors writes several in an order that changes from file to file.
+        metadata = {"peft_many": json.dumps({"version": FORMAT_VERSION, "tasks": header})}
         with replace_file(Path(folder) / STATISTICS_NAME) as temporary:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata)
 
@@ -137,7 +138,9 @@ def _read_tasks(path: Path) -> Iterator[TaskStatistics]:
         raise StatisticsError(f"{path} does not exist.") from None
     except SafetensorError as error:
         raise StatisticsError(f"{path} is damaged or truncated ({error}).") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except StatisticsError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise StatisticsError(f"{path} is not a statistics file of format {version}: {error!r}.") from None
 
 
@@ -158,12 +161,14 @@ def _read_header(path: Path, metadata: dict[str, str] | None) -> tuple[int, list
 def _read_task(path: Path, file: Any, t: int, task: dict[str, Any]) -> TaskStatistics:
     keys = set(file.keys())
 
-    def read(key: str) -> Tensor:
+    def read(key: str, dimensions: int) -> Tensor:
         if key not in keys:
             raise StatisticsError(f"{path} lacks the tensor '{key}'.")
         tensor: Tensor = file.get_tensor(key)
         if not tensor.is_floating_point():
             raise StatisticsError(f"{path}: tensor '{key}' has dtype {tensor.dtype}, not a floating-point one.")
+        if tensor.dim() != dimensions:
+            raise StatisticsError(f"{path}: tensor '{key}' has shape {tuple(tensor.shape)}, not {dimensions} dimensions.")
         return tensor
 
     covariances: dict[str, Covariance] = {}
@@ -171,14 +176,14 @@ def _read_task(path: Path, file: Any, t: int, task: dict[str, Any]) -> TaskStati
         key, about = f"{t}.covariance.{g}", {"tokens": int(group["tokens"]), "remainder": float(group["remainder"])}
         covariance: Covariance
         if f"{key}.matrix" in keys:
-            covariance = DenseCovariance(matrix=read(f"{key}.matrix"), **about)  # type: ignore[arg-type]
+            covariance = DenseCovariance(matrix=read(f"{key}.matrix", 2), **about)  # type: ignore[arg-type]
         else:
-            covariance = LowRankCovariance(factor=read(f"{key}.factor"), **about)  # type: ignore[arg-type]
+            covariance = LowRankCovariance(factor=read(f"{key}.factor", 2), **about)  # type: ignore[arg-type]
         covariances |= dict.fromkeys(group["modules"], covariance)
-    prototypes = {name: read(f"{t}.prototype.{name}") for name in task["projectors"]}
+    prototypes = {name: read(f"{t}.prototype.{name}", 1) for name in task["projectors"]}
     for name, prototype in prototypes.items():
-        if prototype.dim() != 1 or not torch.isfinite(prototype).all():
-            raise StatisticsError(f"{path}: tensor '{t}.prototype.{name}' is not one vector of finite numbers.")
+        if not torch.isfinite(prototype).all():
+            raise StatisticsError(f"{path}: tensor '{t}.prototype.{name}' holds NaN or Inf.")
     return TaskStatistics(
         name=task["name"],
         weight=float(task["weight"]),
@@ -187,5 +192,5 @@ def _read_task(path: Path, file: Any, t: int, task: dict[str, Any]) -> TaskStati
         covariances=covariances,
         prototypes=prototypes,
         norms={name: float(norm) for name, norm in task["norms"].items()},
-        deltas={name: read(f"{t}.lora_A.{name}") for name in task["deltas"]},
+        deltas={name: read(f"{t}.lora_A.{name}", 2) for name in task["deltas"]},
     )

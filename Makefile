@@ -1,0 +1,41 @@
+# `make demo` and `make test` set up everything they need in .venv and run; both work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint types docs build clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m peft_many.demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses auto
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
+build: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable ".[demo]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable ".[demo,test,lint,docs,build]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist site *.egg-info many-demo

@@ -1,0 +1,107 @@
+"""Whether a merge fits a base model, checked before the model is touched, and how to leave the model as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .adapter import KEY_PREFIX, UnmergeableAdapterError
+from .config import MAnyConfig
+
+
+def check_fits_model(config: MAnyConfig, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raise `UnmergeableAdapterError` unless every tensor of a merge has its place in the base model.
+
+    Args:
+        config ([`MAnyConfig`]): The merge's config.
+        tensors (`Mapping[str, torch.Tensor]`): What `adapter_model.safetensors` holds, with its keys.
+        model (`torch.nn.Module`): The base model, without adapters.
+    """
+    tensors = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
+    modules = dict(model.named_modules())
+    layers = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    for layer in layers:
+        if layer not in modules:
+            raise UnmergeableAdapterError(
+                f"The adapters' layer '{layer}' matches no module of {type(model).__name__}: they were trained on "
+                "another base model."
+            )
+        width, height = tensors[f"{layer}.lora_A.weight"].shape[1], tensors[f"{layer}.lora_B.weight"].shape[0]
+        _check_layer(layer, modules[layer], width, height, model)
+    left_out = set(modules).difference(layers)
+    extra = next((name for name in modules if name in left_out and check_target_module_exists(config, name)), None)
+    if extra is not None:
+        raise UnmergeableAdapterError(
+            f"{type(model).__name__} has a layer '{extra}', for which the adapters hold no tensor although their "
+            "`target_modules` match it: they were trained on another base model."
+        )
+    for projector in config.projector_modules or []:
+        if projector not in modules:
+            raise UnmergeableAdapterError(
+                f"The adapters' projector '{projector}' matches no module of {type(model).__name__}: they were "
+                "trained on another base model."
+            )
+        _check_experts(projector, tensors, modules[projector], model)
+
+
+def _check_layer(name: str, layer: nn.Module, width: int, height: int, model: nn.Module) -> None:
+    if not (isinstance(layer, (nn.Linear, Conv1D)) or "Linear" in type(layer).__name__):
+        raise UnmergeableAdapterError(
+            f"'{name}' is no linear layer in this {type(model).__name__}, but a {type(layer).__name__}: the adapters "
+            "were trained on another base model."
+        )
+    for side, found, expected in (("input", _features(layer, 1), width), ("output", _features(layer, 0), height)):
+        if found is not None and found != expected:
+            raise UnmergeableAdapterError(
+                f"'{name}' has {found} {side} features in this {type(model).__name__}, but {expected} in the "
+                "adapters: they were trained on a base model of another size."
+            )
+
+
+def _features(layer: nn.Module, side: int) -> int | None:
+    """Input (1) or output (0) features of a linear layer, quantised or a `Conv1D`, where it tells."""
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return int(layer.in_features if side else layer.out_features)  # type: ignore[arg-type]
+    if hasattr(layer, "nx") and hasattr(layer, "nf"):
+        return int(layer.nx if side else layer.nf)  # type: ignore[arg-type]
+    return None
+
+
+def _check_experts(projector: str, tensors: Mapping[str, Tensor], module: nn.Module, model: nn.Module) -> None:
+    """Every task's copy of the projector must have the tensors of the base model's, no more and no fewer."""
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    experts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(f"{projector}.experts."):
+            task, _, weight = key.removeprefix(f"{projector}.experts.").partition(".")
+            experts.setdefault(task, {})[weight] = tuple(tensor.shape)
+    for found in experts.values():
+        wrong = next((key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)), None)
+        if wrong is not None:
+            raise UnmergeableAdapterError(
+                f"The adapters' tensor '{projector}.{wrong}' has shape {found.get(wrong, 'none, it is missing')}, but "
+                f"in this {type(model).__name__} {expected.get(wrong, 'there is no such tensor')}: they were trained "
+                "on another base model."
+            )
+
+
+@contextlib.contextmanager
+def untouched_on_failure(model: nn.Module) -> Iterator[None]:
+    """Wrap a model in the `with` block; if that fails, every module is put back where it was."""
+    before = [(module, dict(module._modules), set(vars(module))) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, children, attributes in before:
+            module._modules.clear()
+            module._modules.update(children)
+            for name in set(vars(module)) - attributes:  # what PEFT and image watching left on the module
+                del vars(module)[name]
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+        raise

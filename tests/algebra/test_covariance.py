@@ -1,0 +1,121 @@
+"""Covariances: accumulation in float64, truncation that keeps the trace, and what is no covariance."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_many.algebra.covariance import (
+    Covariance,
+    CovarianceAccumulator,
+    CovarianceSum,
+    DenseCovariance,
+    InvalidCovarianceError,
+    LowRankCovariance,
+    truncate,
+)
+from tests.algebra.problems import make_tasks, relative_error, seeds
+
+
+def examples(seed: int) -> dict[str, Covariance]:
+    """One covariance of each representation."""
+    dense = make_tasks(seed, tasks=1)[0].covariance
+    low_rank = truncate(dense, 0.9, torch.float64)
+    return {
+        "dense": dense,
+        "dense with ridge": dense.with_ridge(0.1),
+        "low rank": low_rank,
+        "sum": CovarianceSum(remainder=0.0, tokens=80, parts=((0.5, dense), (2.0, low_rank))),
+    }
+
+
+@given(seeds)
+def test_every_representation_agrees_with_its_dense_form(seed):
+    for covariance in examples(seed).values():
+        matrix = covariance.dense()
+        assert matrix.dtype == torch.float64
+        assert matrix.shape == (covariance.width, covariance.width)
+        assert math.isclose(covariance.trace, matrix.trace().item(), rel_tol=1e-12)
+        ridged = covariance.with_ridge(0.01).dense()
+        expected = matrix + 0.01 * matrix.diagonal().mean() * torch.eye(covariance.width, dtype=torch.float64)
+        assert relative_error(ridged, expected) < 1e-12
+        covariance.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_accumulation_is_float64_over_any_batching(dtype):
+    inputs = torch.randn(50, 8).to(dtype)
+    accumulator = CovarianceAccumulator(8)
+    for batch in inputs.split([1, 20, 0, 29]):
+        accumulator.update(batch)
+    result = accumulator.result()
+    assert result.tokens == 50
+    assert result.matrix.dtype == torch.float64
+    assert torch.equal(result.matrix, result.matrix.T)
+    assert relative_error(result.matrix, inputs.double().T @ inputs.double() / 50) < 1e-14
+
+
+def test_directions_that_no_token_reached_hold_no_rounding_noise_that_matters():
+    """The reason for float64: float32 noise in the null space would be far above the ridge that the merge divides by."""
+    inputs = torch.randn(30, 64, dtype=torch.float64)
+    inputs[:, 0] *= 1e3
+    accumulator = CovarianceAccumulator(64)
+    accumulator.update(inputs)
+    mean_energy = accumulator.result().trace / 64
+    assert torch.linalg.eigvalsh(accumulator.result().matrix)[:34].abs().max() < 1e-9 * mean_energy
+
+
+def test_nothing_seen_is_a_zero_covariance():
+    result = CovarianceAccumulator(3).result()
+    assert result.tokens == 0
+    assert torch.equal(result.matrix, torch.zeros(3, 3, dtype=torch.float64))
+    truncate(result, 0.9).check()
+
+
+@given(seeds, st.floats(0.05, 1.0), st.integers(1, 30))
+def test_truncation_keeps_the_trace_and_enough_energy_and_no_more_directions_than_needed(seed, energy, tokens):
+    covariance = make_tasks(seed, tasks=1, tokens=tokens)[0].covariance
+    kept = truncate(covariance, energy, torch.float64)
+    eigenvalues = torch.linalg.eigvalsh(covariance.dense()).flip(0).clamp(min=0)
+    rank = len(kept.factor)
+    assert math.isclose(kept.trace, covariance.trace, rel_tol=1e-9)
+    assert eigenvalues[:rank].sum() >= energy * eigenvalues.sum() * (1 - 1e-9)
+    assert rank == 1 or eigenvalues[: rank - 1].sum() < energy * eigenvalues.sum()
+    assert torch.allclose(torch.linalg.eigvalsh(kept.dense()).flip(0)[:rank], eigenvalues[:rank], rtol=1e-6)
+    assert kept.remainder >= 0
+    kept.check()
+
+
+def test_energy_one_loses_nothing():
+    covariance = make_tasks(1, tasks=1, tokens=5)[0].covariance
+    assert relative_error(truncate(covariance, 1.0, torch.float64).dense(), covariance.dense()) < 1e-12
+
+
+@pytest.mark.parametrize("energy", [0.0, -0.1, 1.1])
+def test_energy_must_be_a_share(energy):
+    with pytest.raises(ValueError, match="energy"):
+        truncate(make_tasks(1, tasks=1)[0].covariance, energy)
+
+
+BAD = {
+    "NaN or Inf": DenseCovariance(remainder=0.0, tokens=1, matrix=torch.tensor([[1.0, 0.0], [0.0, math.nan]])),
+    "not symmetric": DenseCovariance(remainder=0.0, tokens=1, matrix=torch.tensor([[1.0, 0.5], [0.1, 1.0]])),
+    "negative in some direction": DenseCovariance(
+        remainder=0.0, tokens=1, matrix=torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    ),
+    "shape": DenseCovariance(remainder=0.0, tokens=1, matrix=torch.zeros(2, 3)),
+    "remainder is -1.0": LowRankCovariance(remainder=-1.0, tokens=1, factor=torch.ones(1, 2)),
+    "remainder is nan": LowRankCovariance(remainder=math.nan, tokens=1, factor=torch.ones(1, 2)),
+    "holds NaN or Inf": LowRankCovariance(remainder=0.0, tokens=1, factor=torch.tensor([[math.inf, 0.0]])),
+    "factor has shape": LowRankCovariance(remainder=0.0, tokens=1, factor=torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_what_is_no_covariance_is_refused(reason):
+    with pytest.raises(InvalidCovarianceError, match=reason):
+        BAD[reason].check()
+    with pytest.raises(InvalidCovarianceError):
+        CovarianceSum(remainder=0.0, tokens=1, parts=((1.0, BAD[reason]),)).check()

@@ -1,0 +1,183 @@
+"""LPM against its definition: the optimum, its low rank, order, recursion, ridge, and the two solvers."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_many.algebra.covariance import DenseCovariance, LowRankCovariance, truncate
+from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta, SingularMergeError
+from tests.algebra.problems import Task, make_tasks, objective, optimum, relative_error, seeds
+
+RIDGE = 1e-4
+
+
+def merge(tasks: list[Task], ridge: float = RIDGE, energy: float | None = None) -> LowRankDelta:
+    problem = LeastSquaresMerge(ridge)
+    for task in tasks:
+        covariance = task.covariance if energy is None else truncate(task.covariance, energy, torch.float64)
+        problem.add(covariance, {"layer": task.delta}, task.weight)
+    return problem.solve()["layer"]
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 12, 200])
+@pytest.mark.parametrize("ridge", [1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize("energy", [None, 1.0])
+def test_merge_is_the_fp64_optimum_even_where_few_tokens_were_seen(tokens, ridge, energy):
+    tasks = make_tasks(seed=tokens, width=12, tokens=tokens)
+    assert relative_error(merge(tasks, ridge, energy).dense(), optimum(tasks, ridge)) < 1e-5
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 60), st.sampled_from([1e-5, 1e-3]))
+def test_no_other_delta_has_a_smaller_objective(seed, count, tokens, ridge):
+    tasks = make_tasks(seed, tasks=count, tokens=tokens)
+    best = merge(tasks, ridge).dense()
+    value = objective(tasks, best, ridge)
+    generator = torch.Generator().manual_seed(seed)
+    for scale in (1e-3, 1e-1):
+        step = (
+            scale
+            * best.norm()
+            * torch.nn.functional.normalize(
+                torch.randn(best.shape, generator=generator, dtype=torch.float64), dim=None
+            )
+        )
+        assert objective(tasks, best + step, ridge) >= value * (1 - 1e-6)
+
+
+@given(seeds, st.integers(1, 60))
+def test_one_task_comes_back_as_it_was(seed, tokens):
+    (task,) = make_tasks(seed, tasks=1, tokens=tokens)
+    assert relative_error(merge([task]).dense(), task.delta.dense()) < 1e-6
+
+
+@given(seeds)
+def test_merging_equal_deltas_gives_that_delta_whatever_the_inputs(seed):
+    tasks = make_tasks(seed)
+    for task in tasks:
+        task.delta = tasks[0].delta
+    assert relative_error(merge(tasks).dense(), tasks[0].delta.dense()) < 1e-5
+
+
+@given(seeds)
+def test_order_does_not_matter(seed):
+    tasks = make_tasks(seed)
+    expected = merge(tasks).dense()
+    for order in itertools.permutations(tasks):
+        assert relative_error(merge(list(order)).dense(), expected) < 1e-5
+
+
+@given(seeds)
+def test_scaling_all_weights_changes_nothing_and_a_zero_weight_removes_a_task(seed):
+    tasks = make_tasks(seed)
+    expected = merge(tasks).dense()
+    for task in tasks:
+        task.weight *= 7
+    assert relative_error(merge(tasks).dense(), expected) < 1e-5
+    tasks[1].weight = 0.0
+    assert relative_error(merge(tasks).dense(), merge([tasks[0], tasks[2]]).dense()) < 1e-5
+
+
+@given(seeds)
+def test_adding_one_at_a_time_is_the_textbook_recursion(seed):
+    """`R_t = R_{t−1} + w_t C_t`, `K_t = w_t C_t R_t⁻¹`, `ΔW*_t = ΔW*_{t−1} (I − K_t) + ΔW_t K_t`, at every step."""
+    tasks = make_tasks(seed)
+    problem = LeastSquaresMerge(RIDGE)
+    scatter = torch.zeros(12, 12, dtype=torch.float64)
+    delta = torch.zeros(7, 12, dtype=torch.float64)
+    for task in tasks:
+        energy = task.weight * task.covariance.with_ridge(RIDGE).dense()
+        scatter = scatter + energy
+        gain = torch.linalg.solve(scatter, energy, left=False)
+        delta = delta - delta @ gain + task.delta.dense() @ gain
+        problem.add(task.covariance, {"layer": task.delta}, task.weight)
+        assert relative_error(problem.solve()["layer"].dense(), delta) < 1e-5
+
+
+def test_the_merge_is_exactly_low_rank_with_the_tasks_own_B():
+    tasks = make_tasks(seed=1)
+    merged = merge(tasks)
+    assert merged.A.shape == (2 + 3 + 4, 12)
+    assert merged.A.dtype == torch.float32
+    assert torch.equal(merged.B, torch.cat([task.delta.B for task in tasks], dim=1))
+
+
+@given(seeds, st.integers(1, 3))
+def test_kernel_form_equals_dense_form(seed, tokens):
+    tasks = make_tasks(seed, width=16, tokens=tokens)
+    for task in tasks:
+        assert isinstance(truncate(task.covariance, 1.0), LowRankCovariance)
+    in_span = merge(tasks, energy=1.0).dense()  # 3 tasks of at most 3 directions each, fewer than 16
+    dense = merge(tasks).dense()
+    assert relative_error(in_span, dense) < 1e-5
+
+
+def test_layers_that_share_an_input_are_merged_each_for_itself():
+    tasks = make_tasks(seed=3)
+    problem = LeastSquaresMerge(RIDGE)
+    for task in tasks:
+        twice = LowRankDelta(A=2 * task.delta.A, B=task.delta.B)
+        problem.add(task.covariance, {"q": task.delta, "k": twice}, task.weight)
+    merged = problem.solve()
+    assert relative_error(merged["q"].dense(), optimum(tasks, RIDGE)) < 1e-5
+    assert relative_error(merged["k"].dense(), 2 * optimum(tasks, RIDGE)) < 1e-5
+
+
+def test_a_layer_that_a_task_did_not_train_counts_as_zero_there():
+    tasks = make_tasks(seed=4)
+    problem = LeastSquaresMerge(RIDGE)
+    for t, task in enumerate(tasks):
+        problem.add(task.covariance, {} if t == 1 else {"layer": task.delta}, task.weight)
+    tasks[1].delta = LowRankDelta(A=torch.zeros(1, 12), B=torch.zeros(7, 1))
+    merged = problem.solve()["layer"]
+    assert merged.A.shape[0] == 2 + 4
+    assert relative_error(merged.dense(), optimum(tasks, RIDGE)) < 1e-5
+
+
+def test_unseen_directions_get_the_mean_delta():
+    width = 6
+    seen = torch.zeros(width, dtype=torch.float64)
+    seen[0] = 1.0
+    deltas = [LowRankDelta(A=torch.randn(1, width), B=torch.randn(3, 1)) for _ in range(2)]
+    problem = LeastSquaresMerge(RIDGE)
+    for delta in deltas:
+        problem.add(DenseCovariance(remainder=0.0, tokens=1, matrix=torch.outer(seen, seen)), {"layer": delta})
+    mean = (deltas[0].dense() + deltas[1].dense()) / 2
+    assert relative_error(problem.solve()["layer"].dense(), mean) < 1e-5
+
+
+def test_a_layer_that_no_token_reached_gets_the_mean_delta():
+    deltas = [LowRankDelta(A=torch.randn(1, 4), B=torch.randn(3, 1)) for _ in range(2)]
+    problem = LeastSquaresMerge(RIDGE)
+    for delta in deltas:
+        problem.add(DenseCovariance(remainder=0.0, tokens=0, matrix=torch.zeros(4, 4)), {"layer": delta})
+    assert relative_error(problem.solve()["layer"].dense(), (deltas[0].dense() + deltas[1].dense()) / 2) < 1e-6
+
+
+@pytest.mark.parametrize("energy", [None, 1.0])
+def test_without_a_ridge_unseen_directions_are_an_error_and_not_noise(energy):
+    with pytest.raises(SingularMergeError, match="ridge"):
+        merge(make_tasks(seed=5, tokens=1), ridge=0.0, energy=energy)
+
+
+def test_without_a_ridge_the_optimum_is_found_where_it_exists():
+    tasks = make_tasks(seed=6, tokens=100)
+    assert relative_error(merge(tasks, ridge=0.0).dense(), optimum(tasks, 0.0)) < 1e-5
+
+
+def test_bad_arguments_are_refused():
+    (task, other) = make_tasks(seed=7, tasks=2)
+    with pytest.raises(ValueError, match="ridge"):
+        LeastSquaresMerge(-1.0)
+    problem = LeastSquaresMerge()
+    with pytest.raises(ValueError, match="weight"):
+        problem.add(task.covariance, {"layer": task.delta}, weight=-1.0)
+    with pytest.raises(ValueError, match="'layer' has input width 5"):
+        problem.add(task.covariance, {"layer": LowRankDelta(A=torch.zeros(1, 5), B=torch.zeros(3, 1))})
+    problem.add(task.covariance, {"layer": task.delta})
+    narrow = DenseCovariance(remainder=0.0, tokens=1, matrix=torch.eye(5))
+    with pytest.raises(ValueError, match="width 5"):
+        problem.add(narrow, {"layer": LowRankDelta(A=torch.zeros(1, 5), B=torch.zeros(3, 1))})
+    assert other.delta.B.shape[0] == 7
