@@ -20,7 +20,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 docs: $(VENV)/.dev
-	$(BIN)/mkdocs build --strict
+	$(BIN)/zensical build --strict
 
 build: $(VENV)/.dev
 	rm -rf dist

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from contextlib import ExitStack
 from types import MethodType
 from typing import Any
 
@@ -48,18 +48,17 @@ class MAnyModel(LoraModel):
         If anything fails, the projectors are as before.
         """
         config: MAnyConfig = self.peft_config[adapter_name]
-        undo = self._wrap_projectors(model, adapter_name, config)
-        try:
+        with ExitStack() as rollback:
+            self._wrap_projectors(model, adapter_name, config, rollback)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            undo()
-            raise
+            rollback.pop_all()
         if config.routing:
             watch_image_calls(model)
         if isinstance(config.statistics, AdapterStatistics):
             hang_on_layers(model, adapter_name, config.statistics)
 
-    def _wrap_projectors(self, model: nn.Module, adapter_name: str, config: MAnyConfig) -> Callable[[], None]:
+    def _wrap_projectors(self, model: nn.Module, adapter_name: str, config: MAnyConfig, rollback: ExitStack) -> None:
+        """Give the adapter its projectors; how to take them away again goes on the stack `rollback`."""
         if config.projector_modules is None:
             projectors = find_projectors(model)
         else:
@@ -70,27 +69,21 @@ class MAnyModel(LoraModel):
             kept = config.modules_to_save or []
             config.modules_to_save = [*kept, *(name for name in projectors if name not in kept)]
         active = adapter_name in self.active_adapters
-        wrapped: list[tuple[nn.Module, str, nn.Module]] = []
-        updated: list[tuple[ProjectorWrapper, Any]] = []
         for name in projectors:
-            parent, module = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
-            routing = _routing(config, name)
+            (parent_name, _, child), module, routing = (
+                name.rpartition("."),
+                model.get_submodule(name),
+                _routing(config, name),
+            )
             if isinstance(module, ProjectorWrapper):
-                updated.append((module, module.active_adapters))
+                rollback.callback(module.delete_adapter, adapter_name, module.active_adapters)
                 module.update(adapter_name, routing=routing)
                 continue
+            _check_trainable(name, module)
             wrapper = ProjectorWrapper(module, adapter_name, routing=routing)
             wrapper.set_adapter(adapter_name if active else [], inference_mode=config.inference_mode)
-            setattr(parent, name.rpartition(".")[2], wrapper)
-            wrapped.append((parent, name.rpartition(".")[2], module))
-
-        def undo() -> None:
-            for parent, child, module in wrapped:
-                setattr(parent, child, module)
-            for wrapper, active_before in updated:
-                wrapper.delete_adapter(adapter_name, active_before)
-
-        return undo
+            rollback.callback(setattr, model.get_submodule(parent_name), child, module)
+            setattr(model.get_submodule(parent_name), child, wrapper)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -119,6 +112,15 @@ class MAnyModel(LoraModel):
         else:
             unwatch_image_calls([(module, name) for module in model.modules() for name in WATCHED_METHODS])
         return model
+
+
+def _check_trainable(name: str, projector: nn.Module) -> None:
+    for parameter in projector.parameters():
+        if not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao"):
+            raise ValueError(
+                f"The projector '{name}' is quantised, so it cannot have a trainable copy. Leave it out (for "
+                f"bitsandbytes: `llm_int8_skip_modules=['{name}', 'lm_head']`), or pass `projector_modules=[]`."
+            )
 
 
 def _refuse_saving(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
