@@ -12,20 +12,19 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel, send_to_device
 from peft import LoraConfig
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper, PeftWarning
 from torch import nn
 from tqdm.auto import tqdm
 
 from .config import MAnyConfig
-from .families import find_projectors, language_model_linears
-from .hooks import CovarianceHooks, PrototypeHooks
+from .families import find_projectors, image_encoder_name, language_model_linears, text_encoder
+from .hooks import MASK_NAMES, CovarianceHooks, PrototypeHooks
 from .image_layout import watching_image_calls
 from .layers import hang_on_layers, lora_layers
 from .registration import give_statistics
-from .statistics import AdapterStatistics, TaskStatistics
-
-MASK_NAMES = ("attention_mask", "decoder_attention_mask")
+from .statistics import DEFAULT_ENERGY, AdapterStatistics, TaskStatistics
 
 
 def collect_statistics(
@@ -35,6 +34,7 @@ def collect_statistics(
     adapter_name: str | None = None,
     max_samples: int | None = 256,
     target_modules: Sequence[str] | str | None = None,
+    energy: float | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     share_inputs: bool = True,
     progress: bool = True,
@@ -62,6 +62,9 @@ def collect_statistics(
         target_modules (`Sequence[str]` or `str`, *optional*):
             Further linear layers to measure, by the end of their name, or `"all-linear"`: layers that other tasks
             train and this one does not. Layers that share an adapted layer's input are included anyway, at no cost.
+        energy (`float`, *optional*):
+            Share of each covariance's energy that is kept when the adapter is saved, in (0, 1]. Defaults to the
+            config's, and to 0.999 for plain LoRA adapters.
         forward_fn (`Callable`, *optional*):
             `forward_fn(model, batch)`, for models that are not called as above.
         share_inputs (`bool`, defaults to `True`):
@@ -76,6 +79,8 @@ def collect_statistics(
         ValueError: There is no such adapter, it is a merge, or the dataloader is empty.
         RuntimeError: An activation holds NaN or Inf, or layers shared an input in some batches only.
     """
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ValueError(f"`energy` must be in (0, 1], but it is {energy}.")
     peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     adapter_name = _adapter_to_measure(peft_model, adapter_name)
     config = peft_model.peft_config[adapter_name]
@@ -84,8 +89,11 @@ def collect_statistics(
     linears = {name: base.get_submodule(name) for name in language_model_linears(base)}
     measured = layers | {name: linears[name] for name in _further_layers(linears, target_modules)}
     bystanders = {name: layer for name, layer in linears.items() if name not in measured}
-    covariances = CovarianceHooks(measured, bystanders, share_inputs)
-    prototypes = PrototypeHooks({name: base.get_submodule(name) for name in find_projectors(base)})
+    projectors, encoder = _projectors(base, config), text_encoder(base)
+    visual = tuple(f"{name}." for name in [image_encoder_name(base), *projectors] if name)
+    unmasked = {name for name in measured if name.startswith(visual)}
+    covariances = CovarianceHooks(measured, bystanders, share_inputs, encoder, unmasked)
+    prototypes = PrototypeHooks({name: base.get_submodule(name) for name in projectors})
 
     with (
         _state_kept(peft_model),
@@ -101,7 +109,7 @@ def collect_statistics(
         with bar:
             for batch in dataloader:
                 batch = send_to_device(batch, _device_of(peft_model))
-                covariances.masks = _masks(batch)
+                covariances.masks = _masks(batch, encoder is not None)
                 _forward(peft_model, batch, forward_fn)
                 covariances.end_of_batch()
                 rows = _batch_size(batch)
@@ -122,7 +130,9 @@ def collect_statistics(
     )
     _warn_of_unseen(task)
     statistics = AdapterStatistics((task,))
-    give_statistics(config, statistics)
+    if energy is not None and isinstance(config, MAnyConfig):
+        config.energy = energy
+    give_statistics(config, statistics, DEFAULT_ENERGY if energy is None else energy)
     hang_on_layers(base, adapter_name, statistics)
     return statistics
 
@@ -151,7 +161,7 @@ def _adapter_to_measure(model: Any, adapter_name: str | None) -> str:
             f"Adapter '{adapter_name}' adapts '{unsuited}', which is no linear layer "
             f"({type(layers[unsuited]).__name__}); only linear layers have an input covariance."
         )
-    merged = next((name for name, layer in layers.items() if set(layer.merged_adapters) - {adapter_name}), None)
+    merged = next((n for n, m in model.named_modules() if set(_merged_into(m)) - {adapter_name}), None)
     if merged is not None:
         raise ValueError(f"Other adapters are merged into '{merged}'; call `unmerge_adapter()` first.")
     return adapter_name
@@ -217,12 +227,15 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
-def _masks(batch: Any) -> list[torch.Tensor]:
+def _masks(batch: Any, has_encoder: bool) -> dict[str, torch.Tensor]:
     """The 2-D attention masks of a batch, as booleans: which positions are tokens and which are padding."""
     if not isinstance(batch, Mapping):
-        return []
-    masks = [batch[name] for name in MASK_NAMES if isinstance(batch.get(name), torch.Tensor)]
-    return [mask.bool() for mask in masks if mask.dim() == 2]
+        return {}
+    masks = {name: batch[name].bool() for name in MASK_NAMES if isinstance(batch.get(name), torch.Tensor)}
+    if has_encoder and MASK_NAMES[1] not in masks and isinstance(batch.get("labels"), torch.Tensor):
+        # Models make the decoder's inputs from the labels, whose padding data collators mark by -100.
+        masks[MASK_NAMES[1]] = batch["labels"] != -100
+    return {name: mask for name, mask in masks.items() if mask.dim() == 2}
 
 
 def _batch_size(batch: Any) -> int:
@@ -237,8 +250,21 @@ def _batch_size(batch: Any) -> int:
     return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.dim() > 0), 1)
 
 
+def _projectors(base: nn.Module, config: Any) -> list[str]:
+    """All projectors: tasks that do not train a projector need prototypes too, to be told from those that do."""
+    own = getattr(config, "projector_modules", None) or []
+    return [*own, *(name for name in find_projectors(base) if name not in own)]
+
+
 def _is_linear_lora(layer: Any, adapter_name: str) -> bool:
+    """Whether the layer computes `base(x) + B A x` of the input that arrives at it."""
+    if isinstance(layer, (MultiheadAttention, ParamWrapper)):
+        return False
     return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)
+
+
+def _merged_into(module: nn.Module) -> list[str]:
+    return list(module.merged_adapters) if isinstance(module, BaseTunerLayer) else []
 
 
 def _warn_of_unseen(task: TaskStatistics) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -32,6 +33,14 @@ def language_model_name(model: nn.Module) -> str | None:
     return None if decoder is model else _name_of(model, decoder)
 
 
+def text_encoder(model: nn.Module) -> nn.Module | None:
+    """The text encoder of an encoder-decoder model, `None` for all other models."""
+    if not isinstance(model, PreTrainedModel) or not getattr(model.config, "is_encoder_decoder", False):
+        return None
+    encoder: nn.Module = model.get_encoder()
+    return None if encoder is model else encoder
+
+
 def find_projectors(model: nn.Module) -> list[str]:
     """The paths of the modules that turn vision features into tokens; several where a family has several.
 
@@ -54,7 +63,7 @@ def match_projectors(model: nn.Module, wanted: list[str]) -> list[str]:
     """The paths that end with the given names, as `modules_to_save` matches them.
 
     Raises:
-        ValueError: A name matches no module.
+        ValueError: A name matches no module, or a part of another projector.
     """
     names = [name for name, _ in model.named_modules()]
     found: list[str] = []
@@ -65,13 +74,18 @@ def match_projectors(model: nn.Module, wanted: list[str]) -> list[str]:
                 f"`projector_modules` names '{suffix}', but no module of {type(model).__name__} ends with that name."
             )
         found += [name for name in matches if name not in found]
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    for outer in [*found, *wrapped]:
+        inner = next((name for name in found if name.startswith(f"{outer}.")), None)
+        if inner is not None:
+            raise ValueError(f"`projector_modules` names '{inner}', which is a part of the projector '{outer}'.")
     return found
 
 
 def language_model_linears(model: nn.Module) -> list[str]:
     """The paths of all linear layers of the language model, adapted or not, without the output head.
 
-    Where images play no part, that is the whole model.
+    Where images play no part, that is the whole model. Modules trained whole (`modules_to_save`) are left out.
 
     Raises:
         ValueError: The language model of a multimodal model cannot be told apart from the rest.
@@ -88,16 +102,26 @@ def language_model_linears(model: nn.Module) -> list[str]:
             )
         prefix = f"{language_model}."
     found: list[str] = []
-    adapted: list[str] = []
+    closed: list[str] = []
     for name, module in model.named_modules():
-        if not name.startswith(prefix) or module is head or name.startswith(tuple(adapted)):
+        if not name.startswith(prefix) or name.startswith(tuple(closed)):
+            continue
+        if module is head or isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            closed.append(f"{name}.")
+        if module is head:
             continue
         if isinstance(module, BaseTunerLayer):
-            adapted.append(f"{name}.")
             module = module.get_base_layer()
-        if isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__:
+        if _is_linear(module):
             found.append(name)
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer, be it quantised; attention layers of a `LinearAttention` class are none."""
+    return isinstance(module, (nn.Linear, Conv1D)) or (
+        "Linear" in type(module).__name__ and hasattr(module, "in_features")
+    )
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str | None:

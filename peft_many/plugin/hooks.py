@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..algebra.covariance import Covariance, CovarianceAccumulator
 from .image_layout import current_layout
+
+# Of the text, and of the decoder's text in an encoder-decoder model.
+MASK_NAMES = ("attention_mask", "decoder_attention_mask")
 
 
 @dataclass
@@ -39,13 +42,27 @@ class CovarianceHooks:
         bystanders (`Mapping[str, nn.Module]`):
             Further linear layers, which get a covariance only if they share the input of a measured one.
         share (`bool`): Whether to look for shared inputs.
+        text_encoder (`nn.Module`, *optional*): The text encoder of an encoder-decoder model.
+        unmasked (`Collection[str]`): Layers whose inputs are no text, so that attention masks mean nothing there.
     """
 
-    def __init__(self, measured: Mapping[str, Any], bystanders: Mapping[str, nn.Module], share: bool = True) -> None:
+    def __init__(
+        self,
+        measured: Mapping[str, Any],
+        bystanders: Mapping[str, nn.Module],
+        share: bool = True,
+        text_encoder: nn.Module | None = None,
+        unmasked: Collection[str] = (),
+    ) -> None:
         self.measured = measured
         self.bystanders = bystanders if share else {}
         self.share = share
-        self.masks: list[Tensor] = []
+        self.text_encoder = text_encoder
+        self.unmasked = unmasked
+        # Set before each batch: which positions are tokens, `(rows, length)`; see `MASK_NAMES`.
+        self.masks: Mapping[str, Tensor] = {}
+        self._encoding = False
+        self._encoded: weakref.ref[Tensor] | None = None
         self._accumulators: dict[str, CovarianceAccumulator] = {}
         self._calls: Counter[str] = Counter()
         self._led_by: dict[str, Counter[str]] = {name: Counter() for name in [*measured, *self.bystanders]}
@@ -56,12 +73,22 @@ class CovarianceHooks:
     def __enter__(self) -> CovarianceHooks:
         for name, layer in [*self.measured.items(), *self.bystanders.items()]:
             self._handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+        if self.text_encoder is not None:
+            self._handles.append(self.text_encoder.register_forward_pre_hook(self._encoder_begins))
+            self._handles.append(self.text_encoder.register_forward_hook(self._encoder_ends))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._arrivals.clear()
+
+    def _encoder_begins(self, *_: object) -> None:
+        self._encoding = True
+
+    def _encoder_ends(self, encoder: nn.Module, args: Any, output: Any) -> None:
+        self._encoding = False
+        self._encoded = weakref.ref(output if isinstance(output, Tensor) else output[0])
 
     def end_of_batch(self) -> None:
         """Forget the tensors of this batch, whose identity may be reused in the next."""
@@ -77,7 +104,7 @@ class CovarianceHooks:
         found: dict[str, Covariance] = {}
         for name, layer in self.measured.items():
             if self._calls[name] == 0:
-                found[name] = CovarianceAccumulator(layer.in_features).result()
+                found[name] = CovarianceAccumulator(_input_width(layer)).result()
                 continue
             leader = self._constant_leader(name)
             if leader is None:
@@ -118,34 +145,38 @@ class CovarianceHooks:
 
     def _arrival(self, name: str, inputs: Tensor) -> _Arrival:
         arrival = self._arrivals.get(id(inputs)) if self.share else None
+        version = 0 if inputs.is_inference() else inputs._version  # inference tensors have none
         if (
             arrival is not None
             and arrival.tensor() is inputs
-            and arrival.version == inputs._version
+            and arrival.version == version
             and arrival.leader != name
         ):
             return arrival
-        arrival = self._arrivals[id(inputs)] = _Arrival(weakref.ref(inputs), inputs._version)
+        arrival = self._arrivals[id(inputs)] = _Arrival(weakref.ref(inputs), version)
         return arrival
 
     def _accumulate(self, name: str, layer: Any, inputs: Tensor) -> None:
-        width = layer.in_features
+        width = _input_width(layer)
         if inputs.shape[-1] != width:
             raise RuntimeError(f"The input of '{name}' has {inputs.shape[-1]} features, not {width} as the layer.")
         rows = self._without_padding(name, inputs)
         if not torch.isfinite(rows).all():
             raise RuntimeError(f"The input of '{name}' holds NaN or Inf; its covariance would be worthless.")
         if name not in self._accumulators:
-            self._accumulators[name] = CovarianceAccumulator(width, inputs.device)
+            # Apple's GPUs know no float64.
+            device = "cpu" if inputs.device.type == "mps" else inputs.device
+            self._accumulators[name] = CovarianceAccumulator(width, device)
         self._accumulators[name].update(rows)
 
     def _without_padding(self, name: str, inputs: Tensor) -> Tensor:
         """The rows of `inputs` that are tokens, shape `(tokens, in)`."""
         rows = inputs.reshape(-1, inputs.shape[-1])
-        for mask in self.masks:
+        masks = self._masks_of(name, inputs)
+        for mask in masks:
             if inputs.shape[:-1] == mask.shape or (inputs.dim() == 2 and len(rows) == mask.numel()):
                 return rows[mask.reshape(-1).to(rows.device)]
-        if not self._warned and any(not mask.all() for mask in self.masks):
+        if not self._warned and any(not mask.all() for mask in masks):
             self._warned = True
             warnings.warn(
                 f"The input of '{name}', of shape {tuple(inputs.shape)}, fits no attention mask of the batch, so "
@@ -154,6 +185,20 @@ class CovarianceHooks:
                 stacklevel=2,
             )
         return rows
+
+    def _masks_of(self, name: str, inputs: Tensor) -> list[Tensor]:
+        """The masks that can belong to an input. In an encoder-decoder, cross-attention reads the encoder's output."""
+        if name in self.unmasked:
+            return []
+        if self.text_encoder is None:
+            return list(self.masks.values())
+        of_encoder = self._encoding or (self._encoded is not None and self._encoded() is inputs)
+        mask = self.masks.get(MASK_NAMES[0] if of_encoder else MASK_NAMES[1])
+        return [] if mask is None else [mask]
+
+
+def _input_width(layer: Any) -> int:
+    return int(layer.in_features if hasattr(layer, "in_features") else layer.nx)  # `Conv1D` has its own name for it
 
 
 class PrototypeHooks:
@@ -181,12 +226,12 @@ class PrototypeHooks:
 
     def result(self) -> dict[str, Tensor]:
         """The prototype of each projector that saw an image, shape `(d,)`, float32, on the CPU."""
-        return {name: (total / self._images[name]).float().cpu() for name, total in self._sums.items()}
+        return {name: (total / self._images[name]).float() for name, total in self._sums.items()}
 
     def _hook(self, name: str) -> Any:
         def hook(projector: nn.Module, args: tuple[Any, ...]) -> None:
             features = args[0]
-            pooled = current_layout(features).pool(features).double()
+            pooled = current_layout(features).pool(features).cpu().double()
             if not torch.isfinite(pooled).all():
                 raise RuntimeError(f"The vision features at '{name}' hold NaN or Inf.")
             self._sums[name] = self._sums.get(name, 0) + pooled.sum(0)

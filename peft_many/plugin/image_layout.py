@@ -7,12 +7,10 @@ A projector sees vision features without image boundaries. The boundaries stand 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -92,6 +90,10 @@ def _tile_lengths(call: ImageCall) -> Tensor | None:
     if sizes is None or pinpoints is None or config is None:
         return None
     tiles = [image_size_to_num_patches(size, pinpoints, config.vision_config.image_size) for size in sizes]
+    counts = call.arguments.get("batch_num_images")
+    if counts is not None:  # LLaVA-OneVision cuts an image only if it is the only one of its sample
+        alone = [count == 1 for count in counts for _ in range(count)]
+        tiles = [number if cut else 1 for number, cut in zip(tiles, alone)]
     return torch.tensor(tiles)
 
 
@@ -125,43 +127,49 @@ def current_layout(features: Tensor) -> ImageLayout:
                 return ImageLayout(lengths.cpu(), flat)
     if features.dim() < 3:
         raise RuntimeError(
-            f"The projector got flat vision features of shape {tuple(features.shape)} from outside the model's "
-            "`get_image_features`, so image boundaries are unknown and images cannot be routed."
+            f"The projector got flat vision features of shape {tuple(features.shape)}, and no running call of the "
+            "model's `get_image_features` says where images begin, so they cannot be told apart."
         )
     return ImageLayout(lengths=None, flat=False)
 
 
-@functools.cache
-def _watched(cls: type, name: str) -> Callable[..., Any]:
-    """A method that does what the class's own does, and lets `current_layout` know its arguments meanwhile."""
-    function = getattr(cls, name)
-    signature = inspect.signature(function)
+class _WatchedMethod:
+    """Does what the module's own image method does, and lets `current_layout` know its arguments meanwhile.
 
-    @functools.wraps(function)  # `generate` reads the signature
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(self, *args, **kwargs).arguments
+    An object that holds its module, not a bound function, so that copies and pickles of a model watch themselves.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module = module
+        self.name = name
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._own_method())  # which `generate` reads
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.__signature__.bind(*args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
-        token = _running_call.set(ImageCall(self, arguments))
+        token = _running_call.set(ImageCall(self.module, arguments))
         try:
-            return function(self, *args, **kwargs)
+            return self._own_method()(*args, **kwargs)
         finally:
             _running_call.reset(token)
 
-    return method
+    def _own_method(self) -> Callable[..., Any]:
+        return getattr(type(self.module), self.name).__get__(self.module)
 
 
 def watch_image_calls(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Watch the image methods of every part of the model that has them; returns what was newly watched.
 
-    The methods are set on the instances (bound, so that `copy.deepcopy` of a model rebinds them to the copy); the
-    classes stay as they are.
+    The methods are set on the instances; the classes stay as they are.
     """
     watched = []
     for module in model.modules():
         for name in WATCHED_METHODS:
             if callable(getattr(type(module), name, None)) and name not in module.__dict__:
-                cls: type = type(module)
-                setattr(module, name, MethodType(_watched(cls, name), module))
+                setattr(module, name, _WatchedMethod(module, name))
                 watched.append((module, name))
     return watched
 

@@ -75,8 +75,22 @@ class ProjectorMixture(nn.Module):
         # `.half()` and `.to(dtype)` are meant for weights; rounded prototypes would route differently.
         prototypes = self.prototypes
         super()._apply(fn, recurse)
-        self.prototypes = prototypes.to(self.prototypes.device)
+        if prototypes.is_meta:  # `to_empty`: there is nothing to keep
+            self.prototypes = self.prototypes.float()
+        else:
+            self.prototypes = prototypes.to(self.prototypes.device)
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Some models read attributes of their projector, such as `spatial_merge_size`.
+            experts = self.__dict__.get("_modules", {}).get("experts")
+            value = getattr(next(iter(experts.values())), name) if experts else None
+            if value is None or isinstance(value, nn.Module):  # one expert's parts are not the mixture's
+                raise
+            return value
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:
@@ -90,7 +104,13 @@ def _call(expert: nn.Module | None, *args: Any, **kwargs: Any) -> Tensor:
     assert expert is not None
     features: Tensor = args[0]
     dtype = next((p.dtype for p in expert.parameters() if p.is_floating_point()), features.dtype)
-    return expert(features.to(dtype), *args[1:], **kwargs).to(features.dtype)
+    output = expert(features.to(dtype), *args[1:], **kwargs)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"The projector {type(expert).__name__} returns {type(output).__name__}; only projectors that return one "
+            "tensor can be routed. `MAnyConfig(projector_modules=[])` leaves the projector as it is."
+        )
+    return output.to(features.dtype)
 
 
 class ProjectorWrapper(ModulesToSaveWrapper):
