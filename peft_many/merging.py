@@ -21,11 +21,13 @@ from .card import write_card
 from .plugin.adapter import KEY_PREFIX, Adapter, TaskAdapter, UnmergeableAdapterError, read_adapter
 from .plugin.atomic import new_folder
 from .plugin.config import DEFAULT_TEMPERATURE, MAnyConfig
+from .plugin.fit import check_fits_model, untouched_on_failure
 from .plugin.hub import find_adapter
 from .plugin.statistics import AdapterStatistics, check_covariance
 
 DEFAULT_RIDGE = 1e-4
 AdapterPath = str | os.PathLike[str]
+TaskNames = str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def merge_adapter_sequence(
     *,
     adapter_name: str = "default",
     weights: Sequence[float] | None = None,
-    task_names: Sequence[str | None] | None = None,
+    task_names: Sequence[TaskNames] | None = None,
     ridge: float = DEFAULT_RIDGE,
     temperature: float = DEFAULT_TEMPERATURE,
     low_cpu_mem_usage: bool = False,
@@ -67,7 +69,8 @@ def merge_adapter_sequence(
         weights (`Sequence[float]`, *optional*):
             One weight `w_t ≥ 0` for each adapter, all 1 by default; it multiplies those of a merge's tasks.
         task_names (`Sequence[str]`, *optional*):
-            Names of the tasks, where the adapters do not say or clash; `None` entries keep the adapter's own.
+            Names of the tasks, where the adapters do not say or clash; `None` entries keep the adapter's own, and a
+            merge takes a list, in the order of its config's `tasks`.
         ridge (`float`, defaults to `1e-4`):
             `λ`, the share of the mean input energy added in every direction; it pulls unseen directions to the tasks'
             mean delta. 1e-6 to 1e-3 worked alike in the pilot, 1e-2 cost accuracy.
@@ -75,8 +78,12 @@ def merge_adapter_sequence(
             `τ` of the projector routing; 0.02 to 0.1 worked alike in the pilot.
         low_cpu_mem_usage (`bool`, defaults to `False`):
             Create the adapter's weights on the meta device before they are filled.
-        token, cache_dir, local_files_only:
-            As in [`~huggingface_hub.snapshot_download`].
+        token (`str` or `bool`, *optional*):
+            As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*):
+            Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`):
+            Use only what is in the cache.
         progress (`bool`, defaults to `True`):
             Show a progress bar.
 
@@ -99,11 +106,12 @@ def merge_adapter_sequence(
         hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
         progress=progress,
     )
-    _check_fits_model(merged, model)
+    check_fits_model(merged.config, merged.tensors, model)
     config = replace(merged.config)
     config.base_model_name_or_path = None  # which get_peft_model sets to the model's own
-    merged_model = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-    set_peft_model_state_dict(merged_model, merged.tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    with untouched_on_failure(model):
+        merged_model = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        set_peft_model_state_dict(merged_model, merged.tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     return merged_model.eval()
 
 
@@ -112,7 +120,7 @@ def merge_adapter_files(
     output_dir: str | os.PathLike[str],
     *,
     weights: Sequence[float] | None = None,
-    task_names: Sequence[str | None] | None = None,
+    task_names: Sequence[TaskNames] | None = None,
     ridge: float = DEFAULT_RIDGE,
     temperature: float = DEFAULT_TEMPERATURE,
     token: str | bool | None = None,
@@ -124,8 +132,9 @@ def merge_adapter_files(
 
     The folder is written whole or not at all, and loads with `PeftModel.from_pretrained(base, folder)`.
 
+    The arguments are those of [`merge_adapter_sequence`], and:
+
     Args:
-        adapters (`Sequence[str]`): As in [`merge_adapter_sequence`], like all further arguments.
         output_dir (`str`): The folder to create; it must not exist, or be empty.
 
     Returns:
@@ -135,7 +144,7 @@ def merge_adapter_files(
         FileExistsError: The output folder exists and is not empty.
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
     """
-    output = Path(output_dir)
+    output = Path(output_dir).expanduser()
     with new_folder(output) as folder:
         merged = _merge(
             adapters,
@@ -156,7 +165,7 @@ def _merge(
     entries: Sequence[AdapterPath],
     *,
     weights: Sequence[float] | None,
-    task_names: Sequence[str | None] | None,
+    task_names: Sequence[TaskNames] | None,
     ridge: float,
     temperature: float,
     hub: Mapping[str, Any],
@@ -167,6 +176,8 @@ def _merge(
     for name, given in (("weights", weights), ("task_names", task_names)):
         if given is not None and len(given) != len(entries):
             raise ValueError(f"`{name}` has {len(given)} entries for {len(entries)} adapters.")
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be positive, but it is {temperature}.")
     adapters = [
         read_adapter(find_adapter(entry, **hub), task_names[i] if task_names is not None else None)
         for i, entry in enumerate(tqdm(entries, desc="Reading adapters", unit="adapter", disable=not progress))
@@ -200,7 +211,7 @@ def _check_tasks(tasks: Sequence[TaskAdapter]) -> None:
         if same is not task:
             raise UnmergeableAdapterError(
                 f"Two tasks are called '{task.name}': {same.source} and {task.source}. Pass `task_names` to tell them "
-                "apart."
+                "apart (for a merge, a list of its tasks' names)."
             )
         if not 0.0 <= task.weight < float("inf"):
             raise ValueError(f"The weight of {task.source} is {task.weight}; weights must be finite and not negative.")
@@ -267,6 +278,15 @@ def _merge_projectors(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, dict[str,
     tensors: dict[str, Tensor] = {}
     for projector in sorted({name for task in tasks for name in task.projectors}):
         routed = [task for task in tasks if projector in task.statistics.prototypes and task.weight > 0]
+        if not routed:
+            continue
+        for task in tasks:
+            layer = next((name for name in task.deltas if name.startswith(f"{projector}.")), None)
+            if layer is not None:
+                raise UnmergeableAdapterError(
+                    f"{task.source} has a LoRA at '{layer}', inside the projector '{projector}' that other adapters "
+                    "trained whole; these cannot be merged."
+                )
         prototypes = [task.statistics.prototypes[projector].float() for task in routed]
         for task, prototype in zip(routed, prototypes):
             if prototype.shape != prototypes[0].shape:
@@ -279,10 +299,24 @@ def _merge_projectors(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, dict[str,
             "tasks": [{"name": task.name, "trained": projector in task.projectors} for task in routed],
         }
         tensors[f"{projector}.prototypes"] = torch.stack(prototypes)
+        _check_same_shapes(projector, [task for task in routed if projector in task.projectors])
         for t, task in enumerate(routed):
             for key, tensor in task.projectors.get(projector, {}).items():
                 tensors[f"{projector}.experts.task_{t}.{key}"] = tensor
     return routing, tensors
+
+
+def _check_same_shapes(projector: str, tasks: Sequence[TaskAdapter]) -> None:
+    """All tasks that trained a projector must hold the same tensors of it."""
+    for task in tasks[1:]:
+        one, two = tasks[0].projectors[projector], task.projectors[projector]
+        for key in sorted({*one, *two}):
+            shapes = [tuple(tensors[key].shape) if key in tensors else "missing" for tensors in (one, two)]
+            if shapes[0] != shapes[1]:
+                raise UnmergeableAdapterError(
+                    f"Tensor '{projector}.{key}' is {shapes[0]} in {tasks[0].source}, but {shapes[1]} in "
+                    f"{task.source}: they were trained on different base models."
+                )
 
 
 def _merged_config(
@@ -306,7 +340,7 @@ def _merged_config(
         )
         for task in tasks
     ]
-    return MAnyConfig(
+    merged = MAnyConfig(
         r=rank,
         lora_alpha=rank,  # the scaling is folded into the weights
         rank_pattern=exceptions,
@@ -326,6 +360,10 @@ def _merged_config(
         routing=routing or None,
         statistics=AdapterStatistics(tuple(measured)),
     )
+    if isinstance(merged.target_modules, set):
+        # A set of strings is saved in another order by every process; the same merge should be the same file.
+        merged.target_modules = sorted(merged.target_modules)
+    return merged
 
 
 def _common(configs: Iterable[Any], field: str) -> Any:
@@ -336,52 +374,9 @@ def _common(configs: Iterable[Any], field: str) -> Any:
 
 def _same_layers(adapters: Sequence[Adapter]) -> bool:
     """Whether all adapters say in the same words which layers they adapt, so that the merge may say it so too."""
-    if _common([adapter.config for adapter in adapters], "target_modules") is None:
+    configs = [adapter.config for adapter in adapters]
+    if _common(configs, "target_modules") is None:
         return False
+    if any(config.layers_to_transform is not None or config.exclude_modules for config in configs):
+        return False  # there the words say less than half of it
     return len({frozenset(task.deltas) for adapter in adapters for task in adapter.tasks}) == 1
-
-
-def _check_fits_model(merged: MergedAdapter, model: nn.Module) -> None:
-    """Every tensor of the merge must have its place in the base model, before the model is touched."""
-    modules = dict(model.named_modules())
-    for key, tensor in merged.tensors.items():
-        key = key.removeprefix(KEY_PREFIX)
-        for half, side in ((".lora_A.weight", 1), (".lora_B.weight", 0)):
-            if not key.endswith(half):
-                continue
-            layer = modules.get(key.removesuffix(half))
-            if layer is None:
-                raise UnmergeableAdapterError(
-                    f"The adapters' layer '{key.removesuffix(half)}' matches no module of {type(model).__name__}: "
-                    "they were trained on another base model."
-                )
-            features = _features(layer, side)
-            if features is not None and features != tensor.shape[side]:
-                raise UnmergeableAdapterError(
-                    f"'{key.removesuffix(half)}' has {features} {'input' if side else 'output'} features in this "
-                    f"{type(model).__name__}, but {tensor.shape[side]} in the adapters: they were trained on a base "
-                    "model of another size."
-                )
-    for projector in merged.config.projector_modules or []:
-        if projector not in modules:
-            raise UnmergeableAdapterError(
-                f"The adapters' projector '{projector}' is missing in {type(model).__name__}."
-            )
-        expected = {key: value.shape for key, value in modules[projector].state_dict().items()}
-        for key, tensor in merged.tensors.items():
-            name = key.removeprefix(f"{KEY_PREFIX}{projector}.experts.")
-            weight = name.partition(".")[2]
-            if name != key and expected.get(weight) != tensor.shape:
-                raise UnmergeableAdapterError(
-                    f"The adapters' '{projector}.{weight}' has shape {tuple(tensor.shape)}, but the base model's "
-                    f"{tuple(expected[weight]) if weight in expected else 'projector has no such tensor'}."
-                )
-
-
-def _features(layer: nn.Module, side: int) -> int | None:
-    """Input (1) or output (0) features of a linear layer, quantised or a `Conv1D`, where it tells."""
-    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return int(layer.in_features if side else layer.out_features)  # type: ignore[arg-type]
-    if hasattr(layer, "nx") and hasattr(layer, "nf"):
-        return int(layer.nx if side else layer.nf)  # type: ignore[arg-type]
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,8 +58,8 @@ class LeastSquaresMerge:
     """
 
     def __init__(self, ridge: float = 1e-4) -> None:
-        if ridge < 0:
-            raise ValueError(f"`ridge` must not be negative, but it is {ridge}.")
+        if not 0 <= ridge < math.inf:
+            raise ValueError(f"`ridge` must be finite and not negative, but it is {ridge}.")
         self.ridge = ridge
         self._tasks: list[_Task] = []
 
@@ -73,8 +74,8 @@ class LeastSquaresMerge:
         Raises:
             ValueError: A width does not match, or the weight is negative.
         """
-        if weight < 0:
-            raise ValueError(f"a task's weight must not be negative, but it is {weight}.")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"a task's weight must be finite and not negative, but it is {weight}.")
         if self._tasks and self._tasks[0].covariance.width != covariance.width:
             raise ValueError(
                 f"the covariance has width {covariance.width}, the one before {self._tasks[0].covariance.width}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,19 +60,19 @@ class Adapter:
     tasks: tuple[TaskAdapter, ...]
 
 
-def read_adapter(source: AdapterSource, task_name: str | None = None) -> Adapter:
+def read_adapter(source: AdapterSource, task_names: str | Sequence[str] | None = None) -> Adapter:
     """Read an adapter with its statistics. Only safetensors and JSON are read, nothing is executed.
 
     Args:
         source ([`AdapterSource`]): Where it is.
-        task_name (`str`, *optional*): Overrides the task's name.
+        task_names (`str` or `Sequence[str]`, *optional*): Overrides the task's name; a list, for each task of a merge.
 
     Raises:
         UnmergeableAdapterError: It cannot be merged, be it damaged, not linear, or without statistics.
     """
     config = _read_config(source)
     tensors = _read_tensors(source)
-    _check_additive(source, config)
+    _check_additive(source, config, tensors)
     statistics = getattr(config, "statistics", None)
     if statistics is None:
         raise UnmergeableAdapterError(
@@ -82,11 +82,13 @@ def read_adapter(source: AdapterSource, task_name: str | None = None) -> Adapter
     pairs, rest = _split_pairs(source, config, tensors)
     if isinstance(config, MAnyConfig) and config.is_merge:
         tasks = _tasks_of_merge(source, config, statistics, pairs, rest)
-        if task_name is not None:
-            raise UnmergeableAdapterError(f"{source.name} is a merge, so it cannot be given one name, '{task_name}'.")
     else:
-        task = _single_task(source, config, statistics, pairs, rest)
-        tasks = (dataclasses.replace(task, name=task_name or task.name),)
+        tasks = (_single_task(source, config, statistics, pairs, rest),)
+    if task_names is not None:
+        names = [task_names] if isinstance(task_names, str) else list(task_names)
+        if len(names) != len(tasks):
+            raise ValueError(f"`task_names` gives {names} for {source.name}, which holds {len(tasks)} tasks.")
+        tasks = tuple(dataclasses.replace(task, name=name) for task, name in zip(tasks, names))
     for task in tasks:
         _check_statistics_fit(task)
     return Adapter(config, tasks)
@@ -101,10 +103,11 @@ def _read_config(source: AdapterSource) -> LoraConfig:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # ValueError covers broken JSON and the messages of configs, which are written for people.
-        raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} cannot be used: {error}") from error
+        reason = f"{error} is unknown" if isinstance(error, KeyError) else str(error).rstrip(".")
+        raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} cannot be used: {reason}.") from error
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind not in ("LORA", "MANY"):
-        raise UnmergeableAdapterError(f"{source.name} is a {kind} adapter; only LORA and MANY adapters can be merged.")
+        raise UnmergeableAdapterError(f"{source.name} is of PEFT type {kind}; only LORA and MANY can be merged.")
     return config
 
 
@@ -144,21 +147,24 @@ _UNSUPPORTED_OPTIONS = (
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
-def _check_additive(source: AdapterSource, config: LoraConfig) -> None:
+def _check_additive(source: AdapterSource, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
     """Refuse every kind of adapter whose effect is not an additive low-rank delta on linear layers."""
+    layers = (key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in sorted(tensors) if ".lora_" in key)
+    layer = next(layers, "no layer")
     variants = [f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant")]
     for option in [*variants, *_UNSUPPORTED_OPTIONS]:
         if getattr(config, option, None):
             raise UnmergeableAdapterError(
-                f"{source.name} uses `{option}`, so its effect is no plain low-rank delta and cannot be merged."
+                f"{source.name} uses `{option}`, so its effect on '{layer}' is no plain low-rank delta and cannot be "
+                "merged."
             )
     if config.bias != "none":
         raise UnmergeableAdapterError(f"{source.name} trains biases (`bias='{config.bias}'`), which cannot be merged.")
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith(_MUTATING_INITS):
         raise UnmergeableAdapterError(
-            f"{source.name} was initialised with `init_lora_weights='{init}'`, which changes the base weights. "
-            "Convert it with `path_initial_model_for_weight_conversion` of `save_pretrained` first."
+            f"{source.name} was initialised with `init_lora_weights='{init}'`, which changes the base weights of "
+            f"'{layer}'. Convert it with `path_initial_model_for_weight_conversion` of `save_pretrained` first."
         )
 
 
@@ -230,13 +236,14 @@ def _single_task(
         projector = next((name for name in known if key.startswith(f"{name}.")), None)
         if projector is None:
             raise UnmergeableAdapterError(
-                f"{source.name}: tensor '{key}' belongs to a module that is trained whole and is no projector that an "
-                "image passed while statistics were collected; such modules cannot be merged."
+                f"{source.name}: tensor '{key}' belongs to a module that is trained whole and is no projector; "
+                "such modules cannot be merged."
+                + ("" if known else " (If it is one: no image passed while its statistics were collected.)")
             )
-        if not any(f".{projector}".endswith(f".{name}") for name in config.modules_to_save or []):
+        if not _is_saved_whole(projector, config):
             raise UnmergeableAdapterError(
-                f"{source.name}: tensor '{key}' is all that is trained of the projector '{projector}'; only projectors "
-                f"that are trained whole can be merged (`modules_to_save=['{projector.rpartition('.')[2]}']`)."
+                f"{source.name}: tensor '{key}' is a part of the projector '{projector}'; only projectors that "
+                f"are trained whole can be merged (`modules_to_save=['{projector.rpartition('.')[2]}']`)."
             )
         projectors.setdefault(projector, {})[key.removeprefix(f"{projector}.")] = tensor
     return TaskAdapter(
@@ -248,6 +255,12 @@ def _single_task(
         projectors=projectors,
         source=source.name,
     )
+
+
+def _is_saved_whole(module: str, config: LoraConfig) -> bool:
+    """Whether `modules_to_save` names the module or one around it; PEFT compares the ends of paths."""
+    around = [module.rsplit(".", levels)[0] for levels in range(module.count(".") + 1)]
+    return any(path.endswith(name) for path in around for name in config.modules_to_save or [])
 
 
 def _tasks_of_merge(
@@ -269,11 +282,11 @@ def _tasks_of_merge(
         deltas = {}
         for module, A in measured.deltas.items():
             start, end = columns.get(module, 0), columns.get(module, 0) + A.shape[0]
-            if module not in pairs or end > pairs[module].B.shape[1] or A.shape[1] != pairs[module].A.shape[1]:
+            if module not in pairs or A.shape[1] != pairs[module].A.shape[1]:
                 raise UnmergeableAdapterError(f"{source.name}: its weights and its statistics disagree on '{module}'.")
             if not torch.isfinite(A).all():
                 raise UnmergeableAdapterError(
-                    f"{source.name}: the lora_A of '{module}' in the statistics of task '{about['name']}' holds NaN or Inf."
+                    f"{source.name}: the lora_A of '{module}' in the statistics of '{about['name']}' holds NaN or Inf."
                 )
             deltas[module], columns[module] = LowRankDelta(A=A.float(), B=pairs[module].B[:, start:end]), end
         projectors: dict[str, dict[str, Tensor]] = {}

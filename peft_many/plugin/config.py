@@ -45,7 +45,8 @@ class MAnyConfig(LoraConfig):
             In a merge, for each projector the routed tasks and the width of its prototypes. Written by merging.
         format_version (`int`): Version of the layout of adapter folders.
         statistics ([`AdapterStatistics`], *optional*):
-            Covariances and prototypes, or where on the Hub they are. Not a part of `adapter_config.json`; they travel in a file of their own.
+            Covariances and prototypes, or where on the Hub they are. No part of `adapter_config.json`; they travel in
+            a file of their own.
     """
 
     task_name: str | None = field(default=None, metadata={"help": "What to call the task in merges."})
@@ -89,10 +90,10 @@ class MAnyConfig(LoraConfig):
         return self.tasks is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dictionary, without the statistics."""
+        """The configuration as a dictionary, without the statistics; sets as sorted lists, for equal bytes."""
         content: dict[str, Any] = super().to_dict()
         del content["statistics"]
-        return content
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the configuration and, if there are any, the statistics, each in its own file."""

@@ -71,8 +71,8 @@ class RemoteStatistics:
         except LocalEntryNotFoundError as error:
             # Not an error: the model being saved may have been trained for hours since.
             warnings.warn(
-                f"The statistics of '{self.repo_id}' cannot be fetched ({_first_line(error)}), so the adapter is saved "
-                f"without them. To merge it, put its {STATISTICS_NAME} into '{folder}'.",
+                f"The statistics of '{self.repo_id}' cannot be fetched, so it is saved without them; to merge "
+                f"it, put its {STATISTICS_NAME} into '{folder}'. ({_first_line(error)})",
                 PeftWarning,
                 stacklevel=2,
             )

@@ -25,17 +25,20 @@ def register() -> None:
         _let_configs_find_statistics()
 
 
-def give_statistics(config: LoraConfig, statistics: AdapterStatistics | RemoteStatistics | None) -> None:
+def give_statistics(
+    config: LoraConfig, statistics: AdapterStatistics | RemoteStatistics | None, energy: float = 1.0
+) -> None:
     """Make a config carry statistics, so that saving the adapter saves them too; plain LoRA adapters included."""
     config.statistics = statistics
     if not isinstance(config, MAnyConfig):
         # A `LoraConfig` has no such hook; this one object gets it, the class does not.
+        config.energy = energy
         config.save_pretrained = MethodType(_save_with_statistics, config)
 
 
 def _save_with_statistics(config: Any, save_directory: str, **kwargs: Any) -> None:
     type(config).save_pretrained(config, save_directory, **kwargs)
-    config.statistics.save(save_directory)
+    config.statistics.save(save_directory, config.energy)
 
 
 def _let_configs_find_statistics() -> None:

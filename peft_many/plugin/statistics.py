@@ -168,7 +168,9 @@ def _read_task(path: Path, file: Any, t: int, task: dict[str, Any]) -> TaskStati
         if not tensor.is_floating_point():
             raise StatisticsError(f"{path}: tensor '{key}' has dtype {tensor.dtype}, not a floating-point one.")
         if tensor.dim() != dimensions:
-            raise StatisticsError(f"{path}: tensor '{key}' has shape {tuple(tensor.shape)}, not {dimensions} dimensions.")
+            raise StatisticsError(
+                f"{path}: tensor '{key}' has shape {tuple(tensor.shape)}, not {dimensions} dimensions."
+            )
         return tensor
 
     covariances: dict[str, Covariance] = {}

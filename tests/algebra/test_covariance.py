@@ -58,7 +58,7 @@ def test_accumulation_is_float64_over_any_batching(dtype):
 
 
 def test_directions_that_no_token_reached_hold_no_rounding_noise_that_matters():
-    """The reason for float64: float32 noise in the null space would be far above the ridge that the merge divides by."""
+    """The reason for float64: float32 noise in the null space would be far above the ridge."""
     inputs = torch.randn(30, 64, dtype=torch.float64)
     inputs[:, 0] *= 1e3
     accumulator = CovarianceAccumulator(64)
