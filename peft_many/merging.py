@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .algebra.lpm import LeastSquaresMerge, LowRankDelta, SingularMergeError
-from .card import write_card
 from .plugin.adapter import KEY_PREFIX, Adapter, TaskAdapter, UnmergeableAdapterError, read_adapter
 from .plugin.atomic import new_folder
 from .plugin.config import DEFAULT_TEMPERATURE, MAnyConfig
@@ -157,7 +156,6 @@ def merge_adapter_files(
         )
         save_file(merged.tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
         merged.config.save_pretrained(folder)
-        write_card(merged.config, folder)
     return output
 
 
@@ -281,10 +279,10 @@ def _merge_projectors(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, dict[str,
         if not routed:
             continue
         for task in tasks:
-            layer = next((name for name in task.deltas if name.startswith(f"{projector}.")), None)
-            if layer is not None:
+            inner = next((n for n in (*task.deltas, *task.projectors) if n.startswith(f"{projector}.")), None)
+            if inner is not None:
                 raise UnmergeableAdapterError(
-                    f"{task.source} has a LoRA at '{layer}', inside the projector '{projector}' that other adapters "
+                    f"{task.source} trained '{inner}', a part of the projector '{projector}' that other adapters "
                     "trained whole; these cannot be merged."
                 )
         prototypes = [task.statistics.prototypes[projector].float() for task in routed]

@@ -655,12 +655,12 @@ def test_a_read_only_folder(good, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("x")])
-@pytest.mark.parametrize("step", ["save_file", "write_card", "statistics", "config", "rename", "solve"])
+@pytest.mark.parametrize("step", ["save_file", "card", "statistics", "config", "rename", "solve"])
 def test_an_interrupted_save(good, tmp_path, monkeypatch, step, error):
     """Whatever fails, and wherever: nothing half-written, no temporary file, also not in place of an empty folder."""
     target = {
         "save_file": "peft_many.merging.save_file",
-        "write_card": "peft_many.merging.write_card",
+        "card": "peft_many.plugin.config.update_card",
         "statistics": "peft_many.plugin.statistics.save_file",
         "config": "peft_many.plugin.config.MAnyConfig.save_pretrained",
         "rename": "peft_many.plugin.atomic.os.replace",

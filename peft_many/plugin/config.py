@@ -5,10 +5,12 @@ from __future__ import annotations
 import enum
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
+from .card import update_card
 from .hub import RemoteStatistics
 from .statistics import DEFAULT_ENERGY, AdapterStatistics
 
@@ -96,7 +98,8 @@ class MAnyConfig(LoraConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the configuration and, if there are any, the statistics, each in its own file."""
+        """Save the configuration, the statistics if there are any, and what the model card must say of them."""
         super().save_pretrained(save_directory, **kwargs)
+        update_card(self, Path(save_directory))
         if self.statistics is not None:
             self.statistics.save(save_directory, self.energy)
