@@ -28,7 +28,8 @@ class MAnyConfig(LoraConfig):
     """Configuration of a MAny adapter (arXiv 2604.14016): LoRA on the language model, a copy of the projector.
 
     Everything of [`~peft.LoraConfig`] works as there. Where `target_modules` is not given, all linear layers of the
-    language model are adapted, never the vision tower, the projector or the output head.
+    language model are adapted, never the vision tower, the projector or the output head; on a model without images,
+    those that [`~peft.LoraConfig`] would adapt, or all linear layers where it has no default.
 
     Args:
         task_name (`str`, *optional*):
@@ -85,6 +86,15 @@ class MAnyConfig(LoraConfig):
             raise ValueError(
                 f"This adapter has format version {self.format_version}; please upgrade peft_many to load it."
             )
+
+    @property
+    def init_weights(self) -> Any:
+        """What PEFT calls `init_lora_weights` in configs of other types; it sets this to undo PiSSA and the like."""
+        return self.init_lora_weights
+
+    @init_weights.setter
+    def init_weights(self, value: Any) -> None:
+        self.init_lora_weights = value
 
     @property
     def is_merge(self) -> bool:

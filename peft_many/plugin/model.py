@@ -8,13 +8,14 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import MAnyConfig
+from .config import MAnyConfig, MAnyPeftType
 from .families import (
     find_projectors,
     image_encoder_name,
@@ -38,9 +39,17 @@ class MAnyModel(LoraModel):
         if peft_config.target_modules is None and not peft_config.target_parameters:
             if image_encoder_name(self.model) is not None:
                 peft_config.target_modules = _targets(self.model, peft_config)
-            elif isinstance(self.model, PreTrainedModel):
-                peft_config.target_modules = "all-linear"
+            elif isinstance(self.model, PreTrainedModel) and (
+                model_config.get("model_type") not in self.target_module_mapping
+            ):
+                # Without images PEFT's own default for the architecture stands; this is for those it has none for.
+                all_layers = peft_config.layers_to_transform is None
+                peft_config.target_modules = "all-linear" if all_layers else _targets(self.model, peft_config)
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        # PEFT refuses Mamba's fused projections to types that it knows to be like LoRA, by their names.
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the projector and the language model's layers for one adapter; see [`~peft.LoraModel`].
@@ -48,6 +57,8 @@ class MAnyModel(LoraModel):
         If anything fails, the projectors are as before.
         """
         config: MAnyConfig = self.peft_config[adapter_name]
+        if config.target_modules is not None:
+            _update_expert_names(config, model)
         with ExitStack() as rollback:
             self._wrap_projectors(model, adapter_name, config, rollback)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -93,9 +104,9 @@ class MAnyModel(LoraModel):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         # PEFT ignores keys that match nothing, which leaves an adapter silently untrained.
-        known = {key.removeprefix("base_model.model.") for key in model.state_dict()}
+        adapted = {_layer(key) for key in model.state_dict() if ".lora_" in key}
         for key in remapped:
-            if ".lora_" in key and key.removeprefix("base_model.model.") not in known:
+            if ".lora_" in key and _layer(key) not in adapted:
                 raise ValueError(
                     f"The adapter's tensor '{key}' matches no module of {type(model).__name__}: it was trained on "
                     "another base model, or on one whose modules had other names (pass `key_mapping`)."
@@ -112,6 +123,20 @@ class MAnyModel(LoraModel):
         else:
             unwatch_image_calls([(module, name) for module in model.modules() for name in WATCHED_METHODS])
         return model
+
+
+def _update_expert_names(config: MAnyConfig, model: nn.Module) -> None:
+    """Let PEFT turn expert names from before transformers v5 into `target_parameters`, which it does for LORA only."""
+    config.peft_type = PeftType.LORA
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    finally:
+        config.peft_type = MAnyPeftType.MANY
+
+
+def _layer(key: str) -> str:
+    """The path of the layer that one of LoRA's tensors belongs to."""
+    return key.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
 def _check_trainable(name: str, projector: nn.Module) -> None:

@@ -27,7 +27,10 @@ family = pytest.mark.parametrize("family", tiny.FAMILIES)
 
 
 def adapted(family: str = "llava", **options: Any) -> PeftModel:
-    base = tiny.build(family) if family in tiny.FAMILIES else tiny.build_text(family)  # type: ignore[arg-type]
+    if family not in tiny.FAMILIES:
+        base, options = tiny.build_text(family), {"target_modules": "all-linear", **options}  # type: ignore[arg-type]
+    else:
+        base = tiny.build(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = get_peft_model(base, MAnyConfig(**{"r": 4, **options}))
@@ -651,7 +654,7 @@ def test_statistics_are_plain_objects_on_the_layers() -> None:
 
 def test_deleting_an_adapter_drops_its_statistics() -> None:
     model = adapted("llama")
-    model.add_adapter("other", MAnyConfig(r=4))
+    model.add_adapter("other", MAnyConfig(r=4, target_modules="all-linear"))
     collect(model, text_batches())
     collect(model, text_batches(), adapter_name="other")
     layer = model.get_base_model().model.layers[0].mlp.down_proj

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_many import MAnyConfig
+from peft_many import MAnyConfig, MAnyModel
 from peft_many.plugin.families import language_model_linears
 from peft_many.plugin.projector import ProjectorWrapper
 from tests import tiny
@@ -130,13 +130,25 @@ def test_a_part_of_a_projector_is_no_projector_beside_it() -> None:
 
 
 @pytest.mark.parametrize("kind", TEXT_KINDS)
-def test_text_models_get_lora_on_all_linear_layers_but_the_head(kind: str) -> None:
-    base = tiny.build_text(kind)
-    expected = linears(base) - {"lm_head"}
-    model = get_peft_model(base, MAnyConfig(r=4))
-    assert adapted(model) == expected
+def test_text_models_get_what_lora_would_adapt_and_no_projector(kind: str) -> None:
+    as_lora = adapted(get_peft_model(tiny.build_text(kind), LoraConfig(r=4)))
+    model = get_peft_model(tiny.build_text(kind), MAnyConfig(r=4))
+    assert adapted(model) == as_lora != set()
     assert wrapped(model) == []
     assert model.peft_config["default"].projector_modules == []
+
+
+@pytest.mark.parametrize("kind", TEXT_KINDS)
+def test_text_models_that_lora_has_no_default_for_get_all_linear_layers_but_the_head(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MAnyModel, "target_module_mapping", {})
+    base = tiny.build_text(kind)
+    expected = linears(base) - {"lm_head"}
+    assert adapted(get_peft_model(base, MAnyConfig(r=4))) == expected
+    if kind != "t5":
+        one_layer = get_peft_model(tiny.build_text(kind), MAnyConfig(r=4, layers_to_transform=[1]))
+        assert adapted(one_layer) == {name for name in expected if ".1." in name}
 
 
 @pytest.mark.parametrize("build", [*tiny.FAMILIES.values(), *(lambda k=k: tiny.build_text(k) for k in TEXT_KINDS)])

@@ -1,0 +1,226 @@
+"""PEFT's own tests as a yardstick: what passes with `LoraConfig` must pass with `MAnyConfig` in its place.
+
+    python tests/peft_suite/run.py                          # gets PEFT's source, of the installed version, through pip
+    python tests/peft_suite/run.py peft-0.21.2.tar.gz       # has it already
+    python tests/peft_suite/run.py --parts test_config test_lora_variants
+
+Runs the parts twice, offline, with tiny random models in place of those on the Hub. Of the first run count the tests
+that make a `LoraConfig` and pass; the second run repeats these with the replacement, and those that fail then once
+more, one at a time. Exits with 1 if any of them still fails and is not among `EXCEPTIONS`. About half an hour in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import fnmatch
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+PARTS = [
+    "test_arrow",
+    "test_auto",
+    "test_bdlora",
+    "test_config",
+    "test_custom_models",
+    "test_decoder_models",
+    "test_encoder_decoder_models",
+    "test_feature_extraction_models",
+    "test_helpers",
+    "test_hub_features",
+    "test_initialization",
+    "test_integrations",
+    "test_lora_conversion",
+    "test_lora_ga",
+    "test_lora_intruders",
+    "test_lora_megatron",
+    "test_lora_variants",
+    "test_lorafa",
+    "test_loraplus",
+    "test_low_level_api",
+    "test_mapping",
+    "test_mixed",
+    "test_other",
+    "test_quantization",
+    "test_riemannian_lora",
+    "test_seq_classifier",
+    "test_target_parameters",
+    "test_token_classification_qa",
+    "test_trainable_tokens",
+    "test_tuners_utils",
+    "test_xlora",
+]
+
+# What a foreign PEFT type cannot do, or what a test says of the name LoRA: which tests, what their failure has to say
+# to be this one, and why it is to be expected.
+EXCEPTIONS: dict[str, tuple[str, str]] = {
+    "tests/test_mixed.py::*": ("PeftMixedModel", "Mixed models take a fixed list of PEFT's own types."),
+    "*::test_mixed_model_raises": ("PeftMixedModel", "Mixed models take a fixed list of PEFT's own types."),
+    "*::test_mixed_model_from_pretrained_low_cpu_mem_usage_works*": (
+        "not supported for mixed models",
+        "Mixed models take a fixed list of PEFT's own types.",
+    ),
+    "*::test_no_infinite_recursion?PeftMixedModel?": (
+        "PeftMixedModel",
+        "Mixed models take a fixed list of PEFT's own types.",
+    ),
+    "*::test_add_adapter_rejects_duplicate_name_without_mutation?True?": (
+        "PeftMixedModel",
+        "Mixed models take a fixed list of PEFT's own types.",
+    ),
+    "*::TestHotSwapping::*": (
+        "MANY",
+        "Hotswapping takes the type LORA only; it would leave the projector and the statistics behind.",
+    ),
+    "*::test_lora_intruders_*": ("not using LoRA", "reduce_intruder_dimension() takes the type LORA only."),
+    "*::TestModelAndLayerStatus::test_peft_types_*": ("MANY", "Asserts the name of the type LORA."),
+    "*::TestModelAndLayerStatus::test_*": ("- LoraModel", "Asserts the name of the class LoraModel."),
+    "*::test_fixed_rank_lora_config": ("isinstance", "convert_to_lora() gives a plain LoraConfig, as it should."),
+    "*::test_converted_lora_to_lora_works_and_warns": ("DID NOT WARN", "PEFT warns for the type LORA only."),
+    "*::test_save_pretrained_warns_for_unsharded_state_dict": ("DID NOT WARN", "PEFT warns for its own types only."),
+}
+
+Results = dict[str, dict[str, Any]]
+
+
+def source_of_peft(folder: Path) -> Path:
+    """Download the source distribution of the installed PEFT into `folder`."""
+    wanted = f"peft=={importlib.metadata.version('peft')}"
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "peft"]
+    subprocess.run([*download, "--dest", str(folder), wanted], check=True)
+    return next(folder.glob("peft-*.tar.gz"))
+
+
+def unpack(source: Path, folder: Path) -> Path:
+    """Unpack PEFT's tests, and make a package of them; their own conftest is not part of the source distribution."""
+    with tarfile.open(source) as archive:
+        if hasattr(tarfile, "data_filter"):
+            archive.extractall(folder, filter="data")
+        else:
+            archive.extractall(folder)
+    root = next(path.parent for path in folder.glob("peft-*/tests"))
+    (root / "tests" / "__init__.py").touch()
+    # Not PEFT's settings: they measure coverage, and turn some warnings of other versions of transformers into errors.
+    marks = ["single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes"]
+    (root / "offline.ini").write_text("[pytest]\nmarkers =\n" + "".join(f"    {mark}\n" for mark in marks))
+    return root
+
+
+class Suite:
+    """The unpacked tests, and the two environments to run them in."""
+
+    def __init__(self, root: Path, work: Path, jobs: int) -> None:
+        self.root, self.work, self.jobs = root, work, jobs
+
+    def environment(self, config: str) -> dict[str, str]:
+        paths = [HERE, HERE.parents[1], self.root, os.environ.get("PYTHONPATH")]
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path),
+            "HF_HOME": str(self.work / f"hub of {config}"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PEFT_SUITE_REPLACE": str(int(config == "MAnyConfig")),
+        }
+
+    def fill_hub(self, config: str) -> None:
+        command = [sys.executable, str(HERE / "tiny_hub.py"), config]
+        subprocess.run(command, env=self.environment(config), stdout=subprocess.DEVNULL, check=True)
+
+    def run(self, config: str, parts: list[str], only: list[str] | None = None, jobs: int | None = None) -> Results:
+        """Run the parts, or only some tests of theirs, and give the results by test id."""
+        results = self.work / "results.json"
+        environment = {**self.environment(config), "PEFT_SUITE_RESULTS": str(results)}
+        if only is not None:
+            (self.work / "only.json").write_text(json.dumps(only))
+            environment["PEFT_SUITE_ONLY"] = str(self.work / "only.json")
+        jobs = self.jobs if jobs is None else jobs
+        plugins = ["-p", "lora_replacement", "-p", "no:cacheprovider", *(["-n", str(jobs)] if jobs > 1 else [])]
+        options = ["-q", "--tb=short", "--continue-on-collection-errors", "-c", "offline.ini"]
+        tests = ["--rootdir", str(self.root), *(f"tests/{part}.py" for part in parts)]
+        command = [sys.executable, "-m", "pytest", *plugins, *options, *tests]
+        results.unlink(missing_ok=True)
+        with (self.work / f"{config}.log").open("a") as log:
+            code = subprocess.run(command, cwd=self.root, env=environment, stdout=log, stderr=log).returncode
+        if code not in (0, 1, 5) or not results.exists():
+            sys.exit(f"pytest ended with {code}; see {self.work / f'{config}.log'}")
+        outcome: Results = json.loads(results.read_text())
+        return outcome
+
+
+def compare(suite: Suite, parts: list[str]) -> bool:
+    """Run both ways and print what differs; whether all of it is among the exceptions."""
+    print("With LoraConfig ...", flush=True)
+    lora = suite.run("LoraConfig", parts)
+    ours = [test for test, result in lora.items() if result["outcome"] == "passed" and result["made_config"]]
+    if not ours:
+        sys.exit(f"No test passed with LoraConfig; see {suite.work / 'LoraConfig.log'}")
+    print(f"With MAnyConfig: {len(ours)} tests ...", flush=True)
+    many = suite.run("MAnyConfig", parts, only=ours)
+    failed = [test for test in ours if not _passed(many, test)]
+    if failed:
+        many |= suite.run("MAnyConfig", sorted({_part(test) for test in failed}), only=failed, jobs=1)
+
+    passing = collections.Counter(_part(test) for test in ours if _passed(many, test))
+    excused: dict[str, int] = collections.Counter()
+    differences: list[str] = []
+    for test in ours:
+        if not _passed(many, test):
+            why = many.get(test, {"why": ""})["why"]
+            applies = (p for p, (text, _) in EXCEPTIONS.items() if fnmatch.fnmatchcase(test, p) and text in why)
+            pattern = next(applies, None)
+            if pattern is None:
+                differences.append(test)
+                print(f"DIFFERENT: {test}\n{why}")
+            else:
+                excused[pattern] += 1
+    total = collections.Counter(map(_part, ours))
+    for part in parts:
+        print(f"{part:35} {total[part]:5} pass with LoraConfig, {passing[part]:5} of them with MAnyConfig")
+    for pattern, (_, reason) in EXCEPTIONS.items():
+        if excused[pattern]:
+            print(f"excused ({excused[pattern]}): {pattern}\n    {reason}")
+        elif any(fnmatch.fnmatchcase(test, pattern) for test in ours):
+            print(f"no longer needed as an exception: {pattern}")
+    print(f"{len(ours)} pass with LoraConfig; {len(differences)} of them fail with MAnyConfig and are no exceptions.")
+    return not differences
+
+
+def _passed(results: Results, test: str) -> bool:
+    return test in results and results[test]["outcome"] == "passed"
+
+
+def _part(test: str) -> str:
+    return Path(test.partition("::")[0]).stem
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Runs PEFT's own tests with LoraConfig and with MAnyConfig in its place, and compares."
+    )
+    parser.add_argument("source", nargs="?", type=Path, help="PEFT's source distribution; by default pip gets it")
+    parser.add_argument("--parts", nargs="+", default=PARTS, metavar="PART", help="test modules to run")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel workers, needs pytest-xdist (default: 2)")
+    parser.add_argument("--work", type=Path, help="folder for logs, results and models; default: a temporary one")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(tempfile.mkdtemp(dir=arguments.work) if arguments.work else temporary).resolve()
+        root = unpack(arguments.source or source_of_peft(work), work)
+        suite = Suite(root, work, arguments.jobs)
+        for config in ("LoraConfig", "MAnyConfig"):
+            suite.fill_hub(config)
+        sys.exit(0 if compare(suite, arguments.parts) else 1)
+
+
+if __name__ == "__main__":
+    main()
