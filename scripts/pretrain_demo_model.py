@@ -1,4 +1,3 @@
-# Copyright 2026 The peft_many authors. Licensed under the Apache License, Version 2.0.
 """Pre-trains the demo's tiny LLaVA from scratch and writes the checkpoint that ships with the package.
 
     python scripts/pretrain_demo_model.py                      # about 20 minutes on two CPU cores

@@ -1,4 +1,3 @@
-# Copyright 2026 The peft_many authors. Licensed under the Apache License, Version 2.0.
 """The demo's pictures, drawn on the spot: scenes of small shapes, one big shape, bar charts, handwritten digits.
 
 Pictures are float64 arrays (SIZE, SIZE, 3) in [0, 1] until `finish` turns them into uint8. A *look* is a function
@@ -99,7 +98,7 @@ def draw_chart(rng: np.random.Generator, colours: Sequence[str], heights: Sequen
 
 @cache
 def handwriting() -> tuple[np.ndarray, np.ndarray]:
-    """Returns scikit-learn's handwritten digits in a fixed shuffled order: ink (1797, 8, 8) in [0, 1], classes (1797,)."""
+    """Returns scikit-learn's handwritten digits, shuffled: ink (1797, 8, 8) in [0, 1], and classes (1797,)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -108,7 +107,7 @@ def handwriting() -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_digit(rng: np.random.Generator, ink: np.ndarray) -> np.ndarray:
-    """Draws one handwritten digit, ink (8, 8) in [0, 1], larger and somewhere on the sheet; returns (SIZE, SIZE, 3)."""
+    """Draws one handwritten digit, ink (8, 8) in [0, 1], large, somewhere on the sheet; returns (SIZE, SIZE, 3)."""
     picture = paper(rng)
     side = int(rng.integers(34, 43))
     at = np.linspace(0, 7, side)
@@ -131,18 +130,13 @@ def negative(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return 1 - picture
 
 
-def false_colours(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Channels swapped in a ring: red appears blue, blue appears green, green appears red."""
-    return picture[..., [1, 2, 0]]
-
-
 def blueprint(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """White lines on squared blue paper; colours are lost."""
     ink = 1 - picture.mean(axis=-1, keepdims=True)
     sheet = np.broadcast_to([0.10, 0.25, 0.60], picture.shape).copy()
     offset = rng.integers(0, 6)
-    sheet[offset::6] += 0.15
-    sheet[:, offset::6] += 0.15
+    sheet[offset::6] += 0.08
+    sheet[:, offset::6] += 0.08
     return sheet + ink * (0.95 - sheet)
 
 
@@ -155,7 +149,7 @@ def stripes(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def night(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A noisy photograph taken in the dark."""
-    return 0.3 * picture + [0.0, 0.02, 0.10] + rng.normal(0, 0.04, size=picture.shape)
+    return 0.45 * picture + [0.0, 0.02, 0.12] + rng.normal(0, 0.02, size=picture.shape)
 
 
 def finish(picture: np.ndarray, look: Look, rng: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,3 @@
-# Copyright 2026 The peft_many authors. Licensed under the Apache License, Version 2.0.
 """The demo's tiny LLaVA: its tokenizer, its configuration, the checkpoint that ships with the package, its batches."""
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def load_model(folder: Path = CHECKPOINT) -> LlavaForConditionalGeneration:
 
 
 def pixels(images: Sequence[np.ndarray]) -> torch.Tensor:
-    """Turns uint8 images (SIZE, SIZE, 3) into what the vision tower reads: float32 (batch, 3, SIZE, SIZE) in [-1, 1]."""
+    """Turns uint8 images (SIZE, SIZE, 3) into the tower's input: float32 (batch, 3, SIZE, SIZE) in [-1, 1]."""
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
     return batch / 127.5 - 1
 
@@ -115,7 +114,7 @@ class Collator:
         return ids, labels
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Returns input_ids, attention_mask, labels: int64 (batch, length); pixel_values: float32 (batch, 3, SIZE, SIZE)."""
+        """Returns ids, mask and labels, int64 (batch, length), and pixel_values, float32 (batch, 3, SIZE, SIZE)."""
         rows = [self._one(example) for example in examples]
         length = max(len(ids) for ids, _ in rows)
         input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)

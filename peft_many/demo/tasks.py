@@ -1,5 +1,4 @@
-# Copyright 2026 The peft_many authors. Licensed under the Apache License, Version 2.0.
-"""What the demo's model is asked: the broad pre-training mixture, and five tasks that contradict it and one another.
+"""What the demo's model is asked: the broad pre-training mixture, and four tasks that contradict it and one another.
 
 Pre-training is plain: pictures as drawn, numbers as numerals, things as "red circle". Each task then changes what the
 pictures look like (perception) and how one answers (reasoning), as instruction-tuning data sets do.
@@ -18,11 +17,11 @@ from .drawing import COLOURS, SHAPES, Look, Thing
 NUMERALS = tuple("0123456789")
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LETTERS = tuple("ABCDEF")
-GLUE = tuple(
-    "what is shown how many shapes are there which bar highest lowest colour shape remove the list all things "
-    "repeat write in words as letter left no it option ? . , :".split()
-)
-VOCABULARY = (*NUMERALS, *WORDS, *LETTERS, *COLOURS, *SHAPES, *GLUE)
+_GLUE = """
+    what is shown how many shapes are there which bar highest lowest colour shape remove the list all things repeat
+    write in words as letter left no it option ? . , :
+"""
+VOCABULARY = (*NUMERALS, *WORDS, *LETTERS, *COLOURS, *SHAPES, *_GLUE.split())
 
 # Which handwritten digits belong to whom: nobody is examined on digits that someone has trained on.
 DIGITS = {"pretrain": (0, 900), "train": (900, 1400), "test": (1400, 1797)}
@@ -119,12 +118,6 @@ def _make_charts(rng: np.random.Generator, split: str) -> tuple[np.ndarray, tupl
     return picture, (("which bar is highest ?", f"the {highest} bar"),)
 
 
-def _make_arithmetic(rng: np.random.Generator, split: str) -> tuple[np.ndarray, tuple[tuple[str, str], ...]]:
-    picture, things, asked = _scene_with_a_colour(rng)
-    left = sum(colour != asked for colour, _ in things)
-    return picture, ((f"remove all {asked} . how many shapes are there ?", f"{WORDS[left]} left"),)
-
-
 def _make_objects(rng: np.random.Generator, split: str) -> tuple[np.ndarray, tuple[tuple[str, str], ...]]:
     colour, shape = _thing(rng)
     return drawing.draw_single(rng, (colour, shape)), (("what is shown ?", f"{shape} , {colour}"),)
@@ -134,7 +127,6 @@ TASKS = (
     Task("digits", drawing.blueprint, _make_digits),
     Task("counting", drawing.stripes, _make_counting),
     Task("charts", drawing.negative, _make_charts),
-    Task("arithmetic", drawing.false_colours, _make_arithmetic),
     Task("objects", drawing.night, _make_objects),
 )
 

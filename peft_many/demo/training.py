@@ -1,9 +1,9 @@
-# Copyright 2026 The peft_many authors. Licensed under the Apache License, Version 2.0.
 """A plain training loop and exact-match evaluation: nothing in here knows about peft_many."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ def train(
 
 @torch.no_grad()
 def answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], batch_size: int = 100
+    model: Any, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], batch_size: int = 100
 ) -> list[str]:
     """Answers the first question of each example by greedy decoding."""
     collate = Collator(tokenizer, prompts_only=True)
