@@ -456,7 +456,7 @@ def test_a_failure_while_the_base_model_is_wrapped(good, monkeypatch, step, erro
     monkeypatch.setattr(peft_many.merging, step, fails_late)
     model = base("llava")
     before = state_digest(model)
-    with pytest.raises(BaseException, match="memory" if isinstance(error, RuntimeError) else ""):
+    with pytest.raises(BaseException, match="memory" if isinstance(error, RuntimeError) else None):
         merge_adapter_sequence(model, [good["a"], good["b"]], progress=False)
     assert state_digest(model) == before
     monkeypatch.undo()

@@ -98,8 +98,8 @@ def run(output: Path, seed: int = 0, steps: int = 450, tests: int = 300) -> Scor
     console.print(_table(scores))
     console.print(
         "Sequential fine-tuning forgets in two ways. Reasoning collapse: given each task's own projector, its LoRA "
-        "still answers wrongly. Perception drift: given each task's own LoRA, its projector still sees wrongly. MAny is one "
-        "adapter, merged without training from those that were trained each alone."
+        "still answers wrongly. Perception drift: given each task's own LoRA, its projector still sees wrongly. MAny "
+        "is one adapter, merged without training from those that were trained each alone."
     )
     examples = {task.name: task.examples(3, "test", seed + 1) for task in TASKS}
     draw(output / "demo.png", examples, scores)
