@@ -334,7 +334,7 @@ def _merged_config(
             name=task.name,
             weight=task.weight,
             deltas={m: d.A for m, d in task.deltas.items()},
-            norms={},
+            norms={m: d.B.double().norm().item() for m, d in task.deltas.items()},
         )
         for task in tasks
     ]

@@ -278,6 +278,12 @@ def test_statistics_of_another_training_run(good, bad, tmp_path):
     assert_refused(tmp_path, [good["b"], bad], str(bad), LAYER, "trained further", "collect_statistics")
 
 
+def test_a_merge_that_was_trained_further(good, tmp_path):
+    bad = Path(shutil.copytree(good["merge"], tmp_path / "further"))
+    edit(bad, WEIGHTS, lambda tensors: tensors[TENSOR.replace("lora_A", "lora_B")].mul_(1.01))
+    assert_refused(tmp_path, [bad], str(bad), LAYER, "trained further")
+
+
 def test_statistics_of_another_number_of_tasks(good, tmp_path):
     bad = Path(shutil.copytree(good["a"], tmp_path / "1"))
     shutil.copy(good["merge"] / STATISTICS, bad)

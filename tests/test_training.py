@@ -1,5 +1,10 @@
 """Training as users do it: `Trainer` with the callback, and an Accelerate loop."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -99,3 +104,20 @@ def test_an_accelerate_loop_learns_and_is_measured_as_prepared(model):
     statistics = collect_statistics(prepared, loader, progress=False)
     assert statistics.tasks[0].samples == 8
     assert accelerator.unwrap_model(prepared).peft_config["default"].statistics is statistics
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_adapter_that_merges(tmp_path):
+    script = Path(__file__).with_name("two_processes.py")
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        str(tmp_path / "names"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    subprocess.run([sys.executable, *launch], env=environment, check=True, capture_output=True, timeout=120)
+    merged = merge_adapter_sequence(tiny.build("llava"), [tmp_path / "names"], progress=False)
+    assert merged.peft_config["default"].tasks[0]["name"] == "names"

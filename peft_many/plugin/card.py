@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .atomic import replace_file
-
-if TYPE_CHECKING:
-    from .config import MAnyConfig
 
 _BEGIN, _END = "<!-- peft_many -->", "<!-- /peft_many -->"
 
@@ -25,30 +23,38 @@ model = PeftModel.from_pretrained(base_model, "this/adapter")
 """
 
 
-def update_card(config: MAnyConfig, folder: Path) -> None:
+def update_card(
+    folder: Path, base_model: str | None, task_name: str | None, tasks: Sequence[Mapping[str, Any]] | None
+) -> None:
     """Put our part at the top of the folder's model card, or renew it there; all else in the card stays.
 
     Without `import peft_many` PEFT cannot load the adapter, so its card must say so.
+
+    Args:
+        folder (`Path`): The adapter's folder, with a `README.md` or without.
+        base_model (`str`, *optional*): The base model's name.
+        task_name (`str`, *optional*): The task's name.
+        tasks (`Sequence[Mapping[str, Any]]`, *optional*): Of a merge, what its config says of its tasks.
     """
     path = folder / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
     data: Any = card.data
     data.library_name = "peft"
-    data.base_model = config.base_model_name_or_path or data.base_model
-    tags = {"lora", "peft-many", "continual-learning", *(["merge"] if config.is_merge else [])}
+    data.base_model = base_model or data.base_model
+    tags = {"lora", "peft-many", "continual-learning", *(["merge"] if tasks is not None else [])}
     data.tags = sorted(tags.union(data.tags or []))
     rest = re.sub(f"{_BEGIN}.*?{_END}", "", card.text, flags=re.DOTALL).strip()
-    card.text = f"{_BEGIN}\n{_about(config)}{_USAGE}{_END}\n\n{rest}\n"
+    card.text = f"{_BEGIN}\n{_about(task_name, tasks)}{_USAGE}{_END}\n\n{rest}\n"
     with replace_file(path) as temporary:
         card.save(temporary)
 
 
-def _about(config: MAnyConfig) -> str:
+def _about(task_name: str | None, tasks: Sequence[Mapping[str, Any]] | None) -> str:
     plugin = "[peft_many](https://pypi.org/project/peft-many) (MAny, arXiv 2604.14016)"
-    if config.tasks is None:
-        task = f" for the task “{config.task_name}”" if config.task_name else ""
+    if tasks is None:
+        task = f" for the task “{task_name}”" if task_name else ""
         return f"# A task adapter{task}\n\nTrained with {plugin}, to be merged with others of its kind.\n"
-    cells = [(t["name"], t["source"], t["revision"] or "", f"{t['weight']:g}", t["sha256"][:12]) for t in config.tasks]
+    cells = [(t["name"], t["source"], t["revision"] or "", f"{t['weight']:g}", t["sha256"][:12]) for t in tasks]
     rows = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     return (
         f"# A merge of {len(cells)} task adapters\n\nMerged with {plugin}: language-model LoRAs by least squares on "

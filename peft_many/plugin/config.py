@@ -110,6 +110,6 @@ class MAnyConfig(LoraConfig):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the configuration, the statistics if there are any, and what the model card must say of them."""
         super().save_pretrained(save_directory, **kwargs)
-        update_card(self, Path(save_directory))
+        update_card(Path(save_directory), self.base_model_name_or_path, self.task_name, self.tasks)
         if self.statistics is not None:
             self.statistics.save(save_directory, self.energy)
