@@ -52,7 +52,7 @@ def merge_adapter_sequence(
     local_files_only: bool = False,
     progress: bool = True,
 ) -> PeftModel:
-    """Merge task adapters into one, on a base model (MAny, arXiv 2604.14016; DESIGN section 2).
+    """Merge task adapters into one, on a base model (MAny, arXiv 2604.14016; equations in docs/method.md).
 
     Language-model deltas are merged by least squares on the layers' input covariances (LPM), projectors are routed per
     image by visual prototypes (CPM). No training; the order of the adapters does not matter.
@@ -72,9 +72,9 @@ def merge_adapter_sequence(
             merge takes a list, in the order of its config's `tasks`.
         ridge (`float`, defaults to `1e-4`):
             `λ`, the share of the mean input energy added in every direction; it pulls unseen directions to the tasks'
-            mean delta. 1e-6 to 1e-3 worked alike in the pilot, 1e-2 cost accuracy.
-        temperature (`float`, defaults to `0.05`):
-            `τ` of the projector routing; 0.02 to 0.1 worked alike in the pilot.
+            mean delta. 1e-8 to 1e-3 work alike on the demo, 1e-2 costs accuracy (docs/how-to.md).
+        temperature (`float`, defaults to `0.02`):
+            `τ` of the projector routing; 0.005 to 0.02 work alike on the demo, 0.1 costs accuracy (docs/how-to.md).
         low_cpu_mem_usage (`bool`, defaults to `False`):
             Create the adapter's weights on the meta device before they are filled.
         token (`str` or `bool`, *optional*):

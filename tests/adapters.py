@@ -146,7 +146,7 @@ def recorded(model: PeftModel) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def reference(tasks: Sequence[Made | None], layer: str, ridge: float, weights: Sequence[float]) -> Tensor:
-    """`(Σ_t w_t ΔW_t C_t)(Σ_t w_t C_t)⁻¹` straight from DESIGN section 2, dense and in float64, `(out, in)`."""
+    """`(Σ_t w_t ΔW_t C_t)(Σ_t w_t C_t)⁻¹` straight from its definition, dense and in float64, `(out, in)`."""
     shape = next(task.deltas[layer].shape for task in tasks if task and layer in task.deltas)
     moments = torch.zeros(shape, dtype=torch.float64)
     scatter_sum = torch.zeros(shape[1], shape[1], dtype=torch.float64)

@@ -48,7 +48,7 @@ class Covariance(ABC):
         """Raise `InvalidCovarianceError` if this is not a covariance: NaN, Inf, asymmetric or negative."""
 
     def with_ridge(self: Self, ridge: float) -> Self:
-        """`C + λ · mean(diag C) · I`: the relative ridge `λ` inside the covariance (DESIGN section 2, LPM)."""
+        """`C + λ · mean(diag C) · I`: the relative ridge `λ` inside the covariance."""
         return replace(self, remainder=self.remainder + ridge * self.trace / self.width)
 
 
@@ -181,7 +181,7 @@ def truncate(covariance: Covariance, energy: float, dtype: torch.dtype = torch.f
 
     With eigenvalues `σ_1 ≥ σ_2 ≥ …` the smallest `k` with `Σ_{i≤k} σ_i ≥ energy · tr C` is kept, the remainder is the
     mean of the discarded eigenvalues, and the kept eigenvalues and the trace stay exact. Plain truncation, without the
-    remainder, lets the merge extrapolate freely where a task had little energy (DESIGN section 3).
+    remainder, lets the merge extrapolate freely where a task had little energy.
 
     Args:
         covariance ([`Covariance`]): What to truncate, width `in`.

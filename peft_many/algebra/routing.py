@@ -25,7 +25,7 @@ def routing_weights(features: Tensor, prototypes: Tensor, temperature: float) ->
     """Softmax of the cosine similarities between centred features and centred prototypes.
 
     Both are centred on the mean of the prototypes: frozen vision features share a large common part, which would make
-    every similarity nearly one (DESIGN section 3).
+    every similarity nearly one.
 
     Args:
         features (`torch.Tensor`): Pooled frozen features of each image, shape `(images, d)`.

@@ -43,7 +43,7 @@ def collect_statistics(
 
     For every distinct input of the adapter's LoRA layers the covariance (second moment) `C = E[x xᵀ]`, accumulated in
     float64, with tokens masked by the batch's attention mask left out; for every projector the visual prototype, the
-    mean over images of the mean-pooled projector input (DESIGN section 2; the paper's Low-rank Parameter Merging and
+    mean over images of the mean-pooled projector input (docs/method.md; the paper's Low-rank Parameter Merging and
     Cross-modal Projection Merging). The result hangs on the layers (`layer.covariance[adapter_name]`) and is saved by
     `save_pretrained` and `push_to_hub` in `adapter_statistics.safetensors`.
 
@@ -58,7 +58,7 @@ def collect_statistics(
         adapter_name (`str`, *optional*):
             The adapter to measure. Defaults to the active one.
         max_samples (`int`, *optional*, defaults to 256):
-            Stop after the batch that reaches this number of rows; `None` reads all. 32 to 128 sufficed in the pilot.
+            Stop after the batch that reaches this number of rows; `None` reads all.
         target_modules (`Sequence[str]` or `str`, *optional*):
             Further linear layers to measure, by the end of their name, or `"all-linear"`: layers that other tasks
             train and this one does not. Layers that share an adapted layer's input are included anyway, at no cost.

@@ -14,7 +14,7 @@ from .card import update_card
 from .hub import RemoteStatistics
 from .statistics import DEFAULT_ENERGY, AdapterStatistics
 
-DEFAULT_TEMPERATURE = 0.05
+DEFAULT_TEMPERATURE = 0.02
 
 
 class MAnyPeftType(str, enum.Enum):
@@ -40,8 +40,8 @@ class MAnyConfig(LoraConfig):
         energy (`float`, defaults to `0.999`):
             Share of each covariance's energy that is kept when statistics are saved, in (0, 1]; the rest is kept as an
             isotropic remainder (MAny*). `1.0` keeps them whole.
-        temperature (`float`, defaults to `0.05`):
-            `τ` of the projector routing of a merge; 0.02 to 0.1 worked alike in the pilot.
+        temperature (`float`, defaults to `0.02`):
+            `τ` of the projector routing of a merge, chosen when merging.
         tasks (`list[dict]`, *optional*):
             In a merge, the tasks it was made of: name, weight, source, revision and hash. Written by merging.
         routing (`dict[str, dict]`, *optional*):

@@ -46,7 +46,7 @@ def make_tasks(
 
 
 def optimum(tasks: list[Task], ridge: float) -> Tensor:
-    """`(Σ w ΔW C) R⁻¹` in float64, straight from DESIGN section 2, with a solver of its own (SVD least squares)."""
+    """`(Σ w ΔW C) R⁻¹` in float64, straight from its definition, with a solver of its own (SVD least squares)."""
     width = tasks[0].inputs.shape[1]
     moments, scatter = 0, 0
     for task in tasks:

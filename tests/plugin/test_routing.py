@@ -87,7 +87,7 @@ def units(family: str, features: Tensor) -> list[Tensor]:
 
 
 def expected_weights(features: Tensor, known: Tensor, temperature: float) -> Tensor:
-    """DESIGN section 3: cosine of pooled features with prototypes, both centred on the prototypes' mean; softmax."""
+    """The definition: cosine of pooled features with prototypes, both centred on the prototypes' mean; softmax."""
     pooled = features.double().reshape(-1, features.shape[-1]).mean(0)
     centre = known.double().mean(0)
     cosines = [torch.cosine_similarity(pooled - centre, one.double() - centre, dim=0) for one in known]
