@@ -81,11 +81,9 @@ class MAnyModel(LoraModel):
             config.modules_to_save = [*kept, *(name for name in projectors if name not in kept)]
         active = adapter_name in self.active_adapters
         for name in projectors:
-            (parent_name, _, child), module, routing = (
-                name.rpartition("."),
-                model.get_submodule(name),
-                _routing(config, name),
-            )
+            parent_name, _, child = name.rpartition(".")
+            parent, module = model.get_submodule(parent_name), model.get_submodule(name)
+            routing = _routing(config, name)
             if isinstance(module, ProjectorWrapper):
                 rollback.callback(module.delete_adapter, adapter_name, module.active_adapters)
                 module.update(adapter_name, routing=routing)
@@ -93,8 +91,8 @@ class MAnyModel(LoraModel):
             _check_trainable(name, module)
             wrapper = ProjectorWrapper(module, adapter_name, routing=routing)
             wrapper.set_adapter(adapter_name if active else [], inference_mode=config.inference_mode)
-            rollback.callback(setattr, model.get_submodule(parent_name), child, module)
-            setattr(model.get_submodule(parent_name), child, wrapper)
+            rollback.callback(setattr, parent, child, module)
+            setattr(parent, child, wrapper)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
