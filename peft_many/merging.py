@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,8 +45,8 @@ def merge_adapter_sequence(
     adapter_name: str = "default",
     weights: Sequence[float] | None = None,
     task_names: Sequence[TaskNames] | None = None,
-    ridge: float = DEFAULT_RIDGE,
-    temperature: float = DEFAULT_TEMPERATURE,
+    ridge: float | None = None,
+    temperature: float | None = None,
     low_cpu_mem_usage: bool = False,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -70,11 +71,13 @@ def merge_adapter_sequence(
         task_names (`Sequence[str]`, *optional*):
             Names of the tasks, where the adapters do not say or clash; `None` entries keep the adapter's own, and a
             merge takes a list, in the order of its config's `tasks`.
-        ridge (`float`, defaults to `1e-4`):
+        ridge (`float`, *optional*):
             `λ`, the share of the mean input energy added in every direction; it pulls unseen directions to the tasks'
-            mean delta. 1e-8 to 1e-3 work alike on the demo, 1e-2 costs accuracy (docs/how-to.md).
-        temperature (`float`, defaults to `0.02`):
+            mean delta. 1e-8 to 1e-3 work alike on the demo, 1e-2 costs accuracy (docs/how-to.md). Defaults to that of
+            the merges among the adapters, if they agree, and to 1e-4.
+        temperature (`float`, *optional*):
             `τ` of the projector routing; 0.005 to 0.02 work alike on the demo, 0.1 costs accuracy (docs/how-to.md).
+            Defaults to that of the merges among the adapters, if they agree, and to 0.02.
         low_cpu_mem_usage (`bool`, defaults to `False`):
             Create the adapter's weights on the meta device before they are filled.
         token (`str` or `bool`, *optional*):
@@ -120,8 +123,8 @@ def merge_adapter_files(
     *,
     weights: Sequence[float] | None = None,
     task_names: Sequence[TaskNames] | None = None,
-    ridge: float = DEFAULT_RIDGE,
-    temperature: float = DEFAULT_TEMPERATURE,
+    ridge: float | None = None,
+    temperature: float | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -164,8 +167,8 @@ def _merge(
     *,
     weights: Sequence[float] | None,
     task_names: Sequence[TaskNames] | None,
-    ridge: float,
-    temperature: float,
+    ridge: float | None,
+    temperature: float | None,
     hub: Mapping[str, Any],
     progress: bool,
 ) -> MergedAdapter:
@@ -174,8 +177,12 @@ def _merge(
     for name, given in (("weights", weights), ("task_names", task_names)):
         if given is not None and len(given) != len(entries):
             raise ValueError(f"`{name}` has {len(given)} entries for {len(entries)} adapters.")
-    if not temperature > 0:
+    if temperature is not None and not temperature > 0:
         raise ValueError(f"`temperature` must be positive, but it is {temperature}.")
+    if ridge is not None and not 0 <= ridge < math.inf:
+        raise ValueError(f"`ridge` must be finite and not negative, but it is {ridge}.")
+    if weights is not None and not all(0 <= weight < math.inf for weight in weights):
+        raise ValueError(f"`weights` must be finite and not negative, but they are {list(weights)}.")
     adapters = [
         read_adapter(find_adapter(entry, **hub), task_names[i] if task_names is not None else None)
         for i, entry in enumerate(tqdm(entries, desc="Reading adapters", unit="adapter", disable=not progress))
@@ -189,12 +196,17 @@ def _merge(
     tasks.sort(key=lambda task: task.name)  # so that any order of the list gives the same merge to the bit
     _check_tasks(tasks)
     _check_same_base(adapters)
+    merges = [
+        adapter.config for adapter in adapters if isinstance(adapter.config, MAnyConfig) and adapter.config.tasks
+    ]
+    ridge = ridge if ridge is not None else _common(merges, "ridge") or DEFAULT_RIDGE
+    temperature = temperature if temperature is not None else _common(merges, "temperature") or DEFAULT_TEMPERATURE
     deltas = _merge_deltas(tasks, ridge, progress)
     routing, projector_tensors = _merge_projectors(tasks)
     tensors = {f"{KEY_PREFIX}{name}.lora_A.weight": delta.A.contiguous() for name, delta in deltas.items()}
     tensors |= {f"{KEY_PREFIX}{name}.lora_B.weight": delta.B.contiguous() for name, delta in deltas.items()}
     tensors |= {f"{KEY_PREFIX}{name}": tensor.contiguous() for name, tensor in projector_tensors.items()}
-    return MergedAdapter(_merged_config(adapters, tasks, deltas, routing, temperature), tensors)
+    return MergedAdapter(_merged_config(adapters, tasks, deltas, routing, ridge, temperature), tensors)
 
 
 def _check_tasks(tasks: Sequence[TaskAdapter]) -> None:
@@ -322,6 +334,7 @@ def _merged_config(
     tasks: Sequence[TaskAdapter],
     deltas: Mapping[str, LowRankDelta],
     routing: dict[str, dict[str, Any]],
+    ridge: float,
     temperature: float,
 ) -> MAnyConfig:
     configs = [adapter.config for adapter in adapters]
@@ -353,6 +366,7 @@ def _merged_config(
         revision=_common(configs, "revision"),
         inference_mode=True,
         energy=1.0,  # what the tasks' statistics kept is kept
+        ridge=ridge,
         temperature=temperature,
         tasks=[{"name": task.name, "weight": task.weight, **task.provenance} for task in tasks],
         routing=routing or None,

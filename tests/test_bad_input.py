@@ -278,6 +278,11 @@ def test_statistics_of_another_training_run(good, bad, tmp_path):
     assert_refused(tmp_path, [good["b"], bad], str(bad), LAYER, "trained further", "collect_statistics")
 
 
+def test_a_scaling_that_is_no_number(good, bad, tmp_path):
+    edit_config(bad, lora_alpha=math.nan)
+    assert_refused(tmp_path, [good["b"], bad], str(bad), "scaling nan")
+
+
 def test_a_merge_that_was_trained_further(good, tmp_path):
     bad = Path(shutil.copytree(good["merge"], tmp_path / "further"))
     edit(bad, WEIGHTS, lambda tensors: tensors[TENSOR.replace("lora_A", "lora_B")].mul_(1.01))
@@ -574,6 +579,24 @@ def test_task_names_that_clash(good, tmp_path):
 
 def test_one_name_for_a_merge(good, tmp_path):
     assert_refused(tmp_path, [good["merge"]], str(good["merge"]), "'x'", error=ValueError, task_names=["x"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tasks": [{}, {}]},
+        {"tasks": 5},
+        {"tasks": [{"name": 1, "weight": 1.0, "sha256": "0"}] * 2},
+        {"tasks": [{"name": "x", "weight": "heavy", "sha256": "0"}] * 2},
+        {"tasks": [{"name": "x", "weight": 1.0, "sha256": None}] * 2},
+        {"routing": {"model.multi_modal_projector": {}}},
+        {"rank_pattern": [1]},
+    ],
+)
+def test_a_merge_whose_config_holds_nonsense(good, tmp_path, changes):
+    bad = Path(shutil.copytree(good["merge"], tmp_path / "nonsense"))
+    edit_config(bad, **changes)
+    assert_refused(tmp_path, [bad], str(bad))
 
 
 @pytest.mark.parametrize(

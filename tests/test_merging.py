@@ -558,8 +558,17 @@ def test_the_card_names_the_tasks(shelf, tmp_path):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\n")
     assert "library_name: peft" in card
-    assert f"| b | {shelf('b').folder} |  | 0.5 |" in card
+    assert f"| b | {shelf('b').folder.name} |  | 0.5 |" in card
+    assert str(shelf("b").folder.parent) not in card + (folder / "adapter_config.json").read_text()
     assert "import peft_many" in card
+
+
+def test_a_merge_says_how_it_was_made_and_is_merged_further_so(shelf, tmp_path):
+    first = merge(tmp_path / "first", shelf("a").folder, shelf("b").folder, ridge=1e-3, temperature=0.5)
+    config = MAnyConfig.from_pretrained(merge(tmp_path / "second", first))
+    assert (config.ridge, config.temperature) == (1e-3, 0.5)
+    config = MAnyConfig.from_pretrained(merge(tmp_path / "third", first, ridge=1e-5, temperature=0.1))
+    assert (config.ridge, config.temperature) == (1e-5, 0.1)
 
 
 def test_config_type_of_a_merge(shelf, tmp_path):

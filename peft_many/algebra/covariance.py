@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class Covariance(ABC):
 
     remainder: float
     tokens: int
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        return self  # Immutable, large and shared: copies of a model need no copies of it.
 
     @property
     @abstractmethod
@@ -171,9 +174,9 @@ class CovarianceAccumulator:
 
     def result(self) -> DenseCovariance:
         """The mean of `x xᵀ` over all rows so far, on the CPU; zero if there were none."""
-        mean = self.total / max(self.tokens, 1)
         # addmm is symmetric up to rounding; make it so to the bit, as it is stored and checked.
-        return DenseCovariance(remainder=0.0, tokens=self.tokens, matrix=((mean + mean.T) / 2).cpu())
+        mean = (self.total + self.total.T).div_(2 * max(self.tokens, 1))
+        return DenseCovariance(remainder=0.0, tokens=self.tokens, matrix=mean.cpu())
 
 
 def truncate(covariance: Covariance, energy: float, dtype: torch.dtype = torch.float32) -> LowRankCovariance:

@@ -92,11 +92,14 @@ class LeastSquaresMerge:
             SingularMergeError: A direction has no energy in any task and there is no ridge.
         """
         tasks = self._tasks
-        if all(task.weight * task.covariance.trace == 0 for task in tasks):
-            # Nobody saw a token here: every direction is an unseen one, which get the mean delta.
-            tasks = [_Task(_identity_like(task.covariance), max(task.weight, 1e-300), task.deltas) for task in tasks]
         blocks = [(name, t, delta) for t, task in enumerate(tasks) for name, delta in task.deltas.items()]
-        rows = _weighted_rows(tasks, [(t, delta.A) for _, t, delta in blocks])
+        if all(task.weight == 0 for task in tasks):  # nobody has a say here
+            rows = [torch.zeros_like(delta.A) for _, _, delta in blocks]
+        else:
+            if all(task.weight * task.covariance.trace == 0 for task in tasks):
+                # Nobody saw a token here: every direction is an unseen one, and these get the mean delta.
+                tasks = [_Task(_identity_like(task.covariance), task.weight, task.deltas) for task in tasks]
+            rows = _weighted_rows(tasks, [(t, delta.A) for _, t, delta in blocks])
         merged: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         for (name, _, delta), block in zip(blocks, rows):
             A_blocks, B_blocks = merged.setdefault(name, ([], []))
@@ -120,10 +123,15 @@ def _weighted_rows(tasks: Sequence[_Task], blocks: Sequence[tuple[int, Tensor]])
 
 def _rows_by_cholesky(tasks: Sequence[_Task], blocks: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
     """Factor `R` (in × in) once and solve for every row."""
-    scatter = sum(task.weight * task.covariance.dense() for task in tasks)
-    assert isinstance(scatter, Tensor)
-    moments = torch.cat([tasks[t].weight * (A.double() @ tasks[t].covariance.dense()) for t, A in blocks])
-    solved = torch.cholesky_solve(moments.T, _cholesky(scatter)).T
+    width = tasks[0].covariance.width
+    scatter = torch.zeros(width, width, dtype=torch.float64)
+    moments: dict[int, Tensor] = {}
+    for t, task in enumerate(tasks):
+        weighted = task.covariance.dense().mul_(task.weight)
+        scatter += weighted
+        moments |= {i: A.double() @ weighted for i, (of, A) in enumerate(blocks) if of == t}
+    stacked = torch.cat([moments[i] for i in range(len(blocks))])
+    solved = torch.cholesky_solve(stacked.T, _cholesky(scatter)).T
     return list(solved.split([A.shape[0] for _, A in blocks]))
 
 

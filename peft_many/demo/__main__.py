@@ -16,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m peft_many.demo",
         description="Teach a tiny LLaVA four conflicting image-question tasks, one adapter each, merge the adapters "
-        "without training, and see who remembers what. About three minutes on two CPU cores.",
+        "without training, and see who remembers what. Under four minutes on two CPU cores.",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("many-demo"), help="where adapters, demo.png and results.json go"

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..algebra.lpm import LowRankDelta
 from .config import MAnyConfig
 from .hub import AdapterSource
-from .statistics import AdapterStatistics, StatisticsError, TaskStatistics
+from .statistics import STATISTICS_NAME, AdapterStatistics, StatisticsError, TaskStatistics
 
 KEY_PREFIX = "base_model.model."
 
@@ -70,15 +70,26 @@ def read_adapter(source: AdapterSource, task_names: str | Sequence[str] | None =
     Raises:
         UnmergeableAdapterError: It cannot be merged, be it damaged, not linear, or without statistics.
     """
+    try:
+        return _read(source, task_names)
+    except (UnmergeableAdapterError, StatisticsError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        # Configs and headers are JSON that anybody may have written; what is in them may have any type.
+        raise UnmergeableAdapterError(f"{source.name} is malformed: {error!r}.") from error
+
+
+def _read(source: AdapterSource, task_names: str | Sequence[str] | None) -> Adapter:
     config = _read_config(source)
     tensors = _read_tensors(source)
     _check_additive(source, config, tensors)
-    statistics = getattr(config, "statistics", None)
-    if statistics is None:
+    path = source.folder / STATISTICS_NAME
+    if not path.is_file():
         raise UnmergeableAdapterError(
             f"{source.name} has no statistics: load it, run `collect_statistics(model, dataloader)` on its task's "
             "data, and save it again."
         )
+    statistics = AdapterStatistics.load(path)
     pairs, rest = _split_pairs(source, config, tensors)
     if isinstance(config, MAnyConfig) and config.is_merge:
         tasks = _tasks_of_merge(source, config, statistics, pairs, rest)
@@ -90,6 +101,8 @@ def read_adapter(source: AdapterSource, task_names: str | Sequence[str] | None =
             raise ValueError(f"`task_names` gives {names} for {source.name}, which holds {len(tasks)} tasks.")
         tasks = tuple(dataclasses.replace(task, name=name) for task, name in zip(tasks, names))
     for task in tasks:
+        if not isinstance(task.name, str) or not isinstance(task.provenance["sha256"], str):
+            raise UnmergeableAdapterError(f"{source.name} is malformed: its tasks lack a name or a hash.")
         _check_statistics_fit(task)
     return Adapter(config, tasks)
 
@@ -213,6 +226,10 @@ def _delta(source: AdapterSource, config: LoraConfig, module: str, A: Tensor, B:
             f"says rank {rank}."
         )
     scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    if not math.isfinite(scaling):
+        raise UnmergeableAdapterError(
+            f"{source.name}: layer '{module}' has the scaling {scaling} (`lora_alpha` {alpha})."
+        )
     # Rounded to float32 here, so that a task taken from a merge, where it is stored so, is the same to the bit.
     return LowRankDelta(A=(scaling * A.double()).float(), B=B.float())
 
@@ -249,7 +266,7 @@ def _single_task(
     return TaskAdapter(
         name=getattr(config, "task_name", None) or measured.name or source.short_name,
         weight=1.0,
-        provenance={"source": source.name, "revision": source.revision, "sha256": _sha256(source.folder)},
+        provenance={"source": source.public_name, "revision": source.revision, "sha256": _sha256(source.folder)},
         statistics=measured,
         deltas=pairs,
         projectors=projectors,
@@ -279,6 +296,8 @@ def _tasks_of_merge(
     columns = dict.fromkeys(pairs, 0)
     tasks = []
     for about, measured in zip(named, statistics.tasks):
+        if not isinstance(about["weight"], (int, float)):
+            raise TypeError(f"the weight of a task is {about['weight']!r}")
         deltas = {}
         for module, A in measured.deltas.items():
             start, end = columns.get(module, 0), columns.get(module, 0) + A.shape[0]
@@ -312,7 +331,7 @@ def _tasks_of_merge(
     return tuple(tasks)
 
 
-# How far a stored norm may be from the weights': dtype casts move it by less, another training step by more.
+# How far a stored norm may be from the weights': dtype casts move it by less, real training by more.
 _NORM_TOLERANCE = 1e-3
 
 

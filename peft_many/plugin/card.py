@@ -39,6 +39,8 @@ def update_card(
     path = folder / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
     data: Any = card.data
+    if path.is_file() and data.library_name != "peft":
+        return  # somebody's README, not an adapter's card
     data.library_name = "peft"
     data.base_model = base_model or data.base_model
     tags = {"lora", "peft-many", "continual-learning", *(["merge"] if tasks is not None else [])}

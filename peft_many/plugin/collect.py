@@ -52,9 +52,10 @@ def collect_statistics(
 
     Args:
         model (`torch.nn.Module`):
-            A [`~peft.PeftModel`], or a transformers model with adapters; also as prepared by Accelerate.
+            A [`~peft.PeftModel`], or a transformers model with adapters; also as prepared by Accelerate (DDP).
         dataloader (`Iterable`):
-            Batches as for training: mappings of the model's keyword arguments, or tuples of positional ones.
+            Batches as for training: mappings of the model's keyword arguments, whose `attention_mask` tells padding,
+            or tuples of positional ones.
         adapter_name (`str`, *optional*):
             The adapter to measure. Defaults to the active one.
         max_samples (`int`, *optional*, defaults to 256):
@@ -79,6 +80,8 @@ def collect_statistics(
         ValueError: There is no such adapter, it is a merge, or the dataloader is empty.
         RuntimeError: An activation holds NaN or Inf, or layers shared an input in some batches only.
     """
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"`max_samples` must be at least 1, but it is {max_samples}.")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise ValueError(f"`energy` must be in (0, 1], but it is {energy}.")
     peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -231,6 +234,14 @@ def _masks(batch: Any, has_encoder: bool) -> dict[str, torch.Tensor]:
     """The 2-D attention masks of a batch, as booleans: which positions are tokens and which are padding."""
     if not isinstance(batch, Mapping):
         return {}
+    for name in MASK_NAMES:
+        if isinstance(batch.get(name), torch.Tensor) and batch[name].dim() != 2:
+            warnings.warn(
+                f"`{name}` has shape {tuple(batch[name].shape)}; only masks of shape (rows, length) tell padding from "
+                "tokens, so padding is counted.",
+                PeftWarning,
+                stacklevel=3,
+            )
     masks = {name: batch[name].bool() for name in MASK_NAMES if isinstance(batch.get(name), torch.Tensor)}
     if has_encoder and MASK_NAMES[1] not in masks and isinstance(batch.get("labels"), torch.Tensor):
         # Models make the decoder's inputs from the labels, whose padding data collators mark by -100.

@@ -40,8 +40,10 @@ class MAnyConfig(LoraConfig):
         energy (`float`, defaults to `0.999`):
             Share of each covariance's energy that is kept when statistics are saved, in (0, 1]; the rest is kept as an
             isotropic remainder (MAny*). `1.0` keeps them whole.
+        ridge (`float`, *optional*):
+            In a merge, the `λ` it was made with. Written by merging.
         temperature (`float`, defaults to `0.02`):
-            `τ` of the projector routing of a merge, chosen when merging.
+            In a merge, the `τ` of the projector routing. Written by merging.
         tasks (`list[dict]`, *optional*):
             In a merge, the tasks it was made of: name, weight, source, revision and hash. Written by merging.
         routing (`dict[str, dict]`, *optional*):
@@ -60,6 +62,7 @@ class MAnyConfig(LoraConfig):
     energy: float = field(
         default=DEFAULT_ENERGY, metadata={"help": "Share of each covariance's energy that is kept when saving."}
     )
+    ridge: float | None = field(default=None, metadata={"help": "The ridge of a merge. Written by merging."})
     temperature: float = field(
         default=DEFAULT_TEMPERATURE, metadata={"help": "Temperature of the projector routing of a merge."}
     )

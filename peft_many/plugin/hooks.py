@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..algebra.covariance import Covariance, CovarianceAccumulator
-from .image_layout import current_layout
+from .image_layout import current_layout, features_of
 
 # Of the text, and of the decoder's text in an encoder-decoder model.
 MASK_NAMES = ("attention_mask", "decoder_attention_mask")
@@ -100,7 +100,9 @@ class CovarianceHooks:
         Raises:
             RuntimeError: Two measured layers shared their input in some calls only.
         """
-        sums = {leader: accumulator.result() for leader, accumulator in self._accumulators.items()}
+        sums: dict[str, Covariance] = {}
+        for name in list(self._accumulators):  # each is let go before the next is finished: they are large
+            sums[name] = self._accumulators.pop(name).result()
         found: dict[str, Covariance] = {}
         for name, layer in self.measured.items():
             if self._calls[name] == 0:
@@ -128,7 +130,7 @@ class CovarianceHooks:
 
     def _hook(self, name: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
+            inputs = features_of(args, kwargs)
             self._calls[name] += 1
             arrival = self._arrival(name, inputs)
             if name in self.measured and arrival.leader is None:
@@ -212,7 +214,7 @@ class PrototypeHooks:
 
     def __enter__(self) -> PrototypeHooks:
         for name, projector in self.projectors.items():
-            self._handles.append(projector.register_forward_pre_hook(self._hook(name)))
+            self._handles.append(projector.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -229,8 +231,8 @@ class PrototypeHooks:
         return {name: (total / self._images[name]).float() for name, total in self._sums.items()}
 
     def _hook(self, name: str) -> Any:
-        def hook(projector: nn.Module, args: tuple[Any, ...]) -> None:
-            features = args[0]
+        def hook(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            features = features_of(args, kwargs)
             pooled = current_layout(features).pool(features).cpu().double()
             if not torch.isfinite(pooled).all():
                 raise RuntimeError(f"The vision features at '{name}' hold NaN or Inf.")

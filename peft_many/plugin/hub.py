@@ -6,6 +6,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -19,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftWarning
 
-from .statistics import STATISTICS_NAME, AdapterStatistics
+from .statistics import STATISTICS_NAME, AdapterStatistics, StatisticsError
 
 # All that merging reads; nothing else is downloaded, pickles least of all.
 ADAPTER_FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STATISTICS_NAME]
@@ -48,38 +49,59 @@ class AdapterSource:
         """The last part of the name, the default name of the task."""
         return Path(self.folder if self.revision is None else self.name).resolve().name
 
+    @property
+    def public_name(self) -> str:
+        """What a merge's config and card call it: local paths are nobody else's business."""
+        return self.short_name if self.revision is None else self.name
 
-@dataclass(frozen=True)
+
 class RemoteStatistics:
     """The statistics of an adapter on the Hub that was loaded without them: inference downloads none.
 
-    They are downloaded when the adapter is saved again, so that saving and pushing lose nothing.
+    They are downloaded when the adapter is saved again, so that saving and pushing lose nothing. No dataclass: a
+    config is printed, logged and pickled, and the token must stay out of that.
     """
 
-    repo_id: str
-    filename: str
-    revision: str | None
-    token: str | bool | None
-    cache_dir: str | Path | None
+    def __init__(
+        self,
+        repo_id: str,
+        filename: str,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        self.where: dict[str, Any] = {
+            "repo_id": repo_id,
+            "filename": filename,
+            "revision": revision,
+            "cache_dir": cache_dir,
+        }
+        self._token = token
+
+    def __repr__(self) -> str:
+        return f"RemoteStatistics({self.where['repo_id']!r}, revision={self.where['revision']!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteStatistics:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_token": None}
 
     def save(self, folder: str | os.PathLike[str], energy: float = 1.0) -> None:
         """Download the file and write it into `folder` as it is (`energy` was applied when it was first saved)."""
         try:
-            path = hf_hub_download(
-                self.repo_id, self.filename, revision=self.revision, token=self.token, cache_dir=self.cache_dir
-            )
-        except LocalEntryNotFoundError as error:
+            path = hf_hub_download(**self.where, token=self._token)
+            AdapterStatistics.load(path).save(folder, energy=1.0)
+        except (EntryNotFoundError, HfHubHTTPError, StatisticsError) as error:
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                return  # the adapter has none
             # Not an error: the model being saved may have been trained for hours since.
             warnings.warn(
-                f"The statistics of '{self.repo_id}' cannot be fetched, so it is saved without them; to merge "
-                f"it, put its {STATISTICS_NAME} into '{folder}'. ({_first_line(error)})",
+                f"The statistics of '{self.where['repo_id']}' cannot be fetched, so it is saved without them; to "
+                f"merge it, put its {STATISTICS_NAME} into '{folder}'. ({_first_line(error)})",
                 PeftWarning,
                 stacklevel=2,
             )
-            return
-        except EntryNotFoundError:
-            return  # the adapter has none
-        AdapterStatistics.load(path).save(folder, energy=1.0)
 
 
 def locate_statistics(

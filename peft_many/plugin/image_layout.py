@@ -53,8 +53,10 @@ class ImageLayout:
     def pool(self, features: Tensor) -> Tensor:
         """Mean-pooled features of each image, shape `(images, d)`, float32; `d` is the features' last dimension."""
         width = features.shape[-1]
-        units = 1 if self.flat else features.shape[:-1].numel() // max(len(features), 1)
-        rows = features.float().reshape(-1, units, width).mean(1)
+        if self.flat:
+            rows = features.float().reshape(features.shape[:-1].numel(), width)
+        else:
+            rows = features.float().reshape(len(features), features.shape[1:-1].numel(), width).mean(1)
         if self.lengths is None:
             return rows.float()
         return pool_segments(rows, self._rows_of_images(len(rows)).to(rows.device))
@@ -111,6 +113,12 @@ LAYOUTS: tuple[tuple[Callable[[ImageCall], Tensor | None], bool], ...] = (
     (_tile_lengths, False),
     (_size_lengths, True),
 )
+
+
+def features_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A layer's or projector's input: the first argument, by position or by name."""
+    features: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return features
 
 
 def current_layout(features: Tensor) -> ImageLayout:

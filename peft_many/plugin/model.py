@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import warnings
 from contextlib import ExitStack
-from types import MethodType
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import PeftWarning
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,7 +26,7 @@ from .families import (
     match_projectors,
 )
 from .image_layout import WATCHED_METHODS, unwatch_image_calls, watch_image_calls
-from .layers import hang_on_layers
+from .layers import hang_on_layers, lora_layers
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
 from .statistics import AdapterStatistics
 
@@ -72,6 +74,13 @@ class MAnyModel(LoraModel):
         """Give the adapter its projectors; how to take them away again goes on the stack `rollback`."""
         if config.projector_modules is None:
             projectors = find_projectors(model)
+            if not projectors and image_encoder_name(model) is not None:
+                warnings.warn(
+                    f"No projector was found in {type(model).__name__}, so only the language model is adapted. Name "
+                    "it by `projector_modules`, or pass `projector_modules=[]` if there is none.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
         else:
             projectors = match_projectors(model, config.projector_modules)
         config.projector_modules = projectors
@@ -102,7 +111,7 @@ class MAnyModel(LoraModel):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         # PEFT ignores keys that match nothing, which leaves an adapter silently untrained.
-        adapted = {_layer(key) for key in model.state_dict() if ".lora_" in key}
+        adapted = {name.removeprefix("base_model.model.") for name in lora_layers(model, adapter_name)}
         for key in remapped:
             if ".lora_" in key and _layer(key) not in adapted:
                 raise ValueError(
@@ -117,7 +126,7 @@ class MAnyModel(LoraModel):
             # The model keeps routing, but its class knows nothing of a mixture: saved and loaded as what it calls
             # itself, it would come back with a randomly initialised projector.
             if isinstance(model, PreTrainedModel):
-                model.save_pretrained = MethodType(_refuse_saving, model)
+                model.save_pretrained = functools.partial(_refuse_saving, model)
         else:
             unwatch_image_calls([(module, name) for module in model.modules() for name in WATCHED_METHODS])
         return model

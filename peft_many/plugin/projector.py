@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..algebra.routing import routing_weights
-from .image_layout import current_layout
+from .image_layout import current_layout, features_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ProjectorMixture(nn.Module):
         experts = [self.experts[f"task_{t}"] if trained else base for t, trained in enumerate(self.trained)]
         if len(experts) == 1:
             return _call(experts[0], *args, **kwargs)
-        features: Tensor = args[0]
+        features = features_of(args, kwargs)
         layout = current_layout(features)
         weights = routing_weights(layout.pool(features), self.prototypes.to(features.device), self.temperature)
         mixed: Tensor | None = None
@@ -102,9 +102,13 @@ def _plain_copy(module: nn.Module) -> nn.Module:
 def _call(expert: nn.Module | None, *args: Any, **kwargs: Any) -> Tensor:
     """Run one expert in its own dtype and return in that of the features."""
     assert expert is not None
-    features: Tensor = args[0]
+    features = features_of(args, kwargs)
     dtype = next((p.dtype for p in expert.parameters() if p.is_floating_point()), features.dtype)
-    output = expert(features.to(dtype), *args[1:], **kwargs)
+    if args:
+        args = (features.to(dtype), *args[1:])
+    else:
+        kwargs = {**kwargs, next(iter(kwargs)): features.to(dtype)}
+    output = expert(*args, **kwargs)
     if not isinstance(output, Tensor):
         raise TypeError(
             f"The projector {type(expert).__name__} returns {type(output).__name__}; only projectors that return one "

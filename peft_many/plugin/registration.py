@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from types import MethodType
+import warnings
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftWarning
 
 from .config import MAnyConfig, MAnyPeftType
 from .hub import RemoteStatistics, locate_statistics
 from .model import MAnyModel
-from .statistics import AdapterStatistics
+from .statistics import AdapterStatistics, StatisticsError
 
 
 def register() -> None:
@@ -21,7 +22,7 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[MAnyPeftType.MANY] = MAnyConfig
     PEFT_TYPE_TO_TUNER_MAPPING[MAnyPeftType.MANY] = MAnyModel
     PEFT_TYPE_TO_PREFIX_MAPPING[MAnyPeftType.MANY] = MAnyModel.prefix
-    if not hasattr(PeftConfig.from_pretrained, "__wrapped__"):
+    if not hasattr(PeftConfig.from_pretrained, "finds_statistics"):
         _let_configs_find_statistics()
 
 
@@ -33,7 +34,7 @@ def give_statistics(
     if not isinstance(config, MAnyConfig):
         # A `LoraConfig` has no such hook; this one object gets it, the class does not.
         config.energy = energy
-        config.save_pretrained = MethodType(_save_with_statistics, config)
+        config.save_pretrained = functools.partial(_save_with_statistics, config)
 
 
 def _save_with_statistics(config: Any, save_directory: str, **kwargs: Any) -> None:
@@ -55,12 +56,17 @@ def _let_configs_find_statistics() -> None:
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, LoraConfig):
             where = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
-            statistics = locate_statistics(pretrained_model_name_or_path, subfolder, **where)
+            try:
+                statistics = locate_statistics(pretrained_model_name_or_path, subfolder, **where)
+            except StatisticsError as error:  # which using the adapter does not need; merging reads them strictly
+                warnings.warn(f"The adapter is loaded without its statistics. {error}", PeftWarning, stacklevel=2)
+                return config
             # A plain LoRA adapter on the Hub rarely has statistics; asking for them at each save would be rude.
             if isinstance(statistics, AdapterStatistics) or isinstance(config, MAnyConfig):
                 give_statistics(config, statistics)
         return config
 
+    from_pretrained.finds_statistics = True  # type: ignore[attr-defined]
     for owner in PeftConfig.__mro__:
         if "from_pretrained" in vars(owner):
             owner.from_pretrained = classmethod(from_pretrained)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ class TaskStatistics:
             By the path of the projector: mean over images of the mean-pooled projector input, shape `(d,)`, float32.
         norms (`Mapping[str, float]`):
             By layer, the Frobenius norm of the adapter's `lora_B` when the task was measured: a later training run
-            makes the statistics stale, and this tells.
+            makes the statistics stale, and this tells if it changed the weights by more than a few per cent.
         weight (`float`): `w_t`; other than 1 only inside a merge.
         deltas (`Mapping[str, torch.Tensor]`):
             Inside a merge, each trained layer's `A_t` with the LoRA scaling folded in, shape `(r_t, in)`.

@@ -156,6 +156,12 @@ def test_a_layer_that_no_token_reached_gets_the_mean_delta():
     assert relative_error(problem.solve()["layer"].dense(), (deltas[0].dense() + deltas[1].dense()) / 2) < 1e-6
 
 
+def test_a_task_of_no_weight_has_no_say_even_where_it_is_alone():
+    (task,) = make_tasks(seed=8, tasks=1)
+    task.weight = 0.0
+    assert torch.equal(merge([task]).dense(), torch.zeros(7, 12, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("energy", [None, 1.0])
 def test_without_a_ridge_unseen_directions_are_an_error_and_not_noise(energy):
     with pytest.raises(SingularMergeError, match="ridge"):

@@ -20,7 +20,9 @@ def test_a_saved_adapter_s_card_says_what_to_import(tmp_path):
 
 
 def test_the_users_words_stay_and_ours_come_once(tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\n# My adapter\n\nHandle with care.\n")
+    (tmp_path / "README.md").write_text(
+        "---\nlibrary_name: peft\nlicense: mit\ntags: [mine]\n---\n# My adapter\n\nHandle with care.\n"
+    )
     MAnyConfig().save_pretrained(tmp_path)
     MAnyConfig(tasks=[TASK], base_model_name_or_path="me/base").save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")

@@ -1,13 +1,17 @@
 """What the plugin does to PEFT: the entries it makes, and the one wrapped method, with a test that says why."""
 
 import copy
+import dataclasses
+import pickle
 
 import pytest
 import torch
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftWarning
 
 from peft_many import MAnyConfig, MAnyModel, collect_statistics
+from peft_many.plugin.hub import RemoteStatistics
 from peft_many.plugin.registration import register
 from tests import tiny
 
@@ -71,3 +75,27 @@ def test_upstream_still_asks_the_base_class_so_the_wrapping_is_needed(tmp_path, 
     monkeypatch.setattr(PeftConfig, "from_pretrained", classmethod(from_pretrained))
     model_class.from_pretrained(tmp_path / "base").load_adapter(str(tmp_path / "adapter"))
     assert asked == [PeftConfig]
+
+
+def test_damaged_statistics_do_not_stop_inference(tmp_path):
+    model_class = adapter(tmp_path)
+    path = tmp_path / "adapter" / "adapter_statistics.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(PeftWarning, match="without its statistics.*adapter_statistics.safetensors"):
+        model = PeftModel.from_pretrained(model_class.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert model.peft_config["default"].statistics is None
+
+
+def test_measured_configs_can_be_pickled_and_copied(tmp_path):
+    adapter(tmp_path, LoraConfig(r=2, target_modules=["q_proj"]))
+    config = PeftConfig.from_pretrained(tmp_path / "adapter")
+    for twin in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        twin.save_pretrained(tmp_path / "twin")
+        assert (tmp_path / "twin" / "adapter_statistics.safetensors").is_file()
+
+
+def test_no_token_is_printed_logged_or_pickled():
+    remote = RemoteStatistics("me/adapter", "adapter_statistics.safetensors", token="hf_SECRET")
+    config = MAnyConfig(statistics=remote)
+    assert "hf_SECRET" not in f"{config!r} {remote!r} {dataclasses.asdict(config)}"
+    assert b"hf_SECRET" not in pickle.dumps(config)
