@@ -23,7 +23,7 @@ from .plugin.atomic import new_folder
 from .plugin.config import DEFAULT_TEMPERATURE, MAnyConfig
 from .plugin.fit import check_fits_model, untouched_on_failure
 from .plugin.hub import find_adapter
-from .plugin.statistics import AdapterStatistics, check_covariance
+from .plugin.statistics import AdapterStatistics, check_covariance, weight_fingerprint
 
 DEFAULT_RIDGE = 1e-4
 AdapterPath = str | os.PathLike[str]
@@ -341,16 +341,16 @@ def _merged_config(
     ranks = {name: delta.A.shape[0] for name, delta in deltas.items()}
     rank = max(ranks.values(), key=list(ranks.values()).count)
     exceptions = {name.replace(".", r"\."): r for name, r in ranks.items() if r != rank}
-    measured = [
-        replace(
-            task.statistics,
-            name=task.name,
-            weight=task.weight,
-            deltas={m: d.A for m, d in task.deltas.items()},
-            norms={m: d.B.double().norm().item() for m, d in task.deltas.items()},
+    measured, rows = [], dict.fromkeys(deltas, 0)
+    for task in tasks:
+        fingerprints = {}
+        for name, delta in task.deltas.items():
+            start, rows[name] = rows[name], rows[name] + delta.A.shape[0]
+            fingerprints[name] = weight_fingerprint(deltas[name].A[start : rows[name]], delta.B)
+        own = {name: delta.A for name, delta in task.deltas.items()}
+        measured.append(
+            replace(task.statistics, name=task.name, weight=task.weight, deltas=own, fingerprints=fingerprints)
         )
-        for task in tasks
-    ]
     merged = MAnyConfig(
         r=rank,
         lora_alpha=rank,  # the scaling is folded into the weights

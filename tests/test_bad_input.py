@@ -283,10 +283,30 @@ def test_a_scaling_that_is_no_number(good, bad, tmp_path):
     assert_refused(tmp_path, [good["b"], bad], str(bad), "scaling nan")
 
 
-def test_a_merge_that_was_trained_further(good, tmp_path):
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_a_little_training_after_measuring_is_noticed(good, bad, tmp_path, half):
+    key = TENSOR.replace("lora_A", half)
+    generator = torch.Generator().manual_seed(0)
+
+    def train(tensors):
+        step = torch.randn(tensors[key].shape, generator=generator)
+        tensors[key] += 0.01 * tensors[key].norm() / step.norm() * step
+
+    edit(bad, WEIGHTS, train)
+    assert_refused(tmp_path, [good["b"], bad], str(bad), LAYER, "trained further", "collect_statistics")
+
+
+def test_a_cast_to_bfloat16_is_no_training(good, tmp_path):
+    cast = Path(shutil.copytree(good["a"], tmp_path / "cast"))
+    edit(cast, WEIGHTS, lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
+    merge_adapter_files([cast, good["b"]], tmp_path / "fine", progress=False)
+
+
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_a_merge_that_was_trained_further(good, tmp_path, half):
     bad = Path(shutil.copytree(good["merge"], tmp_path / "further"))
-    edit(bad, WEIGHTS, lambda tensors: tensors[TENSOR.replace("lora_A", "lora_B")].mul_(1.01))
-    assert_refused(tmp_path, [bad], str(bad), LAYER, "trained further")
+    edit(bad, WEIGHTS, lambda tensors: tensors[TENSOR.replace("lora_A", half)][0].mul_(1.5))
+    assert_refused(tmp_path, [bad], str(bad), LAYER, "trained further after merging")
 
 
 def test_statistics_of_another_number_of_tasks(good, tmp_path):

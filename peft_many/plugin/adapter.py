@@ -20,7 +20,14 @@ from torch import Tensor
 from ..algebra.lpm import LowRankDelta
 from .config import MAnyConfig
 from .hub import AdapterSource
-from .statistics import STATISTICS_NAME, AdapterStatistics, StatisticsError, TaskStatistics
+from .statistics import (
+    STATISTICS_NAME,
+    AdapterStatistics,
+    StatisticsError,
+    TaskStatistics,
+    same_weights,
+    weight_fingerprint,
+)
 
 KEY_PREFIX = "base_model.model."
 
@@ -39,6 +46,7 @@ class TaskAdapter:
         provenance (`dict`): Source, revision and hash, for the merge's config.
         statistics ([`TaskStatistics`]): Covariances and prototypes.
         deltas (`Mapping[str, LowRankDelta]`): By layer, scaling folded into `A`; float32.
+        stored (`Mapping[str, LowRankDelta]`): By layer, the task's part of the weights file, be it that of a merge.
         projectors (`Mapping[str, Mapping[str, torch.Tensor]]`): The state dict of each projector of its own.
         source (`str`): The adapter's name for messages.
     """
@@ -48,6 +56,7 @@ class TaskAdapter:
     provenance: dict[str, Any]
     statistics: TaskStatistics
     deltas: Mapping[str, LowRankDelta]
+    stored: Mapping[str, LowRankDelta]
     projectors: Mapping[str, Mapping[str, Tensor]]
     source: str
 
@@ -269,6 +278,7 @@ def _single_task(
         provenance={"source": source.public_name, "revision": source.revision, "sha256": _sha256(source.folder)},
         statistics=measured,
         deltas=pairs,
+        stored=pairs,
         projectors=projectors,
         source=source.name,
     )
@@ -298,7 +308,7 @@ def _tasks_of_merge(
     for about, measured in zip(named, statistics.tasks):
         if not isinstance(about["weight"], (int, float)):
             raise TypeError(f"the weight of a task is {about['weight']!r}")
-        deltas = {}
+        deltas, stored = {}, {}
         for module, A in measured.deltas.items():
             start, end = columns.get(module, 0), columns.get(module, 0) + A.shape[0]
             if module not in pairs or A.shape[1] != pairs[module].A.shape[1]:
@@ -307,7 +317,8 @@ def _tasks_of_merge(
                 raise UnmergeableAdapterError(
                     f"{source.name}: the lora_A of '{module}' in the statistics of '{about['name']}' holds NaN or Inf."
                 )
-            deltas[module], columns[module] = LowRankDelta(A=A.float(), B=pairs[module].B[:, start:end]), end
+            stored[module] = LowRankDelta(A=pairs[module].A[start:end], B=pairs[module].B[:, start:end])
+            deltas[module], columns[module] = LowRankDelta(A=A.float(), B=stored[module].B), end
         projectors: dict[str, dict[str, Tensor]] = {}
         for projector, routing in (config.routing or {}).items():
             order = [task["name"] for task in routing["tasks"]]
@@ -321,6 +332,7 @@ def _tasks_of_merge(
                 provenance={key: about.get(key) for key in ("source", "revision", "sha256")},
                 statistics=measured,
                 deltas=deltas,
+                stored=stored,
                 projectors=projectors,
                 source=f"{source.name}, task '{about['name']}'",
             )
@@ -329,10 +341,6 @@ def _tasks_of_merge(
     if wrong is not None:
         raise UnmergeableAdapterError(f"{source.name}: its weights and its statistics disagree on '{wrong}'.")
     return tuple(tasks)
-
-
-# How far a stored norm may be from the weights': dtype casts move it by less, real training by more.
-_NORM_TOLERANCE = 1e-3
 
 
 def _check_statistics_fit(task: TaskAdapter) -> None:
@@ -349,8 +357,13 @@ def _check_statistics_fit(task: TaskAdapter) -> None:
                 f"{task.source}: the covariance of '{module}' has width {covariance.width}, but its LoRA has "
                 f"{delta.A.shape[1]}."
             )
-        measured, norm = task.statistics.norms.get(module), delta.B.double().norm().item()
-        if measured is not None and abs(measured - norm) > _NORM_TOLERANCE * max(measured, norm):
+        measured, stored = task.statistics.fingerprints.get(module), task.stored[module]
+        if measured is not None and not same_weights(measured, weight_fingerprint(stored.A, stored.B)):
+            if task.statistics.deltas:
+                raise UnmergeableAdapterError(
+                    f"{task.source} was trained further after merging ('{module}' has changed), and its statistics "
+                    "know nothing of that. Train task adapters, and merge those."
+                )
             raise UnmergeableAdapterError(
                 f"{task.source} was trained further after its statistics were collected ('{module}' has changed); "
                 "run `collect_statistics` again."

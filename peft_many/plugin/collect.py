@@ -24,7 +24,7 @@ from .hooks import MASK_NAMES, CovarianceHooks, PrototypeHooks
 from .image_layout import watching_image_calls
 from .layers import hang_on_layers, lora_layers
 from .registration import give_statistics
-from .statistics import DEFAULT_ENERGY, AdapterStatistics, TaskStatistics
+from .statistics import DEFAULT_ENERGY, AdapterStatistics, TaskStatistics, weight_fingerprint
 
 
 def collect_statistics(
@@ -129,7 +129,10 @@ def collect_statistics(
         images=prototypes.images,
         covariances=covariances.result(),
         prototypes=prototypes.result(),
-        norms={name: layer.lora_B[adapter_name].weight.double().norm().item() for name, layer in layers.items()},
+        fingerprints={
+            name: weight_fingerprint(layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
+            for name, layer in layers.items()
+        },
     )
     _warn_of_unseen(task)
     statistics = AdapterStatistics((task,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ class TaskStatistics:
             By the path of the layer in the base model. Layers that share their input share one object.
         prototypes (`Mapping[str, torch.Tensor]`):
             By the path of the projector: mean over images of the mean-pooled projector input, shape `(d,)`, float32.
-        norms (`Mapping[str, float]`):
-            By layer, the Frobenius norm of the adapter's `lora_B` when the task was measured: a later training run
-            makes the statistics stale, and this tells if it changed the weights by more than a few per cent.
+        fingerprints (`Mapping[str, Sequence[float]]`):
+            By layer, the `weight_fingerprint` of the adapter's weights when the task was measured (or merged): a later
+            training run makes the statistics stale, and this tells.
         weight (`float`): `w_t`; other than 1 only inside a merge.
         deltas (`Mapping[str, torch.Tensor]`):
             Inside a merge, each trained layer's `A_t` with the LoRA scaling folded in, shape `(r_t, in)`.
@@ -51,7 +51,7 @@ class TaskStatistics:
     images: int
     covariances: Mapping[str, Covariance]
     prototypes: Mapping[str, Tensor]
-    norms: Mapping[str, float] = field(default_factory=dict)
+    fingerprints: Mapping[str, Sequence[float]] = field(default_factory=dict)
     weight: float = 1.0
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -102,7 +102,7 @@ class AdapterStatistics:
                     "covariances": groups,
                     "projectors": list(task.prototypes),
                     "deltas": list(task.deltas),
-                    "norms": dict(task.norms),
+                    "fingerprints": {name: list(values) for name, values in task.fingerprints.items()},
                 }
             )
         # One entry only: safetensors writes several in an order that changes from file to file.
@@ -118,6 +118,28 @@ class AdapterStatistics:
             StatisticsError: The file is damaged, of another format, or lacks a tensor.
         """
         return cls(tuple(_read_tasks(Path(path))))
+
+
+def weight_fingerprint(A: Tensor, B: Tensor) -> list[float]:
+    """Nine numbers that move with any change of a LoRA's weights, and hardly with a cast to another dtype.
+
+    The norm of `B`, and the components of `A` and `B`, each of norm one, along four fixed directions: a norm alone
+    moves in second order only. A factor on `A`, such as the LoRA scaling, changes nothing.
+    """
+    return [B.double().norm().item(), *_components(A), *_components(B)]
+
+
+def same_weights(one: Sequence[float], two: Sequence[float]) -> bool:
+    """Whether two fingerprints can be those of the same weights, up to rounding to bfloat16 and back."""
+    close = abs(one[0] - two[0]) <= 1e-3 * max(one[0], two[0])
+    return close and len(one) == len(two) and all(abs(a - b) <= 4e-3 for a, b in zip(one[1:], two[1:]))
+
+
+def _components(matrix: Tensor) -> list[float]:
+    flat = matrix.detach().cpu().double().flatten()
+    index = torch.arange(1, len(flat) + 1, dtype=torch.float64)
+    directions = torch.stack([torch.cos(frequency * index) for frequency in (1, 2, 3, 4)])
+    return (directions @ flat / flat.norm().clamp(min=1e-300)).tolist()
 
 
 def check_covariance(covariance: Covariance, where: str) -> None:
@@ -193,6 +215,6 @@ def _read_task(path: Path, file: Any, t: int, task: dict[str, Any]) -> TaskStati
         images=int(task["images"]),
         covariances=covariances,
         prototypes=prototypes,
-        norms={name: float(norm) for name, norm in task["norms"].items()},
+        fingerprints={name: [float(value) for value in print_] for name, print_ in task["fingerprints"].items()},
         deltas={name: read(f"{t}.lora_A.{name}", 2) for name in task["deltas"]},
     )

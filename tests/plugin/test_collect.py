@@ -675,10 +675,12 @@ def test_measuring_again_replaces_what_was_measured() -> None:
     assert model.peft_config["default"].statistics.tasks == (second,)
 
 
-def test_norms_and_names_are_recorded() -> None:
+def test_fingerprints_and_names_are_recorded() -> None:
     model = adapted("llama", task_name="clevr")
     (task,) = collect(model, text_batches()).tasks
     assert task.name == "clevr"
-    assert set(task.norms) == set(layer_names(model))
+    assert set(task.fingerprints) == set(layer_names(model))
     layer = model.get_base_model().model.layers[0].mlp.down_proj
-    assert task.norms["model.layers.0.mlp.down_proj"] == pytest.approx(layer.lora_B["default"].weight.norm().item())
+    assert task.fingerprints["model.layers.0.mlp.down_proj"][0] == pytest.approx(
+        layer.lora_B["default"].weight.norm().item()
+    )

@@ -45,7 +45,7 @@ def task(seed: int = 0, **changes) -> TaskStatistics:
         "images": 4,
         "covariances": {"a.q": shared, "a.k": shared, "b.down": whole(seed + 1, 6), "c.o": factored(seed)},
         "prototypes": {"projector": torch.arange(4.0) / 3, "projector.2": torch.tensor([1e-30])},
-        "norms": {"a.q": 0.1 + 0.2, "c.o": math.pi},
+        "fingerprints": {"a.q": [0.1 + 0.2], "c.o": [math.pi, -1.0]},
     }
     return TaskStatistics(**{**values, **changes})
 
@@ -60,7 +60,7 @@ def assert_same(one: AdapterStatistics, two: AdapterStatistics) -> None:
     for first, second in zip(one.tasks, two.tasks):
         for field in ("name", "samples", "images", "weight"):
             assert getattr(first, field) == getattr(second, field)
-        assert dict(first.norms) == dict(second.norms)
+        assert dict(first.fingerprints) == dict(second.fingerprints)
         assert list(first.covariances) == list(second.covariances)
         for module, covariance in first.covariances.items():
             assert_same_covariance(covariance, second.covariances[module])
@@ -271,7 +271,7 @@ def test_a_prototype_that_is_not_finite(path, bad):
         lambda header: header["tasks"][0].update(covariances=3),
         lambda header: header["tasks"][0]["covariances"][0].update(tokens="many"),
         lambda header: header["tasks"][0]["covariances"][0].pop("remainder"),
-        lambda header: header["tasks"][0].update(norms=[1, 2]),
+        lambda header: header["tasks"][0].update(fingerprints=[1, 2]),
         lambda header: header["tasks"][0].update(weight=None),
         lambda header: header.update(tasks=7),
         lambda header: header.update(tasks=["x"]),
