@@ -736,6 +736,7 @@ def test_an_interrupted_save(good, tmp_path, monkeypatch, step, error):
 INTERRUPTED = """
 import os, signal, sys, threading
 import peft_many, peft_many.merging
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 real = peft_many.merging.save_file
 def interrupted(*args):
     real(*args)
