@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -47,6 +49,10 @@ class Covariance(ABC):
         """`C` as one float64 matrix of shape `(in, in)`."""
 
     @abstractmethod
+    def product(self, rows: Tensor) -> Tensor:
+        """`rows · C` in float64, shape `(n, in)` like `rows`, on their device."""
+
+    @abstractmethod
     def check(self) -> None:
         """Raise `InvalidCovarianceError` if this is not a covariance: NaN, Inf, asymmetric or negative."""
 
@@ -77,10 +83,15 @@ class DenseCovariance(Covariance):
         matrix.diagonal().add_(self.remainder)
         return matrix
 
+    def product(self, rows: Tensor) -> Tensor:
+        return rows.double() @ self.matrix.to(rows.device).double() + self.remainder * rows.double()
+
     def check(self) -> None:
         if self.matrix.dim() != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
             raise InvalidCovarianceError(f"it has shape {tuple(self.matrix.shape)}, not (in, in)")
-        _check_finite(self.matrix, self.remainder)
+        if not torch.isfinite(self.matrix).all():
+            raise InvalidCovarianceError("it holds NaN or Inf")
+        _check_remainder(self.remainder)
         matrix = self.matrix.double()
         scale = matrix.abs().max().item()
         # Rounding of the stored dtype, not of float64, bounds how symmetric and how non-negative it can be.
@@ -95,28 +106,64 @@ class DenseCovariance(Covariance):
 
 @dataclass(frozen=True)
 class LowRankCovariance(Covariance):
-    """A covariance of bounded rank plus a remainder: `C = Sᵀ S + ρ I` with the factor `S` of shape `(k, in)`."""
+    """A covariance of bounded rank plus a remainder: `C = Sᵀ S + ρ I`.
+
+    Args:
+        factor (`torch.Tensor`): `S / scale`, shape `(k, in)`, any floating dtype.
+        scale (`float`): A power of two that brings the factor into the range of float16 (`in_half_precision`).
+    """
 
     factor: Tensor
+    scale: float = 1.0
 
     @property
     def width(self) -> int:
         return self.factor.shape[1]
 
-    @property
+    @functools.cached_property
     def trace(self) -> float:
-        return self.factor.double().square().sum().item() + self.remainder * self.width
+        exact = self.factor if self.factor.dtype == torch.float64 else self.factor.float()
+        return exact.square().sum(dtype=torch.float64).item() * self.scale**2 + self.remainder * self.width
+
+    def rows(self, device: torch.device | str | None = None) -> Tensor:
+        """`S` in float64, shape `(k, in)`."""
+        return self.factor.to(device).double() * self.scale
+
+    def in_half_precision(self) -> LowRankCovariance:
+        """The same with a factor in float16, scaled to the upper end of its range; doing it again changes nothing.
+
+        Entries keep 11 bits, over 30 powers of two below the largest one. The remainder makes up for what rounding
+        does to the trace.
+        """
+        largest = self.factor.abs().max().item() * self.scale if self.factor.numel() else 0.0
+        if largest == 0.0 or not math.isfinite(largest):
+            return replace(self, factor=self.factor.half())
+        # The largest entry as float16 will round it, so that rounding up to the next power of two counts already.
+        mantissa, exponent = math.frexp(largest)
+        exponent += int(torch.tensor(mantissa, dtype=torch.float64).half().item() == 1.0)
+        scale = 2.0 ** (exponent - 15)
+        rounded = replace(self, factor=(self.rows() / scale).half(), scale=scale)
+        missing = (self.trace - rounded.trace) / self.width
+        return replace(rounded, remainder=max(0.0, self.remainder + missing))
 
     def dense(self) -> Tensor:
-        factor = self.factor.double()
+        factor = self.rows()
         matrix = factor.T @ factor
         matrix.diagonal().add_(self.remainder)
         return matrix
 
+    def product(self, rows: Tensor) -> Tensor:
+        factor = self.rows(rows.device)
+        return (rows.double() @ factor.T) @ factor + self.remainder * rows.double()
+
     def check(self) -> None:
         if self.factor.dim() != 2:
             raise InvalidCovarianceError(f"its factor has shape {tuple(self.factor.shape)}, not (k, in)")
-        _check_finite(self.factor, self.remainder)
+        if not 0 < self.scale < math.inf:
+            raise InvalidCovarianceError(f"its scale is {self.scale}, not a power of two")
+        _check_remainder(self.remainder)
+        if not math.isfinite(self.trace):
+            raise InvalidCovarianceError("it holds NaN or Inf")
 
 
 @dataclass(frozen=True)
@@ -139,14 +186,15 @@ class CovarianceSum(Covariance):
             matrix.add_(part.dense(), alpha=weight)
         return matrix
 
+    def product(self, rows: Tensor) -> Tensor:
+        return sum((w * part.product(rows) for w, part in self.parts), start=self.remainder * rows.double())
+
     def check(self) -> None:
         for _, part in self.parts:
             part.check()
 
 
-def _check_finite(tensor: Tensor, remainder: float) -> None:
-    if not torch.isfinite(tensor).all():
-        raise InvalidCovarianceError("it holds NaN or Inf")
+def _check_remainder(remainder: float) -> None:
     if not math.isfinite(remainder) or remainder < 0:
         raise InvalidCovarianceError(f"its remainder is {remainder}; a mean of squares is finite and not negative")
 
@@ -167,8 +215,14 @@ class CovarianceAccumulator:
         self.tokens = 0
 
     def update(self, inputs: Tensor) -> None:
-        """Add the rows of `inputs`, shape `(tokens, in)`, any floating dtype."""
+        """Add the rows of `inputs`, shape `(tokens, in)`, any floating dtype.
+
+        Raises:
+            FloatingPointError: There is NaN or Inf among them.
+        """
         rows = inputs.detach().to(device=self.total.device, dtype=torch.float64)
+        if not math.isfinite(rows.square().sum().item()):
+            raise FloatingPointError("the inputs hold NaN or Inf")
         self.total.addmm_(rows.T, rows)
         self.tokens += rows.shape[0]
 
@@ -179,33 +233,112 @@ class CovarianceAccumulator:
         return DenseCovariance(remainder=0.0, tokens=self.tokens, matrix=mean.cpu())
 
 
-def truncate(covariance: Covariance, energy: float, dtype: torch.dtype = torch.float32) -> LowRankCovariance:
+def mean_covariance(parts: Sequence[Covariance]) -> Covariance:
+    """The covariance of inputs that were measured in parts, by several processes say: their mean, weighted by tokens.
+
+    Args:
+        parts (`Sequence[Covariance]`): At least one, of one width; all whole, or all of low rank.
+    """
+    tokens = sum(part.tokens for part in parts)
+    shares = [part.tokens / max(tokens, 1) for part in parts]
+    remainder = sum(share * part.remainder for share, part in zip(shares, parts))
+    if any(isinstance(part, DenseCovariance) for part in parts):
+        matrix = sum(
+            (share * replace(part, remainder=0.0).dense() for share, part in zip(shares, parts)), torch.zeros(())
+        )
+        return DenseCovariance(remainder=remainder, tokens=tokens, matrix=matrix)
+    factors = [share**0.5 * part.rows() for share, part in zip(shares, parts) if isinstance(part, LowRankCovariance)]
+    return LowRankCovariance(remainder=remainder, tokens=tokens, factor=torch.cat(factors).float())
+
+
+def truncate(
+    covariance: Covariance,
+    energy: float,
+    dtype: torch.dtype = torch.float32,
+    *,
+    rank: int | None = None,
+) -> LowRankCovariance:
     """Keep the eigen-directions that hold a share of the energy, and spread the rest evenly (MAny*).
 
-    With eigenvalues `σ_1 ≥ σ_2 ≥ …` the smallest `k` with `Σ_{i≤k} σ_i ≥ energy · tr C` is kept, the remainder is the
-    mean of the discarded eigenvalues, and the kept eigenvalues and the trace stay exact. Plain truncation, without the
-    remainder, lets the merge extrapolate freely where a task had little energy.
+    With eigenvalues `σ_1 ≥ σ_2 ≥ …` the smallest `k` with `Σ_{i≤k} σ_i ≥ energy · tr C` is kept, at most `rank`; the
+    remainder is the mean of the discarded eigenvalues, and the kept eigenvalues and the trace stay exact. Plain
+    truncation, without the remainder, lets the merge extrapolate freely where a task had little energy.
 
     Args:
         covariance ([`Covariance`]): What to truncate, width `in`.
         energy (`float`): The share of `tr C` to keep, in (0, 1].
         dtype (`torch.dtype`): The dtype of the factor; the eigendecomposition is float64.
+        rank (`int`, *optional*): The most directions to keep.
 
     Returns:
         [`LowRankCovariance`]: `C ≈ Sᵀ S + ρ I`, `S` of shape `(k, in)` and in `dtype`.
     """
-    if not 0.0 < energy <= 1.0:
-        raise ValueError(f"`energy` is the share of the variance to keep, in (0, 1], but it is {energy}.")
-    eigenvalues, eigenvectors = torch.linalg.eigh(covariance.dense())
-    eigenvalues, eigenvectors = eigenvalues.flip(0), eigenvectors.flip(1)
+    return eigen_directions(covariance).truncate(energy, dtype, rank=rank)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The leading eigenvalues and eigen-directions of a covariance, and the energy of all others together.
+
+    Args:
+        values (`torch.Tensor`): Shape `(k,)`, float64, falling.
+        directions (`torch.Tensor`): Shape `(k, in)`, float64, orthonormal rows.
+        rest (`float`): The sum of all other eigenvalues.
+        tokens (`int`): As in [`Covariance`].
+    """
+
+    values: Tensor
+    directions: Tensor
+    rest: float
+    tokens: int
+
+    @property
+    def trace(self) -> float:
+        """`tr C`."""
+        return self.values.sum().item() + self.rest
+
+    def remainder(self, kept: int) -> float:
+        """The mean of the eigenvalues beyond the first `kept`."""
+        others = self.directions.shape[1] - kept
+        return (self.values[kept:].sum().item() + self.rest) / others if others else 0.0
+
+    def truncate(
+        self, energy: float, dtype: torch.dtype = torch.float32, *, rank: int | None = None
+    ) -> LowRankCovariance:
+        """As [`truncate`]."""
+        if not 0.0 < energy <= 1.0:
+            raise ValueError(f"`energy` is the share of the variance to keep, in (0, 1], but it is {energy}.")
+        total = self.trace
+        kept = int(torch.searchsorted(self.values.cumsum(0), energy * total).item()) + 1 if total > 0 else 0
+        return self.keep(kept if rank is None else min(kept, rank), dtype)
+
+    def keep(self, kept: int, dtype: torch.dtype = torch.float32) -> LowRankCovariance:
+        """The covariance with its first `kept` eigenvalues, and the others' mean; the factor in `dtype`."""
+        kept = min(kept, len(self.values))
+        while kept and self.values[kept - 1] < self.remainder(kept) * (1 - 1e-9):
+            kept -= 1  # below the mean of those after it: a sketch underestimates its last directions
+        remainder = self.remainder(kept)
+        scale = (self.values[:kept] - remainder).clamp(min=0.0).sqrt()
+        factor = (scale[:, None] * self.directions[:kept]).to(dtype)
+        return LowRankCovariance(remainder=remainder, tokens=self.tokens, factor=factor.contiguous())
+
+
+def eigen_directions(covariance: Covariance) -> Spectrum:
+    """The eigendecomposition in float64: in the span of the factor if it has fewer rows than columns, else whole."""
+    if isinstance(covariance, LowRankCovariance) and covariance.factor.shape[0] < covariance.width:
+        rows = covariance.rows()
+        values, mixing = torch.linalg.eigh(rows @ rows.T)
+        values, mixing = _falling(values, mixing, covariance.width)
+        seen = int((values > 0).sum().item())
+        values, directions = values[:seen], mixing.T[:seen] @ rows / values[:seen, None].sqrt()
+        rest = covariance.remainder * (covariance.width - seen)
+        return Spectrum(values + covariance.remainder, directions, rest, covariance.tokens)
+    values, vectors = torch.linalg.eigh(covariance.dense())
+    values, vectors = _falling(values, vectors, covariance.width)
+    return Spectrum(values, vectors.T, 0.0, covariance.tokens)
+
+
+def _falling(values: Tensor, vectors: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    values, vectors = values.flip(0), vectors.flip(1)
     # Below what float64 resolves beside the largest, an eigenvalue is rounding, and may even be negative.
-    resolution = covariance.width * torch.finfo(torch.float64).eps * eigenvalues[0]
-    eigenvalues = torch.where(eigenvalues > resolution, eigenvalues, 0.0)
-    total = eigenvalues.sum()
-    kept = int(torch.searchsorted(eigenvalues.cumsum(0), energy * total).item()) + 1 if total > 0 else 0
-    kept = min(kept, covariance.width)
-    discarded = eigenvalues[kept:]
-    remainder = discarded.mean().item() if discarded.numel() else 0.0
-    scale = (eigenvalues[:kept] - remainder).clamp(min=0.0).sqrt()
-    factor = (scale[:, None] * eigenvectors[:, :kept].T).to(dtype)
-    return LowRankCovariance(remainder=remainder, tokens=covariance.tokens, factor=factor.contiguous())
+    return torch.where(values > width * torch.finfo(torch.float64).eps * values[:1], values, 0.0), vectors
