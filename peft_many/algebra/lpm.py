@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .covariance import Covariance, DenseCovariance, LowRankCovariance
+from .covariance import Covariance, LowRankCovariance
+from .reduction import compress, orthonormal, rounding_loss
+from .scatter import SingularMergeError, inverse_scatter_product
 
+__all__ = ["LeastSquaresMerge", "LowRankDelta", "SingularMergeError"]
 
-class SingularMergeError(ValueError):
-    """`R = Σ w_t C_t` has no inverse: some input direction was never seen and there is no ridge."""
+# Share of a merged delta that may get lost when its `A` is rounded to float32; above, another factorisation is stored.
+LARGEST_ROUNDING_LOSS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,19 @@ class LowRankDelta:
 
 
 @dataclass(frozen=True)
+class MergedDelta(LowRankDelta):
+    """A merged delta, float32.
+
+    Args:
+        stacked (`bool`):
+            Whether `B` is the tasks' `[B_1 … B_T]` side by side, blocks in the order of adding; otherwise its columns
+            are orthonormal and belong to no task.
+    """
+
+    stacked: bool = True
+
+
+@dataclass(frozen=True)
 class _Task:
     covariance: Covariance
     weight: float
@@ -48,19 +64,22 @@ class LeastSquaresMerge:
 
     Adding tasks one at a time and solving after each is the recursion of recursive least squares in information form:
     every step gives the optimum over the tasks so far, and the order does not matter. All products and solves are
-    float64; the merged `A*` is returned in float32, and the `B_t` are stacked as they came.
+    float64, whatever dtype deltas and covariances are stored in; what comes back is float32.
 
     A layer that a task did not train counts as a delta of zero there: leave it out of `deltas`.
 
     Args:
         ridge (`float`, defaults to `1e-4`):
             `λ`. It pulls unseen directions to the tasks' mean delta.
+        device (`torch.device`, defaults to the CPU):
+            Where to compute; it must know float64.
     """
 
-    def __init__(self, ridge: float = 1e-4) -> None:
+    def __init__(self, ridge: float = 1e-4, device: torch.device | str = "cpu") -> None:
         if not 0 <= ridge < math.inf:
             raise ValueError(f"`ridge` must be finite and not negative, but it is {ridge}.")
         self.ridge = ridge
+        self.device = torch.device(device)
         self._tasks: list[_Task] = []
 
     def add(self, covariance: Covariance, deltas: Mapping[str, LowRankDelta], weight: float = 1.0) -> None:
@@ -85,92 +104,51 @@ class LeastSquaresMerge:
                 raise ValueError(f"'{name}' has input width {delta.A.shape[1]}, its covariance {covariance.width}.")
         self._tasks.append(_Task(covariance.with_ridge(self.ridge), weight, dict(deltas)))
 
-    def solve(self) -> dict[str, LowRankDelta]:
-        """The merged delta of every layer, `A*` in float32 of shape `(Σ r_t, in)`, blocks in the order of adding.
+    def solve(self, rank: int | None = None) -> dict[str, MergedDelta]:
+        """The merged delta of every layer.
+
+        Args:
+            rank (`int`, *optional*):
+                The largest rank of a merged delta. The best delta of that rank under the same objective is
+                `U Uᵀ ΔW*` with the `rank` leading left singular vectors `U` of `ΔW* R^½` (reduced-rank regression):
+                it gives up what the tasks' inputs excite least, where plain SVD gives up the smallest weights.
+
+        Returns:
+            `dict[str, MergedDelta]`: `A` of shape `(Σ r_t, in)` and `B` of shape `(out, Σ r_t)`, or of lower rank.
 
         Raises:
             SingularMergeError: A direction has no energy in any task and there is no ridge.
         """
         tasks = self._tasks
+        if any(task.weight * task.covariance.trace > 0 for task in tasks):
+            parts = [(task.weight, task.covariance) for task in tasks]
+        else:
+            # Nobody saw a token here: every direction is an unseen one, and these get the mean delta.
+            parts = [(task.weight, _identity(task.covariance.width)) for task in tasks]
         blocks = [(name, t, delta) for t, task in enumerate(tasks) for name, delta in task.deltas.items()]
         if all(task.weight == 0 for task in tasks):  # nobody has a say here
-            rows = [torch.zeros_like(delta.A) for _, _, delta in blocks]
+            rows = [torch.zeros_like(delta.A, dtype=torch.float64, device=self.device) for _, _, delta in blocks]
         else:
-            if all(task.weight * task.covariance.trace == 0 for task in tasks):
-                # Nobody saw a token here: every direction is an unseen one, and these get the mean delta.
-                tasks = [_Task(_identity_like(task.covariance), task.weight, task.deltas) for task in tasks]
-            rows = _weighted_rows(tasks, [(t, delta.A) for _, t, delta in blocks])
-        merged: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        for (name, _, delta), block in zip(blocks, rows):
-            A_blocks, B_blocks = merged.setdefault(name, ([], []))
-            A_blocks.append(block.float())
-            B_blocks.append(delta.B)
-        return {name: LowRankDelta(A=torch.cat(A), B=torch.cat(B, dim=1)) for name, (A, B) in merged.items()}
+            rows = inverse_scatter_product(parts, [(t, delta.A) for _, t, delta in blocks], self.device)
+        merged = {}
+        for name in dict.fromkeys(name for name, _, _ in blocks):
+            own = [i for i, (of, _, _) in enumerate(blocks) if of == name]
+            B = torch.cat([blocks[i][2].B.to(self.device) for i in own], dim=1)
+            A = torch.cat([rows[i] for i in own])
+            if rank is not None and rank < B.shape[1]:
+                tasks_of = [(blocks[i][1], blocks[i][2].A.to(self.device)) for i in own]
+                moments = torch.cat([parts[t][0] * parts[t][1].product(task_A) for t, task_A in tasks_of])
+                merged[name] = _float32(*compress(A, B, moments, rank), stacked=False)
+            elif rounding_loss(A, B) > LARGEST_ROUNDING_LOSS:  # the blocks are large and cancel
+                merged[name] = _float32(*orthonormal(A, B), stacked=False)
+            else:
+                merged[name] = _float32(A, B, stacked=True)
+        return merged
 
 
-def _identity_like(covariance: Covariance) -> Covariance:
-    return LowRankCovariance(remainder=1.0, tokens=0, factor=torch.zeros(0, covariance.width))
+def _float32(A: Tensor, B: Tensor, stacked: bool) -> MergedDelta:
+    return MergedDelta(A=A.float().cpu(), B=B.float().cpu(), stacked=stacked)
 
 
-def _weighted_rows(tasks: Sequence[_Task], blocks: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
-    """`w_t A C_t R⁻¹` for each `(t, A)` of `blocks`, float64, by the cheaper of two exact forms."""
-    parts = [task.covariance for task in tasks]
-    rank = sum(part.factor.shape[0] for part in parts if isinstance(part, LowRankCovariance))
-    if any(isinstance(part, DenseCovariance) for part in parts) or rank >= parts[0].width:
-        return _rows_by_cholesky(tasks, blocks)
-    return _rows_in_span(tasks, blocks)
-
-
-def _rows_by_cholesky(tasks: Sequence[_Task], blocks: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
-    """Factor `R` (in × in) once and solve for every row."""
-    width = tasks[0].covariance.width
-    scatter = torch.zeros(width, width, dtype=torch.float64)
-    moments: dict[int, Tensor] = {}
-    for t, task in enumerate(tasks):
-        weighted = task.covariance.dense().mul_(task.weight)
-        scatter += weighted
-        moments |= {i: A.double() @ weighted for i, (of, A) in enumerate(blocks) if of == t}
-    stacked = torch.cat([moments[i] for i in range(len(blocks))])
-    solved = torch.cholesky_solve(stacked.T, _cholesky(scatter)).T
-    return list(solved.split([A.shape[0] for _, A in blocks]))
-
-
-def _rows_in_span(tasks: Sequence[_Task], blocks: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
-    """Work in the span of the stacked factors `Z` (K × in, K < in), never in `in × in`.
-
-    `R = Zᵀ Z + ρ I`, where `Z` stacks `F_t = √w_t S_t`. With `N = (ρ I + Z Zᵀ)⁻¹` the push-through identity
-    `Z R⁻¹ = N Z` keeps a small `ρ` out of the denominators:
-
-        w A C_t R⁻¹ = A F_tᵀ N_t Z + (w ρ_t / ρ) (A − A Zᵀ N Z),   N_t: the rows of N that belong to F_t
-    """
-    factors, sizes = [], []
-    for task in tasks:
-        assert isinstance(task.covariance, LowRankCovariance)
-        factors.append(task.weight**0.5 * task.covariance.factor.double())
-        sizes.append(task.covariance.factor.shape[0])
-    stacked = torch.cat(factors)
-    remainder = sum(task.weight * task.covariance.remainder for task in tasks)
-    if remainder <= 0:
-        raise SingularMergeError("the tasks' inputs leave directions unseen; merge with `ridge` above 0")
-    kernel = stacked @ stacked.T
-    kernel.diagonal().add_(remainder)
-    root = _cholesky(kernel)
-    starts = [sum(sizes[:t]) for t in range(len(sizes))]
-
-    coefficients = []  # of the rows of Z, and of A itself
-    for t, A in blocks:
-        rows, own = A.double(), slice(starts[t], starts[t] + sizes[t])
-        share = tasks[t].weight * tasks[t].covariance.remainder / remainder
-        in_span = -share * (rows @ stacked.T)
-        in_span[:, own] += rows @ factors[t].T
-        coefficients.append((in_span, share * rows))
-    spanned = torch.cholesky_solve(torch.cat([in_span for in_span, _ in coefficients]).T, root).T @ stacked
-    parts = spanned.split([A.shape[0] for _, A in blocks])
-    return [part + own for part, (_, own) in zip(parts, coefficients)]
-
-
-def _cholesky(matrix: Tensor) -> Tensor:
-    root, info = torch.linalg.cholesky_ex(matrix)
-    if info.item() != 0:
-        raise SingularMergeError("the tasks' inputs leave directions unseen; merge with a larger `ridge`")
-    return root
+def _identity(width: int) -> Covariance:
+    return LowRankCovariance(remainder=1.0, tokens=0, factor=torch.zeros(0, width))

@@ -1,0 +1,50 @@
+"""Other factorisations of a merged delta: of lower rank, or with factors that float32 holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compress(A: Tensor, B: Tensor, moments: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The delta of the given rank that is nearest to `B A` in the metric of `R`, that is on the tasks' inputs.
+
+    `min ‖(W − B A) R^½‖` over `W` of that rank is `U Uᵀ B A`, with `U` the leading left singular vectors of
+    `B A R^½` (reduced-rank regression; Izenman 1975). As the merge's objective is `‖(W − ΔW*) R^½‖²` and a constant,
+    this is its optimum among the deltas of that rank. Only the Gram matrix `B (A R Aᵀ) Bᵀ` is needed, never `R^½`.
+
+    Args:
+        A (`torch.Tensor`): Shape `(Σ r_t, in)`, float64.
+        B (`torch.Tensor`): Shape `(out, Σ r_t)`.
+        moments (`torch.Tensor`): `A R`, shape `(Σ r_t, in)`, float64.
+        rank (`int`): At least 1.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: `A` of shape `(rank, in)` and `B` of shape `(out, rank)`, float64; the
+        columns of `B` are orthonormal (beyond `out` zero), and the first `k` of them are the optimum of rank `k`.
+    """
+    Q, upper = torch.linalg.qr(B.double())
+    gram = upper @ (A @ moments.T) @ upper.T
+    _, directions = torch.linalg.eigh((gram + gram.T) / 2)
+    leading = directions.flip(1)[:, :rank]
+    return _padded(leading.T @ upper @ A, Q @ leading, rank)
+
+
+def orthonormal(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same delta and shapes with orthonormal columns in `B`, so that nothing cancels in the product; float64."""
+    Q, upper = torch.linalg.qr(B.double())
+    return _padded(upper @ A, Q, B.shape[1])
+
+
+def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """With rows and columns of zero up to a rank that a layer of few outputs cannot have."""
+    missing = rank - A.shape[0]
+    return torch.nn.functional.pad(A, (0, 0, 0, missing)), torch.nn.functional.pad(B, (0, missing))
+
+
+def rounding_loss(A: Tensor, B: Tensor) -> float:
+    """`‖B (A − float32(A))‖ / ‖B A‖` in the Frobenius norm: large where rows of `A` are large and cancel."""
+    gram = B.double().T @ B.double()
+    lost = A - A.float().double()
+    whole = ((gram @ A) * A).sum().clamp(min=0).sqrt().item()
+    return ((gram @ lost) * lost).sum().clamp(min=0).sqrt().item() / whole if whole > 0 else 0.0

@@ -1,0 +1,137 @@
+"""Products with the inverse of `R = Σ_t w_t C_t`, by the cheaper of two exact forms."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .covariance import Covariance, LowRankCovariance
+
+_BLOCK = 256  # rows of a symmetric product that are computed at once
+
+
+class SingularMergeError(ValueError):
+    """`R = Σ w_t C_t` has no inverse: some input direction was never seen and there is no ridge."""
+
+
+def inverse_scatter_product(
+    parts: Sequence[tuple[float, Covariance]],
+    blocks: Sequence[tuple[int, Tensor]],
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """`w_t A C_t R⁻¹` for each `(t, A)`, all in float64.
+
+    Args:
+        parts (`Sequence[tuple[float, Covariance]]`): The `(w_t, C_t)` of `R`, width `in`.
+        blocks (`Sequence[tuple[int, torch.Tensor]]`): `(t, A)`, `A` of shape `(r, in)`.
+        device (`torch.device`): Where to compute.
+
+    Returns:
+        `list[torch.Tensor]`: One tensor of shape `(r, in)` for each block.
+
+    Raises:
+        SingularMergeError: `R` has no inverse.
+    """
+    width = parts[0][1].width
+    ranks = [part.factor.shape[0] if isinstance(part, LowRankCovariance) else width for _, part in parts]
+    rows = sum(A.shape[0] for _, A in blocks)
+    if span_is_cheaper(width, sum(ranks), rows) and all(isinstance(part, LowRankCovariance) for _, part in parts):
+        return _in_span(parts, blocks, device)
+    return _by_cholesky(parts, blocks, device)
+
+
+def span_is_cheaper(width: int, rank: int, rows: int) -> bool:
+    """Whether working in the span of the stacked factors is cheaper than in `in × in`; arguments as in [`cost`]."""
+    return _cost_in_span(width, rank, rows) < _cost_by_cholesky(width, rank, rows)
+
+
+def cost(width: int, rank: int, rows: int) -> float:
+    """Multiplications that [`inverse_scatter_product`] takes.
+
+    Args:
+        width (`int`): `in`.
+        rank (`int`): `K`, the rows of all factors together.
+        rows (`int`): The rows of all `A` together.
+    """
+    return min(_cost_in_span(width, rank, rows), _cost_by_cholesky(width, rank, rows))
+
+
+def _cost_in_span(width: int, rank: int, rows: int) -> float:
+    # Half of the symmetric Z Zᵀ, its Cholesky factor, A Zᵀ, two triangular solves, and the way back through Z.
+    return rank**2 * width / 2 + rank**3 / 6 + rows * (2 * rank * width + rank**2)
+
+
+def _cost_by_cholesky(width: int, rank: int, rows: int) -> float:
+    # Half of the symmetric Zᵀ Z, its Cholesky factor, and two triangular solves.
+    return width**2 * rank / 2 + width**3 / 6 + rows * width**2
+
+
+def _by_cholesky(
+    parts: Sequence[tuple[float, Covariance]], blocks: Sequence[tuple[int, Tensor]], device: torch.device | str
+) -> list[Tensor]:
+    """Factor `R` (in × in) once and solve for every row."""
+    width = parts[0][1].width
+    scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
+    for weight, part in parts:
+        if isinstance(part, LowRankCovariance):
+            _add_lower_gram(scatter, weight**0.5 * part.rows(device).T)
+            scatter.diagonal().add_(weight * part.remainder)
+        else:
+            scatter.add_(part.dense().to(device), alpha=weight)
+    moments = torch.cat([parts[t][0] * parts[t][1].product(A.to(device)) for t, A in blocks])
+    solved = torch.cholesky_solve(moments.T, _cholesky(scatter)).T
+    return list(solved.split([A.shape[0] for _, A in blocks]))
+
+
+def _in_span(
+    parts: Sequence[tuple[float, Covariance]], blocks: Sequence[tuple[int, Tensor]], device: torch.device | str
+) -> list[Tensor]:
+    """Work in the span of the stacked factors `Z` (K × in), never in `in × in`.
+
+    `R = Zᵀ Z + ρ I`, where `Z` stacks `F_t = √w_t S_t`. With `N = (ρ I + Z Zᵀ)⁻¹` the push-through identity
+    `Z R⁻¹ = N Z` keeps a small `ρ` out of the denominators:
+
+        w A C_t R⁻¹ = A F_tᵀ N_t Z + (w ρ_t / ρ) (A − A Zᵀ N Z),   N_t: the rows of N that belong to F_t
+    """
+    covariances = [part for _, part in parts if isinstance(part, LowRankCovariance)]
+    weights = [weight for weight, _ in parts]
+    ends = list(itertools.accumulate(part.factor.shape[0] for part in covariances))
+    stacked = torch.empty(ends[-1], covariances[0].width, dtype=torch.float64, device=device)
+    for end, weight, part in zip(ends, weights, covariances):
+        stacked[end - part.factor.shape[0] : end].copy_(part.factor).mul_(part.scale * weight**0.5)
+    remainder = sum(weight * part.remainder for weight, part in zip(weights, covariances))
+    if remainder <= 0:
+        raise SingularMergeError("the tasks' inputs leave directions unseen; merge with `ridge` above 0")
+    kernel = torch.zeros(len(stacked), len(stacked), dtype=torch.float64, device=device)
+    _add_lower_gram(kernel, stacked)
+    kernel.diagonal().add_(remainder)
+    root = _cholesky(kernel)
+
+    coefficients = []  # of the rows of Z, and of A itself
+    for t, A in blocks:
+        share = weights[t] * covariances[t].remainder / remainder
+        products = A.to(device).double() @ stacked.T
+        own = slice(ends[t] - covariances[t].factor.shape[0], ends[t])
+        in_span = -share * products
+        in_span[:, own] += products[:, own]
+        coefficients.append((in_span, share))
+    spanned = torch.cholesky_solve(torch.cat([in_span for in_span, _ in coefficients]).T, root).T @ stacked
+    parts_of = spanned.split([A.shape[0] for _, A in blocks])
+    return [part + share * A.to(device).double() for part, (_, share), (_, A) in zip(parts_of, coefficients, blocks)]
+
+
+def _add_lower_gram(matrix: Tensor, rows: Tensor) -> None:
+    """Add `rows · rowsᵀ` to the lower triangle of `matrix`, which is all that a Cholesky factorisation reads."""
+    for start in range(0, len(rows), _BLOCK):
+        end = min(start + _BLOCK, len(rows))
+        matrix[start:end, :end].addmm_(rows[start:end], rows[:end].T)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    root, info = torch.linalg.cholesky_ex(matrix)
+    if info.item() != 0:
+        raise SingularMergeError("the tasks' inputs leave directions unseen; merge with a larger `ridge`")
+    return root
