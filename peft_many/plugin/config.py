@@ -44,6 +44,9 @@ class MAnyConfig(LoraConfig):
             In a merge, the `λ` it was made with. Written by merging.
         temperature (`float`, defaults to `0.02`):
             In a merge, the `τ` of the projector routing. Written by merging.
+        top_k (`int`, *optional*):
+            In a merge, how many tasks' projectors each image is routed to, those of the largest weights; `None` mixes
+            all whose weight is not negligible. Written by merging.
         tasks (`list[dict]`, *optional*):
             In a merge, the tasks it was made of: name, weight, source, revision and hash. Written by merging.
         routing (`dict[str, dict]`, *optional*):
@@ -66,6 +69,12 @@ class MAnyConfig(LoraConfig):
     temperature: float = field(
         default=DEFAULT_TEMPERATURE, metadata={"help": "Temperature of the projector routing of a merge."}
     )
+    top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many tasks' projectors a merge routes each image to; all if not given. Written by merging."
+        },
+    )
     tasks: list[dict[str, Any]] | None = field(
         default=None, metadata={"help": "The tasks a merge was made of. Written by merging."}
     )
@@ -83,6 +92,8 @@ class MAnyConfig(LoraConfig):
             raise ValueError(f"`energy` must be in (0, 1], but it is {self.energy}.")
         if self.temperature <= 0.0:
             raise ValueError(f"`temperature` must be positive, but it is {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, or `None` for all tasks, but it is {self.top_k}.")
         if isinstance(self.projector_modules, str):
             self.projector_modules = [self.projector_modules]
         if self.format_version != 1:

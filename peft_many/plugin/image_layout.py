@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -38,45 +39,127 @@ _running_call: ContextVar[ImageCall | None] = ContextVar("peft_many_image_call",
 class ImageLayout:
     """How the rows of vision features are shared out among images.
 
+    Some of the images are picked by a mask `images` of shape `(images,)`, bool, on the CPU.
+
     Args:
-        lengths (`torch.Tensor`, *optional*):
-            Shape `(images,)`, int64: rows of each image, up to a common factor. `None`: one row of the first dimension
-            for each image.
+        lengths (`torch.Tensor`):
+            Shape `(images,)`, int64, on the CPU: rows of each image, up to a common factor.
         flat (`bool`):
             Whether rows are patches, all leading dimensions flattened (`True`), or entries of the first dimension
             (images or tiles).
     """
 
-    lengths: Tensor | None
+    lengths: Tensor
     flat: bool
 
     def pool(self, features: Tensor) -> Tensor:
         """Mean-pooled features of each image, shape `(images, d)`, float32; `d` is the features' last dimension."""
         width = features.shape[-1]
         if self.flat:
-            rows = features.float().reshape(features.shape[:-1].numel(), width)
+            rows = features.reshape(features.shape[:-1].numel(), width)
         else:
-            rows = features.float().reshape(len(features), features.shape[1:-1].numel(), width).mean(1)
-        if self.lengths is None:
-            return rows.float()
+            patches = features.reshape(len(features), features.shape[1:-1].numel(), width)
+            rows = patches.mean(1, dtype=torch.float32)
         return pool_segments(rows, self._rows_of_images(len(rows)).to(rows.device))
 
-    def spread(self, weights: Tensor, outputs: Tensor) -> Tensor:
+    def can_cut(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it is clear what of a projector's arguments belongs to which image."""
+        features, *further = (*args, *kwargs.values())
+        return self._has_row_dimension(features) and all(
+            _concerns_all_images(value) or _has_entry_per_image(value, len(self.lengths)) for value in further
+        )
+
+    def cut(
+        self, images: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A projector's arguments as they would be if it were called with some of the images only."""
+        if images.all():
+            return args, kwargs
+        features, *further = (*args, *kwargs.values())
+        rows = self._rows_of(images, features.shape[self._row_dimension]).to(features.device)
+        values = [features.index_select(self._row_dimension, rows)]
+        values += [value if _concerns_all_images(value) else _entries(value, images) for value in further]
+        return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :]))
+
+    def add_weighted(self, mixed: Tensor | None, outputs: Tensor, weights: Tensor, images: Tensor) -> Tensor:
+        """Add a projector's `outputs` for some of the images, times their weights, to what is mixed for all of them.
+
+        Args:
+            mixed (`torch.Tensor`, *optional*): Float32, changed in place; `None` begins with zeros.
+            outputs (`torch.Tensor`): What the projector made of the arguments that `cut` gave.
+            weights (`torch.Tensor`): Shape `(images,)`, float32, those of the other images included.
+            images (`torch.Tensor`): The mask of the images that it was called with.
+
+        Raises:
+            RuntimeError: It cannot be told which rows of the outputs belong to which image.
+        """
+        part = self._only(images)._spread(_entries(weights, images), outputs) * outputs.float()
+        if images.all():
+            return part if mixed is None else mixed.add_(part)
+        dimension, shape = self._row_dimension, list(part.shape)
+        shape[dimension] = int(shape[dimension] * self.lengths.sum() // self.lengths[images].sum())
+        if mixed is None:
+            mixed = part.new_zeros(shape)
+        rows = self._rows_of(images, shape[dimension])
+        if not self._has_row_dimension(part) or len(rows) != part.shape[dimension] or list(mixed.shape) != shape:
+            raise RuntimeError(
+                f"The projector's output for {int(images.sum())} of {len(images)} images has shape "
+                f"{tuple(part.shape)}, which does not say what belongs to which image: images of "
+                f"{self.lengths.tolist()} patches should have rows of the output in the same proportion."
+            )
+        return mixed.index_add_(dimension, rows.to(part.device), part)
+
+    def _only(self, images: Tensor) -> ImageLayout:
+        return ImageLayout(self.lengths[images], self.flat)
+
+    def _spread(self, weights: Tensor, outputs: Tensor) -> Tensor:
         """One weight for each image, `(images,)`, brought to a shape that multiplies the projector's `outputs`."""
         rows = outputs.shape[:-1].numel() if self.flat else len(outputs)
-        if self.lengths is not None:
-            weights = weights.repeat_interleave(self._rows_of_images(rows).to(weights.device))
+        weights = weights.repeat_interleave(self._rows_of_images(rows).to(weights.device), output_size=rows)
         return weights.reshape((*outputs.shape[:-1], 1) if self.flat else (-1, *[1] * (outputs.dim() - 1)))
+
+    @property
+    def _row_dimension(self) -> int:
+        return -2 if self.flat else 0
+
+    def _has_row_dimension(self, tensor: Tensor) -> bool:
+        """Whether all rows lie along one dimension, so that they can be cut."""
+        return not self.flat or tensor.shape[:-1].numel() == tensor.shape[-2]
+
+    def _rows_of(self, images: Tensor, rows: int) -> Tensor:
+        """Which of that many rows belong to some of the images, int64, on the CPU."""
+        return images.repeat_interleave(self._rows_of_images(rows)).nonzero()[:, 0]
 
     def _rows_of_images(self, rows: int) -> Tensor:
         """`lengths` scaled to that many rows: mergers turn several patches into one token."""
-        assert self.lengths is not None
         scaled = self.lengths * rows // self.lengths.sum()
         if scaled.sum() != rows:
             raise RuntimeError(
                 f"Cannot share {rows} rows of vision features out among images of {self.lengths.tolist()} patches."
             )
         return scaled
+
+
+def _concerns_all_images(value: Any) -> bool:
+    """Whether a projector's argument is a setting, the same whichever images come with it."""
+    return value is None or isinstance(value, (int, float, str)) or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+def _has_entry_per_image(value: Any, images: int) -> bool:
+    """Whether a projector's argument holds a row for each image, such as its height and width.
+
+    Plain numbers do not count as rows: the height and width of a grid that all images share are no two images.
+    """
+    if isinstance(value, Tensor):
+        return value.dim() > 1 and len(value) == images
+    return type(value) in (list, tuple) and len(value) == images and not any(map(_concerns_all_images, value))
+
+
+def _entries(value: Any, images: Tensor) -> Any:
+    """The entries of some of the images, of a tensor, list or tuple with one for each image."""
+    if isinstance(value, Tensor):
+        return value[images.nonzero()[:, 0].to(value.device)]
+    return type(value)(itertools.compress(value, images.tolist()))
 
 
 def _grid_lengths(call: ImageCall) -> Tensor | None:
@@ -138,7 +221,7 @@ def current_layout(features: Tensor) -> ImageLayout:
             f"The projector got flat vision features of shape {tuple(features.shape)}, and no running call of the "
             "model's `get_image_features` says where images begin, so they cannot be told apart."
         )
-    return ImageLayout(lengths=None, flat=False)
+    return ImageLayout(torch.ones(len(features), dtype=torch.int64), flat=False)
 
 
 class _WatchedMethod:

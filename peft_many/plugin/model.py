@@ -188,5 +188,8 @@ def _routing(config: MAnyConfig, projector: str) -> ProjectorRouting | None:
     if routing is None:
         return None
     return ProjectorRouting(
-        width=routing["width"], trained=[task["trained"] for task in routing["tasks"]], temperature=config.temperature
+        width=routing["width"],
+        trained=[task["trained"] for task in routing["tasks"]],
+        temperature=config.temperature,
+        top_k=config.top_k,
     )

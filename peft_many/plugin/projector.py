@@ -23,18 +23,20 @@ class ProjectorRouting:
         width (`int`): Feature width of the prototypes, the last dimension of the projector's input.
         trained (`list[bool]`): For each task whether it brings its own projector; if not, the base model's serves.
         temperature (`float`): `τ` of the routing softmax.
+        top_k (`int`, *optional*): How many tasks at most take part in each image; `None` is all of them.
     """
 
     width: int
     trained: list[bool]
     temperature: float
+    top_k: int | None = None
 
 
 class ProjectorMixture(nn.Module):
     """CPM: mixes the outputs of the task projectors, `Σ_t α_t(image) P_t(v)`, weights by visual prototypes.
 
     The weights are computed in float32 from mean-pooled features of each image; the prototypes stay float32 whatever
-    dtype the model is cast to.
+    dtype the model is cast to. Each projector sees only the images that it has a weight for, all in one call.
     """
 
     prototypes: Tensor
@@ -43,6 +45,7 @@ class ProjectorMixture(nn.Module):
         super().__init__()
         self.trained = routing.trained
         self.temperature = routing.temperature
+        self.top_k = routing.top_k
         # Keys that no adapter is called by: PEFT filters state dicts by ".<adapter name>.".
         self.experts = nn.ModuleDict(
             {f"task_{t}": _plain_copy(template) for t, trained in enumerate(routing.trained) if trained}
@@ -57,19 +60,34 @@ class ProjectorMixture(nn.Module):
 
     def mix(self, base: nn.Module | None, *args: Any, **kwargs: Any) -> Tensor:
         """The mixed output for the projector's arguments; the first one holds the vision features."""
-        experts = [self.experts[f"task_{t}"] if trained else base for t, trained in enumerate(self.trained)]
+        of_tasks = [self.experts[f"task_{t}"] if trained else base for t, trained in enumerate(self.trained)]
+        experts = list(dict.fromkeys(of_tasks))  # tasks without a projector of their own share the base model's
         if len(experts) == 1:
             return _call(experts[0], *args, **kwargs)
         features = features_of(args, kwargs)
         layout = current_layout(features)
-        weights = routing_weights(layout.pool(features), self.prototypes.to(features.device), self.temperature)
+        weights = self._weights_of(experts, of_tasks, layout.pool(features))
+        carried = (weights != 0).cpu()  # NaN counts, so that broken features stay broken
+        busy = carried.any(dim=0).nonzero()[:, 0].tolist()
+        if len(busy) < 2:  # none if there are no images
+            return _call(experts[busy[0] if busy else 0], *args, **kwargs)
+        if not layout.can_cut(args, kwargs):
+            carried = torch.ones_like(carried)
         mixed: Tensor | None = None
-        for t, expert in enumerate(experts):
-            output = _call(expert, *args, **kwargs)
-            part = layout.spread(weights[:, t], output) * output.float()
-            mixed = part if mixed is None else mixed + part
+        for e in busy:
+            some_args, some_kwargs = layout.cut(carried[:, e], args, kwargs)
+            output = _call(experts[e], *some_args, **some_kwargs)
+            mixed = layout.add_weighted(mixed, output, weights[:, e], carried[:, e])
         assert mixed is not None
-        return mixed.to(output.dtype)
+        return mixed.to(features.dtype)
+
+    def _weights_of(self, experts: list[nn.Module | None], of_tasks: list[nn.Module | None], pooled: Tensor) -> Tensor:
+        """What each expert's output counts for each image, `(images, experts)`: the sum over the tasks it serves."""
+        weights = routing_weights(pooled, self.prototypes.to(pooled.device), self.temperature, self.top_k)
+        if len(experts) == len(of_tasks):
+            return weights
+        places = torch.tensor([experts.index(expert) for expert in of_tasks], device=weights.device)
+        return weights.new_zeros(len(weights), len(experts)).index_add_(1, places, weights)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ProjectorMixture:
         # `.half()` and `.to(dtype)` are meant for weights; rounded prototypes would route differently.

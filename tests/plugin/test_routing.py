@@ -13,7 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peft_many import merge_adapter_sequence
+from peft_many import MAnyConfig, merge_adapter_sequence
+from peft_many.algebra.routing import routing_weights
+from peft_many.plugin import projector as projector_module
 from peft_many.plugin.image_layout import ImageLayout, current_layout, watching_image_calls
 from peft_many.plugin.projector import ProjectorMixture, ProjectorRouting
 from tests import tiny
@@ -44,10 +46,10 @@ def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return output
 
 
-def soften(merged: PeftModel, temperature: float = SOFT) -> PeftModel:
+def soften(merged: PeftModel, temperature: float = SOFT, top_k: int | None = None) -> PeftModel:
     for module in merged.modules():
         if isinstance(module, ProjectorMixture):
-            module.temperature = temperature
+            module.temperature, module.top_k = temperature, top_k
     return merged
 
 
@@ -86,18 +88,23 @@ def units(family: str, features: Tensor) -> list[Tensor]:
     return list(features[:, None]) if family in TILES_ARE_IMAGES else [features]
 
 
-def expected_weights(features: Tensor, known: Tensor, temperature: float) -> Tensor:
-    """The definition: cosine of pooled features with prototypes, both centred on the prototypes' mean; softmax."""
+def expected_weights(features: Tensor, known: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
+    """The definition: cosine of pooled features with prototypes, both centred on the prototypes' mean; softmax.
+
+    With `top_k` only the largest weights count, in the proportions that they have.
+    """
     pooled = features.double().reshape(-1, features.shape[-1]).mean(0)
     centre = known.double().mean(0)
     cosines = [torch.cosine_similarity(pooled - centre, one.double() - centre, dim=0) for one in known]
-    return torch.softmax(torch.stack(cosines) / temperature, dim=0)
+    weights = torch.softmax(torch.stack(cosines) / temperature, dim=0)
+    chosen = weights.topk(top_k or len(known)).indices
+    return torch.zeros_like(weights).index_copy_(0, chosen, weights[chosen] / weights[chosen].sum())
 
 
 @family
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_joint_batch_equals_each_row_alone(family: str, side: str) -> None:
-    merged = soften(making.merge(family))
+@pytest.mark.parametrize(("side", "top_k"), [("left", None), ("right", None), ("left", 1), ("right", 2)])
+def test_a_joint_batch_equals_each_row_alone(family: str, side: str, top_k: int | None) -> None:
+    merged = soften(making.merge(family), top_k=top_k)
     rows = mixed_rows(family)
     inputs = tiny.batch(merged, family, rows, PROMPTS, padding_side=side)
     joint = logits(merged, inputs)
@@ -107,9 +114,9 @@ def test_a_joint_batch_equals_each_row_alone(family: str, side: str) -> None:
 
 
 @family
-@pytest.mark.parametrize("temperature", [SOFT, 0.05])
-def test_the_mixture_is_that_of_the_definition(family: str, temperature: float) -> None:
-    merged = soften(making.merge(family), temperature)
+@pytest.mark.parametrize(("temperature", "top_k"), [(SOFT, None), (0.05, None), (SOFT, 1), (SOFT, 2)])
+def test_the_mixture_is_that_of_the_definition(family: str, temperature: float, top_k: int | None) -> None:
+    merged = soften(making.merge(family), temperature, top_k)
     rows = mixed_rows(family)
     inputs = tiny.batch(merged, family, rows, PROMPTS)
     shares = []
@@ -122,14 +129,14 @@ def test_the_mixture_is_that_of_the_definition(family: str, temperature: float) 
             base = making.shared_base(family)
             args, _ = projector_call(base, projector, tiny.batch(base, family, [[image]]))
             for features in units(family, args[0]):
-                weights = expected_weights(features, known, temperature)
+                weights = expected_weights(features, known, temperature, top_k)
                 with torch.no_grad():
                     outputs = [expert(features, *args[1:]).double() for expert in tasks]
                 expected.append(sum(w * out for w, out in zip(weights, outputs, strict=True)).flatten(0, -2))
                 shares.append(weights)
         flat = output.reshape(-1, output.shape[-1]).double()
         torch.testing.assert_close(flat, torch.cat(expected), atol=1e-4, rtol=1e-4)
-    if temperature == SOFT:  # else the mixture would be a choice, and this a weaker test
+    if temperature == SOFT and top_k is None:  # else the mixture would be a choice, and this a weaker test
         assert torch.stack(shares).amax(1).min() < 0.8
 
 
@@ -429,3 +436,235 @@ def test_gradients_flow_to_the_vision_features() -> None:
     gradient = inputs["pixel_values"].grad
     assert gradient is not None
     assert gradient.flatten(1).norm(dim=1).min() > 0
+
+
+def watch_experts(model: nn.Module, projector: str) -> list[list[tuple[Tensor, Tensor]]]:
+    """For each task's projector the features that it is called with from now on, and its outputs."""
+    (mixture,) = (part for part in model.get_submodule(projector).modules() if isinstance(part, ProjectorMixture))
+    seen: list[list[tuple[Tensor, Tensor]]] = []
+    for t in range(len(mixture.experts)):
+        calls: list[tuple[Tensor, Tensor]] = []
+        mixture.experts[f"task_{t}"].register_forward_hook(
+            lambda module, args, output, calls=calls: calls.append((args[0], output))
+        )
+        seen.append(calls)
+    return seen
+
+
+@family
+@pytest.mark.parametrize("tasks", [(0, 1, 2, 1), (1, 1, 0, 1), (2, 2)])
+def test_each_image_goes_to_one_projector_and_the_others_rest(family: str, tasks: tuple[int, ...]) -> None:
+    merged = soften(making.merge(family), top_k=1)
+    images = [picture(family, STYLES[task], number) for number, task in enumerate(tasks)]
+    for projector in PROJECTORS[family]:
+        alone = []
+        for image in images:
+            (features, *_), _ = projector_call(merged, projector, tiny.batch(merged, family, [[image]]))
+            alone.append(features.flatten(0, -2))
+        seen = watch_experts(merged.get_base_model(), projector)
+        args, output = projector_call(merged, projector, tiny.batch(merged, family, [images[:1], images[1:]]))
+        for task, calls in enumerate(seen):
+            own = [rows for rows, other in zip(alone, tasks, strict=True) if other == task]
+            assert len(calls) == bool(own)
+            if own:
+                torch.testing.assert_close(calls[0][0].flatten(0, -2), torch.cat(own), atol=1e-4, rtol=1e-4)
+        if len(set(tasks)) == 1:  # a plain call: nothing is copied
+            assert seen[tasks[0]][0][0] is args[0]
+            assert seen[tasks[0]][0][1] is output
+
+
+class Merger(nn.Module):
+    """Two rows of features become one token, to which a number of the image is added; remembers the rows it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 4)
+        self.rows: list[int] = []
+
+    def forward(self, features: Tensor, sizes: object = None, scale: float = 1.0) -> Tensor:
+        self.rows.append(features.shape[:-1].numel())
+        merged: Tensor = self.linear(features.reshape(*features.shape[:-2], -1, 12)) * scale
+        if sizes is None:
+            return merged
+        numbers, rows = torch.stack([torch.as_tensor(size) for size in sizes]).T  # type: ignore[attr-defined]
+        return merged + numbers.repeat_interleave(rows.long() // 2)[:, None]
+
+
+SIZES = [[5.0, 2], [-3.0, 4], [7.0, 6]]  # the number, and the rows
+
+
+def small_mixture(top_k: int | None = 1, template: nn.Module | None = None, trained: str = "yyyy") -> ProjectorMixture:
+    """A mixture of random projectors; `trained` says which tasks have one of their own."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        routing = ProjectorRouting(6, [one == "y" for one in trained], temperature=SOFT, top_k=top_k)
+        mixture = ProjectorMixture(template or Merger(), routing)
+        mixture.prototypes.normal_()
+        for parameter in mixture.parameters():
+            parameter.normal_()
+    return mixture
+
+
+def set_layout(monkeypatch: pytest.MonkeyPatch, lengths: Sequence[int], flat: bool = True) -> None:
+    layout = ImageLayout(torch.tensor(lengths, dtype=torch.int64), flat)
+    monkeypatch.setattr(projector_module, "current_layout", lambda features: layout)
+
+
+def patches_of(mixture: ProjectorMixture, tasks: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Rows of images, each near the prototype of one task."""
+    noise = torch.randn(sum(lengths), 6, generator=torch.Generator().manual_seed(1))
+    return mixture.prototypes[list(tasks)].repeat_interleave(torch.tensor(lengths), dim=0) + 0.1 * noise
+
+
+def dense(mixture: ProjectorMixture, features: Tensor, *further: object, lengths: Sequence[int] = (2, 4, 6)) -> Tensor:
+    """The definition: all projectors on everything."""
+    pooled = torch.stack([part.mean(0) for part in features.reshape(-1, 6).split(list(lengths))])
+    weights = routing_weights(pooled, mixture.prototypes, mixture.temperature, mixture.top_k)
+    mixed = 0
+    for t, trained in enumerate(mixture.trained):
+        expert = mixture.experts[f"task_{t}"] if trained else mixture.base
+        assert expert is not None
+        output = expert(features, *further)
+        rows = output.shape[:-1].numel()
+        shares = weights[:, t].repeat_interleave(torch.tensor(lengths) * rows // sum(lengths))
+        mixed = mixed + shares.reshape(*output.shape[:-1], 1) * output
+    assert isinstance(mixed, Tensor)
+    return mixed
+
+
+def rows_seen(mixture: ProjectorMixture) -> list[list[int]]:
+    seen = [mixture.experts[f"task_{t}"].rows for t in range(len(mixture.trained))]
+    return [list(map(int, rows)) for rows in seen]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "further",
+    [(), (None, 0.5), (torch.tensor(SIZES), torch.tensor(0.5)), (SIZES,), (tuple(map(torch.tensor, SIZES)), 2)],
+    ids=["none", "scalar", "tensor", "list", "tuple"],
+)
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("leading", [(), (1,)])
+def test_arguments_are_cut_to_the_images(
+    monkeypatch: pytest.MonkeyPatch, further: tuple[object, ...], named: bool, leading: tuple[int, ...]
+) -> None:
+    set_layout(monkeypatch, [2, 4, 6])
+    mixture = small_mixture()
+    features = patches_of(mixture, [2, 0, 2], [2, 4, 6]).reshape(*leading, 12, 6)
+    names = ("features", "sizes", "scale")
+    mixed = mixture(**dict(zip(names, (features, *further)))) if named else mixture(features, *further)
+    assert rows_seen(mixture) == [[4], [], [8], []]
+    assert mixed.shape == (*leading, 6, 4)
+    torch.testing.assert_close(mixed, dense(mixture, features, *further), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "unclear",
+    [{"sizes": SIZES}, SIZES[:2], (12, 6, 6), torch.tensor([12, 6, 6]), torch.tensor(SIZES).T],
+    ids=["dict", "fewer", "numbers", "tensor of numbers", "transposed"],
+)
+def test_arguments_of_unclear_meaning_leave_the_projectors_whole(
+    monkeypatch: pytest.MonkeyPatch, unclear: object
+) -> None:
+    class Careless(Merger):
+        def forward(self, features: Tensor, *further: object) -> Tensor:
+            return super().forward(features)
+
+    set_layout(monkeypatch, [2, 4, 6])
+    mixture = small_mixture(template=Careless())
+    features = patches_of(mixture, [2, 0, 2], [2, 4, 6])
+    mixed = mixture(features, unclear)
+    assert rows_seen(mixture) == [[12], [], [12], []]
+    torch.testing.assert_close(mixed, dense(mixture, features), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_features_with_rows_in_two_dimensions_are_left_whole(
+    monkeypatch: pytest.MonkeyPatch, top_k: int | None
+) -> None:
+    set_layout(monkeypatch, [2, 4, 6])
+    mixture = small_mixture(top_k)
+    features = patches_of(mixture, [2, 0, 1], [2, 4, 6]).reshape(6, 2, 6)
+    mixed = mixture(features)
+    assert {len(rows) for rows in rows_seen(mixture)} <= {0, 1}
+    assert {row for rows in rows_seen(mixture) for row in rows} == {12}
+    assert mixed.shape == (6, 1, 4)
+    torch.testing.assert_close(mixed, dense(mixture, features), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_tiles_of_one_image_stay_together(monkeypatch: pytest.MonkeyPatch, top_k: int | None) -> None:
+    set_layout(monkeypatch, [1, 2, 3], flat=False)
+    mixture = small_mixture(top_k)
+    features = patches_of(mixture, [2, 0, 2], [2, 4, 6]).reshape(6, 2, 6)
+    mixed = mixture(features)
+    if top_k == 1:
+        assert rows_seen(mixture) == [[4], [], [8], []]
+    torch.testing.assert_close(mixed, dense(mixture, features), atol=1e-4, rtol=0)
+
+
+def test_tasks_without_a_projector_share_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_layout(monkeypatch, [2, 4, 6])
+    mixture = small_mixture(trained="nyny")
+    mixture.base = Merger()
+    features = patches_of(mixture, [0, 3, 2], [2, 4, 6])
+    mixed = mixture(features)
+    assert mixture.base.rows == [8]
+    torch.testing.assert_close(mixed, dense(mixture, features), atol=1e-4, rtol=0)
+    features = patches_of(mixture, [0, 2, 2], [2, 4, 6])
+    assert torch.equal(mixture(features), mixture.base(features))
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_gradients_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch, top_k: int | None) -> None:
+    set_layout(monkeypatch, [2, 4, 6])
+    mixture = small_mixture(top_k)
+    features = patches_of(mixture, [2, 0, 2], [2, 4, 6]).requires_grad_()
+    sources = [features, *mixture.parameters()]
+    found, expected = (
+        torch.autograd.grad(output.square().sum(), sources, allow_unused=True, materialize_grads=True)
+        for output in (mixture(features), dense(mixture, features))
+    )
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_call_without_images_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_layout(monkeypatch, [])
+    assert small_mixture()(torch.zeros(0, 6)).shape == (0, 4)
+
+
+def test_broken_features_stay_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_layout(monkeypatch, [2, 4, 6])
+    mixture = small_mixture()
+    features = patches_of(mixture, [2, 0, 2], [2, 4, 6])
+    features[3] = torch.nan
+    assert mixture(features).isnan().any(1).tolist() == [False, True, True, False, False, False]
+
+
+def test_outputs_that_cannot_be_told_apart_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Resampler(nn.Linear):
+        def forward(self, features: Tensor) -> Tensor:
+            return super().forward(features)[:2]
+
+    set_layout(monkeypatch, [4, 4, 4])
+    mixture = small_mixture(template=Resampler(6, 4))
+    with pytest.raises(RuntimeError, match=r"output for \d of 3 images has shape \(2, 4\).*\[4, 4, 4\]"):
+        mixture(patches_of(mixture, [2, 0, 2], [4, 4, 4]))
+
+
+def test_top_k_is_saved_and_loaded_back(tmp_path: Path) -> None:
+    folder, inputs = tmp_path / "merged", tiny.batch(making.shared_base("llava"), "llava", mixed_rows("llava"))
+    making.shared_merge("llava").save_pretrained(str(folder))
+    config = MAnyConfig.from_pretrained(str(folder))
+    assert config.top_k is None
+    config.temperature, config.top_k = SOFT, 1
+    PeftModel.from_pretrained(tiny.build("llava"), str(folder), config=config).save_pretrained(str(folder))
+    again = PeftModel.from_pretrained(tiny.build("llava"), str(folder)).eval()
+    assert again.peft_config["default"].top_k == 1
+    expected = logits(soften(making.merge("llava"), top_k=1), inputs)
+    torch.testing.assert_close(logits(again, inputs), expected, atol=1e-5, rtol=0)
+    assert (logits(soften(making.merge("llava")), inputs) - expected).abs().max() > 1e-2
+
+
+def test_an_impossible_top_k_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`top_k` must be at least 1.*it is 0"):
+        MAnyConfig(top_k=0)
