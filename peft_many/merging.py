@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,18 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .algebra.lpm import LeastSquaresMerge, LowRankDelta, SingularMergeError
-from .plugin.adapter import KEY_PREFIX, Adapter, TaskAdapter, UnmergeableAdapterError, read_adapter
-from .plugin.atomic import new_folder
-from .plugin.config import DEFAULT_TEMPERATURE, MAnyConfig
+from .algebra.lpm import LeastSquaresMerge, MergedDelta, SingularMergeError
+from .plan import AdapterPath, MergePlan, TaskNames, plan_merge
+from .plugin.atomic import writable_place
 from .plugin.fit import check_fits_model, untouched_on_failure
-from .plugin.hub import find_adapter
+from .plugin.partial import shared_folder
+from .plugin.processes import together
 from .plugin.statistics import AdapterStatistics, check_covariance, weight_fingerprint
-
-DEFAULT_RIDGE = 1e-4
-AdapterPath = str | os.PathLike[str]
-TaskNames = str | Sequence[str] | None
-
-
-@dataclass(frozen=True)
-class MergedAdapter:
-    """A merge in memory: its config, statistics included, and the tensors of its `adapter_model.safetensors`."""
-
-    config: MAnyConfig
-    tensors: dict[str, Tensor]
+from .plugin.stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from .plugin.tensor_file import TensorFile, TensorFileWriter, bytes_of, lay_out
 
 
 def merge_adapter_sequence(
@@ -47,6 +36,9 @@ def merge_adapter_sequence(
     task_names: Sequence[TaskNames] | None = None,
     ridge: float | None = None,
     temperature: float | None = None,
+    top_k: int | None = None,
+    rank: int | None = None,
+    device: str | torch.device = "cpu",
     low_cpu_mem_usage: bool = False,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -78,6 +70,14 @@ def merge_adapter_sequence(
         temperature (`float`, *optional*):
             `τ` of the projector routing; 0.005 to 0.02 work alike on the demo, 0.1 costs accuracy (docs/how-to.md).
             Defaults to that of the merges among the adapters, if they agree, and to 0.02.
+        top_k (`int`, *optional*):
+            The most task projectors that an image is sent through, those of the largest weights. Defaults to that of
+            the merges among the adapters, if they agree, and to all whose weight is above 1e-6.
+        rank (`int`, *optional*):
+            The largest rank of a merged layer; `Σ r_t`, the sum of the tasks' ranks, is the exact optimum and the
+            default. With less, each layer gets the best delta of that rank under the same objective.
+        device (`str` or `torch.device`, defaults to `"cpu"`):
+            Where to compute; it must know float64.
         low_cpu_mem_usage (`bool`, defaults to `False`):
             Create the adapter's weights on the meta device before they are filled.
         token (`str` or `bool`, *optional*):
@@ -99,21 +99,30 @@ def merge_adapter_sequence(
     """
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model already has adapters; pass the base model (`model.unload()` gives it back).")
-    merged = _merge(
+    plan = plan_merge(
         adapters,
         weights=weights,
         task_names=task_names,
         ridge=ridge,
         temperature=temperature,
+        top_k=top_k,
+        rank=rank,
         hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
         progress=progress,
     )
-    check_fits_model(merged.config, merged.tensors, model)
-    config = replace(merged.config)
+    config = plan.config(statistics=None)
+    check_fits_model(config, {key: shape for key, (_, shape) in plan.tensors().items()}, model)
+    tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in plan.projector_tensors.items()}
+    records = {}
+    for group in _progress(plan, plan.groups, progress):
+        merged = _merge_group(plan, group, device)
+        tensors |= merged.tensors
+        records[group[0]] = merged.record
+    config.statistics = _merged_statistics(plan, records, in_memory=True)
     config.base_model_name_or_path = None  # which get_peft_model sets to the model's own
     with untouched_on_failure(model):
         merged_model = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        set_peft_model_state_dict(merged_model, merged.tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        set_peft_model_state_dict(merged_model, tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     return merged_model.eval()
 
 
@@ -125,6 +134,10 @@ def merge_adapter_files(
     task_names: Sequence[TaskNames] | None = None,
     ridge: float | None = None,
     temperature: float | None = None,
+    top_k: int | None = None,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -132,263 +145,169 @@ def merge_adapter_files(
 ) -> Path:
     """Merge task adapters into a new adapter folder, without loading any base model.
 
-    The folder is written whole or not at all, and loads with `PeftModel.from_pretrained(base, folder)`.
+    The folder is written whole or not at all, and loads with `PeftModel.from_pretrained(base, folder)`. One group of
+    layers that share an input is in memory at a time, whatever the depth of the model. A merge that was interrupted
+    leaves a hidden folder beside its place, and the same call goes on from there. Under `accelerate launch`, where
+    every process makes the same call, the groups are shared out over the processes.
 
     The arguments are those of [`merge_adapter_sequence`], and:
 
     Args:
         output_dir (`str`): The folder to create; it must not exist, or be empty.
+        dtype (`torch.dtype`, defaults to `torch.float32`):
+            What the merged LoRA weights are stored in. Half precision halves the file and rounds the merged deltas, by
+            about 2e-3 of their size in bfloat16 and 3e-4 in float16.
 
     Returns:
         `Path`: The folder.
 
     Raises:
         FileExistsError: The output folder exists and is not empty.
+        BlockingIOError: Another process is making the same merge there.
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
     """
     output = Path(output_dir).expanduser()
-    with new_folder(output) as folder:
-        merged = _merge(
+
+    def planned() -> MergePlan:
+        writable_place(output)  # before anything is read
+        return plan_merge(
             adapters,
             weights=weights,
             task_names=task_names,
             ridge=ridge,
             temperature=temperature,
+            top_k=top_k,
+            rank=rank,
+            dtype=dtype,
             hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
             progress=progress,
         )
-        save_file(merged.tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-        merged.config.save_pretrained(folder)
+
+    plan = together(planned)
+    with shared_folder(output, plan.key(), kept=[SAFETENSORS_WEIGHTS_NAME]) as partial:
+        weights_file = partial.folder / SAFETENSORS_WEIGHTS_NAME
+        if partial.is_first and not weights_file.exists():
+            lay_out(weights_file, plan.tensors(), {"format": "pt"})
+        partial.wait()
+        with TensorFileWriter(weights_file) as writer:
+            written = TensorFile(weights_file)
+            missing = [group for group in plan.groups if not _is_done(partial.done.get(group[0]), written)]
+            for group in _progress(plan, partial.share(missing, plan.cost_of), progress):
+                merged = _merge_group(plan, group, device)
+                for key, tensor in merged.tensors.items():
+                    writer.write(key, tensor)
+                writer.flush()
+                partial.record(group[0], merged.record)
+            if partial.is_first:
+                for name, tensor in plan.projector_tensors.items():
+                    writer.write(f"{KEY_PREFIX}{name}", tensor)
+        partial.wait()
+        if partial.is_first:
+            plan.config(statistics=None).save_pretrained(partial.folder)
+            _merged_statistics(plan, partial.recorded()).save(partial.folder, energy=1.0, sources=plan.files)
     return output
 
 
-def _merge(
-    entries: Sequence[AdapterPath],
-    *,
-    weights: Sequence[float] | None,
-    task_names: Sequence[TaskNames] | None,
-    ridge: float | None,
-    temperature: float | None,
-    hub: Mapping[str, Any],
-    progress: bool,
-) -> MergedAdapter:
-    if isinstance(entries, (str, os.PathLike)) or not entries:
-        raise ValueError("Give a list of at least one adapter to merge.")
-    for name, given in (("weights", weights), ("task_names", task_names)):
-        if given is not None and len(given) != len(entries):
-            raise ValueError(f"`{name}` has {len(given)} entries for {len(entries)} adapters.")
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, but it is {temperature}.")
-    if ridge is not None and not 0 <= ridge < math.inf:
-        raise ValueError(f"`ridge` must be finite and not negative, but it is {ridge}.")
-    if weights is not None and not all(0 <= weight < math.inf for weight in weights):
-        raise ValueError(f"`weights` must be finite and not negative, but they are {list(weights)}.")
-    adapters = [
-        read_adapter(find_adapter(entry, **hub), task_names[i] if task_names is not None else None)
-        for i, entry in enumerate(tqdm(entries, desc="Reading adapters", unit="adapter", disable=not progress))
-    ]
-    factors = weights if weights is not None else [1.0] * len(adapters)
-    tasks = [
-        replace(task, weight=factor * task.weight)
-        for adapter, factor in zip(adapters, factors)
-        for task in adapter.tasks
-    ]
-    tasks.sort(key=lambda task: task.name)  # so that any order of the list gives the same merge to the bit
-    _check_tasks(tasks)
-    _check_same_base(adapters)
-    merges = [
-        adapter.config for adapter in adapters if isinstance(adapter.config, MAnyConfig) and adapter.config.tasks
-    ]
-    ridge = ridge if ridge is not None else _common(merges, "ridge") or DEFAULT_RIDGE
-    temperature = temperature if temperature is not None else _common(merges, "temperature") or DEFAULT_TEMPERATURE
-    deltas = _merge_deltas(tasks, ridge, progress)
-    routing, projector_tensors = _merge_projectors(tasks)
-    tensors = {f"{KEY_PREFIX}{name}.lora_A.weight": delta.A.contiguous() for name, delta in deltas.items()}
-    tensors |= {f"{KEY_PREFIX}{name}.lora_B.weight": delta.B.contiguous() for name, delta in deltas.items()}
-    tensors |= {f"{KEY_PREFIX}{name}": tensor.contiguous() for name, tensor in projector_tensors.items()}
-    return MergedAdapter(_merged_config(adapters, tasks, deltas, routing, ridge, temperature), tensors)
+@dataclass(frozen=True)
+class _MergedGroup:
+    """What merging one group of layers gave.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): For the weights file, by key.
+        record (`dict[str, Any]`): What the merge's statistics and a later run must know of it, as JSON.
+    """
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
 
 
-def _check_tasks(tasks: Sequence[TaskAdapter]) -> None:
-    """No task twice, be it by name or by content; weights that leave something to merge."""
-    by_hash: dict[str, TaskAdapter] = {}
-    by_name: dict[str, TaskAdapter] = {}
-    for task in tasks:
-        same = by_hash.setdefault(task.provenance["sha256"], task)
-        if same is not task:
-            raise UnmergeableAdapterError(f"The same adapter is given twice: {same.source} and {task.source}.")
-        same = by_name.setdefault(task.name, task)
-        if same is not task:
-            raise UnmergeableAdapterError(
-                f"Two tasks are called '{task.name}': {same.source} and {task.source}. Pass `task_names` to tell them "
-                "apart (for a merge, a list of its tasks' names)."
-            )
-        if not 0.0 <= task.weight < float("inf"):
-            raise ValueError(f"The weight of {task.source} is {task.weight}; weights must be finite and not negative.")
-    if all(task.weight == 0 for task in tasks):
-        raise ValueError("All weights are zero, so there is nothing to merge.")
+def _merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> _MergedGroup:
+    """LPM of layers that share their input; what was read for it is given back."""
+    problem = LeastSquaresMerge(plan.options["ridge"], device)
+    for task in plan.tasks:
+        covariance = task.statistics.covariances.get(group[0])
+        if covariance is not None:
+            check_covariance(covariance, f"{task.source}: the covariance of '{group[0]}'")
+            deltas = {module: task.deltas[module].read() for module in group if module in task.deltas}
+            problem.add(covariance, deltas, task.weight)
+    try:
+        merged = problem.solve(plan.options["rank"])
+    except SingularMergeError as error:
+        raise UnmergeableAdapterError(f"'{group[0]}' cannot be merged: {error}.") from None
+    tensors = {}
+    for module, delta in merged.items():
+        for half, tensor in (("A", delta.A), ("B", delta.B)):
+            tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor.to(plan.options["dtype"]).contiguous()
+    record = {
+        "stacked": {module: delta.stacked for module, delta in merged.items()},
+        "fingerprints": {module: _fingerprints(plan, module, delta) for module, delta in merged.items()},
+        "checksums": {key: zlib.crc32(bytes_of(tensor)) for key, tensor in tensors.items()},
+    }
+    for file in plan.files:
+        file.release()
+    return _MergedGroup(tensors, record)
 
 
-def _check_same_base(adapters: Sequence[Adapter]) -> None:
-    names = {adapter.config.base_model_name_or_path: adapter for adapter in adapters}
-    names.pop(None, None)
-    names.pop("", None)
-    if len(names) > 1:
-        (one, first), (two, second) = list(names.items())[:2]
-        raise UnmergeableAdapterError(
-            f"The adapters were trained on different base models: {first.tasks[0].source} on '{one}', "
-            f"{second.tasks[0].source} on '{two}'. If these are the same model, make `base_model_name_or_path` in "
-            "their adapter_config.json agree."
-        )
+def _fingerprints(plan: MergePlan, module: str, merged: MergedDelta) -> dict[str, list[float]]:
+    """By task, of its block of the merged weights, or of all of them where they have no blocks."""
+    found, start = {}, 0
+    for task in plan.tasks:
+        if module in task.deltas:
+            end = start + task.deltas[module].rank
+            block = slice(start, end) if merged.stacked else slice(None)
+            found[task.name] = weight_fingerprint(merged.A[block], merged.B[:, block])
+            start = end
+    return found
 
 
-def _merge_deltas(tasks: Sequence[TaskAdapter], ridge: float, progress: bool) -> dict[str, LowRankDelta]:
-    """LPM: one least-squares problem for each group of layers that share their input in every task."""
-    merged: dict[str, LowRankDelta] = {}
-    groups = _shared_inputs(tasks)
-    layers = sum(len(modules) for modules in groups)
-    with tqdm(total=layers, desc=f"Merging {len(tasks)} tasks", unit="layer", disable=not progress) as bar:
-        for modules in groups:
-            problem = LeastSquaresMerge(ridge)
-            for task in tasks:
-                covariance = task.statistics.covariances.get(modules[0])
-                if covariance is not None:
-                    check_covariance(covariance, f"{task.source}: the covariance of '{modules[0]}'")
-                    problem.add(covariance, {m: task.deltas[m] for m in modules if m in task.deltas}, task.weight)
-            try:
-                merged |= problem.solve()
-            except SingularMergeError as error:
-                raise UnmergeableAdapterError(f"'{modules[0]}' cannot be merged: {error}.") from None
-            bar.update(len(modules))
-    return merged
-
-
-def _shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:
-    """The layers that any task trained, grouped by the covariances that describe their input; shapes are checked."""
-    shapes: dict[str, tuple[tuple[int, int], TaskAdapter]] = {}
-    for task in tasks:
-        for module, delta in task.deltas.items():
-            shape = (delta.B.shape[0], delta.A.shape[1])
-            first_shape, first = shapes.setdefault(module, (shape, task))
-            if shape != first_shape:
-                raise UnmergeableAdapterError(
-                    f"'{module}' is {first_shape[0]} x {first_shape[1]} in {first.source}, but "
-                    f"{shape[0]} x {shape[1]} in {task.source}: they were trained on different base models."
-                )
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for module in sorted(shapes):
-        inputs = tuple(id(task.statistics.covariances.get(module)) for task in tasks)
-        groups.setdefault(inputs, []).append(module)
-    return list(groups.values())
-
-
-def _merge_projectors(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """CPM: every task's projector and prototype side by side; tasks that saw no image take no part."""
-    routing: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, Tensor] = {}
-    for projector in sorted({name for task in tasks for name in task.projectors}):
-        routed = [task for task in tasks if projector in task.statistics.prototypes and task.weight > 0]
-        if not routed:
-            continue
-        for task in tasks:
-            inner = next((n for n in (*task.deltas, *task.projectors) if n.startswith(f"{projector}.")), None)
-            if inner is not None:
-                raise UnmergeableAdapterError(
-                    f"{task.source} trained '{inner}', a part of the projector '{projector}' that other adapters "
-                    "trained whole; these cannot be merged."
-                )
-        prototypes = [task.statistics.prototypes[projector].float() for task in routed]
-        for task, prototype in zip(routed, prototypes):
-            if prototype.shape != prototypes[0].shape:
-                raise UnmergeableAdapterError(
-                    f"The features at '{projector}' have width {len(prototypes[0])} in {routed[0].source}, but "
-                    f"{len(prototype)} in {task.source}: they were trained on different base models."
-                )
-        routing[projector] = {
-            "width": len(prototypes[0]),
-            "tasks": [{"name": task.name, "trained": projector in task.projectors} for task in routed],
-        }
-        tensors[f"{projector}.prototypes"] = torch.stack(prototypes)
-        _check_same_shapes(projector, [task for task in routed if projector in task.projectors])
-        for t, task in enumerate(routed):
-            for key, tensor in task.projectors.get(projector, {}).items():
-                tensors[f"{projector}.experts.task_{t}.{key}"] = tensor
-    return routing, tensors
-
-
-def _check_same_shapes(projector: str, tasks: Sequence[TaskAdapter]) -> None:
-    """All tasks that trained a projector must hold the same tensors of it."""
-    for task in tasks[1:]:
-        one, two = tasks[0].projectors[projector], task.projectors[projector]
-        for key in sorted({*one, *two}):
-            shapes = [tuple(tensors[key].shape) if key in tensors else "missing" for tensors in (one, two)]
-            if shapes[0] != shapes[1]:
-                raise UnmergeableAdapterError(
-                    f"Tensor '{projector}.{key}' is {shapes[0]} in {tasks[0].source}, but {shapes[1]} in "
-                    f"{task.source}: they were trained on different base models."
-                )
-
-
-def _merged_config(
-    adapters: Sequence[Adapter],
-    tasks: Sequence[TaskAdapter],
-    deltas: Mapping[str, LowRankDelta],
-    routing: dict[str, dict[str, Any]],
-    ridge: float,
-    temperature: float,
-) -> MAnyConfig:
-    configs = [adapter.config for adapter in adapters]
-    ranks = {name: delta.A.shape[0] for name, delta in deltas.items()}
-    rank = max(ranks.values(), key=list(ranks.values()).count)
-    exceptions = {name.replace(".", r"\."): r for name, r in ranks.items() if r != rank}
-    measured, rows = [], dict.fromkeys(deltas, 0)
-    for task in tasks:
-        fingerprints = {}
-        for name, delta in task.deltas.items():
-            start, rows[name] = rows[name], rows[name] + delta.A.shape[0]
-            fingerprints[name] = weight_fingerprint(deltas[name].A[start : rows[name]], delta.B)
-        own = {name: delta.A for name, delta in task.deltas.items()}
-        measured.append(
-            replace(task.statistics, name=task.name, weight=task.weight, deltas=own, fingerprints=fingerprints)
-        )
-    merged = MAnyConfig(
-        r=rank,
-        lora_alpha=rank,  # the scaling is folded into the weights
-        rank_pattern=exceptions,
-        alpha_pattern=dict(exceptions),
-        target_modules=_common(configs, "target_modules") if _same_layers(adapters) else sorted(deltas),
-        modules_to_save=sorted(routing) or None,
-        projector_modules=sorted(routing),
-        fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
-        task_type=_common(configs, "task_type"),
-        auto_mapping=_common(configs, "auto_mapping"),
-        base_model_name_or_path=_common(configs, "base_model_name_or_path"),
-        revision=_common(configs, "revision"),
-        inference_mode=True,
-        energy=1.0,  # what the tasks' statistics kept is kept
-        ridge=ridge,
-        temperature=temperature,
-        tasks=[{"name": task.name, "weight": task.weight, **task.provenance} for task in tasks],
-        routing=routing or None,
-        statistics=AdapterStatistics(tuple(measured)),
+def _is_done(record: dict[str, Any] | None, written: TensorFile) -> bool:
+    """Whether an interrupted run merged a group, and what it wrote reached the disk."""
+    return record is not None and all(
+        zlib.crc32(bytes_of(written[key])) == checksum for key, checksum in record["checksums"].items()
     )
-    if isinstance(merged.target_modules, set):
-        # A set of strings is saved in another order by every process; the same merge should be the same file.
-        merged.target_modules = sorted(merged.target_modules)
-    return merged
 
 
-def _common(configs: Iterable[Any], field: str) -> Any:
-    """The value that all configs which have one agree on, else `None`."""
-    values = [getattr(config, field) for config in configs if getattr(config, field)]
-    return values[0] if values and all(value == values[0] for value in values) else None
+def _merged_statistics(plan: MergePlan, records: Mapping[str, Any], in_memory: bool = False) -> AdapterStatistics:
+    """Each task's statistics with its deltas, so that the merge can be merged further without the adapters."""
+    stacked = {module: yes for record in records.values() for module, yes in record["stacked"].items()}
+    prints = {module: tasks for record in records.values() for module, tasks in record["fingerprints"].items()}
+    measured = []
+    for task in plan.tasks:
+        A = _Reading({module: delta.rows for module, delta in task.deltas.items()})
+        B = _Reading({module: delta.columns for module, delta in task.deltas.items() if not stacked[module]})
+        measured.append(
+            replace(
+                task.statistics,
+                name=task.name,
+                weight=task.weight,
+                deltas=dict(A) if in_memory else A,
+                lora_B=dict(B) if in_memory else B,
+                fingerprints={module: prints[module][task.name] for module in task.deltas},
+            )
+        )
+    return AdapterStatistics(tuple(measured))
 
 
-def _same_layers(adapters: Sequence[Adapter]) -> bool:
-    """Whether all adapters say in the same words which layers they adapt, so that the merge may say it so too."""
-    configs = [adapter.config for adapter in adapters]
-    if _common(configs, "target_modules") is None:
-        return False
-    if any(config.layers_to_transform is not None or config.exclude_modules for config in configs):
-        return False  # there the words say less than half of it
-    return len({frozenset(task.deltas) for adapter in adapters for task in adapter.tasks}) == 1
+class _Reading(Mapping[str, Tensor]):
+    """Tensors that are read each time they are asked for, so that no two of them need be in memory."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.readers = readers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+
+def _progress(plan: MergePlan, groups: Sequence[Sequence[str]], progress: bool) -> Iterator[Sequence[str]]:
+    """The groups, with a bar that counts their layers."""
+    label = f"Merging {len(plan.tasks)} tasks"
+    with tqdm(total=sum(map(len, groups)), desc=label, unit="layer", disable=not progress) as bar:
+        for group in groups:
+            yield group
+            bar.update(len(group))

@@ -23,7 +23,6 @@ from torch import Tensor
 
 import peft_many.merging
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
-from peft_many.plugin import atomic
 from peft_many.plugin.adapter import UnmergeableAdapterError
 from peft_many.plugin.hub import AdapterNotFoundError
 from peft_many.plugin.statistics import StatisticsError
@@ -673,13 +672,13 @@ def test_an_output_folder_that_is_the_input(good, tmp_path):
 
 
 READ_ONLY = """
-import os, runpy, sys
+import os, sys
 from pathlib import Path
-new_folder = runpy.run_path(sys.argv[1])["new_folder"]
+from peft_many.plugin.partial import partial_folder
 if os.geteuid() == 0:
     os.setuid(65534)  # root may write everywhere
 try:
-    with new_folder(Path(sys.argv[2])):
+    with partial_folder(Path(sys.argv[1]), "key"):
         print("it began")
 except PermissionError as error:
     print(error)
@@ -691,7 +690,7 @@ def test_a_read_only_folder(good, tmp_path, monkeypatch):
     with tempfile.TemporaryDirectory() as locked:
         os.chmod(locked, 0o555)
         output = Path(locked, "new", "merged")
-        command = [sys.executable, "-c", READ_ONLY, atomic.__file__, str(output)]
+        command = [sys.executable, "-c", READ_ONLY, str(output)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         assert done.stdout == f"The output folder '{output}' cannot be created: '{locked}': Permission denied.\n"
         assert os.listdir(locked) == []
@@ -699,64 +698,5 @@ def test_a_read_only_folder(good, tmp_path, monkeypatch):
     def denied(*args: Any, **kwargs: Any) -> str:
         raise PermissionError(13, "Permission denied", "/some/.temporary.name")
 
-    monkeypatch.setattr("peft_many.plugin.atomic.tempfile.mkdtemp", denied)
+    monkeypatch.setattr("peft_many.plugin.partial.Path.mkdir", denied)
     assert_not_written(good, tmp_path / "merged", PermissionError, str(tmp_path / "merged"), "Permission denied")
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("x")])
-@pytest.mark.parametrize("step", ["save_file", "card", "statistics", "config", "rename", "solve"])
-def test_an_interrupted_save(good, tmp_path, monkeypatch, step, error):
-    """Whatever fails, and wherever: nothing half-written, no temporary file, also not in place of an empty folder."""
-    target = {
-        "save_file": "peft_many.merging.save_file",
-        "card": "peft_many.plugin.config.update_card",
-        "statistics": "peft_many.plugin.statistics.save_file",
-        "config": "peft_many.plugin.config.MAnyConfig.save_pretrained",
-        "rename": "peft_many.plugin.atomic.os.replace",
-        "solve": "peft_many.merging.LeastSquaresMerge.solve",
-    }[step]
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        for argument in args:
-            if isinstance(argument, Path) and argument.suffix in (".safetensors", ".partial"):
-                half = argument / "half" if argument.is_dir() else argument
-                half.write_bytes(b"half")
-        raise error
-
-    monkeypatch.setattr(target, fail)
-    (tmp_path / "empty").mkdir()
-    for output in (tmp_path / "new", tmp_path / "empty", tmp_path / "deep" / "er"):
-        with pytest.raises(type(error)):
-            merge_adapter_files([good["a"], good["b"]], output, progress=False)
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] in (["empty"], ["empty", "deep"])
-    monkeypatch.undo()
-    merge_adapter_files([good["a"], good["b"]], tmp_path / "empty", progress=False)
-
-
-INTERRUPTED = """
-import os, signal, sys, threading
-import peft_many, peft_many.merging
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
-real = peft_many.merging.save_file
-def interrupted(*args):
-    real(*args)
-    os.kill(os.getpid(), signal.SIGINT)
-    threading.Event().wait(20)
-peft_many.merging.save_file = interrupted
-peft_many.merge_adapter_files(sys.argv[2:], sys.argv[1], progress=False)
-"""
-
-
-def test_control_c(good, tmp_path):
-    """A real signal to a real process, in the middle of writing."""
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "merged"), str(good["a"]), str(good["b"])],
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert "KeyboardInterrupt" in done.stderr
-    assert done.returncode != 0
-    assert list(tmp_path.iterdir()) == []

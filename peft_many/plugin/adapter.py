@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ..algebra.lpm import LowRankDelta
 from .config import MAnyConfig
 from .hub import AdapterSource
 from .statistics import (
@@ -25,28 +23,30 @@ from .statistics import (
     AdapterStatistics,
     StatisticsError,
     TaskStatistics,
-    same_weights,
-    weight_fingerprint,
+    open_statistics,
 )
-
-KEY_PREFIX = "base_model.model."
-
-
-class UnmergeableAdapterError(ValueError):
-    """An adapter cannot be merged; the message says which, where and why."""
+from .stored_delta import (
+    KEY_PREFIX,
+    StoredDelta,
+    StoredPair,
+    UnmergeableAdapterError,
+    check_finite,
+    delta_in_merge,
+    delta_of_adapter,
+)
+from .tensor_file import TensorFile
 
 
 @dataclass(frozen=True)
 class TaskAdapter:
-    """One task as it goes into a merge.
+    """One task as it goes into a merge. Weights and covariances stay on disk until they are used.
 
     Args:
         name (`str`): The task's name.
         weight (`float`): `w_t`.
         provenance (`dict`): Source, revision and hash, for the merge's config.
         statistics ([`TaskStatistics`]): Covariances and prototypes.
-        deltas (`Mapping[str, LowRankDelta]`): By layer, scaling folded into `A`; float32.
-        stored (`Mapping[str, LowRankDelta]`): By layer, the task's part of the weights file, be it that of a merge.
+        deltas (`Mapping[str, StoredDelta]`): By layer.
         projectors (`Mapping[str, Mapping[str, torch.Tensor]]`): The state dict of each projector of its own.
         source (`str`): The adapter's name for messages.
     """
@@ -55,18 +55,18 @@ class TaskAdapter:
     weight: float
     provenance: dict[str, Any]
     statistics: TaskStatistics
-    deltas: Mapping[str, LowRankDelta]
-    stored: Mapping[str, LowRankDelta]
+    deltas: Mapping[str, StoredDelta]
     projectors: Mapping[str, Mapping[str, Tensor]]
     source: str
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder, read and checked: its config and its tasks (several if it is a merge)."""
+    """An adapter folder, opened and checked: its config, its tasks (several if it is a merge) and its mapped files."""
 
     config: LoraConfig
     tasks: tuple[TaskAdapter, ...]
+    files: tuple[TensorFile, ...]
 
 
 def read_adapter(source: AdapterSource, task_names: str | Sequence[str] | None = None) -> Adapter:
@@ -90,16 +90,17 @@ def read_adapter(source: AdapterSource, task_names: str | Sequence[str] | None =
 
 def _read(source: AdapterSource, task_names: str | Sequence[str] | None) -> Adapter:
     config = _read_config(source)
-    tensors = _read_tensors(source)
-    _check_additive(source, config, tensors)
+    weights = _open_weights(source)
+    _check_additive(source, config, weights)
     path = source.folder / STATISTICS_NAME
     if not path.is_file():
         raise UnmergeableAdapterError(
             f"{source.name} has no statistics: load it, run `collect_statistics(model, dataloader)` on its task's "
             "data, and save it again."
         )
-    statistics = AdapterStatistics.load(path)
-    pairs, rest = _split_pairs(source, config, tensors)
+    measured = open_statistics(path)
+    statistics = AdapterStatistics.of(measured)
+    pairs, rest = _split_pairs(source, config, weights)
     if isinstance(config, MAnyConfig) and config.is_merge:
         tasks = _tasks_of_merge(source, config, statistics, pairs, rest)
     else:
@@ -113,7 +114,9 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None) -> Adap
         if not isinstance(task.name, str) or not isinstance(task.provenance["sha256"], str):
             raise UnmergeableAdapterError(f"{source.name} is malformed: its tasks lack a name or a hash.")
         _check_statistics_fit(task)
-    return Adapter(config, tasks)
+    for file in (weights, measured):
+        file.release()
+    return Adapter(config, tasks, (weights, measured))
 
 
 def _read_config(source: AdapterSource) -> LoraConfig:
@@ -133,7 +136,7 @@ def _read_config(source: AdapterSource) -> LoraConfig:
     return config
 
 
-def _read_tensors(source: AdapterSource) -> dict[str, Tensor]:
+def _open_weights(source: AdapterSource) -> TensorFile:
     path = source.folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         pickled = (source.folder / WEIGHTS_NAME).is_file()
@@ -146,14 +149,9 @@ def _read_tensors(source: AdapterSource) -> dict[str, Tensor]:
             )
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        return TensorFile(path)
     except SafetensorError as error:
         raise UnmergeableAdapterError(f"{path} is damaged or truncated ({error}).") from None
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UnmergeableAdapterError(f"{path}: tensor '{key}' holds NaN or Inf.")
-    return tensors
 
 
 # LoRA options whose effect on a layer is not `scaling * B A`, or that change more than linear layers.
@@ -169,9 +167,9 @@ _UNSUPPORTED_OPTIONS = (
 _MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
-def _check_additive(source: AdapterSource, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+def _check_additive(source: AdapterSource, config: LoraConfig, weights: TensorFile) -> None:
     """Refuse every kind of adapter whose effect is not an additive low-rank delta on linear layers."""
-    layers = (key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in sorted(tensors) if ".lora_" in key)
+    layers = (key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in sorted(weights) if ".lora_" in key)
     layer = next(layers, "no layer")
     variants = [f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant")]
     for option in [*variants, *_UNSUPPORTED_OPTIONS]:
@@ -191,63 +189,61 @@ def _check_additive(source: AdapterSource, config: LoraConfig, tensors: Mapping[
 
 
 def _split_pairs(
-    source: AdapterSource, config: LoraConfig, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, LowRankDelta], dict[str, Tensor]]:
-    """The LoRA pairs by layer, scaling folded in, and all other tensors by key without PEFT's prefix."""
-    halves: dict[str, dict[str, Tensor]] = {}
+    source: AdapterSource, config: LoraConfig, weights: TensorFile
+) -> tuple[dict[str, StoredPair], dict[str, Tensor]]:
+    """The LoRA pairs by layer, and all other tensors by key without PEFT's prefix."""
+    halves: dict[str, set[str]] = {}
     rest: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
+    for key in weights:
         if not key.startswith(KEY_PREFIX):
             raise UnmergeableAdapterError(f"{source.name}: tensor '{key}' does not begin with '{KEY_PREFIX}'.")
-        key = key.removeprefix(KEY_PREFIX)
-        for half in ("A", "B"):
-            if key.endswith(f".lora_{half}.weight"):
-                halves.setdefault(key.removesuffix(f".lora_{half}.weight"), {})[half] = tensor
-                break
-        else:
-            if ".lora_" in key:
-                raise UnmergeableAdapterError(
-                    f"{source.name}: tensor '{key}' is no plain LoRA weight of a linear layer and cannot be merged."
-                )
-            rest[key] = tensor
-    pairs = {}
-    for module, pair in halves.items():
-        if set(pair) != {"A", "B"}:
+        name = key.removeprefix(KEY_PREFIX)
+        half = next((half for half in "AB" if name.endswith(f".lora_{half}.weight")), None)
+        if half is not None:
+            halves.setdefault(name.removesuffix(f".lora_{half}.weight"), set()).add(half)
+        elif ".lora_" in name:
             raise UnmergeableAdapterError(
-                f"{source.name}: layer '{module}' lacks its lora_{'AB'.strip(*pair)} tensor."
+                f"{source.name}: tensor '{name}' is no plain LoRA weight of a linear layer and cannot be merged."
             )
-        pairs[module] = _delta(source, config, module, pair["A"], pair["B"])
+        else:
+            rest[name] = weights[key]
+            check_finite(rest[name], f"{weights.path}: tensor '{key}'")
+    pairs = {}
+    for module, found in halves.items():
+        if found != {"A", "B"}:
+            raise UnmergeableAdapterError(
+                f"{source.name}: layer '{module}' lacks its lora_{'AB'.strip(*found)} tensor."
+            )
+        pairs[module] = _checked_pair(source, config, weights, module)
     if not pairs:
         raise UnmergeableAdapterError(f"{source.name} holds no LoRA weights.")
     return pairs, rest
 
 
-def _delta(source: AdapterSource, config: LoraConfig, module: str, A: Tensor, B: Tensor) -> LowRankDelta:
+def _checked_pair(source: AdapterSource, config: LoraConfig, weights: TensorFile, module: str) -> StoredPair:
     rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    if A.dim() != 2 or B.dim() != 2:
-        raise UnmergeableAdapterError(
-            f"{source.name}: layer '{module}' is no linear layer (LoRA shape {tuple(A.shape)})."
-        )
-    if not A.shape[0] == B.shape[1] == rank:
-        raise UnmergeableAdapterError(
-            f"{source.name}: layer '{module}' has LoRA shapes {tuple(A.shape)} and {tuple(B.shape)}, but its config "
-            f"says rank {rank}."
-        )
     scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    pair = StoredPair(weights, module, scaling)
+    A, B = pair.shape("A"), pair.shape("B")
+    if len(A) != 2 or len(B) != 2:
+        raise UnmergeableAdapterError(f"{source.name}: layer '{module}' is no linear layer (LoRA shape {A}).")
+    if not A[0] == B[1] == rank:
+        raise UnmergeableAdapterError(
+            f"{source.name}: layer '{module}' has LoRA shapes {A} and {B}, but its config says rank {rank}."
+        )
     if not math.isfinite(scaling):
         raise UnmergeableAdapterError(
             f"{source.name}: layer '{module}' has the scaling {scaling} (`lora_alpha` {alpha})."
         )
-    # Rounded to float32 here, so that a task taken from a merge, where it is stored so, is the same to the bit.
-    return LowRankDelta(A=(scaling * A.double()).float(), B=B.float())
+    return pair
 
 
 def _single_task(
     source: AdapterSource,
     config: LoraConfig,
     statistics: AdapterStatistics,
-    pairs: dict[str, LowRankDelta],
+    pairs: dict[str, StoredPair],
     rest: dict[str, Tensor],
 ) -> TaskAdapter:
     if len(statistics.tasks) != 1:
@@ -277,8 +273,7 @@ def _single_task(
         weight=1.0,
         provenance={"source": source.public_name, "revision": source.revision, "sha256": _sha256(source.folder)},
         statistics=measured,
-        deltas=pairs,
-        stored=pairs,
+        deltas={module: delta_of_adapter(pair, measured, module, source.name) for module, pair in pairs.items()},
         projectors=projectors,
         source=source.name,
     )
@@ -294,10 +289,10 @@ def _tasks_of_merge(
     source: AdapterSource,
     config: MAnyConfig,
     statistics: AdapterStatistics,
-    pairs: dict[str, LowRankDelta],
+    pairs: dict[str, StoredPair],
     rest: dict[str, Tensor],
 ) -> tuple[TaskAdapter, ...]:
-    """Take a merge apart: the statistics hold every `A_t`, and the `B_t` are columns of the merged `B`."""
+    """Take a merge apart: the statistics hold every `A_t`; the `B_t` are columns of the merged `B`, or there too."""
     named = config.tasks or []
     if len(named) != len(statistics.tasks):
         raise UnmergeableAdapterError(
@@ -308,17 +303,18 @@ def _tasks_of_merge(
     for about, measured in zip(named, statistics.tasks):
         if not isinstance(about["weight"], (int, float)):
             raise TypeError(f"the weight of a task is {about['weight']!r}")
-        deltas, stored = {}, {}
+        name = f"{source.name}, task '{about['name']}'"
+        deltas = {}
         for module, A in measured.deltas.items():
-            start, end = columns.get(module, 0), columns.get(module, 0) + A.shape[0]
-            if module not in pairs or A.shape[1] != pairs[module].A.shape[1]:
-                raise UnmergeableAdapterError(f"{source.name}: its weights and its statistics disagree on '{module}'.")
-            if not torch.isfinite(A).all():
-                raise UnmergeableAdapterError(
-                    f"{source.name}: the lora_A of '{module}' in the statistics of '{about['name']}' holds NaN or Inf."
-                )
-            stored[module] = LowRankDelta(A=pairs[module].A[start:end], B=pairs[module].B[:, start:end])
-            deltas[module], columns[module] = LowRankDelta(A=A.float(), B=stored[module].B), end
+            disagreement = f"{source.name}: its weights and its statistics disagree on '{module}'."
+            if module not in pairs or A.shape[1] != pairs[module].shape("A")[1]:
+                raise UnmergeableAdapterError(disagreement)
+            start, own = columns[module], measured.lora_B.get(module)
+            if own is not None and tuple(own.shape) != (pairs[module].shape("B")[0], A.shape[0]):
+                raise UnmergeableAdapterError(disagreement)
+            end = columns[module] = start + A.shape[0] if own is None else pairs[module].shape("A")[0]
+            block = None if own is not None else slice(start, end)
+            deltas[module] = delta_in_merge(pairs[module], measured, module, block, name)
         projectors: dict[str, dict[str, Tensor]] = {}
         for projector, routing in (config.routing or {}).items():
             order = [task["name"] for task in routing["tasks"]]
@@ -332,19 +328,18 @@ def _tasks_of_merge(
                 provenance={key: about.get(key) for key in ("source", "revision", "sha256")},
                 statistics=measured,
                 deltas=deltas,
-                stored=stored,
                 projectors=projectors,
-                source=f"{source.name}, task '{about['name']}'",
+                source=name,
             )
         )
-    wrong = next((module for module, pair in pairs.items() if columns[module] != pair.B.shape[1]), None)
+    wrong = next((module for module, pair in pairs.items() if columns[module] != pair.shape("A")[0]), None)
     if wrong is not None:
         raise UnmergeableAdapterError(f"{source.name}: its weights and its statistics disagree on '{wrong}'.")
     return tuple(tasks)
 
 
 def _check_statistics_fit(task: TaskAdapter) -> None:
-    """The statistics must cover every layer that was trained and must have been collected with these weights."""
+    """The statistics must cover every layer and every projector that was trained."""
     for module, delta in task.deltas.items():
         covariance = task.statistics.covariances.get(module)
         if covariance is None:
@@ -352,21 +347,10 @@ def _check_statistics_fit(task: TaskAdapter) -> None:
                 f"{task.source} trained '{module}', but its statistics hold no covariance for it; "
                 "run `collect_statistics` again."
             )
-        if covariance.width != delta.A.shape[1]:
+        if covariance.width != delta.shape[1]:
             raise UnmergeableAdapterError(
                 f"{task.source}: the covariance of '{module}' has width {covariance.width}, but its LoRA has "
-                f"{delta.A.shape[1]}."
-            )
-        measured, stored = task.statistics.fingerprints.get(module), task.stored[module]
-        if measured is not None and not same_weights(measured, weight_fingerprint(stored.A, stored.B)):
-            if task.statistics.deltas:
-                raise UnmergeableAdapterError(
-                    f"{task.source} was trained further after merging ('{module}' has changed), and its statistics "
-                    "know nothing of that. Train task adapters, and merge those."
-                )
-            raise UnmergeableAdapterError(
-                f"{task.source} was trained further after its statistics were collected ('{module}' has changed); "
-                "run `collect_statistics` again."
+                f"{delta.shape[1]}."
             )
     for projector in task.projectors:
         if projector not in task.statistics.prototypes:

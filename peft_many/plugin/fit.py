@@ -6,31 +6,31 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 from peft.tuners.tuners_utils import check_target_module_exists
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapter import KEY_PREFIX, UnmergeableAdapterError
 from .config import MAnyConfig
+from .stored_delta import KEY_PREFIX, UnmergeableAdapterError
 
 
-def check_fits_model(config: MAnyConfig, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+def check_fits_model(config: MAnyConfig, shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
     """Raise `UnmergeableAdapterError` unless every tensor of a merge has its place in the base model.
 
     Args:
         config ([`MAnyConfig`]): The merge's config.
-        tensors (`Mapping[str, torch.Tensor]`): What `adapter_model.safetensors` holds, with its keys.
+        shapes (`Mapping[str, tuple[int, ...]]`): Of what `adapter_model.safetensors` holds, by its keys.
         model (`torch.nn.Module`): The base model, without adapters.
     """
-    tensors = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
+    shapes = {key.removeprefix(KEY_PREFIX): shape for key, shape in shapes.items()}
     modules = dict(model.named_modules())
-    layers = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    layers = [key.removesuffix(".lora_A.weight") for key in shapes if key.endswith(".lora_A.weight")]
     for layer in layers:
         if layer not in modules:
             raise UnmergeableAdapterError(
                 f"The adapters' layer '{layer}' matches no module of {type(model).__name__}: they were trained on "
                 "another base model."
             )
-        width, height = tensors[f"{layer}.lora_A.weight"].shape[1], tensors[f"{layer}.lora_B.weight"].shape[0]
+        width, height = shapes[f"{layer}.lora_A.weight"][1], shapes[f"{layer}.lora_B.weight"][0]
         _check_layer(layer, modules[layer], width, height, model)
     left_out = set(modules).difference(layers)
     extra = next((name for name in modules if name in left_out and check_target_module_exists(config, name)), None)
@@ -45,7 +45,7 @@ def check_fits_model(config: MAnyConfig, tensors: Mapping[str, Tensor], model: n
                 f"The adapters' projector '{projector}' matches no module of {type(model).__name__}: they were "
                 "trained on another base model."
             )
-        _check_experts(projector, tensors, modules[projector], model)
+        _check_experts(projector, shapes, modules[projector], model)
 
 
 def _check_layer(name: str, layer: nn.Module, width: int, height: int, model: nn.Module) -> None:
@@ -71,14 +71,14 @@ def _features(layer: nn.Module, side: int) -> int | None:
     return None
 
 
-def _check_experts(projector: str, tensors: Mapping[str, Tensor], module: nn.Module, model: nn.Module) -> None:
+def _check_experts(projector: str, shapes: Mapping[str, tuple[int, ...]], module: nn.Module, model: nn.Module) -> None:
     """Every task's copy of the projector must have the tensors of the base model's, no more and no fewer."""
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     experts: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, tensor in tensors.items():
+    for key, shape in shapes.items():
         if key.startswith(f"{projector}.experts."):
             task, _, weight = key.removeprefix(f"{projector}.experts.").partition(".")
-            experts.setdefault(task, {})[weight] = tuple(tensor.shape)
+            experts.setdefault(task, {})[weight] = shape
     for found in experts.values():
         wrong = next((key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)), None)
         if wrong is not None:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..algebra.covariance import Covariance, DenseCovariance, InvalidCovarianceError, LowRankCovariance, truncate
 from .atomic import replace_file
+from .tensor_file import TensorFile, TensorFileWriter, lay_out
 
 STATISTICS_NAME = "adapter_statistics.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 knew neither scaled factors nor merges of lower rank
 DEFAULT_ENERGY = 0.999
 
 
@@ -44,6 +46,8 @@ class TaskStatistics:
         weight (`float`): `w_t`; other than 1 only inside a merge.
         deltas (`Mapping[str, torch.Tensor]`):
             Inside a merge, each trained layer's `A_t` with the LoRA scaling folded in, shape `(r_t, in)`.
+        lora_B (`Mapping[str, torch.Tensor]`):
+            Inside a merge, `B_t` of shape `(out, r_t)` for the layers whose merged `B` is not the tasks' side by side.
     """
 
     name: str | None
@@ -54,6 +58,7 @@ class TaskStatistics:
     fingerprints: Mapping[str, Sequence[float]] = field(default_factory=dict)
     weight: float = 1.0
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
+    lora_B: Mapping[str, Tensor] = field(default_factory=dict)
 
     def groups(self) -> list[tuple[Covariance, list[str]]]:
         """Each distinct covariance with the layers whose input it describes."""
@@ -72,43 +77,35 @@ class AdapterStatistics:
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterStatistics:
         return self  # Immutable, and large: `dataclasses.asdict` and copies of a config need not copy it.
 
-    def save(self, folder: str | os.PathLike[str], energy: float = DEFAULT_ENERGY) -> None:
+    def save(
+        self, folder: str | os.PathLike[str], energy: float = DEFAULT_ENERGY, *, sources: Iterable[TensorFile] = ()
+    ) -> None:
         """Write the file into `folder`, whole or not at all.
 
-        Covariances that were collected whole are truncated to `energy` (MAny*, float32 factors); with `energy=1.0`
-        they are kept whole in float64. Those that were truncated before are written as they are.
+        Covariances that were collected whole are truncated to `energy` (MAny*, float16 factors); with `energy=1.0`
+        they are kept whole in float64. Those that are truncated already are written as they are.
+
+        Args:
+            folder (`str`): An existing folder.
+            energy (`float`): The share of the energy to keep, in (0, 1].
+            sources (`Iterable[TensorFile]`):
+                Files that the tensors are mapped from; their memory is given back after each task.
         """
-        tensors: dict[str, Tensor] = {}
-        header: list[dict[str, Any]] = []
-        for t, task in enumerate(self.tasks):
-            groups = []
-            for g, (covariance, modules) in enumerate(task.groups()):
-                if isinstance(covariance, DenseCovariance) and energy < 1.0:
-                    covariance = truncate(covariance, energy)
-                key = f"{t}.covariance.{g}"
-                if isinstance(covariance, DenseCovariance):
-                    tensors[f"{key}.matrix"] = covariance.matrix
-                elif isinstance(covariance, LowRankCovariance):
-                    tensors[f"{key}.factor"] = covariance.factor
-                groups.append({"modules": modules, "tokens": covariance.tokens, "remainder": covariance.remainder})
-            tensors |= {f"{t}.prototype.{name}": prototype for name, prototype in task.prototypes.items()}
-            tensors |= {f"{t}.lora_A.{name}": rows for name, rows in task.deltas.items()}
-            header.append(
-                {
-                    "name": task.name,
-                    "weight": task.weight,
-                    "samples": task.samples,
-                    "images": task.images,
-                    "covariances": groups,
-                    "projectors": list(task.prototypes),
-                    "deltas": list(task.deltas),
-                    "fingerprints": {name: list(values) for name, values in task.fingerprints.items()},
-                }
-            )
+        compact = [[(_compact(c, energy), modules) for c, modules in task.groups()] for task in self.tasks]
+        header = [_header_of(task, groups) for task, groups in zip(self.tasks, compact)]
         # One entry only: safetensors writes several in an order that changes from file to file.
         metadata = {"peft_many": json.dumps({"version": FORMAT_VERSION, "tasks": header})}
+        announced: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for t, (task, groups) in enumerate(zip(self.tasks, compact)):
+            announced |= {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in _tensors_of(t, task, groups)}
         with replace_file(Path(folder) / STATISTICS_NAME) as temporary:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata)
+            lay_out(temporary, announced, metadata)
+            with TensorFileWriter(temporary) as writer:
+                for t, (task, groups) in enumerate(zip(self.tasks, compact)):
+                    for key, tensor in _tensors_of(t, task, groups):
+                        writer.write(key, tensor)
+                    for source in sources:
+                        source.release()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AdapterStatistics:
@@ -117,7 +114,67 @@ class AdapterStatistics:
         Raises:
             StatisticsError: The file is damaged, of another format, or lacks a tensor.
         """
-        return cls(tuple(_read_tasks(Path(path))))
+        return cls.of(open_statistics(path))
+
+    @classmethod
+    def of(cls, file: TensorFile) -> AdapterStatistics:
+        """As `load`, of a file that was opened with `open_statistics`."""
+        return cls(tuple(_read_tasks(file)))
+
+
+def open_statistics(path: str | os.PathLike[str]) -> TensorFile:
+    """Map a statistics file.
+
+    Raises:
+        StatisticsError: It does not exist, is damaged, or is truncated.
+    """
+    try:
+        return TensorFile(Path(path))
+    except FileNotFoundError:
+        raise StatisticsError(f"{path} does not exist.") from None
+    except SafetensorError as error:
+        raise StatisticsError(f"{path} is damaged or truncated ({error}).") from None
+
+
+Groups = Sequence[tuple[Covariance, list[str]]]
+
+
+def _compact(covariance: Covariance, energy: float) -> Covariance:
+    if isinstance(covariance, DenseCovariance) and energy < 1.0:
+        return truncate(covariance, energy).in_half_precision()
+    return covariance
+
+
+def _header_of(task: TaskStatistics, groups: Groups) -> dict[str, Any]:
+    covariances = []
+    for covariance, modules in groups:
+        about = {"modules": modules, "tokens": covariance.tokens, "remainder": covariance.remainder}
+        if isinstance(covariance, LowRankCovariance):
+            about["scale"] = covariance.scale
+        covariances.append(about)
+    return {
+        "name": task.name,
+        "weight": task.weight,
+        "samples": task.samples,
+        "images": task.images,
+        "covariances": covariances,
+        "projectors": list(task.prototypes),
+        "deltas": list(task.deltas),
+        "lora_B": list(task.lora_B),
+        "fingerprints": {name: list(values) for name, values in task.fingerprints.items()},
+    }
+
+
+def _tensors_of(t: int, task: TaskStatistics, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+    """What the file holds of a task, by key; each is read when its turn comes."""
+    for g, (covariance, _) in enumerate(groups):
+        if isinstance(covariance, DenseCovariance):
+            yield f"{t}.covariance.{g}.matrix", covariance.matrix
+        elif isinstance(covariance, LowRankCovariance):
+            yield f"{t}.covariance.{g}.factor", covariance.factor
+    for kind, tensors in (("prototype", task.prototypes), ("lora_A", task.deltas), ("lora_B", task.lora_B)):
+        for name, tensor in tensors.items():
+            yield f"{t}.{kind}.{name}", tensor
 
 
 def weight_fingerprint(A: Tensor, B: Tensor) -> list[float]:
@@ -126,7 +183,7 @@ def weight_fingerprint(A: Tensor, B: Tensor) -> list[float]:
     The norm of `B`, and the components of `A` and `B`, each of norm one, along four fixed directions: a norm alone
     moves in second order only. A factor on `A`, such as the LoRA scaling, changes nothing.
     """
-    return [B.double().norm().item(), *_components(A), *_components(B)]
+    return [B.float().norm().item(), *_components(A), *_components(B)]
 
 
 def same_weights(one: Sequence[float], two: Sequence[float]) -> bool:
@@ -136,10 +193,14 @@ def same_weights(one: Sequence[float], two: Sequence[float]) -> bool:
 
 
 def _components(matrix: Tensor) -> list[float]:
-    flat = matrix.detach().cpu().double().flatten()
-    index = torch.arange(1, len(flat) + 1, dtype=torch.float64)
-    directions = torch.stack([torch.cos(frequency * index) for frequency in (1, 2, 3, 4)])
-    return (directions @ flat / flat.norm().clamp(min=1e-300)).tolist()
+    flat = matrix.detach().cpu().float().flatten()
+    return (_directions(len(flat)) @ flat / flat.norm().clamp(min=1e-30)).tolist()
+
+
+@functools.lru_cache(maxsize=8)  # the layers of a model have few sizes
+def _directions(length: int) -> Tensor:
+    index = torch.arange(1, length + 1, dtype=torch.float64)
+    return torch.stack([torch.cos(frequency * index) for frequency in (1, 2, 3, 4)]).float()
 
 
 def check_covariance(covariance: Covariance, where: str) -> None:
@@ -150,58 +211,43 @@ def check_covariance(covariance: Covariance, where: str) -> None:
         raise StatisticsError(f"{where} is not a covariance: {error}.") from None
 
 
-def _read_tasks(path: Path) -> Iterator[TaskStatistics]:
+def _read_tasks(file: TensorFile) -> Iterator[TaskStatistics]:
+    version, header = _read_header(file)
     try:
-        with safe_open(path, framework="pt") as file:
-            version, header = _read_header(path, file.metadata())
-            for t, task in enumerate(header):
-                yield _read_task(path, file, t, task)
-    except FileNotFoundError:
-        raise StatisticsError(f"{path} does not exist.") from None
-    except SafetensorError as error:
-        raise StatisticsError(f"{path} is damaged or truncated ({error}).") from None
+        for t, task in enumerate(header):
+            yield _read_task(file, t, task)
     except StatisticsError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise StatisticsError(f"{path} is not a statistics file of format {version}: {error!r}.") from None
+        raise StatisticsError(f"{file.path} is not a statistics file of format {version}: {error!r}.") from None
 
 
-def _read_header(path: Path, metadata: dict[str, str] | None) -> tuple[int, list[dict[str, Any]]]:
+def _read_header(file: TensorFile) -> tuple[int, list[dict[str, Any]]]:
     try:
-        content = json.loads((metadata or {})["peft_many"])
+        content = json.loads(file.metadata["peft_many"])
         version, tasks = content["version"], content["tasks"]
     except (KeyError, TypeError, ValueError):
-        raise StatisticsError(f"{path} is not a statistics file of peft_many (its header does not say so).") from None
-    if version != FORMAT_VERSION:
         raise StatisticsError(
-            f"{path} has statistics format {version}, and this peft_many reads format {FORMAT_VERSION}. "
+            f"{file.path} is not a statistics file of peft_many (its header does not say so)."
+        ) from None
+    if version not in READABLE_VERSIONS:
+        raise StatisticsError(
+            f"{file.path} has statistics format {version}, and this peft_many reads format {FORMAT_VERSION}. "
             "Please upgrade peft_many, or collect the statistics again."
         )
     return version, tasks
 
 
-def _read_task(path: Path, file: Any, t: int, task: dict[str, Any]) -> TaskStatistics:
-    keys = set(file.keys())
-
-    def read(key: str, dimensions: int) -> Tensor:
-        if key not in keys:
-            raise StatisticsError(f"{path} lacks the tensor '{key}'.")
-        tensor: Tensor = file.get_tensor(key)
-        if not tensor.is_floating_point():
-            raise StatisticsError(f"{path}: tensor '{key}' has dtype {tensor.dtype}, not a floating-point one.")
-        if tensor.dim() != dimensions:
-            raise StatisticsError(
-                f"{path}: tensor '{key}' has shape {tuple(tensor.shape)}, not {dimensions} dimensions."
-            )
-        return tensor
-
+def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics:
+    path, read = file.path, _reader(file)
     covariances: dict[str, Covariance] = {}
     for g, group in enumerate(task["covariances"]):
         key, about = f"{t}.covariance.{g}", {"tokens": int(group["tokens"]), "remainder": float(group["remainder"])}
         covariance: Covariance
-        if f"{key}.matrix" in keys:
+        if f"{key}.matrix" in file:
             covariance = DenseCovariance(matrix=read(f"{key}.matrix", 2), **about)  # type: ignore[arg-type]
         else:
+            about["scale"] = float(group.get("scale", 1.0))
             covariance = LowRankCovariance(factor=read(f"{key}.factor", 2), **about)  # type: ignore[arg-type]
         covariances |= dict.fromkeys(group["modules"], covariance)
     prototypes = {name: read(f"{t}.prototype.{name}", 1) for name in task["projectors"]}
@@ -217,4 +263,21 @@ def _read_task(path: Path, file: Any, t: int, task: dict[str, Any]) -> TaskStati
         prototypes=prototypes,
         fingerprints={name: [float(value) for value in print_] for name, print_ in task["fingerprints"].items()},
         deltas={name: read(f"{t}.lora_A.{name}", 2) for name in task["deltas"]},
+        lora_B={name: read(f"{t}.lora_B.{name}", 2) for name in task.get("lora_B", [])},
     )
+
+
+def _reader(file: TensorFile) -> Callable[[str, int], Tensor]:
+    def read(key: str, dimensions: int) -> Tensor:
+        if key not in file:
+            raise StatisticsError(f"{file.path} lacks the tensor '{key}'.")
+        tensor = file[key]
+        if not tensor.is_floating_point():
+            raise StatisticsError(f"{file.path}: tensor '{key}' has dtype {tensor.dtype}, not a floating-point one.")
+        if tensor.dim() != dimensions:
+            raise StatisticsError(
+                f"{file.path}: tensor '{key}' has shape {tuple(tensor.shape)}, not {dimensions} dimensions."
+            )
+        return tensor
+
+    return read

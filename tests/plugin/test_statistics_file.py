@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from peft_many import merge_adapter_files
 from peft_many.algebra.covariance import CovarianceAccumulator, DenseCovariance, LowRankCovariance
 from peft_many.plugin.statistics import (
     FORMAT_VERSION,
@@ -22,6 +23,7 @@ from peft_many.plugin.statistics import (
     TaskStatistics,
     check_covariance,
 )
+from tests.adapters import WEIGHTS, make
 
 WIDTH = 12
 
@@ -109,15 +111,15 @@ def test_truncation_keeps_the_trace_and_the_energy(tmp_path, energy):
         after = loaded[module]
         assert isinstance(after, LowRankCovariance)
         assert after.tokens == before.tokens
-        assert after.trace == pytest.approx(before.trace, rel=1e-6)
+        assert after.trace == pytest.approx(before.trace, rel=1e-6 if after.remainder > 0 else 1e-4)
         after.check()
         if isinstance(before, DenseCovariance):
-            assert after.factor.dtype == torch.float32
+            assert after.factor.dtype == torch.float16
             eigenvalues = torch.linalg.eigvalsh(before.dense()).flip(0)
             kept = len(after.factor)
             assert eigenvalues[:kept].sum() >= energy * before.trace
             assert eigenvalues[: kept - 1].sum() < energy * before.trace
-            assert torch.allclose(torch.linalg.eigvalsh(after.dense()).flip(0)[:kept], eigenvalues[:kept], rtol=1e-5)
+            assert torch.allclose(torch.linalg.eigvalsh(after.dense()).flip(0)[:kept], eigenvalues[:kept], rtol=3e-3)
     assert_same_covariance(loaded["c.o"], statistics.tasks[0].covariances["c.o"])  # truncated before: as it was
 
 
@@ -161,11 +163,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     AdapterStatistics((task(),)).save(tmp_path)
     before = (tmp_path / STATISTICS_NAME).read_bytes()
 
-    def half(tensors, path, metadata):
+    def half(path, announced, metadata):
         path.write_bytes(before[:100])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_many.plugin.statistics.save_file", half)
+    monkeypatch.setattr("peft_many.plugin.statistics.lay_out", half)
     with pytest.raises(KeyboardInterrupt):
         merged().save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [STATISTICS_NAME]
@@ -281,7 +283,7 @@ def test_a_damaged_header(path, damage):
     header = header_of(path)
     damage(header)
     rewrite(path, header=header)
-    assert_refused(path, "not a statistics file of format 1")
+    assert_refused(path, "not a statistics file of format 2")
 
 
 def asymmetric(matrix: Tensor) -> Tensor:
@@ -315,3 +317,71 @@ def test_a_remainder_that_is_no_energy(path, remainder):
     covariance = AdapterStatistics.load(path).tasks[0].covariances["c.o"]
     with pytest.raises(StatisticsError, match="remainder"):
         check_covariance(covariance, "'c.o'")
+
+
+# ------------------------------------------------------------------------------------------- files of format 1
+
+
+def as_format_1(path) -> None:
+    """Rewrite a file as the first release wrote it: float32 factors, which had no scale, and no `lora_B`."""
+    header, tensors = header_of(path), load_file(path)
+    for t, described in enumerate(header["tasks"]):
+        assert described.pop("lora_B") == []
+        for g, group in enumerate(described["covariances"]):
+            if "scale" in group:
+                key = f"{t}.covariance.{g}.factor"
+                tensors[key] = tensors[key].float() * group.pop("scale")
+    assert not any(word in json.dumps(header) for word in ("scale", "lora_B"))
+    save_file(tensors, path, {"peft_many": json.dumps({**header, "version": 1})})
+
+
+@pytest.mark.parametrize("energy", [0.9, 1.0])
+def test_a_file_of_format_1_is_read(tmp_path, energy):
+    merged().save(tmp_path, energy)
+    path = tmp_path / STATISTICS_NAME
+    now = AdapterStatistics.load(path)
+    as_format_1(path)
+    before = AdapterStatistics.load(path)
+    for old, new in zip(before.tasks, now.tasks):
+        assert old.lora_B == {}
+        assert (old.name, old.weight, old.fingerprints) == (new.name, new.weight, new.fingerprints)
+        assert [modules for _, modules in old.groups()] == [modules for _, modules in new.groups()]
+        for module, covariance in new.covariances.items():
+            found = old.covariances[module]
+            assert getattr(found, "scale", 1.0) == 1.0
+            assert (found.tokens, found.remainder) == (covariance.tokens, covariance.remainder)
+            assert torch.equal(found.dense(), covariance.dense())
+            check_covariance(found, module)
+        for mapping in ("prototypes", "deltas"):
+            ours, theirs = getattr(old, mapping), getattr(new, mapping)
+            assert list(ours) == list(theirs)
+            assert all(same_bits(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_file_of_format_1_is_saved_in_todays(tmp_path):
+    AdapterStatistics((task(),)).save(tmp_path, 0.9)
+    path = tmp_path / STATISTICS_NAME
+    as_format_1(path)
+    loaded = AdapterStatistics.load(path)
+    loaded.save(tmp_path)
+    assert header_of(path)["version"] == FORMAT_VERSION == 2
+    assert_same(AdapterStatistics.load(path), loaded)
+
+
+def test_adapters_of_format_1_are_merged_and_merges_of_it_further(tmp_path):
+    """The numbers are the same, so the merge is."""
+    made = [
+        make(tmp_path / name, "llama", seed, task_name=name, energy=0.99).folder for seed, name in enumerate("abc")
+    ]
+    first = merge_adapter_files(made[:2], tmp_path / "first", progress=False)
+    expected = [load_file(merge_adapter_files(made, tmp_path / "at once", progress=False) / WEIGHTS)]
+    expected.append(load_file(first / WEIGHTS))
+    for folder in (*made, first):
+        as_format_1(folder / STATISTICS_NAME)
+    further = merge_adapter_files([first, made[2]], tmp_path / "further", progress=False)
+    again = merge_adapter_files(made[:2], tmp_path / "again", progress=False)
+    for folder, tensors in zip((further, again), expected):
+        found = load_file(folder / WEIGHTS)
+        assert list(found) == list(tensors)
+        assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+    assert header_of(further / STATISTICS_NAME)["version"] == FORMAT_VERSION

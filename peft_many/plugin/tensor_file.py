@@ -1,0 +1,177 @@
+"""Safetensors files larger than memory: read piece by piece, and written in place, one tensor at a time.
+
+The library reads and writes whole files. Merging opens many at once and holds one group of layers of each; so this
+maps a file and lets go of its pages again, and lays a file out before the first tensor is computed. The format is
+public: a length of 8 bytes, a JSON header, and the data of all tensors end to end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by key, on the CPU, memory-mapped: they stay on disk until they are used.
+
+    They stay readable when the file is replaced or deleted. Nothing must write to them.
+
+    Args:
+        path (`Path`): The file.
+
+    Raises:
+        SafetensorError: It is damaged or truncated.
+        FileNotFoundError: There is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with safe_open(path, framework="pt") as checked:  # header, offsets and length, before any of them is trusted
+            self.metadata: dict[str, str] = checked.metadata() or {}
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self._header: dict[str, Any] = json.loads(file.read(length))
+            self._start = 8 + length
+            # Private, so that torch may take it for writable memory; its pages are the file's while nobody writes.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._header.pop("__metadata__", None)
+
+    def __len__(self) -> int:
+        return len(self._header)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._header
+
+    def __getitem__(self, key: str) -> Tensor:
+        about = self._header[key]
+        dtype, shape = self.dtype(key), self.shape(key)
+        if math.prod(shape) == 0:
+            return torch.empty(shape, dtype=dtype)
+        flat = torch.frombuffer(
+            self._map, dtype=dtype, count=math.prod(shape), offset=self._start + about["data_offsets"][0]
+        )
+        return flat.reshape(shape)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self._header[key]["shape"])
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of a tensor, without reading it.
+
+        Raises:
+            TypeError: It is one that nothing here uses.
+        """
+        name = self._header[key]["dtype"]
+        if name not in _DTYPES:
+            raise TypeError(f"tensor '{key}' has the unknown dtype {name}")
+        return _DTYPES[name]
+
+    def release(self) -> None:
+        """Give the memory of what was read so far back to the system; using a tensor again reads it again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class TensorFileWriter:
+    """Fills in a safetensors file that `lay_out` made, one tensor at a time, in any order.
+
+    Several processes may write different tensors at once.
+
+    Args:
+        path (`Path`): The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self._header: dict[str, Any] = json.loads(file.read(length))
+        self._start = 8 + length
+        self._file = open(path, "r+b")  # noqa: SIM115  (closed by __exit__)
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        """Put one tensor in its place.
+
+        Raises:
+            ValueError: Its shape or dtype is not the announced one.
+        """
+        about = self._header[key]
+        if _NAMES.get(tensor.dtype) != about["dtype"] or list(tensor.shape) != about["shape"]:
+            raise ValueError(
+                f"tensor '{key}' is {tensor.dtype} of shape {tuple(tensor.shape)}, but {about['dtype']} of shape "
+                f"{tuple(about['shape'])} was announced."
+            )
+        if tensor.numel() == 0:
+            return
+        self._file.seek(self._start + about["data_offsets"][0])
+        self._file.write(bytes_of(tensor))
+
+    def flush(self) -> None:
+        """Hand everything written so far to the operating system."""
+        self._file.flush()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a tensor on the CPU as safetensors stores it."""
+    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def lay_out(
+    path: Path,
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the header of a safetensors file and give the file its full length; all tensors read as zero.
+
+    Args:
+        path (`Path`): The file; it is replaced if it exists.
+        tensors (`Mapping[str, tuple[torch.dtype, tuple[int, ...]]]`): Dtype and shape of every tensor.
+        metadata (`Mapping[str, str]`, *optional*): As in [`~safetensors.torch.save_file`].
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    # As the library does: wide dtypes first, so that every tensor is aligned, then by key.
+    for key in sorted(tensors, key=lambda key: (-tensors[key][0].itemsize, key)):
+        dtype, shape = tensors[key]
+        end = position + dtype.itemsize * math.prod(shape)
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + position)
