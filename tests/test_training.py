@@ -12,8 +12,9 @@ from peft import get_peft_model
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from peft_many import MAnyCallback, MAnyConfig, collect_statistics, merge_adapter_sequence
+from peft_many import MAnyCallback, MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
 from tests import tiny
+from tests.adapters import files
 
 
 class Samples(torch.utils.data.Dataset):
@@ -108,16 +109,25 @@ def test_an_accelerate_loop_learns_and_is_measured_as_prepared(model):
 
 @pytest.mark.slow
 def test_two_processes_train_one_adapter_that_merges(tmp_path):
-    script = Path(__file__).with_name("two_processes.py")
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-        str(tmp_path / "names"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
-    subprocess.run([sys.executable, *launch], env=environment, check=True, capture_output=True, timeout=120)
+    launch("two_processes.py", tmp_path)
     merged = merge_adapter_sequence(tiny.build("llava"), [tmp_path / "names"], progress=False)
     assert merged.peft_config["default"].tasks[0]["name"] == "names"
+    merge_adapter_files([tmp_path / "names", tmp_path / "more"], tmp_path / "alone", progress=False)
+    assert files(tmp_path / "merged") == files(tmp_path / "alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "merged", "more", "names"]
+
+
+@pytest.mark.slow
+def test_fsdp_shards_are_measured_as_one_process_would(tmp_path):
+    launch("two_processes_sharded.py", tmp_path)
+
+
+def launch(name: str, folder: Path) -> None:
+    """Run a script of the tests in two processes."""
+    script = Path(__file__).with_name(name)
+    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,13 +19,22 @@ from peft.utils import AuxiliaryTrainingWrapper, PeftWarning
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..algebra.budget import rank_within
+from ..algebra.covariance import Covariance, eigen_directions
+from ..algebra.lpm import LowRankDelta
 from .config import MAnyConfig
 from .families import find_projectors, image_encoder_name, language_model_linears, text_encoder
+from .gathering import gather_covariances, gather_prototypes
 from .hooks import MASK_NAMES, CovarianceHooks, PrototypeHooks
 from .image_layout import watching_image_calls
 from .layers import hang_on_layers, lora_layers
+from .processes import current_processes, from_every_process, together
 from .registration import give_statistics
 from .statistics import DEFAULT_ENERGY, AdapterStatistics, TaskStatistics, weight_fingerprint
+
+DEFAULT_RANK = 256
+# A sketch follows this many directions more than it is asked for, as a share; its last ones are inaccurate.
+OVERSAMPLING = 0.5
 
 
 def collect_statistics(
@@ -34,18 +44,25 @@ def collect_statistics(
     adapter_name: str | None = None,
     max_samples: int | None = 256,
     target_modules: Sequence[str] | str | None = None,
+    rank: int | None = None,
     energy: float | None = None,
+    error_budget: float | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     share_inputs: bool = True,
+    across_processes: bool = True,
     progress: bool = True,
 ) -> AdapterStatistics:
     """Measure what merging needs, in one forward-only pass over a task's data with the task's own adapter active.
 
-    For every distinct input of the adapter's LoRA layers the covariance (second moment) `C = E[x xᵀ]`, accumulated in
-    float64, with tokens masked by the batch's attention mask left out; for every projector the visual prototype, the
-    mean over images of the mean-pooled projector input (docs/method.md; the paper's Low-rank Parameter Merging and
-    Cross-modal Projection Merging). The result hangs on the layers (`layer.covariance[adapter_name]`) and is saved by
-    `save_pretrained` and `push_to_hub` in `adapter_statistics.safetensors`.
+    For every distinct input of the adapter's LoRA layers the covariance (second moment) `C = E[x xᵀ]`, with tokens
+    masked by the batch's attention mask left out; for every projector the visual prototype, the mean over images of
+    the mean-pooled projector input (docs/method.md; the paper's Low-rank Parameter Merging and Cross-modal Projection
+    Merging). The result hangs on the layers (`layer.covariance[adapter_name]`) and is saved by `save_pretrained` and
+    `push_to_hub` in `adapter_statistics.safetensors`.
+
+    Inputs wider than `rank` are followed by a sketch of that many directions and a few more; no matrix of `in × in` is
+    held. Narrower ones are summed up whole, in float64. Under `accelerate launch` every process measures its share of
+    the data, all of them get the result of all, and all must make this call.
 
     The model's modes, active adapter, hooks, gradients and the random state are afterwards as before, also if the pass
     fails. Works on [`MAnyConfig`] and on plain [`~peft.LoraConfig`] adapters.
@@ -59,17 +76,27 @@ def collect_statistics(
         adapter_name (`str`, *optional*):
             The adapter to measure. Defaults to the active one.
         max_samples (`int`, *optional*, defaults to 256):
-            Stop after the batch that reaches this number of rows; `None` reads all.
+            Stop after the batch that reaches this number of rows, over all processes; `None` reads all.
         target_modules (`Sequence[str]` or `str`, *optional*):
             Further linear layers to measure, by the end of their name, or `"all-linear"`: layers that other tasks
             train and this one does not. Layers that share an adapted layer's input are included anyway, at no cost.
+        rank (`int`, *optional*):
+            The most directions kept of a covariance. Defaults to 256, and to all with `energy=1.0`, which then holds
+            whole matrices of `in × in`.
         energy (`float`, *optional*):
-            Share of each covariance's energy that is kept when the adapter is saved, in (0, 1]. Defaults to the
+            Share of each covariance's energy that is kept, in (0, 1], as far as `rank` allows. Defaults to the
             config's, and to 0.999 for plain LoRA adapters.
+        error_budget (`float`, *optional*):
+            Choose how many directions to keep, up to `rank`, by the error that a merged delta may have, as a share of
+            the size of its outputs, and not by `energy`; 0.05 say. It keeps fewer where no delta reads the input's
+            energy.
         forward_fn (`Callable`, *optional*):
             `forward_fn(model, batch)`, for models that are not called as above.
         share_inputs (`bool`, defaults to `True`):
             Store the covariance of an input that arrives at several layers (q, k and v) once.
+        across_processes (`bool`, defaults to `True`):
+            Bring together what all processes of a distributed run measured. `False` measures in this process alone,
+            for calls that only some processes make.
         progress (`bool`, defaults to `True`):
             Show a progress bar.
 
@@ -78,12 +105,19 @@ def collect_statistics(
 
     Raises:
         ValueError: There is no such adapter, it is a merge, or the dataloader is empty.
-        RuntimeError: An activation holds NaN or Inf, or layers shared an input in some batches only.
+        RuntimeError: An activation holds NaN or Inf, layers shared an input in some batches only, the adapter's
+            weights are sharded over processes, or another process failed.
     """
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"`max_samples` must be at least 1, but it is {max_samples}.")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise ValueError(f"`energy` must be in (0, 1], but it is {energy}.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` must be at least 1, but it is {rank}.")
+    if error_budget is not None and not error_budget > 0:
+        raise ValueError(f"`error_budget` must be positive, but it is {error_budget}.")
+    state = current_processes() if across_processes else None
+    processes = 1 if state is None else state.num_processes
     peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     adapter_name = _adapter_to_measure(peft_model, adapter_name)
     config = peft_model.peft_config[adapter_name]
@@ -95,44 +129,60 @@ def collect_statistics(
     projectors, encoder = _projectors(base, config), text_encoder(base)
     visual = tuple(f"{name}." for name in [image_encoder_name(base), *projectors] if name)
     unmasked = {name for name in measured if name.startswith(visual)}
-    covariances = CovarianceHooks(measured, bystanders, share_inputs, encoder, unmasked)
+    share = config.energy if energy is None and isinstance(config, MAnyConfig) else energy or DEFAULT_ENERGY
+    rank = rank if rank is not None or share == 1.0 else DEFAULT_RANK
+    size = None if rank is None else rank + math.ceil(OVERSAMPLING * rank)
+    weights = {name: _delta_of(name, layer, adapter_name) for name, layer in layers.items()}
+    covariances = CovarianceHooks(measured, bystanders, size, share_inputs, encoder, unmasked)
     prototypes = PrototypeHooks({name: base.get_submodule(name) for name in projectors})
 
-    with (
-        _state_kept(peft_model),
-        _only_active(peft_model, adapter_name),
-        torch.no_grad(),
-        watching_image_calls(base),
-        covariances,
-        prototypes,
-    ):
-        peft_model.eval()
+    def keep(covariance: Covariance, names: list[str]) -> Covariance:
+        if rank is None or (error_budget is None and covariance.width <= rank):
+            return covariance  # whole; saving truncates it to the config's energy
+        spectrum = eigen_directions(covariance)
+        if error_budget is None:
+            return spectrum.truncate(share, rank=rank).in_half_precision()
+        kept = rank_within(spectrum, [weights[name] for name in names if name in weights], error_budget)
+        return spectrum.keep(min(kept, rank)).in_half_precision()
+
+    def measure() -> tuple[int, dict[str, Covariance]]:
         samples = 0
-        bar = tqdm(total=max_samples, desc=f"Measuring '{adapter_name}'", unit="sample", disable=not progress)
-        with bar:
-            for batch in dataloader:
-                batch = send_to_device(batch, _device_of(peft_model))
-                covariances.masks = _masks(batch, encoder is not None)
-                _forward(peft_model, batch, forward_fn)
-                covariances.end_of_batch()
-                rows = _batch_size(batch)
-                samples += rows
-                bar.update(rows)
-                if max_samples is not None and samples >= max_samples:
-                    break
-    if samples == 0:
+        with (
+            _state_kept(peft_model),
+            _only_active(peft_model, adapter_name),
+            torch.no_grad(),
+            watching_image_calls(base),
+            covariances,
+            prototypes,
+        ):
+            peft_model.eval()
+            quiet = not progress or (state is not None and not state.is_main_process)
+            with tqdm(total=max_samples, desc=f"Measuring '{adapter_name}'", unit="sample", disable=quiet) as bar:
+                for batch in dataloader:
+                    batch = send_to_device(batch, _device_of(peft_model))
+                    covariances.masks = _masks(batch, encoder is not None)
+                    _forward(peft_model, batch, forward_fn)
+                    covariances.end_of_batch()
+                    rows = _batch_size(batch)
+                    samples += rows
+                    bar.update(rows * processes)
+                    if max_samples is not None and samples * processes >= max_samples:
+                        break
+        return samples, covariances.result()
+
+    samples, found = measure() if state is None else together(measure)
+    gathered = [samples] if state is None else from_every_process(samples)
+    if sum(gathered) == 0:
         raise ValueError("The dataloader gave no batch, so there is nothing to measure.")
 
+    means, images = gather_prototypes(prototypes.result(), state is not None)
     task = TaskStatistics(
         name=getattr(config, "task_name", None),
-        samples=samples,
-        images=prototypes.images,
-        covariances=covariances.result(),
-        prototypes=prototypes.result(),
-        fingerprints={
-            name: weight_fingerprint(layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight)
-            for name, layer in layers.items()
-        },
+        samples=sum(gathered),
+        images=images,
+        covariances=gather_covariances(found, keep, state is not None),
+        prototypes=means,
+        fingerprints={name: weight_fingerprint(delta.A, delta.B) for name, delta in weights.items()},
     )
     _warn_of_unseen(task)
     statistics = AdapterStatistics((task,))
@@ -141,6 +191,19 @@ def collect_statistics(
     give_statistics(config, statistics, DEFAULT_ENERGY if energy is None else energy)
     hang_on_layers(base, adapter_name, statistics)
     return statistics
+
+
+def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
+    """A layer's LoRA weights as they are now, also where FSDP2 has cut them into shards."""
+    A, B = (part[adapter_name].weight.detach() for part in (layer.lora_A, layer.lora_B))
+    A, B = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight for weight in (A, B))
+    if A.dim() != 2 or B.dim() != 2 or 0 in (A.numel(), B.numel()):
+        raise RuntimeError(
+            f"The LoRA weights of '{name}' are sharded over processes (their shapes here are {tuple(A.shape)} and "
+            f"{tuple(B.shape)}). Save the adapter, load it on a model that is not sharded, or by FSDP2, and measure it "
+            "there."
+        )
+    return LowRankDelta(A=A, B=B)
 
 
 def _adapter_to_measure(model: Any, adapter_name: str | None) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..algebra.covariance import Covariance, CovarianceAccumulator
+from ..algebra.sketch import CovarianceSketch
 from .image_layout import current_layout, features_of
 
 # Of the text, and of the decoder's text in an encoder-decoder model.
@@ -41,6 +42,7 @@ class CovarianceHooks:
         measured (`Mapping[str, nn.Module]`): Linear layers by path, each of which gets a covariance.
         bystanders (`Mapping[str, nn.Module]`):
             Further linear layers, which get a covariance only if they share the input of a measured one.
+        size (`int`, *optional*): The most directions that are followed of an input; `None` follows all.
         share (`bool`): Whether to look for shared inputs.
         text_encoder (`nn.Module`, *optional*): The text encoder of an encoder-decoder model.
         unmasked (`Collection[str]`): Layers whose inputs are no text, so that attention masks mean nothing there.
@@ -50,12 +52,14 @@ class CovarianceHooks:
         self,
         measured: Mapping[str, Any],
         bystanders: Mapping[str, nn.Module],
+        size: int | None = None,
         share: bool = True,
         text_encoder: nn.Module | None = None,
         unmasked: Collection[str] = (),
     ) -> None:
         self.measured = measured
         self.bystanders = bystanders if share else {}
+        self.size = size
         self.share = share
         self.text_encoder = text_encoder
         self.unmasked = unmasked
@@ -63,7 +67,7 @@ class CovarianceHooks:
         self.masks: Mapping[str, Tensor] = {}
         self._encoding = False
         self._encoded: weakref.ref[Tensor] | None = None
-        self._accumulators: dict[str, CovarianceAccumulator] = {}
+        self._accumulators: dict[str, CovarianceAccumulator | CovarianceSketch] = {}
         self._calls: Counter[str] = Counter()
         self._led_by: dict[str, Counter[str]] = {name: Counter() for name in [*measured, *self.bystanders]}
         self._arrivals: dict[int, _Arrival] = {}
@@ -106,7 +110,7 @@ class CovarianceHooks:
         found: dict[str, Covariance] = {}
         for name, layer in self.measured.items():
             if self._calls[name] == 0:
-                found[name] = CovarianceAccumulator(_input_width(layer)).result()
+                found[name] = self._accumulator(_input_width(layer), torch.device("cpu")).result()
                 continue
             leader = self._constant_leader(name)
             if leader is None:
@@ -163,13 +167,17 @@ class CovarianceHooks:
         if inputs.shape[-1] != width:
             raise RuntimeError(f"The input of '{name}' has {inputs.shape[-1]} features, not {width} as the layer.")
         rows = self._without_padding(name, inputs)
-        if not torch.isfinite(rows).all():
-            raise RuntimeError(f"The input of '{name}' holds NaN or Inf; its covariance would be worthless.")
         if name not in self._accumulators:
-            # Apple's GPUs know no float64.
-            device = "cpu" if inputs.device.type == "mps" else inputs.device
-            self._accumulators[name] = CovarianceAccumulator(width, device)
-        self._accumulators[name].update(rows)
+            self._accumulators[name] = self._accumulator(width, inputs.device)
+        try:
+            self._accumulators[name].update(rows)
+        except FloatingPointError:
+            raise RuntimeError(f"The input of '{name}' holds NaN or Inf; its covariance would be worthless.") from None
+
+    def _accumulator(self, width: int, device: torch.device) -> CovarianceAccumulator | CovarianceSketch:
+        if self.size is not None and self.size < width:
+            return CovarianceSketch(width, self.size, device)
+        return CovarianceAccumulator(width, "cpu" if device.type == "mps" else device)  # there is no float64 on "mps"
 
     def _without_padding(self, name: str, inputs: Tensor) -> Tensor:
         """The rows of `inputs` that are tokens, shape `(tokens, in)`."""
@@ -221,14 +229,9 @@ class PrototypeHooks:
         for handle in self._handles:
             handle.remove()
 
-    @property
-    def images(self) -> int:
-        """How many images passed (through the projector that saw most)."""
-        return max(self._images.values(), default=0)
-
-    def result(self) -> dict[str, Tensor]:
-        """The prototype of each projector that saw an image, shape `(d,)`, float32, on the CPU."""
-        return {name: (total / self._images[name]).float() for name, total in self._sums.items()}
+    def result(self) -> dict[str, tuple[Tensor, int]]:
+        """For each projector that saw an image the sum of pooled features, shape `(d,)`, float64, and the images."""
+        return {name: (total, self._images[name]) for name, total in self._sums.items()}
 
     def _hook(self, name: str) -> Any:
         def hook(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_sequence
+from peft_many.algebra.covariance import CovarianceAccumulator, DenseCovariance, LowRankCovariance
 from peft_many.plugin.image_layout import WATCHED_METHODS
+from peft_many.plugin.layers import lora_layers
 from peft_many.plugin.statistics import STATISTICS_NAME, AdapterStatistics
 from tests import tiny
 from tests.plugin import making
@@ -684,3 +686,68 @@ def test_fingerprints_and_names_are_recorded() -> None:
     assert task.fingerprints["model.layers.0.mlp.down_proj"][0] == pytest.approx(
         layer.lora_B["default"].weight.norm().item()
     )
+
+
+def test_weights_in_shards_are_an_error_that_says_what_to_do() -> None:
+    """As FSDP1 (flattened) and ZeRO-3 (empty) leave them."""
+    model = adapted("llama")
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.lora_A["default"].weight = nn.Parameter(torch.empty(0))
+    with pytest.raises(RuntimeError, match=r"'model.layers.0.self_attn.q_proj' are sharded over processes.*FSDP2"):
+        collect(model, text_batches())
+
+
+def test_wide_inputs_are_sketched_and_narrow_ones_are_whole() -> None:
+    model = adapted("llama")
+    (whole,) = collect(model, text_batches(count=5)).tasks
+    widths = sorted({covariance.width for covariance in whole.covariances.values()})
+    rank = widths[0]  # those of this width stay whole
+    (task,) = collect(model, text_batches(count=5), rank=rank).tasks
+    for name, covariance in task.covariances.items():
+        exact = whole.covariances[name]
+        assert covariance.tokens == exact.tokens
+        assert covariance.trace == pytest.approx(exact.trace, rel=1e-4)
+        if covariance.width == rank:
+            assert isinstance(covariance, DenseCovariance)
+            assert torch.equal(covariance.dense(), exact.dense())
+        else:
+            assert isinstance(covariance, LowRankCovariance)
+            assert covariance.factor.shape[0] <= rank
+            assert covariance.factor.dtype == torch.float16
+            error = torch.linalg.matrix_norm(covariance.dense() - exact.dense(), 2)
+            assert error < 0.02 * exact.trace
+    assert task.groups() == [(task.covariances[names[0]], names) for _, names in whole.groups()]
+
+
+def test_no_matrix_of_the_inputs_width_is_held_while_collecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = CovarianceAccumulator.__init__
+    monkeypatch.setattr(
+        CovarianceAccumulator, "__init__", lambda self, width, *rest: made.append(width) or real(self, width, *rest)
+    )
+    collect(adapted("llama"), text_batches(), rank=4)
+    assert made == []
+    collect(adapted("llama"), text_batches(), energy=1.0)
+    assert made
+
+
+def test_an_error_budget_chooses_the_rank_of_each_input() -> None:
+    model = adapted("llama")
+    perturb(model, "default", seed=1)
+    loose, tight = (
+        collect(model, text_batches(count=5), error_budget=budget).tasks[0].covariances for budget in (0.3, 0.01)
+    )
+    (whole,) = collect(model, text_batches(count=5), energy=1.0).tasks
+    assert all(len(loose[name].factor) <= len(tight[name].factor) for name in loose)
+    assert sum(len(c.factor) for c in loose.values()) < sum(len(c.factor) for c in tight.values())
+    for name, layer in lora_layers(model.get_base_model(), "default").items():
+        delta = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+        exact, found = whole.covariances[name].dense(), tight[name].dense()
+        gap = ((delta @ (found - exact)) @ delta.T).trace().abs()
+        assert gap < 0.02 * ((delta @ exact) @ delta.T).trace()
+
+
+@pytest.mark.parametrize("option", [{"rank": 0}, {"error_budget": 0.0}, {"error_budget": -1.0}, {"energy": 0.0}])
+def test_options_out_of_range_are_errors_that_name_them(option: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}`"):
+        collect(adapted("llama"), text_batches(), **option)

@@ -1,0 +1,64 @@
+"""What several processes measured, each on its own share of the data, brought together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra.covariance import Covariance, mean_covariance
+from .processes import from_every_process
+
+
+def gather_covariances(
+    found: Mapping[str, Covariance], finish: Callable[[Covariance, list[str]], Covariance], several: bool
+) -> dict[str, Covariance]:
+    """The covariances over all processes, one input at a time, so that no process holds the others' all at once.
+
+    Layers share one object if they did in every process where a token reached them. Where an input was sketched, each
+    process followed directions of its own; the sum is as accurate as the least accurate part.
+
+    Args:
+        found (`Mapping[str, Covariance]`): What this process measured, by layer.
+        finish (`Callable`): Makes the covariance to keep out of the sum and the layers' names.
+        several (`bool`): Whether there are other processes, which then all make this call.
+
+    Returns:
+        `dict[str, Covariance]`: The same in every process, in the order of `found`.
+    """
+    gather = from_every_process if several else _alone
+    everyone = gather({name: (id(c), c.tokens) for name, c in found.items()})
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in dict.fromkeys(name for one in everyone for name in one):
+        seen = tuple(one[name][0] if one.get(name, (0, 0))[1] > 0 else None for one in everyone)
+        groups.setdefault(seen if any(seen) else (name,), []).append(name)
+    result: dict[str, Covariance] = {}
+    for names in groups.values():
+        parts = [part for part in gather(next((found[name] for name in names if name in found), None)) if part]
+        covariance = parts[0] if len(parts) == 1 else mean_covariance(parts)
+        result |= dict.fromkeys(names, finish(covariance, names))
+    order = list(dict.fromkeys(name for one in everyone for name in one))
+    return {name: result[name] for name in order}
+
+
+def gather_prototypes(found: Mapping[str, tuple[Tensor, int]], several: bool) -> tuple[dict[str, Tensor], int]:
+    """The prototype of each projector that saw an image in any process, shape `(d,)`, float32, and the images.
+
+    Args:
+        found (`Mapping[str, tuple[torch.Tensor, int]]`): Sum of pooled features and images, by projector.
+        several (`bool`): As in `gather_covariances`.
+    """
+    everyone = from_every_process(dict(found)) if several else [dict(found)]
+    prototypes, images = {}, 0
+    for name in dict.fromkeys(name for one in everyone for name in one):
+        parts = [one[name] for one in everyone if name in one]
+        count = sum(number for _, number in parts)
+        prototypes[name] = (torch.stack([total for total, _ in parts]).sum(0) / count).float()
+        images = max(images, count)
+    return prototypes, images
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
