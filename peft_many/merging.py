@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -99,6 +100,7 @@ def merge_adapter_sequence(
     """
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model already has adapters; pass the base model (`model.unload()` gives it back).")
+    device = _usable(device)
     plan = plan_merge(
         adapters,
         weights=weights,
@@ -156,7 +158,7 @@ def merge_adapter_files(
         output_dir (`str`): The folder to create; it must not exist, or be empty.
         dtype (`torch.dtype`, defaults to `torch.float32`):
             What the merged LoRA weights are stored in. Half precision halves the file and rounds the merged deltas, by
-            about 2e-3 of their size in bfloat16 and 3e-4 in float16.
+            2e-3 of their size in bfloat16 and 3e-4 in float16, about; the statistics keep what merging further needs.
 
     Returns:
         `Path`: The folder.
@@ -169,6 +171,7 @@ def merge_adapter_files(
     output = Path(output_dir).expanduser()
 
     def planned() -> MergePlan:
+        _usable(device)
         writable_place(output)  # before anything is read
         return plan_merge(
             adapters,
@@ -186,12 +189,13 @@ def merge_adapter_files(
     plan = together(planned)
     with shared_folder(output, plan.key(), kept=[SAFETENSORS_WEIGHTS_NAME]) as partial:
         weights_file = partial.folder / SAFETENSORS_WEIGHTS_NAME
-        if partial.is_first and not weights_file.exists():
+        if partial.is_first and not _is_laid_out(weights_file, plan):
             lay_out(weights_file, plan.tensors(), {"format": "pt"})
         partial.wait()
         with TensorFileWriter(weights_file) as writer:
             written = TensorFile(weights_file)
             missing = [group for group in plan.groups if not _is_done(partial.done.get(group[0]), written)]
+            missing = partial.agree(missing)  # before anyone writes
             for group in _progress(plan, partial.share(missing, plan.cost_of), progress):
                 merged = _merge_group(plan, group, device)
                 for key, tensor in merged.tensors.items():
@@ -206,6 +210,16 @@ def merge_adapter_files(
             plan.config(statistics=None).save_pretrained(partial.folder)
             _merged_statistics(plan, partial.recorded()).save(partial.folder, energy=1.0, sources=plan.files)
     return output
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device, tried out before anything is read."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`device` {str(device)!r} cannot compute in float64 here: {reason}") from None
+    return torch.device(device)
 
 
 @dataclass(frozen=True)
@@ -231,13 +245,13 @@ def _merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.devi
             deltas = {module: task.deltas[module].read() for module in group if module in task.deltas}
             problem.add(covariance, deltas, task.weight)
     try:
-        merged = problem.solve(plan.options["rank"])
-    except SingularMergeError as error:
+        merged = problem.solve(plan.options["rank"], plan.options["dtype"])
+    except (SingularMergeError, OverflowError) as error:
         raise UnmergeableAdapterError(f"'{group[0]}' cannot be merged: {error}.") from None
     tensors = {}
     for module, delta in merged.items():
         for half, tensor in (("A", delta.A), ("B", delta.B)):
-            tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor.to(plan.options["dtype"]).contiguous()
+            tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor.contiguous()
     record = {
         "stacked": {module: delta.stacked for module, delta in merged.items()},
         "fingerprints": {module: _fingerprints(plan, module, delta) for module, delta in merged.items()},
@@ -258,6 +272,15 @@ def _fingerprints(plan: MergePlan, module: str, merged: MergedDelta) -> dict[str
             found[task.name] = weight_fingerprint(merged.A[block], merged.B[:, block])
             start = end
     return found
+
+
+def _is_laid_out(path: Path, plan: MergePlan) -> bool:
+    """Whether an interrupted run left a weights file that can be filled in."""
+    try:
+        found = TensorFile(path)
+    except (OSError, SafetensorError):
+        return False
+    return {key: (found.dtype(key), found.shape(key)) for key in found} == plan.tensors()
 
 
 def _is_done(record: dict[str, Any] | None, written: TensorFile) -> bool:

@@ -145,11 +145,13 @@ def plan_merge(
     for name, given in (("weights", weights), ("task_names", task_names)):
         if given is not None and len(given) != len(entries):
             raise ValueError(f"`{name}` has {len(given)} entries for {len(entries)} adapters.")
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, but it is {temperature}.")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise ValueError(f"`temperature` must be positive and finite, but it is {temperature}.")
     if ridge is not None and not 0 <= ridge < math.inf:
         raise ValueError(f"`ridge` must be finite and not negative, but it is {ridge}.")
     for name, number in (("rank", rank), ("top_k", top_k)):
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+            raise ValueError(f"`{name}` must be a whole number, but it is {number}.")
         if number is not None and number < 1:
             raise ValueError(f"`{name}` must be at least 1, but it is {number}.")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -173,9 +175,9 @@ def plan_merge(
         adapter.config for adapter in adapters if isinstance(adapter.config, MAnyConfig) and adapter.config.tasks
     ]
     options = {
-        "ridge": ridge if ridge is not None else _common(merges, "ridge") or DEFAULT_RIDGE,
-        "temperature": temperature or _common(merges, "temperature") or DEFAULT_TEMPERATURE,
-        "top_k": top_k if top_k is not None else _common(merges, "top_k"),
+        "ridge": _first_known(ridge, _agreed(merges, "ridge"), DEFAULT_RIDGE),
+        "temperature": _first_known(temperature, _agreed(merges, "temperature"), DEFAULT_TEMPERATURE),
+        "top_k": _first_known(top_k, _agreed(merges, "top_k")),
         "rank": rank,
         "dtype": dtype,
     }
@@ -285,6 +287,16 @@ def _check_same_shapes(projector: str, tasks: Sequence[TaskAdapter]) -> None:
                     f"Tensor '{projector}.{key}' is {shapes[0]} in {tasks[0].source}, but {shapes[1]} in "
                     f"{task.source}: they were trained on different base models."
                 )
+
+
+def _agreed(merges: Sequence[MAnyConfig], option: str) -> Any:
+    """What all merges say of an option, else `None`."""
+    values = [getattr(merge, option) for merge in merges]
+    return values[0] if values and all(value == values[0] for value in values) else None
+
+
+def _first_known(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
 
 
 def _common(configs: Iterable[Any], field: str) -> Any:

@@ -289,7 +289,7 @@ def test_a_little_training_after_measuring_is_noticed(good, bad, tmp_path, half)
 
     def train(tensors):
         step = torch.randn(tensors[key].shape, generator=generator)
-        tensors[key] += 0.01 * tensors[key].norm() / step.norm() * step
+        tensors[key] += 0.02 * tensors[key].norm() / step.norm() * step
 
     edit(bad, WEIGHTS, train)
     assert_refused(tmp_path, [good["b"], bad], str(bad), LAYER, "trained further", "collect_statistics")

@@ -16,6 +16,11 @@ from peft_many import MAnyCallback, MAnyConfig, collect_statistics, merge_adapte
 from tests import tiny
 from tests.adapters import files
 
+# On machines without a GPU too: it means torch's launcher, and the scripts ask for CPUs. `--cpu` would need MPI.
+LAUNCH = (
+    "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+)
+
 
 class Samples(torch.utils.data.Dataset):
     """Images of two brightnesses, and the one token that names each."""
@@ -125,7 +130,7 @@ def test_fsdp_shards_are_measured_as_one_process_would(tmp_path):
 def launch(name: str, folder: Path) -> None:
     """Run a script of the tests in two processes."""
     script = Path(__file__).with_name(name)
-    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(folder)]
+    arguments = ["-m", "accelerate.commands.launch", *LAUNCH.split(), str(script), str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
     done = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240, check=False

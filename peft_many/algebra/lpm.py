@@ -15,8 +15,8 @@ from .scatter import SingularMergeError, inverse_scatter_product
 
 __all__ = ["LeastSquaresMerge", "LowRankDelta", "SingularMergeError"]
 
-# Share of a merged delta that may get lost when its `A` is rounded to float32; above, another factorisation is stored.
-LARGEST_ROUNDING_LOSS = 1e-6
+# Share of a merged delta that may get lost when its factors are rounded; above, another factorisation is stored.
+LARGEST_ROUNDING_LOSS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class LowRankDelta:
 
 @dataclass(frozen=True)
 class MergedDelta(LowRankDelta):
-    """A merged delta, float32.
+    """A merged delta.
 
     Args:
         stacked (`bool`):
-            Whether `B` is the tasks' `[B_1 … B_T]` side by side, blocks in the order of adding; otherwise its columns
-            are orthonormal and belong to no task.
+            Whether `B` is the tasks' `[B_1 … B_T]` side by side to the bit, blocks in the order of adding. Otherwise
+            it is rounded, or its columns are orthonormal and belong to no task.
     """
 
     stacked: bool = True
@@ -64,7 +64,7 @@ class LeastSquaresMerge:
 
     Adding tasks one at a time and solving after each is the recursion of recursive least squares in information form:
     every step gives the optimum over the tasks so far, and the order does not matter. All products and solves are
-    float64, whatever dtype deltas and covariances are stored in; what comes back is float32.
+    float64, whatever dtype deltas and covariances are stored in; only what comes back is rounded.
 
     A layer that a task did not train counts as a delta of zero there: leave it out of `deltas`.
 
@@ -104,7 +104,7 @@ class LeastSquaresMerge:
                 raise ValueError(f"'{name}' has input width {delta.A.shape[1]}, its covariance {covariance.width}.")
         self._tasks.append(_Task(covariance.with_ridge(self.ridge), weight, dict(deltas)))
 
-    def solve(self, rank: int | None = None) -> dict[str, MergedDelta]:
+    def solve(self, rank: int | None = None, dtype: torch.dtype = torch.float32) -> dict[str, MergedDelta]:
         """The merged delta of every layer.
 
         Args:
@@ -112,12 +112,14 @@ class LeastSquaresMerge:
                 The largest rank of a merged delta. The best delta of that rank under the same objective is
                 `U Uᵀ ΔW*` with the `rank` leading left singular vectors `U` of `ΔW* R^½` (reduced-rank regression):
                 it gives up what the tasks' inputs excite least, where plain SVD gives up the smallest weights.
+            dtype (`torch.dtype`): Of the merged factors: float32, float16 or bfloat16.
 
         Returns:
             `dict[str, MergedDelta]`: `A` of shape `(Σ r_t, in)` and `B` of shape `(out, Σ r_t)`, or of lower rank.
 
         Raises:
             SingularMergeError: A direction has no energy in any task and there is no ridge.
+            OverflowError: A merged delta is beyond the range of float16.
         """
         tasks = self._tasks
         if any(task.weight * task.covariance.trace > 0 for task in tasks):
@@ -138,16 +140,22 @@ class LeastSquaresMerge:
             if rank is not None and rank < B.shape[1]:
                 tasks_of = [(blocks[i][1], blocks[i][2].A.to(self.device)) for i in own]
                 moments = torch.cat([parts[t][0] * parts[t][1].product(task_A) for t, task_A in tasks_of])
-                merged[name] = _float32(*compress(A, B, moments, rank), stacked=False)
-            elif rounding_loss(A, B) > LARGEST_ROUNDING_LOSS:  # the blocks are large and cancel
-                merged[name] = _float32(*orthonormal(A, B), stacked=False)
+                merged[name] = _rounded(name, *compress(A, B, moments, rank), dtype, stacked=False)
+            elif rounding_loss(A, B, dtype) > LARGEST_ROUNDING_LOSS[dtype]:  # the blocks are large and cancel
+                merged[name] = _rounded(name, *orthonormal(A, B), dtype, stacked=False)
             else:
-                merged[name] = _float32(A, B, stacked=True)
+                merged[name] = _rounded(name, A, B, dtype, stacked=True)
         return merged
 
 
-def _float32(A: Tensor, B: Tensor, stacked: bool) -> MergedDelta:
-    return MergedDelta(A=A.float().cpu(), B=B.float().cpu(), stacked=stacked)
+def _rounded(name: str, A: Tensor, B: Tensor, dtype: torch.dtype, stacked: bool) -> MergedDelta:
+    exact = torch.equal(B.to(dtype).to(B.dtype), B)
+    rounded = MergedDelta(A=A.to(dtype).cpu(), B=B.to(dtype).cpu(), stacked=stacked and exact)
+    if not (rounded.A.isfinite().all() and rounded.B.isfinite().all()):
+        raise OverflowError(
+            f"the merged '{name}' has entries beyond the range of {dtype}; bfloat16 has that of float32"
+        )
+    return rounded
 
 
 def _identity(width: int) -> Covariance:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,23 @@ def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(A, (0, 0, 0, missing)), torch.nn.functional.pad(B, (0, missing))
 
 
-def rounding_loss(A: Tensor, B: Tensor) -> float:
-    """`‖B (A − float32(A))‖ / ‖B A‖` in the Frobenius norm: large where rows of `A` are large and cancel."""
-    gram = B.double().T @ B.double()
-    lost = A - A.float().double()
-    whole = ((gram @ A) * A).sum().clamp(min=0).sqrt().item()
-    return ((gram @ lost) * lost).sum().clamp(min=0).sqrt().item() / whole if whole > 0 else 0.0
+def rounding_loss(A: Tensor, B: Tensor, dtype: torch.dtype) -> float:
+    """`‖B A − dtype(B) dtype(A)‖ / ‖B A‖` in the Frobenius norm: large where rows of `A` are large and cancel.
+
+    Infinite where the factors are beyond the range of the dtype.
+    """
+    B = B.double()
+    A_rounded, B_lost = A.to(dtype).double(), B - B.to(dtype).double()
+    if not (A_rounded.isfinite().all() and B_lost.isfinite().all()):
+        return math.inf
+    whole, lost_rows = _norm_of_product(B, A), A - A_rounded
+    if B_lost.any():
+        lost = _norm_of_product(torch.cat([B, B_lost], dim=1), torch.cat([lost_rows, A_rounded]))
+    else:
+        lost = _norm_of_product(B, lost_rows)
+    return lost / whole if whole > 0 else 0.0
+
+
+def _norm_of_product(B: Tensor, A: Tensor) -> float:
+    gram = B.T @ B
+    return ((gram @ A) * A).sum().clamp(min=0).sqrt().item()

@@ -310,6 +310,9 @@ def _tasks_of_merge(
             if module not in pairs or A.shape[1] != pairs[module].shape("A")[1]:
                 raise UnmergeableAdapterError(disagreement)
             start, own = columns[module], measured.lora_B.get(module)
+            others = [other for other in statistics.tasks if module in other.deltas]
+            if any((module in other.lora_B) != (own is not None) for other in others):
+                raise UnmergeableAdapterError(disagreement)
             if own is not None and tuple(own.shape) != (pairs[module].shape("B")[0], A.shape[0]):
                 raise UnmergeableAdapterError(disagreement)
             end = columns[module] = start + A.shape[0] if own is None else pairs[module].shape("A")[0]

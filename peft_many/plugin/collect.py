@@ -200,8 +200,8 @@ def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
     if A.dim() != 2 or B.dim() != 2 or 0 in (A.numel(), B.numel()):
         raise RuntimeError(
             f"The LoRA weights of '{name}' are sharded over processes (their shapes here are {tuple(A.shape)} and "
-            f"{tuple(B.shape)}). Save the adapter, load it on a model that is not sharded, or by FSDP2, and measure it "
-            "there."
+            f"{tuple(B.shape)}). Save the adapter, load it on a model that is not sharded, or that FSDP2 shards, and "
+            "measure it there."
         )
     return LowRankDelta(A=A, B=B)
 

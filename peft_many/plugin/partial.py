@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import glob
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .processes import ProcessFailedError, current_processes, fail_together, fro
 _LOCK = ".lock"
 _JOURNAL = ".journal-"
 Step = TypeVar("Step")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class PartialFolder:
         if self.processes > 1:
             fail_together(None)
 
+    def agree(self, value: T) -> T:
+        """The first process's value, in every process."""
+        return value if self.processes == 1 else from_every_process(value)[0]
+
     def share(self, steps: Sequence[Step], cost: Callable[[Step], float]) -> list[Step]:
         """This process's share of the steps; everyone's costs about the same."""
         if self.processes == 1:
@@ -67,14 +73,14 @@ class PartialFolder:
     def record(self, step: str, result: Any) -> None:
         """Note that a step is done. What it wrote must have been handed to the operating system."""
         with open(self.folder / f"{_JOURNAL}{self.process}", "a", encoding="utf-8") as journal:
-            journal.write(json.dumps([step, result]) + "\n")
+            journal.write("\n" + json.dumps([step, result]) + "\n")  # the line before may have been cut off
 
     def recorded(self) -> dict[str, Any]:
         """What all processes have recorded so far, earlier runs included."""
         found: dict[str, Any] = {}
         for path in sorted(self.folder.glob(f"{_JOURNAL}*")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # a line that was cut off is a step that was not done
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with contextlib.suppress(TypeError, ValueError):  # a line that was cut off is a step that was not done
                     step, result = json.loads(line)
                     found[step] = result
         return found
@@ -89,7 +95,7 @@ def partial_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator
 
     Args:
         path (`Path`): The final place.
-        key (`str`): Names what is written, inputs and options; letters and digits.
+        key (`str`): Names what is written, inputs and options.
         kept (`Collection[str]`): Files that an interrupted run may have begun; all others are begun anew.
 
     Raises:
@@ -98,6 +104,8 @@ def partial_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator
         OSError: It cannot be created. That is found out before the block runs.
     """
     path, above = writable_place(path)
+    # Folders of one name may be missing in several places above which the same folder exists.
+    key = hashlib.sha256(f"{key} {path}".encode()).hexdigest()[:12]
     folder = above / f".{path.name}.{key}.partial"
     try:
         folder.mkdir(exist_ok=True)
@@ -109,9 +117,11 @@ def partial_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator
     except Timeout:
         raise BlockingIOError(f"Another process is merging the same adapters into '{path}'.") from None
     try:
-        _remove_others(above, path.name, folder)
+        _remove_others(path, folder)
         for found in folder.iterdir():
-            if found.name not in (*kept, _LOCK) and not found.name.startswith(_JOURNAL):
+            if found.is_dir():
+                shutil.rmtree(found)
+            elif found.name not in (*kept, _LOCK) and not found.name.startswith(_JOURNAL):
                 found.unlink()
         begun = PartialFolder(folder, {})
         yield PartialFolder(folder, begun.recorded())
@@ -164,10 +174,13 @@ def shared_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator[
     from_every_process(None)  # until the first process has given the folder its name
 
 
-def _remove_others(above: Path, name: str, mine: Path) -> None:
-    """Remove what interrupted runs of other inputs left, unless someone is at work there."""
-    for found in above.glob(f".{glob.escape(name)}.*.partial"):
-        if found != mine and found.is_dir():
+def _remove_others(path: Path, mine: Path) -> None:
+    """Remove what interrupted runs of other inputs left for this path, unless someone is at work there."""
+    if mine.parent != path.parent:
+        return  # folders above the path are missing, and others of its name may be on their way
+    of_this_path = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.partial")
+    for found in mine.parent.iterdir():
+        if found != mine and found.is_dir() and of_this_path.fullmatch(found.name):
             lock = FileLock(found / _LOCK)
             with contextlib.suppress(Timeout), lock.acquire(timeout=0):
                 shutil.rmtree(found, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,6 +114,15 @@ def test_rounding_loss_is_that_of_the_product():
     A = torch.tensor([[1e8, 1.0], [-1e8, 0.5]]).double() + 1e-3
     B = torch.ones(3, 2)
     lost = (B.double() @ (A - A.float().double())).norm() / (B.double() @ A).norm()
-    assert abs(rounding_loss(A, B) - lost.item()) < 1e-6
-    assert rounding_loss(A, B) > LARGEST_ROUNDING_LOSS
-    assert rounding_loss(torch.zeros(2, 2).double(), B) == 0.0
+    assert abs(rounding_loss(A, B, torch.float32) - lost.item()) < 1e-6
+    assert rounding_loss(A, B, torch.float32) > LARGEST_ROUNDING_LOSS[torch.float32]
+    assert rounding_loss(torch.zeros(2, 2).double(), B, torch.float32) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rounding_loss_counts_both_factors(dtype):
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(3, 9, generator=generator).double(), torch.randn(5, 3, generator=generator)
+    lost = (B.double() @ A - B.to(dtype).double() @ A.to(dtype).double()).norm() / (B.double() @ A).norm()
+    assert rounding_loss(A, B, dtype) == pytest.approx(lost.item(), rel=1e-6)
+    assert rounding_loss(A * 1e39, B, dtype) == float("inf")
