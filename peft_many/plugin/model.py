@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftType
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftWarning
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -113,7 +113,8 @@ class MAnyModel(LoraModel):
         # PEFT ignores keys that match nothing, which leaves an adapter silently untrained.
         adapted = {name.removeprefix("base_model.model.") for name in lora_layers(model, adapter_name)}
         for key in remapped:
-            if ".lora_" in key and _layer(key) not in adapted:
+            layer = _layer(key)
+            if layer is not None and layer not in adapted:
                 raise ValueError(
                     f"The adapter's tensor '{key}' matches no module of {type(model).__name__}: it was trained on "
                     "another base model, or on one whose modules had other names (pass `key_mapping`)."
@@ -141,9 +142,10 @@ def _update_expert_names(config: MAnyConfig, model: nn.Module) -> None:
         config.peft_type = MAnyPeftType.MANY
 
 
-def _layer(key: str) -> str:
-    """The path of the layer that one of LoRA's tensors belongs to."""
-    return key.removeprefix("base_model.model.").partition(".lora_")[0]
+def _layer(key: str) -> str | None:
+    """The path of the layer that one of LoRA's tensors belongs to; other tensors belong to none."""
+    layer, _, rest = key.removeprefix("base_model.model.").rpartition(".lora_")  # modules may be called "lora_..." too
+    return layer if f"lora_{rest.partition('.')[0]}" in LoraLayer.adapter_layer_names else None
 
 
 def _check_trainable(name: str, projector: nn.Module) -> None:
