@@ -18,9 +18,9 @@ class CovarianceSketch:
     A streaming Nyström sketch (Tropp, Yurtsever, Udell, Cevher 2017, arXiv 1706.05736): with a fixed test matrix `Ω`
     (in × size) only `Y = C Ω` is summed up, and in the end `C ≈ Y (Ωᵀ Y)⁻¹ Yᵀ`. Unlike there, `Ω` is not random but
     comes from the first tokens, `Ω = orth(C₁ G)` with `G` Gaussian and `C₁` their second moment, which makes `Y` one
-    step of a subspace iteration. On layers' inputs that is within a few per cent of the best approximation of its
-    rank, at two matrix products for each token; Frequent Directions and incremental SVD cost ten times as much
-    (`benchmarks/sketches.py`).
+    step of a subspace iteration. The merged deltas are then within a tenth, often a few per cent, of the best
+    approximation's of its rank, at two matrix products for each token; Frequent Directions and incremental SVD cost
+    ten times as much (`benchmarks/sketches.py`).
 
     The first `2 · size` tokens are kept as they are: they take no more memory than the sums, and with no more tokens
     than these nothing is lost.
