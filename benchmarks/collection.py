@@ -10,17 +10,14 @@ Writes collection.json and collection.png.
 from __future__ import annotations
 
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from common import OTHERS, OURS, machine, new_figure, parser, write_json
+from common import OTHERS, OURS, console, machine, new_figure, parser, seconds_of, write_json
 from peft import get_peft_model
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from tqdm.auto import tqdm
@@ -65,13 +62,6 @@ def build(sizes: Sizes, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(dtype)
     return get_peft_model(model, MAnyConfig(r=16, target_modules="all-linear")).eval()
-
-
-def seconds_of(step: Callable[[], object]) -> float:
-    """The time of one call."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 def measure(sizes: Sizes, dtype: torch.dtype, ways: dict[str, dict[str, Any]], bar: Any) -> dict[str, Any]:
@@ -143,7 +133,7 @@ def main() -> None:
         for name, row in found.items():
             numbers = (f"{row['seconds_a_sample']:.3g}", f"{row['overhead']:.1%}", f"{row['seconds_to_finish']:.2g}")
             table.add_row(dtype, name, *numbers, end_section=name == list(found)[-1])
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console().print(table)
     content = {
         "benchmark": "collection",
         "machine": machine(given.threads),

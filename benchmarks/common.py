@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 
 import peft_many
 
@@ -111,6 +112,18 @@ def gemm_peak(size: int, threads: int) -> dict[str, float]:
             seconds.append(time.perf_counter() - start)
         peaks[str(dtype).removeprefix("torch.")] = 2 * size**3 / min(seconds)
     return peaks
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """The time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def console() -> Console:
+    """Where tables go; what is no terminal would count as 80 columns wide, too few for them."""
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def machine(threads: int) -> dict[str, Any]:

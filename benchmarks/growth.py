@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import OURS, gemm_peak, machine, new_figure, parser, write_json
+from common import OURS, console, gemm_peak, machine, new_figure, parser, write_json
 from flops import count_flops, share_of_peak
-from rich.console import Console
 from rich.table import Table
 from torch.utils.benchmark import Timer
 from tqdm.auto import tqdm
@@ -115,7 +114,7 @@ def print_table(content: Mapping[str, Any]) -> None:
                 f"{series['exponent']:.2f}" if last else "",
                 end_section=last,
             )
-    Console().print(table)
+    console().print(table)
 
 
 def save_plot(path: Path, content: Mapping[str, Any]) -> None:

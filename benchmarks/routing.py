@@ -10,8 +10,6 @@ Writes routing.json and routing.png.
 from __future__ import annotations
 
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,8 +17,7 @@ from operator import truediv
 from pathlib import Path
 
 import torch
-from common import machine, new_figure, parser, write_json
-from rich.console import Console
+from common import console, machine, new_figure, parser, seconds_of, write_json
 from rich.table import Table
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -108,13 +105,6 @@ def calls_to_time(mixture: ProjectorMixture, tasks: int, sizes: Sizes) -> dict[s
     return calls
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    """The time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def measure(tasks: int, sizes: Sizes) -> list[Result]:
     """All curves at one number of tasks; the repetitions of all calls, a plain projector's among them, take turns."""
     mixture = make_mixture(sizes, tasks)
@@ -164,7 +154,7 @@ def main() -> None:
     for tasks in TASKS:
         ratios = {result.curve: f"{result.ratio:.2f}" for result in results if result.tasks == tasks}
         table.add_row(str(tasks), *(ratios.get(curve, "") for curve in curves))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console().print(table)
     content = {
         "benchmark": "routing",
         "machine": machine(given.threads),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -13,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import Measurement, measure
+from common import Measurement, console, measure
 from dense_methods import Groups, optimum, relative_distance
-from rich.console import Console
 from synthesise import WEIGHTS_NAME, Sizes
 
 
@@ -52,8 +50,7 @@ class Runner:
         self.scratch, self.folders, self.checked = scratch, folders, checked
         self.threads, self.repeats = threads, repeats
         self.results: dict[str, dict[str, Any]] = {}
-        # A console that is no terminal counts as 80 columns wide, too few for the table.
-        self.console = Console(width=None if sys.stdout.isatty() else 120)
+        self.console = console()
 
     def whole(
         self, name: str, function: Callable[..., Any], *args: Any, kind: str = "lora", check: bool = False

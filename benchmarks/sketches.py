@@ -12,15 +12,13 @@ Writes sketches.json and sketches.png.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from common import OTHERS, OURS, machine, new_figure, parser, write_json
-from rich.console import Console
+from common import OTHERS, OURS, console, machine, new_figure, parser, write_json
 from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -215,7 +213,7 @@ def main() -> None:
     for row in results:
         numbers = (f"{row['spectral_error']:.5f}", f"{row['delta_error']:.4f}", f"{row['seconds']:.2f}")
         table.add_row(row["inputs"], row["sketch"], *numbers, end_section=row["sketch"] == "incremental SVD")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console().print(table)
     content = {
         "benchmark": "sketches",
         "machine": machine(given.threads),

@@ -66,9 +66,9 @@ class MergePlan:
     def cost_of(self, group: Sequence[str]) -> float:
         """Multiplications that merging a group takes, for sharing groups out."""
         covariances = [task.statistics.covariances.get(group[0]) for task in self.tasks]
-        ranks = [getattr(c, "factor", torch.empty(c.width, 0)).shape[0] for c in covariances if c is not None]
+        rank = sum(covariance.rank for covariance in covariances if covariance is not None)
         rows = sum(task.deltas[module].rank for task in self.tasks for module in group if module in task.deltas)
-        return cost(self.shape_of(group[0])[1], sum(ranks), rows)
+        return cost(self.shape_of(group[0])[1], rank, rows)
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of everything in the merge's weights file."""
@@ -291,8 +291,7 @@ def _check_same_shapes(projector: str, tasks: Sequence[TaskAdapter]) -> None:
 
 def _agreed(merges: Sequence[MAnyConfig], option: str) -> Any:
     """What all merges say of an option, else `None`."""
-    values = [getattr(merge, option) for merge in merges]
-    return values[0] if values and all(value == values[0] for value in values) else None
+    return _same([getattr(merge, option) for merge in merges])
 
 
 def _first_known(*values: Any) -> Any:
@@ -301,7 +300,10 @@ def _first_known(*values: Any) -> Any:
 
 def _common(configs: Iterable[Any], field: str) -> Any:
     """The value that all configs which have one agree on, else `None`."""
-    values = [getattr(config, field) for config in configs if getattr(config, field)]
+    return _same([value for config in configs if (value := getattr(config, field))])
+
+
+def _same(values: Sequence[Any]) -> Any:
     return values[0] if values and all(value == values[0] for value in values) else None
 
 

@@ -40,6 +40,11 @@ class Covariance(ABC):
         """The number of input features, `in`."""
 
     @property
+    def rank(self) -> int:
+        """How many rows a factor of `G` has."""
+        return self.width
+
+    @property
     @abstractmethod
     def trace(self) -> float:
         """`tr C`, the mean squared norm of the inputs."""
@@ -119,6 +124,10 @@ class LowRankCovariance(Covariance):
     @property
     def width(self) -> int:
         return self.factor.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.factor.shape[0]
 
     @functools.cached_property
     def trace(self) -> float:
@@ -325,7 +334,7 @@ class Spectrum:
 
 def eigen_directions(covariance: Covariance) -> Spectrum:
     """The eigendecomposition in float64: in the span of the factor if it has fewer rows than columns, else whole."""
-    if isinstance(covariance, LowRankCovariance) and covariance.factor.shape[0] < covariance.width:
+    if isinstance(covariance, LowRankCovariance) and covariance.rank < covariance.width:
         rows = covariance.rows()
         values, mixing = torch.linalg.eigh(rows @ rows.T)
         values, mixing = _falling(values, mixing, covariance.width)

@@ -36,9 +36,9 @@ def inverse_scatter_product(
         SingularMergeError: `R` has no inverse.
     """
     width = parts[0][1].width
-    ranks = [part.factor.shape[0] if isinstance(part, LowRankCovariance) else width for _, part in parts]
-    rows = sum(A.shape[0] for _, A in blocks)
-    if span_is_cheaper(width, sum(ranks), rows) and all(isinstance(part, LowRankCovariance) for _, part in parts):
+    rank, rows = sum(part.rank for _, part in parts), sum(A.shape[0] for _, A in blocks)
+    have_factors = all(isinstance(part, LowRankCovariance) for _, part in parts)
+    if have_factors and span_is_cheaper(width, rank, rows):
         return _in_span(parts, blocks, device)
     return _by_cholesky(parts, blocks, device)
 
@@ -98,10 +98,10 @@ def _in_span(
     """
     covariances = [part for _, part in parts if isinstance(part, LowRankCovariance)]
     weights = [weight for weight, _ in parts]
-    ends = list(itertools.accumulate(part.factor.shape[0] for part in covariances))
+    ends = list(itertools.accumulate(part.rank for part in covariances))
     stacked = torch.empty(ends[-1], covariances[0].width, dtype=torch.float64, device=device)
     for end, weight, part in zip(ends, weights, covariances):
-        stacked[end - part.factor.shape[0] : end].copy_(part.factor).mul_(part.scale * weight**0.5)
+        stacked[end - part.rank : end].copy_(part.factor).mul_(part.scale * weight**0.5)
     remainder = sum(weight * part.remainder for weight, part in zip(weights, covariances))
     if remainder <= 0:
         raise SingularMergeError("the tasks' inputs leave directions unseen; merge with `ridge` above 0")
@@ -114,7 +114,7 @@ def _in_span(
     for t, A in blocks:
         share = weights[t] * covariances[t].remainder / remainder
         products = A.to(device).double() @ stacked.T
-        own = slice(ends[t] - covariances[t].factor.shape[0], ends[t])
+        own = slice(ends[t] - covariances[t].rank, ends[t])
         in_span = -share * products
         in_span[:, own] += products[:, own]
         coefficients.append((in_span, share))

@@ -299,6 +299,7 @@ def _tasks_of_merge(
             f"{source.name} names {len(named)} tasks, but its statistics hold {len(statistics.tasks)}."
         )
     columns = dict.fromkeys(pairs, 0)
+    unstacked = {module for task in statistics.tasks for module in task.lora_B if module in task.deltas}
     tasks = []
     for about, measured in zip(named, statistics.tasks):
         if not isinstance(about["weight"], (int, float)):
@@ -310,8 +311,7 @@ def _tasks_of_merge(
             if module not in pairs or A.shape[1] != pairs[module].shape("A")[1]:
                 raise UnmergeableAdapterError(disagreement)
             start, own = columns[module], measured.lora_B.get(module)
-            others = [other for other in statistics.tasks if module in other.deltas]
-            if any((module in other.lora_B) != (own is not None) for other in others):
+            if (module in unstacked) != (own is not None):
                 raise UnmergeableAdapterError(disagreement)
             if own is not None and tuple(own.shape) != (pairs[module].shape("B")[0], A.shape[0]):
                 raise UnmergeableAdapterError(disagreement)

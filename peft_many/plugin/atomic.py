@@ -39,11 +39,6 @@ def writable_place(path: Path) -> tuple[Path, Path]:
 
 def default_mode(mode: int) -> int:
     """The mode that a file or folder gets which is created with `mode`, as the user's mask says."""
-    return mode & ~_umask()
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
+    mask = os.umask(0)  # which can only be read by setting it
     os.umask(mask)
-    return mask
+    return mode & ~mask

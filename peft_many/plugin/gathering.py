@@ -30,8 +30,9 @@ def gather_covariances(
     """
     gather = from_every_process if several else _alone
     everyone = gather({name: (id(c), c.tokens) for name, c in found.items()})
+    known = list(dict.fromkeys(name for one in everyone for name in one))
     groups: dict[tuple[object, ...], list[str]] = {}
-    for name in dict.fromkeys(name for one in everyone for name in one):
+    for name in known:
         seen = tuple(one[name][0] if one.get(name, (0, 0))[1] > 0 else None for one in everyone)
         groups.setdefault(seen if any(seen) else (name,), []).append(name)
     result: dict[str, Covariance] = {}
@@ -39,8 +40,7 @@ def gather_covariances(
         parts = [part for part in gather(next((found[name] for name in names if name in found), None)) if part]
         covariance = parts[0] if len(parts) == 1 else mean_covariance(parts)
         result |= dict.fromkeys(names, finish(covariance, names))
-    order = list(dict.fromkeys(name for one in everyone for name in one))
-    return {name: result[name] for name in order}
+    return {name: result[name] for name in known}
 
 
 def gather_prototypes(found: Mapping[str, tuple[Tensor, int]], several: bool) -> tuple[dict[str, Tensor], int]:
@@ -50,7 +50,7 @@ def gather_prototypes(found: Mapping[str, tuple[Tensor, int]], several: bool) ->
         found (`Mapping[str, tuple[torch.Tensor, int]]`): Sum of pooled features and images, by projector.
         several (`bool`): As in `gather_covariances`.
     """
-    everyone = from_every_process(dict(found)) if several else [dict(found)]
+    everyone = (from_every_process if several else _alone)(dict(found))
     prototypes, images = {}, 0
     for name in dict.fromkeys(name for one in everyone for name in one):
         parts = [one[name] for one in everyone if name in one]

@@ -77,13 +77,17 @@ class PartialFolder:
 
     def recorded(self) -> dict[str, Any]:
         """What all processes have recorded so far, earlier runs included."""
-        found: dict[str, Any] = {}
-        for path in sorted(self.folder.glob(f"{_JOURNAL}*")):
-            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-                with contextlib.suppress(TypeError, ValueError):  # a line that was cut off is a step that was not done
-                    step, result = json.loads(line)
-                    found[step] = result
-        return found
+        return _recorded(self.folder)
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob(f"{_JOURNAL}*")):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(TypeError, ValueError):  # a line that was cut off is a step that was not done
+                step, result = json.loads(line)
+                found[step] = result
+    return found
 
 
 @contextlib.contextmanager
@@ -123,8 +127,7 @@ def partial_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator
                 shutil.rmtree(found)
             elif found.name not in (*kept, _LOCK) and not found.name.startswith(_JOURNAL):
                 found.unlink()
-        begun = PartialFolder(folder, {})
-        yield PartialFolder(folder, begun.recorded())
+        yield PartialFolder(folder, _recorded(folder))
         lock.release()
         for extra in (*folder.glob(f"{_JOURNAL}*"), folder / _LOCK):
             extra.unlink(missing_ok=True)
@@ -137,7 +140,7 @@ def partial_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator
         raise
     except BaseException:
         lock.release()
-        if not PartialFolder(folder, {}).recorded():
+        if not _recorded(folder):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -163,9 +166,8 @@ def shared_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator[
                 error = failure
         fail_together(error)
         folder = from_every_process(begun and begun.folder)[0]
-        done = PartialFolder(folder, {}).recorded()
         try:
-            yield PartialFolder(folder, done, state.process_index, state.num_processes)
+            yield PartialFolder(folder, _recorded(folder), state.process_index, state.num_processes)
         except ProcessFailedError:
             raise  # which everyone knows
         except Exception as failure:

@@ -13,7 +13,7 @@ import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -52,12 +52,9 @@ class TensorFile(Mapping[str, Tensor]):
         with safe_open(path, framework="pt") as checked:  # header, offsets and length, before any of them is trusted
             self.metadata: dict[str, str] = checked.metadata() or {}
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            self._header: dict[str, Any] = json.loads(file.read(length))
-            self._start = 8 + length
+            self._header, self._start = _read_header(file)
             # Private, so that torch may take it for writable memory; its pages are the file's while nobody writes.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._header.pop("__metadata__", None)
 
     def __len__(self) -> int:
         return len(self._header)
@@ -109,10 +106,8 @@ class TensorFileWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            self._header: dict[str, Any] = json.loads(file.read(length))
-        self._start = 8 + length
+        with open(path, "rb") as file:  # of its own: read-ahead in the other would be written back over other writers'
+            self._header, self._start = _read_header(file)
         self._file = open(path, "r+b")  # noqa: SIM115  (closed by __exit__)
 
     def __enter__(self) -> TensorFileWriter:
@@ -143,6 +138,14 @@ class TensorFileWriter:
     def flush(self) -> None:
         """Hand everything written so far to the operating system."""
         self._file.flush()
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """Dtype, shape and place of each tensor by key, and where the data begins."""
+    length = int.from_bytes(file.read(8), "little")
+    header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
