@@ -81,8 +81,8 @@ def collect_statistics(
             Further linear layers to measure, by the end of their name, or `"all-linear"`: layers that other tasks
             train and this one does not. Layers that share an adapted layer's input are included anyway, at no cost.
         rank (`int`, *optional*):
-            The most directions kept of a covariance. Defaults to 256, and to all with `energy=1.0`, which then holds
-            whole matrices of `in × in`.
+            The most directions kept of a covariance. Defaults to 256, and to all with `energy=1.0` and no
+            `error_budget`, which then holds whole matrices of `in × in`.
         energy (`float`, *optional*):
             Share of each covariance's energy that is kept, in (0, 1], as far as `rank` allows. Defaults to the
             config's, and to 0.999 for plain LoRA adapters.
@@ -130,7 +130,8 @@ def collect_statistics(
     visual = tuple(f"{name}." for name in [image_encoder_name(base), *projectors] if name)
     unmasked = {name for name in measured if name.startswith(visual)}
     share = config.energy if energy is None and isinstance(config, MAnyConfig) else energy or DEFAULT_ENERGY
-    rank = rank if rank is not None or share == 1.0 else DEFAULT_RANK
+    if rank is None and (share < 1.0 or error_budget is not None):
+        rank = DEFAULT_RANK
     size = None if rank is None else rank + math.ceil(OVERSAMPLING * rank)
     weights = {name: _delta_of(name, layer, adapter_name) for name, layer in layers.items()}
     covariances = CovarianceHooks(measured, bystanders, size, share_inputs, encoder, unmasked)

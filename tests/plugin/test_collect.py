@@ -747,6 +747,15 @@ def test_an_error_budget_chooses_the_rank_of_each_input() -> None:
         assert gap < 0.02 * ((delta @ exact) @ delta.T).trace()
 
 
+def test_an_error_budget_counts_also_where_the_config_keeps_all_energy() -> None:
+    plain, whole = adapted("llama"), adapted("llama", energy=1.0)
+    for model in (plain, whole):
+        perturb(model, "default", seed=1)
+    (expected,), (found,) = (collect(m, text_batches(), error_budget=0.3).tasks for m in (plain, whole))
+    for name, covariance in found.covariances.items():
+        assert torch.equal(covariance.factor, expected.covariances[name].factor)
+
+
 @pytest.mark.parametrize("option", [{"rank": 0}, {"error_budget": 0.0}, {"error_budget": -1.0}, {"energy": 0.0}])
 def test_options_out_of_range_are_errors_that_name_them(option: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(option))}`"):
