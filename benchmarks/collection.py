@@ -35,7 +35,7 @@ class Sizes:
     heads: int = 32
     tokens: int = 704
     short: int = 2
-    long: int = 6
+    long: int = 10
     repeats: int = 3
 
 

@@ -12,21 +12,28 @@ from torch import Tensor
 from .covariance import LowRankCovariance, Spectrum, eigen_directions
 
 
+# Features that are multiplied at a time: their copies in float32 then stay in the cache, which halves the cost.
+_BLOCK = 2048
+
+
 class CovarianceSketch:
     """Sums up `C = E[x xᵀ]` along `size` directions, and its trace exactly; never holds an `in × in` matrix.
 
     A streaming Nyström sketch (Tropp, Yurtsever, Udell, Cevher 2017, arXiv 1706.05736): with a fixed test matrix `Ω`
-    (in × size) only `Y = C Ω` is summed up, and in the end `C ≈ Y (Ωᵀ Y)⁻¹ Yᵀ`. Unlike there, `Ω` is not random but
-    comes from the first tokens, `Ω = orth(C₁ G)` with `G` Gaussian and `C₁` their second moment, which makes `Y` one
-    step of a subspace iteration. The merged deltas are then within a tenth, often a few per cent, of the best
-    approximation's of its rank, at two matrix products for each token; Frequent Directions and incremental SVD cost
-    ten times as much (`benchmarks/sketches.py`).
+    (in × size) and `Q = X Ω` only `Y = XᵀQ` and `QᵀQ` are summed up, and in the end `C ≈ Y (QᵀQ)⁻¹ Yᵀ`, which is `XᵀX`
+    with the tokens projected on the span of `Q`'s columns. Unlike there, `Ω` is not random but comes from the first
+    tokens, `Ω = orth(C₁ G)` with `G` Gaussian and `C₁` their second moment, which makes `Y` one step of a subspace
+    iteration. The merged deltas are then within a tenth, often a few per cent, of the best approximation's of its
+    rank, at two matrix products for each token; Frequent Directions and incremental SVD cost ten times as much
+    (`benchmarks/sketches.py`).
 
     The first `2 · size` tokens are kept as they are: they take no more memory than the sums, and with no more tokens
     than these nothing is lost.
 
-    Products are float32 of the activations, whatever precision the user allows for matrix products; sums and the final
-    decomposition are float64 (sums are float32 on devices without it).
+    Products are float32, whatever precision the user allows for matrix products. Of bfloat16 activations `Q` is
+    bfloat16 as well, which halves the cost: as a projection's span, its rounding counts only squared, and the products
+    of what has been rounded are exact but for float32 sums. Totals and the final decomposition are float64 (totals are
+    float32 on devices without it).
 
     Args:
         width (`int`): The number of input features, `in`.
@@ -41,6 +48,7 @@ class CovarianceSketch:
         self._first: list[Tensor] = []
         self._test: Tensor | None = None  # Ω
         self._sum: Tensor | None = None  # Y, not yet divided by the tokens
+        self._core: Tensor | None = None  # QᵀQ, likewise
 
     def update(self, inputs: Tensor) -> None:
         """Add the rows of `inputs`, shape `(tokens, in)`, any floating dtype.
@@ -48,22 +56,35 @@ class CovarianceSketch:
         Raises:
             FloatingPointError: There is NaN or Inf among them, or an entry beyond 1e18.
         """
-        rows = inputs.detach().to(device=self.device, dtype=torch.float32)
-        energy = rows.square().sum().item()
+        rows = inputs.detach().to(self.device)
+        energy = _energy(rows)
         if not math.isfinite(energy):
             raise FloatingPointError("the inputs hold NaN or Inf")
         self.energy += energy
         self.tokens += len(rows)
-        if self._test is None:
-            self._first.append(rows.clone() if rows.data_ptr() == inputs.data_ptr() else rows)
-            if self.tokens < 2 * self.size:
-                return
+        if self._test is not None:
+            self._add(rows)
+            return
+        self._first.append(rows.clone() if rows.data_ptr() == inputs.data_ptr() else rows)
+        if self.tokens >= 2 * self.size:
             rows, self._first = torch.cat(self._first), []
-            self._test = _orthonormal_test_matrix(rows, self.size)
+            self._test = _orthonormal_test_matrix(rows.float(), self.size)
             self._sum = torch.zeros(self.width, self.size, dtype=_sum_dtype(self.device), device=self.device)
+            self._core = torch.zeros(self.size, self.size, dtype=_sum_dtype(self.device), device=self.device)
+            self._add(rows)
+
+    def _add(self, rows: Tensor) -> None:
+        """Add `XᵀQ` to `Y` and `QᵀQ` to the core."""
+        assert self._test is not None
         assert self._sum is not None
-        with _full_precision():
-            self._sum += rows.T @ (rows @ self._test)
+        assert self._core is not None
+        half = rows.dtype == torch.bfloat16
+        # "medium" takes factors as bfloat16, or TF32: these are bfloat16 already.
+        with _product_precision("medium" if half else "highest"):
+            projected = (rows @ self._test.bfloat16()).float() if half else rows.float() @ self._test
+            self._core += projected.T @ projected
+            for block, summed in zip(rows.split(_BLOCK, dim=1), self._sum.split(_BLOCK)):
+                summed += block.float().T @ projected
 
     def result(self) -> LowRankCovariance:
         """The mean of `x xᵀ` over all rows so far, on the CPU: up to `size` directions, and the rest of the trace."""
@@ -75,21 +96,21 @@ class CovarianceSketch:
         Eigenvalues are never above the true ones by more than rounding, and the trace is exact.
         """
         if self._test is None:
-            rows = torch.cat([torch.zeros(0, self.width), *(rows.cpu() for rows in self._first)])
+            rows = torch.cat([torch.zeros(0, self.width), *(rows.cpu().double() for rows in self._first)])
             factor = rows.double() / max(self.tokens, 1) ** 0.5
             return eigen_directions(LowRankCovariance(remainder=0.0, tokens=self.tokens, factor=factor))
         assert self._sum is not None
-        test, moved = self._test.cpu().double(), self._sum.cpu().double() / self.tokens
-        # Float32 rounding of the products may make ΩᵀY negative in its smallest directions; a shift of that size,
-        # taken off again below, restores it.
+        assert self._core is not None
+        test, moved, core = (part.cpu().double() for part in (self._test, self._sum, self._core))
+        moved, core, gram = moved / self.tokens, core / self.tokens, test.T @ test
+        # Float32 rounding of the products may make the core negative in its smallest directions; the sketch of
+        # `C + shift·I`, with the shift taken off again below, is definite.
         shift = torch.finfo(torch.float32).eps * moved.norm().item()
-        moved = moved + shift * test
-        core = test.T @ moved
-        root, info = torch.linalg.cholesky_ex((core + core.T) / 2)
+        root, info = torch.linalg.cholesky_ex(core + shift * gram)
         while info.item() != 0:
-            moved, shift = moved + 9 * shift * test, 10 * shift
-            core = test.T @ moved
-            root, info = torch.linalg.cholesky_ex((core + core.T) / 2)
+            shift *= 10
+            root, info = torch.linalg.cholesky_ex(core + shift * gram)
+        moved = moved + shift * test
         halves = torch.linalg.solve_triangular(root, moved.T, upper=False)  # Eᵀ with C ≈ E Eᵀ
         values, mixing = torch.linalg.eigh(halves @ halves.T)
         values, mixing = values.flip(0).clamp(min=torch.finfo(torch.float64).tiny), mixing.flip(1)
@@ -99,12 +120,18 @@ class CovarianceSketch:
         return Spectrum(values, directions, rest, self.tokens)
 
 
+def _energy(rows: Tensor) -> float:
+    """`Σ ‖x‖²`, each norm in float32 and their sum in float64."""
+    norms = [torch.linalg.vector_norm(block.float(), dim=1) for block in rows.split(64)]
+    return torch.cat(norms).double().square().sum().item() if norms else 0.0
+
+
 def _orthonormal_test_matrix(rows: Tensor, size: int) -> Tensor:
     """`Ω = orth(C₁ G)` for the second moment `C₁` of `rows`, shape `(in, size)`, float32."""
     width = rows.shape[1]
     generator = torch.Generator().manual_seed(width)
     gaussian = torch.randn(width, size, generator=generator).to(rows.device)
-    with _full_precision():
+    with _product_precision("highest"):
         moved = rows.T @ (rows @ gaussian) / len(rows)
     # Where the first tokens span fewer than `size` directions, Gaussian ones take the free places.
     moved += 1e-3 * rows.square().mean() * gaussian
@@ -116,10 +143,10 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Float32 products as such: the rounding of TF32 and bfloat16, which users allow, would drown small directions."""
+def _product_precision(precision: str) -> Iterator[None]:
+    """Float32 products of this precision: what users allow may be less, and would drown small directions."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
