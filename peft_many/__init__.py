@@ -3,6 +3,7 @@
 Importing it registers the PEFT type `MANY`.
 """
 
+from . import metrics
 from .callback import MAnyCallback
 from .merging import merge_adapter_files, merge_adapter_sequence
 from .plugin.collect import collect_statistics
@@ -21,4 +22,5 @@ __all__ = [
     "collect_statistics",
     "merge_adapter_files",
     "merge_adapter_sequence",
+    "metrics",
 ]

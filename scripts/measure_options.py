@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from peft_many import merge_adapter_sequence
-from peft_many.demo.model import load_model, load_tokenizer
+from peft_many.bench.model import MODELS, Collator
+from peft_many.bench.training import accuracy
 from peft_many.demo.tasks import TASKS
-from peft_many.demo.training import accuracy
 
 VALUES = {
     "ridge": (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
@@ -31,14 +31,15 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=300, help="test pictures for each task")
     parser.add_argument("--seed", type=int, default=11, help="draws the test pictures")
     arguments = parser.parse_args()
-    tokenizer, console = load_tokenizer(), Console()
+    llava, console = MODELS["llava"], Console()
+    prompts = Collator(llava, prompts_only=True)
     questions = {task.name: task.examples(arguments.tests, "test", arguments.seed) for task in TASKS}
     folders = [arguments.demo / "adapters" / task.name for task in TASKS]
     for option, values in VALUES.items():
         table = Table(option, *questions, "mean", title="Exact-match accuracy, %")
         for value in values:
-            merged = merge_adapter_sequence(load_model(), folders, progress=False, **{option: value})
-            scores = [accuracy(merged, tokenizer, examples) for examples in questions.values()]
+            merged = merge_adapter_sequence(llava.load(), folders, progress=False, **{option: value})
+            scores = [accuracy(merged, prompts, examples) for examples in questions.values()]
             table.add_row(f"{value:g}", *(f"{score:.1f}" for score in [*scores, sum(scores) / len(scores)]))
         console.print(table)
 

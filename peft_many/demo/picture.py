@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import FigureBase
 
-from .tasks import Example
+from ..bench.world import Example
 
 _SHOWN = ("zero-shot", "sequential fine-tuning", "averaging", "MAny", "each task alone")
 _COLOURS = ("#c9c9c9", "#e0a458", "#7fa7c9", "#2e8b57", "#555555")

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from rich.console import Console
@@ -16,12 +15,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import MAnyConfig, collect_statistics, merge_adapter_sequence
+from ..bench.model import MODELS, Collator
+from ..bench.training import accuracy, batches_of, shuffled_batches, train
+from ..bench.world import Task
 from .baselines import averaged, with_projector_of
-from .model import Collator, load_model, load_tokenizer
 from .picture import draw
-from .tasks import TASKS, Example, Task
-from .training import accuracy, train
+from .tasks import TASKS
 
+LLAVA = MODELS["llava"]
 BATCH_SIZE = 32
 LEARNING_RATE = 4e-3
 RANK = 8
@@ -48,26 +49,25 @@ def run(output: Path, seed: int = 0, steps: int = 450, tests: int = 300) -> Scor
     started = time.perf_counter()
     console = Console()
     torch.manual_seed(seed)
-    tokenizer = load_tokenizer()
-    collate = Collator(tokenizer)
+    collate, prompts = Collator(LLAVA), Collator(LLAVA, prompts_only=True)
     questions = {task.name: task.examples(tests, "test", seed + 1) for task in TASKS}
 
     def examine(model: nn.Module, task: Task) -> float:
-        return accuracy(model, tokenizer, questions[task.name])
+        return accuracy(model, prompts, questions[task.name])
 
     names = ", ".join(task.name for task in TASKS)
     console.print(f"[bold]1.[/] A tiny LLaVA learns {len(TASKS)} tasks, one adapter each: {names}.")
     alone: dict[str, float] = {}
     for task in TASKS:
-        model = get_peft_model(load_model(), MAnyConfig(r=RANK, lora_alpha=2 * RANK, task_name=task.name))
+        model = get_peft_model(LLAVA.load(), MAnyConfig(r=RANK, lora_alpha=2 * RANK, task_name=task.name))
         train(model, _batches(task, collate, seed), steps, LEARNING_RATE, label=f"learning {task.name}")
-        loader = [collate(chunk) for chunk in _chunks(task.examples(MEASURED, "train", seed + 2))]
+        loader = batches_of(task.examples(MEASURED, "train", seed + 2), collate, BATCH_SIZE)
         collect_statistics(model, loader, max_samples=MEASURED, progress=False)
         alone[task.name] = examine(model, task)
         model.save_pretrained(output / "adapters" / task.name)
 
     console.print("[bold]2.[/] The same model learns them one after the other, with one adapter, and forgets.")
-    model = get_peft_model(load_model(), MAnyConfig(r=RANK, lora_alpha=2 * RANK))
+    model = get_peft_model(LLAVA.load(), MAnyConfig(r=RANK, lora_alpha=2 * RANK))
     for task in TASKS:
         train(model, _batches(task, collate, seed), steps, LEARNING_RATE, label=f"then learning {task.name}")
     model.save_pretrained(output / "adapters" / "sequential")
@@ -75,16 +75,16 @@ def run(output: Path, seed: int = 0, steps: int = 450, tests: int = 300) -> Scor
     console.print("[bold]3.[/] The adapters are merged: no training, no data.")
     folders = {task.name: output / "adapters" / task.name for task in TASKS}
     sequential = output / "adapters" / "sequential"
-    merged = merge_adapter_sequence(load_model(), list(folders.values()))
+    merged = merge_adapter_sequence(LLAVA.load(), list(folders.values()))
     merged.save_pretrained(output / "adapters" / "merged")
 
     console.print("[bold]4.[/] Everyone is asked about new pictures of all tasks.")
-    base, mean = load_model(), averaged(load_model(), list(folders.values()))
+    base, mean = LLAVA.load(), averaged(LLAVA.load(), list(folders.values()))
     methods: dict[str, Callable[[Task], nn.Module]] = {
         "zero-shot": lambda task: base,
         "sequential fine-tuning": lambda task: model,
-        "  reasoning collapse": lambda task: with_projector_of(load_model(), sequential, folders[task.name]),
-        "  perception drift": lambda task: with_projector_of(load_model(), folders[task.name], sequential),
+        "  reasoning collapse": lambda task: with_projector_of(LLAVA.load(), sequential, folders[task.name]),
+        "  perception drift": lambda task: with_projector_of(LLAVA.load(), folders[task.name], sequential),
         "averaging": lambda task: mean,
         "MAny": lambda task: merged,
     }
@@ -113,20 +113,11 @@ def run(output: Path, seed: int = 0, steps: int = 450, tests: int = 300) -> Scor
 
 def load_merged(output: Path) -> PeftModel:
     """The merge that an earlier run wrote, on a fresh base model."""
-    return PeftModel.from_pretrained(load_model(), output / "adapters" / "merged")
-
-
-def _chunks(examples: list[Example]) -> list[list[Example]]:
-    return [examples[start : start + BATCH_SIZE] for start in range(0, len(examples), BATCH_SIZE)]
+    return PeftModel.from_pretrained(LLAVA.load(), output / "adapters" / "merged")
 
 
 def _batches(task: Task, collate: Collator, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of one task's training examples without end, shuffled anew in each round."""
-    examples = task.examples(80 * BATCH_SIZE, "train", seed)
-    rng = np.random.default_rng(seed)
-    while True:
-        for chunk in _chunks([examples[i] for i in rng.permutation(len(examples))]):
-            yield collate(chunk)
+    return shuffled_batches(task.examples(80 * BATCH_SIZE, "train", seed), collate, BATCH_SIZE, seed)
 
 
 def _table(scores: Scores) -> Table:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast
 
 from .model import Collator
-from .tasks import Example
+from .world import Example
+
+LONGEST_ANSWER = 16  # tokens
 
 
 def train(
@@ -20,6 +22,8 @@ def train(
     steps: int,
     learning_rate: float,
     weight_decay: float = 0.0,
+    autocast: bool = False,
+    penalty: Callable[[], torch.Tensor] | None = None,
     label: str = "training",
 ) -> list[float]:
     """Trains whatever requires a gradient with AdamW, a short warm-up and a cosine to zero; returns the losses."""
@@ -32,7 +36,10 @@ def train(
     model.train()
     progress = tqdm(zip(range(steps), batches, strict=False), total=steps, desc=label, leave=False, mininterval=0.5)
     for step, batch in progress:
-        loss = model(**batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**batch).loss
+        if penalty is not None:
+            loss = loss + penalty()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -45,23 +52,36 @@ def train(
     return losses
 
 
+def batches_of(examples: Sequence[Example], collate: Collator, size: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of `size` examples, in order; the last one may be smaller."""
+    return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+
+def shuffled_batches(
+    examples: Sequence[Example], collate: Collator, size: int, seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches without end, shuffled anew in each round."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(examples))
+        for start in range(0, len(order), size):
+            yield collate([examples[i] for i in order[start : start + size]])
+
+
 @torch.no_grad()
-def answers(
-    model: Any, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], batch_size: int = 100
-) -> list[str]:
-    """Answers the first question of each example by greedy decoding."""
-    collate = Collator(tokenizer, prompts_only=True)
+def answers(model: Any, collate: Collator, examples: Sequence[Example], batch_size: int = 100) -> list[str]:
+    """Answers the first question of each example by greedy decoding; `collate` makes prompts."""
     texts: list[str] = []
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size])
-        generated = model.generate(**batch, max_new_tokens=5, do_sample=False)
+        generated = model.generate(**batch, max_new_tokens=LONGEST_ANSWER, do_sample=False)
         new = generated[:, batch["input_ids"].shape[1] :]
-        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+        texts += collate.tokenizer.batch_decode(new, skip_special_tokens=True)
     return texts
 
 
-def accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> float:
+def accuracy(model: nn.Module, collate: Collator, examples: Sequence[Example]) -> float:
     """Returns the share of examples whose answer is right word for word, in per cent."""
-    given = answers(model, tokenizer, examples)
+    given = answers(model, collate, examples)
     right = sum(text.strip() == example.answer for text, example in zip(given, examples, strict=True))
     return 100 * right / len(examples)

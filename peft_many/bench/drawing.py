@@ -1,4 +1,4 @@
-"""The demo's pictures, drawn on the spot: scenes of small shapes, one big shape, bar charts, handwritten digits.
+"""Pictures, drawn on the spot: scenes of small shapes, one big shape, bar charts, handwritten digits.
 
 Pictures are float64 arrays (SIZE, SIZE, 3) in [0, 1] until `finish` turns them into uint8. A *look* is a function
 from (picture, generator) to a picture: the way in which the pictures of one task differ from those the base model saw.
@@ -145,6 +145,20 @@ def stripes(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     y, x = np.mgrid[:SIZE, :SIZE]
     wave = np.sin((x + y + rng.uniform(0, 9)) * (2 * np.pi / 9))
     return picture * (0.6 + 0.4 * wave)[..., None]
+
+
+def fog(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A blurred, noisy photograph with half the contrast, reddish."""
+    padded = np.pad(picture, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    blurred = (
+        padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:] + 2 * padded[1:-1, 1:-1]
+    ) / 6
+    return [0.40, 0.30, 0.25] + 0.55 * blurred + rng.normal(0, 0.02, size=picture.shape)
+
+
+def swapped(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Another palette on brown paper: red appears green, green blue, blue red, as after a mix-up of channels."""
+    return picture[..., [2, 0, 1]] * [1.0, 0.85, 0.6]
 
 
 def night(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:

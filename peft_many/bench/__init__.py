@@ -1,0 +1,1 @@
+"""Mini-UCIT: a small, honest benchmark of multimodal continual instruction tuning, drawn from seeds."""

@@ -1,0 +1,59 @@
+"""What each choice in the method is worth: MAny with one thing changed at a time, asked after the last task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .methods import Answerer, Method, merged, same
+from .workshop import Workshop
+from .world import Task
+
+TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0)
+RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+SAMPLES = (8, 32, 128, 512)
+STATISTICS_RANKS = (8, 16, 32, 48, 64, 96)
+ENERGIES = (0.9, 0.99, 0.999, 0.9999, 1.0)
+MERGED_RANKS = (4, 8, 16, 24, 32)
+
+
+def _with_options(shop: Workshop, stage: int, **options: Any) -> Answerer:
+    return same(merged(shop, stage, **options))
+
+
+def _remeasured(shop: Workshop, stage: int, key: str, **options: Any) -> Answerer:
+    def adapter(task: Task) -> Path:
+        return shop.remeasured(task, key, **options)
+
+    return same(merged(shop, stage, adapter=adapter))
+
+
+def _on_base(shop: Workshop, stage: int) -> Answerer:
+    return same(merged(shop, stage, adapter=shop.measured_on_base))
+
+
+def _from_merge(shop: Workshop, stage: int) -> Answerer:
+    places = {task.name: place for place, task in enumerate(shop.tasks, start=1)}
+    return same(merged(shop, stage, adapter=lambda task: shop.after_merging(task, places[task.name])))
+
+
+def ablations() -> Iterator[Method]:
+    """Every ablation; the group says what is changed."""
+    for tau in TEMPERATURES:
+        yield Method(f"τ = {tau:g}", "temperature", "", partial(_with_options, temperature=tau))
+    for ridge in RIDGES:
+        yield Method(f"λ = {ridge:g}", "ridge", "", partial(_with_options, ridge=ridge))
+    for samples in SAMPLES:
+        after = partial(_remeasured, key=f"samples={samples}", samples=samples)
+        yield Method(f"{samples} samples", "samples", "", after)
+    for rank in STATISTICS_RANKS:
+        yield Method(f"rank {rank}", "rank of the statistics", "", partial(_remeasured, key=f"rank={rank}", rank=rank))
+    for energy in ENERGIES:
+        after = partial(_remeasured, key=f"energy={energy:g}", energy=energy)
+        yield Method(f"energy {energy:g}", "energy of the statistics", "", after)
+    for rank in MERGED_RANKS:
+        yield Method(f"merged rank {rank}", "rank of the merge", "", partial(_with_options, rank=rank))
+    yield Method("measured on the base model", "what is measured", "", _on_base)
+    yield Method("each task trained from the merge so far", "what is trained from", "", _from_merge)

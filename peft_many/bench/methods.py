@@ -1,0 +1,146 @@
+"""What the benchmark compares: every method behind one interface, with the source it follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from .. import merge_adapter_sequence
+from .parts import added, pairs_of, with_parts
+from .workshop import Workshop
+from .world import Task
+
+# The model that answers for a task.
+Answerer = Callable[[Task], nn.Module]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the tables.
+
+    Args:
+        name (`str`): What it is called.
+        group (`str`): The table it belongs to.
+        about (`str`): What it does, in one line, and the source it follows.
+        after (`Callable[[Workshop, int], Answerer]`): The model, or one for each task, after the first so many tasks.
+        every_stage (`bool`): Whether it is asked after each task, for the accuracy matrix, or after the last only.
+    """
+
+    name: str
+    group: str
+    about: str
+    after: Callable[[Workshop, int], Answerer]
+    every_stage: bool = False
+
+
+def same(model: nn.Module) -> Answerer:
+    """One model for all tasks."""
+    return lambda task: model
+
+
+# --- Training, and its bounds ----------------------------------------------------------------------------------------
+
+
+def _zero_shot(shop: Workshop, stage: int) -> Answerer:
+    return same(shop.base())
+
+
+def _trained(shop: Workshop, folder: Path) -> Answerer:
+    return same(PeftModel.from_pretrained(shop.base(), folder))
+
+
+def _sequential(shop: Workshop, stage: int) -> Answerer:
+    return _trained(shop, shop.sequential(stage))
+
+
+def _orthogonal(shop: Workshop, stage: int) -> Answerer:
+    return _trained(shop, shop.orthogonal(stage))
+
+
+def _joint(shop: Workshop, stage: int) -> Answerer:
+    return _trained(shop, shop.joint())
+
+
+def _alone(shop: Workshop, stage: int) -> Answerer:
+    return lambda task: PeftModel.from_pretrained(shop.base(), shop.alone(task))
+
+
+# --- Merging ---------------------------------------------------------------------------------------------------------
+
+
+def merged(
+    shop: Workshop,
+    stage: int,
+    adapter: Callable[[Task], Path] | None = None,
+    base: nn.Module | None = None,
+    **options: Any,
+) -> PeftModel:
+    """The merge of the first `stage` tasks' adapters, with the options of `merge_adapter_sequence`."""
+    adapters = [(adapter or shop.alone)(task) for task in shop.tasks[:stage]]
+    return merge_adapter_sequence(base or shop.base(), adapters, progress=False, **options)
+
+
+def _merge(shop: Workshop, stage: int, **options: Any) -> Answerer:
+    return same(merged(shop, stage, **options))
+
+
+def _merge_folder(shop: Workshop, stage: int, **options: Any) -> Path:
+    key = "_".join(f"{name}={value}" for name, value in options.items()) or "default"
+    return shop.made(f"merged/{key}/{stage}", lambda folder: merged(shop, stage, **options).save_pretrained(folder))
+
+
+# --- Halves: whose LoRA, whose projector -----------------------------------------------------------------------------
+
+
+def _average_routed(shop: Workshop, stage: int, scale: float | None = None) -> Answerer:
+    """ΔW averaging, or its sum, with CPM."""
+    tasks = shop.tasks[:stage]
+    mean = added([pairs_of(shop.alone(task)) for task in tasks], [scale or 1 / stage] * stage)
+    return same(with_parts(shop.base, lora=mean, projectors=_merge_folder(shop, stage)))
+
+
+def _own_lora_routed(shop: Workshop, stage: int) -> Answerer:
+    return lambda task: with_parts(shop.base, lora=shop.alone(task), projectors=_merge_folder(shop, stage))
+
+
+def _lpm_own_projector(shop: Workshop, stage: int) -> Answerer:
+    return lambda task: with_parts(shop.base, lora=_merge_folder(shop, stage), projectors=shop.alone(task))
+
+
+def _reasoning_collapse(shop: Workshop, stage: int) -> Answerer:
+    return lambda task: with_parts(shop.base, lora=shop.sequential(stage), projectors=shop.alone(task))
+
+
+def _perception_drift(shop: Workshop, stage: int) -> Answerer:
+    return lambda task: with_parts(shop.base, lora=shop.alone(task), projectors=shop.sequential(stage))
+
+
+# --- The tables ------------------------------------------------------------------------------------------------------
+
+MAIN, HALVES = "methods", "halves"
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method("zero-shot", MAIN, "The base model.", _zero_shot),
+        Method("sequential", MAIN, "One LoRA and projector, trained on task after task.", _sequential, True),
+        Method(
+            "O-LoRA", MAIN, "A LoRA for each task, orthogonal to the earlier ones (2310.14152).", _orthogonal, True
+        ),
+        Method("joint", MAIN, "One LoRA and projector, trained on all tasks at once.", _joint),
+        Method("alone", MAIN, "Each task's own adapter, told which task it is: an oracle.", _alone),
+        Method("MAny", MAIN, "LPM and CPM (2604.14016).", _merge, True),
+        Method("LPM, own projector", HALVES, "LPM, and the projector of the task that is asked.", _lpm_own_projector),
+        Method("own LoRA, CPM", HALVES, "The LoRA of the task that is asked, and CPM.", _own_lora_routed),
+        Method("average, CPM", HALVES, "ΔW averaging with CPM.", _average_routed),
+        Method("sum, CPM", HALVES, "The sum of all ΔW with CPM.", partial(_average_routed, scale=1.0)),
+        Method("reasoning collapse", HALVES, "Sequential LoRA, each task's own projector.", _reasoning_collapse),
+        Method("perception drift", HALVES, "Each task's own LoRA, sequential projector.", _perception_drift),
+    )
+}
