@@ -30,6 +30,7 @@ class Method:
         about (`str`): What it does, in one line, and the source it follows.
         after (`Callable[[Workshop, int], Answerer]`): The model, or one for each task, after the first so many tasks.
         every_stage (`bool`): Whether it is asked after each task, for the accuracy matrix, or after the last only.
+        slow (`bool`): Whether it trains much that no other method needs.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Method:
     about: str
     after: Callable[[Workshop, int], Answerer]
     every_stage: bool = False
+    slow: bool = False
 
 
 def same(model: nn.Module) -> Answerer:
@@ -125,22 +127,25 @@ def _perception_drift(shop: Workshop, stage: int) -> Answerer:
 
 MAIN, HALVES = "methods", "halves"
 
-METHODS: Mapping[str, Method] = {
-    method.name: method
-    for method in (
-        Method("zero-shot", MAIN, "The base model.", _zero_shot),
-        Method("sequential", MAIN, "One LoRA and projector, trained on task after task.", _sequential, True),
-        Method(
-            "O-LoRA", MAIN, "A LoRA for each task, orthogonal to the earlier ones (2310.14152).", _orthogonal, True
-        ),
-        Method("joint", MAIN, "One LoRA and projector, trained on all tasks at once.", _joint),
-        Method("alone", MAIN, "Each task's own adapter, told which task it is: an oracle.", _alone),
-        Method("MAny", MAIN, "LPM and CPM (2604.14016).", _merge, True),
-        Method("LPM, own projector", HALVES, "LPM, and the projector of the task that is asked.", _lpm_own_projector),
-        Method("own LoRA, CPM", HALVES, "The LoRA of the task that is asked, and CPM.", _own_lora_routed),
-        Method("average, CPM", HALVES, "ΔW averaging with CPM.", _average_routed),
-        Method("sum, CPM", HALVES, "The sum of all ΔW with CPM.", partial(_average_routed, scale=1.0)),
-        Method("reasoning collapse", HALVES, "Sequential LoRA, each task's own projector.", _reasoning_collapse),
-        Method("perception drift", HALVES, "Each task's own LoRA, sequential projector.", _perception_drift),
-    )
-}
+_LISTED = (
+    Method("zero-shot", MAIN, "The base model.", _zero_shot),
+    Method("sequential", MAIN, "One LoRA and projector, trained on task after task.", _sequential, every_stage=True),
+    Method(
+        "O-LoRA",
+        MAIN,
+        "A LoRA for each task, orthogonal to the earlier ones (arXiv 2310.14152).",
+        _orthogonal,
+        every_stage=True,
+        slow=True,
+    ),
+    Method("joint", MAIN, "One LoRA and projector, trained on all tasks at once.", _joint, slow=True),
+    Method("alone", MAIN, "Each task's own adapter, told which task it is: an oracle.", _alone),
+    Method("MAny", MAIN, "LPM and CPM (arXiv 2604.14016).", _merge, every_stage=True),
+    Method("LPM, own projector", HALVES, "LPM, and the projector of the task that is asked.", _lpm_own_projector),
+    Method("own LoRA, CPM", HALVES, "The LoRA of the task that is asked, and CPM.", _own_lora_routed),
+    Method("average, CPM", HALVES, "ΔW averaging with CPM.", _average_routed),
+    Method("sum, CPM", HALVES, "The sum of all ΔW with CPM.", partial(_average_routed, scale=1.0)),
+    Method("reasoning collapse", HALVES, "Sequential LoRA, each task's own projector.", _reasoning_collapse),
+    Method("perception drift", HALVES, "Each task's own LoRA, sequential projector.", _perception_drift),
+)
+METHODS: Mapping[str, Method] = {method.name: method for method in _LISTED}

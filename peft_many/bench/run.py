@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..metrics import AccuracyMatrix
 from ..plugin.atomic import replace_file
+from ..version import __version__
 from .ablations import ablations
 from .methods import METHODS, Method
 from .model import MODELS, TinyModel
@@ -47,6 +48,9 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """For the results, as JSON."""
         return {"steps": self.steps, "tests": self.tests, "tasks": [task.name for task in self.tasks]}
+
+
+QUICK = Settings(steps=150, tests=100)
 
 
 @dataclass
@@ -159,11 +163,12 @@ def _begun(path: Path, model: str, seed: int, settings: Settings) -> Results:
             known, wanted = ({name: of[name] for name in differing} for of in (results.about, about))
             raise ValueError(f"'{path}' holds results of {known}, not of {wanted}; choose another output folder.")
         return results
-    packages = ("torch", "transformers", "peft", "peft-many")
+    packages = ("torch", "transformers", "peft")
     environment = {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         **{package: version(package) for package in packages},
+        "peft_many": __version__,
     }
     return Results(path, {**about, "environment": environment})

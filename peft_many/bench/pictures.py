@@ -1,0 +1,94 @@
+"""The benchmark's pictures: accuracy matrices, what is left after each task, and what each option is worth."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .methods import Method
+from .run import Results
+from .tables import BOUND, final_average
+
+_COLOURS = ("#2e8b57", "#e0a458", "#7fa7c9", "#b5616a", "#8d7fb8", "#555555", "#c9c9c9")
+
+
+def matrices(runs: Sequence[Results], methods: Sequence[Method]) -> Figure | None:
+    """The mean accuracy matrix of each method that was asked after every task: rows are stages, columns tasks."""
+    found = {}
+    for method in methods:
+        of_runs = [run.matrix(method.name) for run in runs if method.name in run.scores]
+        scores = [matrix.scores for matrix in of_runs if matrix is not None]
+        if scores:
+            found[method.name] = np.mean(scores, axis=0)
+    if not found:
+        return None
+    columns = min(4, len(found))
+    lines = -(-len(found) // columns)
+    figure = Figure(figsize=(3.1 * columns, 3.0 * lines), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(lines, columns)).ravel()
+    tasks = runs[0].about["tasks"]
+    for axis, (name, scores) in zip(axes, found.items()):
+        axis.imshow(scores, vmin=0, vmax=100, cmap="YlGn")
+        for t, i in zip(*np.where(~np.isnan(scores))):
+            axis.text(i, t, f"{scores[t, i]:.0f}", ha="center", va="center", fontsize=7)
+        axis.set_title(name, fontsize=10)
+        axis.set_xticks(range(len(tasks)), tasks, rotation=60, fontsize=7)
+        axis.set_yticks(range(len(tasks)), [f"after {task}" for task in tasks], fontsize=7)
+    for axis in axes[len(found) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def forgetting(runs: Sequence[Results], methods: Sequence[Method]) -> Figure | None:
+    """The average accuracy on the tasks so far, after each of them; the bound is each task alone."""
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    axis = figure.subplots()
+    tasks = runs[0].about["tasks"]
+    drawn = 0
+    for method in methods:
+        of_runs = [run.matrix(method.name) for run in runs if method.name in run.scores]
+        curves = [matrix.stage_averages for matrix in of_runs if matrix is not None]
+        if curves:
+            colour = _COLOURS[drawn % len(_COLOURS)]
+            style = "-" if drawn < len(_COLOURS) else "--"
+            axis.plot(tasks, np.mean(curves, axis=0), style, marker="o", label=method.name, color=colour)
+            drawn += 1
+    if all(BOUND in run.scores for run in runs):
+        alone = np.mean([run.scores[BOUND][-1] for run in runs], axis=0)
+        averages = np.cumsum(alone) / np.arange(1, len(alone) + 1)
+        axis.plot(tasks, averages, color="#222222", linewidth=1, linestyle=":", label="each task alone")
+    axis.set(ylabel="average accuracy so far, %", xlabel="after learning", ylim=(0, 102))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure if drawn else None
+
+
+def ablations(runs: Sequence[Results], methods: Sequence[Method]) -> Figure | None:
+    """FAA by value of each option, with its spread over seeds; the line is MAny as it comes."""
+    groups: dict[str, list[Method]] = {}
+    for method in methods:
+        if all(method.name in run.scores for run in runs):
+            groups.setdefault(method.group, []).append(method)
+    if not groups:
+        return None
+    columns = min(4, len(groups))
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.6 * lines), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(lines, columns, sharey=True)).ravel()
+    for axis, (group, of_group) in zip(axes, groups.items()):
+        values = [final_average(runs, method.name) for method in of_group]
+        spreads = [statistics.stdev(value) if len(value) > 1 else 0.0 for value in values]
+        names = [method.name for method in of_group]
+        axis.errorbar(names, [statistics.fmean(value) for value in values], spreads, marker="o", color=_COLOURS[0])
+        if all("MAny" in run.scores for run in runs):
+            axis.axhline(statistics.fmean(final_average(runs, "MAny")), color="#999999", linestyle=":", linewidth=1)
+        axis.set_title(group, fontsize=9)
+        axis.tick_params(axis="x", rotation=60, labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(groups) :]:
+        axis.set_axis_off()
+    axes[0].set_ylabel("FAA, %")
+    return figure

@@ -1,0 +1,5 @@
+"""The command line, `peft-many`."""
+
+from .app import app
+
+__all__ = ["app"]

@@ -1,0 +1,36 @@
+"""`peft-many`: one file for each command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..version import __version__
+from .bench import bench
+
+app = typer.Typer(
+    name="peft-many",
+    help="Merge task adapters of multimodal language models without forgetting (MAny, arXiv 2604.14016).",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Merge task adapters of multimodal language models without forgetting (MAny, arXiv 2604.14016)."""
+
+
+app.command()(bench)

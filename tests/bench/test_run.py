@@ -1,0 +1,180 @@
+"""The benchmark in small: what it measures, that it goes on where it stopped, and the report that is made of it."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from typer.testing import CliRunner
+
+from peft_many.bench.ablations import ablations
+from peft_many.bench.methods import MAIN, METHODS, Method, same
+from peft_many.bench.model import MODELS
+from peft_many.bench.parts import added, pairs_of, with_parts
+from peft_many.bench.report import read_results, write_report
+from peft_many.bench.run import Settings, all_methods, run
+from peft_many.bench.tasks import TASKS
+from peft_many.bench.workshop import Workshop
+from peft_many.commands import app
+
+LLAVA = MODELS["llava"]
+FEW = [task for task in TASKS if task.name in ("charts", "scenes", "captions")]
+
+
+def few_steps(folder, steps=2, tests=4, tasks=FEW[:2]):
+    return Workshop(LLAVA, None, tasks, folder, seed=0, steps=steps, tests=tests)
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return few_steps(tmp_path_factory.mktemp("adapters"))
+
+
+@torch.no_grad()
+def logits(model):
+    return model(**shop_batch()).logits
+
+
+def shop_batch():
+    return few_steps(None).measured(FEW[0], samples=3)[0]
+
+
+def test_parts_are_those_of_the_adapters(shop):
+    one, two = (shop.alone(task) for task in shop.tasks)
+    whole = PeftModel.from_pretrained(shop.base(), one)
+    torch.testing.assert_close(logits(with_parts(shop.base, lora=one, projectors=one)), logits(whole))
+    mixed = with_parts(shop.base, lora=one, projectors=two)
+    assert not torch.allclose(logits(mixed), logits(whole))
+    layer = "model.language_model.layers.0.mlp.down_proj"
+    delta = mixed.get_base_model().get_submodule(layer).get_delta_weight("default")
+    torch.testing.assert_close(delta, whole.get_base_model().get_submodule(layer).get_delta_weight("default"))
+    both = with_parts(shop.base, lora=added([pairs_of(one), pairs_of(two)], [2.0, 3.0]), projectors=None)
+    other = PeftModel.from_pretrained(shop.base(), two).get_base_model().get_submodule(layer)
+    expected = 2 * delta + 3 * other.get_delta_weight("default")
+    torch.testing.assert_close(both.get_base_model().get_submodule(layer).get_delta_weight("default"), expected)
+
+
+def test_an_adapter_is_made_once_and_whole(shop):
+    folder = shop.alone(shop.tasks[0])
+    changed = (folder / "adapter_model.safetensors").stat().st_mtime_ns
+    assert shop.alone(shop.tasks[0]) == folder
+    assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == changed
+
+    def fails(place):
+        (place / "half").touch()
+        raise RuntimeError("no power")
+
+    with pytest.raises(RuntimeError, match="no power"):
+        shop.made("broken", fails)
+    assert not (shop.folder / "broken").exists()
+
+
+ONE_OF_EACH = [*METHODS.values(), *{ablation.group: ablation for ablation in ablations()}.values()]
+
+
+@pytest.mark.parametrize("method", ONE_OF_EACH, ids=lambda method: method.name)
+def test_every_method_gives_models_that_answer(shop, method):
+    answerer = method.after(shop, 2)
+    for task in shop.tasks:
+        assert 0 <= shop.accuracy(answerer(task), task) <= 100
+
+
+def test_names_are_used_once():
+    names = [method.name for method in all_methods()]
+    assert len(set(names)) == len(names)
+    assert not {method.group for method in ablations()} & {method.group for method in METHODS.values()}
+
+
+def test_orthogonal_training_adds_up(shop):
+    first, both = (pairs_of(shop.orthogonal(stage)) for stage in (1, 2))
+    for name, (A, B) in first.items():
+        torch.testing.assert_close(both[name][0][: len(A)], A)
+        torch.testing.assert_close(both[name][1][:, : len(A)], B)
+        assert len(both[name][0]) == 2 * len(A)
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    asked = []
+
+    def fake(name, every_stage=False):
+        def after(shop, stage):
+            asked.append((name, stage))
+            return same(shop.base())
+
+        return Method(name, MAIN, "", after, every_stage)
+
+    settings = Settings(steps=1, tests=2, tasks=FEW[:2])
+    run(tmp_path, ["llava"], [3], settings, [fake("zero-shot")])
+    found = run(tmp_path, ["llava"], [3], settings, [fake("zero-shot"), fake("MAny", every_stage=True)])
+    assert asked == [("zero-shot", 2), ("MAny", 1), ("MAny", 2)]
+    content = json.loads((tmp_path / "llava" / "seed3" / "results.json").read_text())
+    assert content["scores"] == found[0].scores
+    assert [len(row) for row in content["scores"]["MAny"]] == [1, 2]
+    assert found[0].matrix("zero-shot") is None
+    assert found[0].matrix("MAny").tasks == ("charts", "scenes")
+    with pytest.raises(ValueError, match="another output folder"):
+        run(tmp_path, ["llava"], [3], Settings(steps=2, tests=2, tasks=FEW[:2]), [])
+
+
+def results_of(folder, seeds):
+    """Invented scores, to be read by the report."""
+    tasks = [task.name for task in TASKS]
+    for seed in range(seeds):
+        scores = {
+            "alone": [[80.0 + seed] * 6],
+            "MAny": [[70.0 + seed] * t for t in range(1, 7)],
+            "λ = 1": [[50.0] * 6],
+        }
+        about = {
+            "model": "llava",
+            "seed": seed,
+            "steps": 1,
+            "tests": 1,
+            "tasks": tasks,
+            "environment": {"python": "3"},
+        }
+        place = folder / "llava" / f"seed{seed}"
+        place.mkdir(parents=True)
+        content = {"about": about, "scores": scores, "seconds": dict.fromkeys(scores, 1.0)}
+        (place / "results.json").write_text(json.dumps(content))
+
+
+def test_the_report_is_made_of_the_results_alone(tmp_path):
+    results_of(tmp_path, seeds=3)
+    page = write_report(read_results(tmp_path), tmp_path / "report").read_text()
+    assert "71.0 ± 1.0" in page
+    assert "88%" in page
+    assert page.count("data:image/png;base64,") == 3
+    assert "<script" not in page
+    tables = (tmp_path / "report" / "tables.md").read_text()
+    assert "### llava: methods (3 seeds)" in tables
+    assert "| λ = 1 | 50.0 |" in tables
+    assert (tmp_path / "report" / "llava-forgetting.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_says_what_is_wrong(tmp_path):
+    for arguments, message in (
+        (["--model", "gpt"], "no model 'gpt'"),
+        (["--method", "magic"], "no method 'magic'"),
+        (["--only-report"], "no results of the benchmark"),
+    ):
+        result = CliRunner().invoke(app, ["bench", "--output", str(tmp_path), *arguments])
+        assert result.exit_code == 2
+        assert message in result.output
+    results_of(tmp_path, seeds=1)
+    result = CliRunner().invoke(app, ["bench", "--output", str(tmp_path), "--only-report"])
+    assert result.exit_code == 0
+    assert "report.html" in result.output
+
+
+@pytest.mark.slow
+def test_the_order_that_the_method_promises(tmp_path):
+    """Three tasks that contradict one another, a fifth of the training: what must hold is the order."""
+    settings = Settings(steps=90, tests=60, tasks=FEW)
+    methods = [METHODS[name] for name in ("zero-shot", "sequential", "alone", "MAny", "average, CPM")]
+    results = run(tmp_path, ["llava"], [0], settings, methods)[0]
+    mean = {name: sum(rows[-1]) / len(rows[-1]) for name, rows in results.scores.items()}
+    assert mean["alone"] > mean["zero-shot"] + 20
+    assert mean["MAny"] > mean["sequential"]
+    assert mean["MAny"] > mean["average, CPM"]
+    assert results.matrix("MAny").ffm_from_learning < results.matrix("sequential").ffm_from_learning
