@@ -10,6 +10,7 @@ from .plugin.collect import collect_statistics
 from .plugin.config import MAnyConfig
 from .plugin.model import MAnyModel
 from .plugin.registration import register
+from .refit import refit_merge
 from .version import __version__
 
 register()
@@ -23,4 +24,5 @@ __all__ = [
     "merge_adapter_files",
     "merge_adapter_sequence",
     "metrics",
+    "refit_merge",
 ]

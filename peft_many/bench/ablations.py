@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .methods import Answerer, Method, merged, same
+from .methods import Answerer, Method, merged, refitted, same
 from .workshop import Workshop
 from .world import Task
 
@@ -17,6 +17,7 @@ SAMPLES = (8, 32, 128, 512)
 STATISTICS_RANKS = (8, 16, 32, 48, 64, 96)
 ENERGIES = (0.9, 0.99, 0.999, 0.9999, 1.0)
 MERGED_RANKS = (4, 8, 16, 24, 32)
+REFIT_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def _with_options(shop: Workshop, stage: int, **options: Any) -> Answerer:
@@ -55,5 +56,11 @@ def ablations() -> Iterator[Method]:
         yield Method(f"energy {energy:g}", "energy of the statistics", "", after)
     for rank in MERGED_RANKS:
         yield Method(f"merged rank {rank}", "rank of the merge", "", partial(_with_options, rank=rank))
+    for ridge in REFIT_RIDGES:
+        after = partial(refitted, targets="outputs", ridge=ridge)
+        yield Method(f"refit, λ = {ridge:g}", "ridge of the refit", "", after)
+    for rank in MERGED_RANKS:
+        after = partial(refitted, targets="outputs", rank=rank)
+        yield Method(f"refit, rank {rank}", "rank of the refit", "", after)
     yield Method("measured on the base model", "what is measured", "", _on_base)
     yield Method("each task trained from the merge so far", "what is trained from", "", _from_merge)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftModel
 from torch import nn
 
-from .. import merge_adapter_sequence
+from .. import merge_adapter_sequence, refit_merge
 from .parts import added, pairs_of, with_parts
 from .workshop import Workshop
 from .world import Task
@@ -92,6 +92,14 @@ def _merge(shop: Workshop, stage: int, **options: Any) -> Answerer:
     return same(merged(shop, stage, **options))
 
 
+def refitted(shop: Workshop, stage: int, targets: Literal["outputs", "deltas"], **options: Any) -> Answerer:
+    """MAny with its LoRA refitted on the samples that statistics are collected from."""
+    model = merged(shop, stage)
+    samples = {task.name: shop.measured(task) for task in shop.tasks[:stage]}
+    refit_merge(model, samples, targets=targets, progress=False, **options)
+    return same(model)
+
+
 def _merge_folder(shop: Workshop, stage: int, **options: Any) -> Path:
     key = "_".join(f"{name}={value}" for name, value in options.items()) or "default"
     return shop.made(f"merged/{key}/{stage}", lambda folder: merged(shop, stage, **options).save_pretrained(folder))
@@ -125,7 +133,7 @@ def _perception_drift(shop: Workshop, stage: int) -> Answerer:
 
 # --- The tables ------------------------------------------------------------------------------------------------------
 
-MAIN, HALVES = "methods", "halves"
+MAIN, HALVES, BEYOND = "methods", "halves", "beyond the paper"
 
 _LISTED = (
     Method("zero-shot", MAIN, "The base model.", _zero_shot),
@@ -141,6 +149,20 @@ _LISTED = (
     Method("joint", MAIN, "One LoRA and projector, trained on all tasks at once.", _joint, slow=True),
     Method("alone", MAIN, "Each task's own adapter, told which task it is: an oracle.", _alone),
     Method("MAny", MAIN, "LPM and CPM (arXiv 2604.14016).", _merge, every_stage=True),
+    Method(
+        "MAny, refitted to deltas",
+        BEYOND,
+        "Statistics measured anew in the merge, layer by layer (RegMean++, arXiv 2508.03121).",
+        partial(refitted, targets="deltas"),
+        slow=True,
+    ),
+    Method(
+        "MAny, refitted to outputs",
+        BEYOND,
+        "Each layer fitted to the task models' outputs on the merge's inputs.",
+        partial(refitted, targets="outputs"),
+        slow=True,
+    ),
     Method("LPM, own projector", HALVES, "LPM, and the projector of the task that is asked.", _lpm_own_projector),
     Method("own LoRA, CPM", HALVES, "The LoRA of the task that is asked, and CPM.", _own_lora_routed),
     Method("average, CPM", HALVES, "ΔW averaging with CPM.", _average_routed),

@@ -72,8 +72,8 @@ def _captions(rng: np.random.Generator, split: str) -> Drawn:
 TASKS = (
     Task("digits", 10, drawing.blueprint, _digits),
     Task("charts", 11, drawing.negative, _charts),
-    Task("scenes", 12, drawing.fog, _scenes),
-    Task("icons", 13, drawing.night, _icons),
-    Task("arithmetic", 14, drawing.stripes, _arithmetic),
+    Task("scenes", 12, drawing.night, _scenes),
+    Task("icons", 13, drawing.stripes, _icons),
+    Task("arithmetic", 14, drawing.fog, _arithmetic),
     Task("captions", 15, drawing.swapped, _captions),
 )

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel, send_to_device
 from peft import LoraConfig
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper, PeftWarning
+from peft.utils import PeftWarning
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -24,8 +21,9 @@ from ..algebra.covariance import Covariance, eigen_directions
 from ..algebra.lpm import LowRankDelta
 from .config import MAnyConfig
 from .families import find_projectors, image_encoder_name, language_model_linears, text_encoder
+from .forward import batch_size, device_of, forward, masks_of, only_active, state_kept
 from .gathering import gather_covariances, gather_prototypes
-from .hooks import MASK_NAMES, CovarianceHooks, PrototypeHooks
+from .hooks import CovarianceHooks, PrototypeHooks
 from .image_layout import watching_image_calls
 from .layers import hang_on_layers, lora_layers
 from .processes import current_processes, from_every_process, together
@@ -149,8 +147,8 @@ def collect_statistics(
     def measure() -> tuple[int, dict[str, Covariance]]:
         samples = 0
         with (
-            _state_kept(peft_model),
-            _only_active(peft_model, adapter_name),
+            state_kept(peft_model),
+            only_active(peft_model, adapter_name),
             torch.no_grad(),
             watching_image_calls(base),
             covariances,
@@ -160,11 +158,11 @@ def collect_statistics(
             quiet = not progress or (state is not None and not state.is_main_process)
             with tqdm(total=max_samples, desc=f"Measuring '{adapter_name}'", unit="sample", disable=quiet) as bar:
                 for batch in dataloader:
-                    batch = send_to_device(batch, _device_of(peft_model))
-                    covariances.masks = _masks(batch, encoder is not None)
-                    _forward(peft_model, batch, forward_fn)
+                    batch = send_to_device(batch, device_of(peft_model))
+                    covariances.masks = masks_of(batch, encoder is not None)
+                    forward(peft_model, batch, forward_fn)
                     covariances.end_of_batch()
-                    rows = _batch_size(batch)
+                    rows = batch_size(batch)
                     samples += rows
                     bar.update(rows * processes)
                     if max_samples is not None and samples * processes >= max_samples:
@@ -237,41 +235,6 @@ def _adapter_to_measure(model: Any, adapter_name: str | None) -> str:
     return adapter_name
 
 
-@contextlib.contextmanager
-def _state_kept(model: nn.Module) -> Iterator[None]:
-    """Restore each module's training mode, each parameter's `requires_grad`, and all random states."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
-
-
-@contextlib.contextmanager
-def _only_active(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Make one adapter the only active and enabled one, and put back each layer's own state."""
-    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
-    try:
-        for layer in layers:
-            has_adapter = adapter_name in layer._get_available_adapters()
-            layer.enable_adapters(True)
-            layer.set_adapter([adapter_name] if has_adapter else [])
-        yield
-    finally:
-        for layer, active, disabled in before:
-            layer.set_adapter(active)
-            layer.enable_adapters(not disabled)
-
-
 def _further_layers(names: Iterable[str], target_modules: Sequence[str] | str | None) -> set[str]:
     """The layers that `target_modules` asks for, with PEFT's meaning of the argument."""
     if target_modules is None:
@@ -280,52 +243,6 @@ def _further_layers(names: Iterable[str], target_modules: Sequence[str] | str | 
         return set(names)
     wanted = LoraConfig(target_modules=target_modules if isinstance(target_modules, str) else list(target_modules))
     return {name for name in names if check_target_module_exists(wanted, name)}
-
-
-def _forward(model: nn.Module, batch: Any, forward_fn: Callable[[nn.Module, Any], Any] | None) -> None:
-    if forward_fn is not None:
-        forward_fn(model, batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-
-
-def _masks(batch: Any, has_encoder: bool) -> dict[str, torch.Tensor]:
-    """The 2-D attention masks of a batch, as booleans: which positions are tokens and which are padding."""
-    if not isinstance(batch, Mapping):
-        return {}
-    for name in MASK_NAMES:
-        if isinstance(batch.get(name), torch.Tensor) and batch[name].dim() != 2:
-            warnings.warn(
-                f"`{name}` has shape {tuple(batch[name].shape)}; only masks of shape (rows, length) tell padding from "
-                "tokens, so padding is counted.",
-                PeftWarning,
-                stacklevel=3,
-            )
-    masks = {name: batch[name].bool() for name in MASK_NAMES if isinstance(batch.get(name), torch.Tensor)}
-    if has_encoder and MASK_NAMES[1] not in masks and isinstance(batch.get("labels"), torch.Tensor):
-        # Models make the decoder's inputs from the labels, whose padding data collators mark by -100.
-        masks[MASK_NAMES[1]] = batch["labels"] != -100
-    return {name: mask for name, mask in masks.items() if mask.dim() == 2}
-
-
-def _batch_size(batch: Any) -> int:
-    """Rows of a batch: the first dimension of its ids or mask, or else of its first tensor."""
-    if isinstance(batch, torch.Tensor):
-        return len(batch)
-    if isinstance(batch, Mapping):
-        named = [batch[name] for name in ("input_ids", "inputs_embeds", *MASK_NAMES) if batch.get(name) is not None]
-        values = [*named, *batch.values()]
-    else:
-        values = list(batch)
-    return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.dim() > 0), 1)
 
 
 def _projectors(base: nn.Module, config: Any) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,12 +181,9 @@ class CovarianceHooks:
 
     def _without_padding(self, name: str, inputs: Tensor) -> Tensor:
         """The rows of `inputs` that are tokens, shape `(tokens, in)`."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
         masks = self._masks_of(name, inputs)
-        for mask in masks:
-            if inputs.shape[:-1] == mask.shape or (inputs.dim() == 2 and len(rows) == mask.numel()):
-                return rows[mask.reshape(-1).to(rows.device)]
-        if not self._warned and any(not mask.all() for mask in masks):
+        rows, masked = _tokens(inputs, masks)
+        if not masked and not self._warned and any(not mask.all() for mask in masks):
             self._warned = True
             warnings.warn(
                 f"The input of '{name}', of shape {tuple(inputs.shape)}, fits no attention mask of the batch, so "
@@ -196,7 +193,7 @@ class CovarianceHooks:
             )
         return rows
 
-    def _masks_of(self, name: str, inputs: Tensor) -> list[Tensor]:
+    def _masks_of(self, name: str, inputs: Tensor) -> Sequence[Tensor]:
         """The masks that can belong to an input. In an encoder-decoder, cross-attention reads the encoder's output."""
         if name in self.unmasked:
             return []
@@ -205,6 +202,15 @@ class CovarianceHooks:
         of_encoder = self._encoding or (self._encoded is not None and self._encoded() is inputs)
         mask = self.masks.get(MASK_NAMES[0] if of_encoder else MASK_NAMES[1])
         return [] if mask is None else [mask]
+
+
+def _tokens(inputs: Tensor, masks: Iterable[Tensor]) -> tuple[Tensor, bool]:
+    """The rows of `inputs` that are tokens by the mask that fits, shape `(tokens, in)`, and whether one does."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    for mask in masks:
+        if inputs.shape[:-1] == mask.shape or (inputs.dim() == 2 and len(rows) == mask.numel()):
+            return rows[mask.reshape(-1).to(rows.device)], True
+    return rows, False
 
 
 def _input_width(layer: Any) -> int:
@@ -243,3 +249,81 @@ class PrototypeHooks:
             self._images[name] += len(pooled)
 
         return hook
+
+
+class _Enough(Exception):  # noqa: N818 - no error
+    """Ends a forward pass once everything has been seen."""
+
+
+class LayerCapture:
+    """Keeps inputs and outputs of some layers that share an input, and ends each forward pass after them.
+
+    Each `with` block is for one forward pass; the next one adds to what was seen.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = layers
+        # Set before each pass: which positions are tokens, `(rows, length)`; see `MASK_NAMES`.
+        self.masks: Mapping[str, Tensor] = {}
+        self._inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self._outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self._waiting: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> LayerCapture:
+        self._waiting = set(self.layers)
+        for name, layer in self.layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        while self._handles:
+            self._handles.pop().remove()
+        return kind is _Enough
+
+    def inputs(self, name: str) -> Tensor:
+        """All tokens that arrived at a layer, shape `(tokens, in)`."""
+        return torch.cat(self._inputs[name])
+
+    def outputs(self, name: str) -> Tensor:
+        """What came out of a layer for them, shape `(tokens, out)`."""
+        return torch.cat(self._outputs[name])
+
+    def _hook(self, name: str) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            inputs = features_of(args, kwargs)
+            self._inputs[name].append(_tokens(inputs, self.masks.values())[0])
+            self._outputs[name].append(_tokens(output, self.masks.values())[0])
+            self._waiting.discard(name)
+            if not self._waiting:
+                raise _Enough
+
+        return hook
+
+
+def layers_by_input(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[list[str]]:
+    """The layers in the order in which they run in one forward pass, those that share an input together.
+
+    Raises:
+        RuntimeError: A layer does not take part, or takes part more than once.
+    """
+    arrived: list[tuple[str, Tensor]] = []
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda layer, args, kwargs, name=name: arrived.append((name, features_of(args, kwargs))), with_kwargs=True
+        )
+        for name, layer in layers.items()
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    calls = Counter(name for name, _ in arrived)
+    strange = next((name for name in layers if calls[name] != 1), None)
+    if strange is not None:
+        raise RuntimeError(f"'{strange}' runs {calls[strange]} times in a forward pass; it has to run once.")
+    groups: dict[int, list[str]] = {}
+    for name, inputs in arrived:  # which keeps the tensors alive, so that no two have one id
+        groups.setdefault(id(inputs), []).append(name)
+    return list(groups.values())

@@ -1,0 +1,75 @@
+"""The merged delta of a layer from what passes through it: the tasks' targets on the inputs that it really gets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .lpm import LowRankDelta
+from .scatter import SingularMergeError
+
+
+class LayerRefit:
+    """Fits the delta of one layer to targets on observed inputs, and brings it to a rank.
+
+        minimise over ΔW   Σ_t w_t ( mean ‖ΔW x̂ − d‖² + λ_t ‖ΔW − ΔW_t‖²_F ),      λ_t = λ · mean diag E[x̂ x̂ᵀ]
+
+    over the tokens of task `t`, with `x̂` the layer's input in the merged model and `d` what its delta should make of
+    it. With `d = ΔW_t x̂` this is LPM on the merged model's own inputs (RegMean++, arXiv 2508.03121); with `d` the task
+    model's output less the base layer's output for `x̂` it also makes up for what earlier layers changed. The ridge
+    pulls towards the tasks' own deltas, as in LPM.
+
+    All sums are float64, of shape `in × in` and `out × in`.
+
+    Args:
+        out (`int`): Output features.
+        width (`int`): Input features, `in`.
+        ridge (`float`): `λ ≥ 0`.
+        device (`torch.device`): Where to sum up.
+    """
+
+    def __init__(self, out: int, width: int, ridge: float, device: torch.device | str = "cpu") -> None:
+        self.ridge = ridge
+        self._moments = torch.zeros(width, width, dtype=torch.float64, device=device)  # R
+        self._targets = torch.zeros(out, width, dtype=torch.float64, device=device)  # Σ_t w_t (E[d x̂ᵀ] + λ_t ΔW_t)
+
+    def add(self, inputs: Tensor, targets: Tensor, own: LowRankDelta, weight: float = 1.0) -> None:
+        """Add one task.
+
+        Args:
+            inputs (`torch.Tensor`): `x̂`, shape `(tokens, in)`, at least one token.
+            targets (`torch.Tensor`): `d`, shape `(tokens, out)`.
+            own ([`LowRankDelta`]): The task's `ΔW_t`.
+            weight (`float`): `w_t`.
+
+        Raises:
+            FloatingPointError: There is NaN or Inf among them.
+        """
+        x, d = (rows.to(self._moments) for rows in (inputs, targets))
+        if not (x.isfinite().all() and d.isfinite().all()):
+            raise FloatingPointError("inputs or targets hold NaN or Inf")
+        moments = x.T @ x / len(x)
+        pull = self.ridge * moments.diagonal().mean()
+        moments.diagonal().add_(pull)
+        self._moments += weight * moments
+        A, B = own.A.to(self._moments), own.B.to(self._moments)
+        self._targets += weight * (d.T @ x / len(x) + pull * B @ A)
+
+    def solve(self, rank: int) -> LowRankDelta:
+        """The best delta of at most this rank under the objective, float64, on the CPU.
+
+        With `R = L Lᵀ` and `N` the targets, `N R⁻¹ L = N L⁻ᵀ`, whose truncated SVD `U S Vᵀ` gives `B = U S` and
+        `A = Vᵀ L⁻¹` (reduced-rank regression; Izenman 1975).
+
+        Raises:
+            SingularMergeError: `R` cannot be factored: the ridge is too small for so few tokens.
+        """
+        root, info = torch.linalg.cholesky_ex(self._moments)
+        if info.item() != 0:
+            raise SingularMergeError("the inputs span too few directions; a larger ridge helps")
+        whitened = torch.linalg.solve_triangular(root, self._targets.T, upper=False).T
+        U, S, Vh = torch.linalg.svd(whitened, full_matrices=False)
+        kept = min(rank, len(S))
+        A = torch.linalg.solve_triangular(root.T, Vh[:kept].T, upper=True).T
+        half = S[:kept].sqrt()  # shared out, so that both factors keep their digits in half precision
+        return LowRankDelta(A=(half[:, None] * A).cpu(), B=(U[:, :kept] * half).cpu())

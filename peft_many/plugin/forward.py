@@ -1,0 +1,100 @@
+"""Running a model over batches without leaving a trace: its modes, its active adapter, its random state."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, PeftWarning
+from torch import nn
+
+from .hooks import MASK_NAMES
+
+
+@contextlib.contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Restore each module's training mode, each parameter's `requires_grad`, and all random states."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def only_active(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Make one adapter the only active and enabled one, and put back each layer's own state."""
+    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            has_adapter = adapter_name in layer._get_available_adapters()
+            layer.enable_adapters(True)
+            layer.set_adapter([adapter_name] if has_adapter else [])
+        yield
+    finally:
+        for layer, active, disabled in before:
+            layer.set_adapter(active)
+            layer.enable_adapters(not disabled)
+
+
+def forward(model: nn.Module, batch: Any, forward_fn: Callable[[nn.Module, Any], Any] | None) -> None:
+    """One forward pass: of a mapping's keyword arguments, a tuple's positional ones, or as `forward_fn` says."""
+    if forward_fn is not None:
+        forward_fn(model, batch)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def masks_of(batch: Any, has_encoder: bool) -> dict[str, torch.Tensor]:
+    """The 2-D attention masks of a batch, as booleans: which positions are tokens and which are padding."""
+    if not isinstance(batch, Mapping):
+        return {}
+    for name in MASK_NAMES:
+        if isinstance(batch.get(name), torch.Tensor) and batch[name].dim() != 2:
+            warnings.warn(
+                f"`{name}` has shape {tuple(batch[name].shape)}; only masks of shape (rows, length) tell padding from "
+                "tokens, so padding is counted.",
+                PeftWarning,
+                stacklevel=3,
+            )
+    masks = {name: batch[name].bool() for name in MASK_NAMES if isinstance(batch.get(name), torch.Tensor)}
+    if has_encoder and MASK_NAMES[1] not in masks and isinstance(batch.get("labels"), torch.Tensor):
+        # Models make the decoder's inputs from the labels, whose padding data collators mark by -100.
+        masks[MASK_NAMES[1]] = batch["labels"] != -100
+    return {name: mask for name, mask in masks.items() if mask.dim() == 2}
+
+
+def batch_size(batch: Any) -> int:
+    """Rows of a batch: the first dimension of its ids or mask, or else of its first tensor."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch)
+    if isinstance(batch, Mapping):
+        named = [batch[name] for name in ("input_ids", "inputs_embeds", *MASK_NAMES) if batch.get(name) is not None]
+        values = [*named, *batch.values()]
+    else:
+        values = list(batch)
+    return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.dim() > 0), 1)
