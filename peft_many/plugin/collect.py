@@ -54,9 +54,10 @@ def collect_statistics(
 
     For every distinct input of the adapter's LoRA layers the covariance (second moment) `C = E[x xᵀ]`, with tokens
     masked by the batch's attention mask left out; for every projector the visual prototype, the mean over images of
-    the mean-pooled projector input (docs/method.md; the paper's Low-rank Parameter Merging and Cross-modal Projection
-    Merging). The result hangs on the layers (`layer.covariance[adapter_name]`) and is saved by `save_pretrained` and
-    `push_to_hub` in `adapter_statistics.safetensors`.
+    the mean-pooled projector input, and the images' covariance about it (docs/method.md; the paper's Low-rank
+    Parameter Merging and Cross-modal Projection Merging). The result hangs on the layers
+    (`layer.covariance[adapter_name]`) and is saved by `save_pretrained` and `push_to_hub` in
+    `adapter_statistics.safetensors`.
 
     Inputs wider than `rank` are followed by a sketch of that many directions and a few more; no matrix of `in × in` is
     held. Narrower ones are summed up whole, in float64. Under `accelerate launch` every process measures its share of
@@ -174,13 +175,14 @@ def collect_statistics(
     if sum(gathered) == 0:
         raise ValueError("The dataloader gave no batch, so there is nothing to measure.")
 
-    means, images = gather_prototypes(prototypes.result(), state is not None)
+    seen = gather_prototypes(prototypes.result(), state is not None)
     task = TaskStatistics(
         name=getattr(config, "task_name", None),
         samples=sum(gathered),
-        images=images,
+        images=seen.images,
         covariances=gather_covariances(found, keep, state is not None),
-        prototypes=means,
+        prototypes=seen.prototypes,
+        spreads=seen.spreads,
         fingerprints={name: weight_fingerprint(delta.A, delta.B) for name, delta in weights.items()},
     )
     _warn_of_unseen(task)

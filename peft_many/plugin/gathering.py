@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..algebra.covariance import Covariance, mean_covariance
+from ..algebra.covariance import Covariance, LowRankCovariance, eigen_directions, mean_covariance
+from ..algebra.spread import centred
+from .hooks import PooledFeatures
 from .processes import from_every_process
+
+# Directions in which the spread of a task's images is kept.
+LARGEST_SPREAD = 256
 
 
 def gather_covariances(
@@ -43,21 +49,39 @@ def gather_covariances(
     return {name: result[name] for name in known}
 
 
-def gather_prototypes(found: Mapping[str, tuple[Tensor, int]], several: bool) -> tuple[dict[str, Tensor], int]:
-    """The prototype of each projector that saw an image in any process, shape `(d,)`, float32, and the images.
+@dataclass(frozen=True)
+class ImageStatistics:
+    """What is known of a task's images, by projector.
 
     Args:
-        found (`Mapping[str, tuple[torch.Tensor, int]]`): Sum of pooled features and images, by projector.
+        prototypes (`dict[str, torch.Tensor]`): The mean of their pooled features, shape `(d,)`, float32.
+        spreads (`dict[str, LowRankCovariance]`): Their covariance about that mean, if there are two images or more.
+        images (`int`): How many there were.
+    """
+
+    prototypes: dict[str, Tensor]
+    spreads: dict[str, LowRankCovariance]
+    images: int
+
+
+def gather_prototypes(found: Mapping[str, PooledFeatures], several: bool) -> ImageStatistics:
+    """The images of all processes together.
+
+    Args:
+        found (`Mapping[str, PooledFeatures]`): What this process measured, by projector.
         several (`bool`): As in `gather_covariances`.
     """
     everyone = (from_every_process if several else _alone)(dict(found))
-    prototypes, images = {}, 0
+    prototypes, spreads, images = {}, {}, 0
     for name in dict.fromkeys(name for one in everyone for name in one):
         parts = [one[name] for one in everyone if name in one]
-        count = sum(number for _, number in parts)
-        prototypes[name] = (torch.stack([total for total, _ in parts]).sum(0) / count).float()
+        count = sum(part.images for part in parts)
+        prototypes[name] = (torch.stack([part.total for part in parts]).sum(0) / count).float()
+        rows = torch.cat([kept for part in parts for kept in part.kept])
+        if len(rows) > 1:
+            spreads[name] = eigen_directions(centred(rows)).keep(LARGEST_SPREAD).in_half_precision()
         images = max(images, count)
-    return prototypes, images
+    return ImageStatistics(prototypes, spreads, images)
 
 
 def _alone(value: Any) -> list[Any]:

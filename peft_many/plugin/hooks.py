@@ -217,13 +217,37 @@ def _input_width(layer: Any) -> int:
     return int(layer.in_features if hasattr(layer, "in_features") else layer.nx)  # `Conv1D` has its own name for it
 
 
+# Images of a task whose features are kept, to see how they differ among themselves; the prototype is of all.
+MOST_KEPT_IMAGES = 1024
+
+
+@dataclass
+class PooledFeatures:
+    """The pooled features of the images that reached one projector.
+
+    Args:
+        total (`torch.Tensor`): Their sum, shape `(d,)`, float64.
+        images (`int`): How many they are.
+        kept (`list[torch.Tensor]`): The first `MOST_KEPT_IMAGES` of them, in parts of shape `(n, d)`, float32.
+    """
+
+    total: Tensor
+    images: int = 0
+    kept: list[Tensor] = field(default_factory=list)
+
+    def add(self, pooled: Tensor) -> None:
+        """Add rows of shape `(n, d)`."""
+        self.total = self.total + pooled.double().sum(0)
+        self.kept.append(pooled[: max(0, MOST_KEPT_IMAGES - self.images)].float())
+        self.images += len(pooled)
+
+
 class PrototypeHooks:
-    """Averages the pooled features of each image at the input of each projector while the `with` block runs."""
+    """Pools the features of each image at the input of each projector while the `with` block runs."""
 
     def __init__(self, projectors: Mapping[str, nn.Module]) -> None:
         self.projectors = projectors
-        self._sums: dict[str, Tensor] = {}
-        self._images: Counter[str] = Counter()
+        self._found: dict[str, PooledFeatures] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> PrototypeHooks:
@@ -235,18 +259,19 @@ class PrototypeHooks:
         for handle in self._handles:
             handle.remove()
 
-    def result(self) -> dict[str, tuple[Tensor, int]]:
-        """For each projector that saw an image the sum of pooled features, shape `(d,)`, float64, and the images."""
-        return {name: (total, self._images[name]) for name, total in self._sums.items()}
+    def result(self) -> dict[str, PooledFeatures]:
+        """What each projector that saw an image got."""
+        return dict(self._found)
 
     def _hook(self, name: str) -> Any:
         def hook(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             features = features_of(args, kwargs)
-            pooled = current_layout(features).pool(features).cpu().double()
+            pooled = current_layout(features).pool(features).cpu()
             if not torch.isfinite(pooled).all():
                 raise RuntimeError(f"The vision features at '{name}' hold NaN or Inf.")
-            self._sums[name] = self._sums.get(name, 0) + pooled.sum(0)
-            self._images[name] += len(pooled)
+            if name not in self._found:
+                self._found[name] = PooledFeatures(torch.zeros(pooled.shape[-1], dtype=torch.float64))
+            self._found[name].add(pooled)
 
         return hook
 

@@ -20,8 +20,9 @@ from .atomic import replace_file
 from .tensor_file import TensorFile, TensorFileWriter, lay_out
 
 STATISTICS_NAME = "adapter_statistics.safetensors"
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # 1 knew neither scaled factors nor merges of lower rank
+FORMAT_VERSION = 3
+# 1 knew neither scaled factors nor merges of lower rank, 2 no spreads.
+READABLE_VERSIONS = (1, 2, 3)
 DEFAULT_ENERGY = 0.999
 
 
@@ -41,6 +42,9 @@ class TaskStatistics:
             By the path of the layer in the base model. Layers that share their input share one object.
         prototypes (`Mapping[str, torch.Tensor]`):
             By the path of the projector: mean over images of the mean-pooled projector input, shape `(d,)`, float32.
+        spreads (`Mapping[str, Covariance]`):
+            By the path of the projector: the covariance of these features about the prototype, `d × d`, with images
+            for tokens; not there if there was a single image, or in files of before format 3.
         fingerprints (`Mapping[str, Sequence[float]]`):
             By layer, the `weight_fingerprint` of the adapter's weights when the task was measured (or merged): a later
             training run makes the statistics stale, and this tells.
@@ -56,6 +60,7 @@ class TaskStatistics:
     images: int
     covariances: Mapping[str, Covariance]
     prototypes: Mapping[str, Tensor]
+    spreads: Mapping[str, Covariance] = field(default_factory=dict)
     fingerprints: Mapping[str, Sequence[float]] = field(default_factory=dict)
     weight: float = 1.0
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
@@ -146,20 +151,20 @@ def _compact(covariance: Covariance, energy: float) -> Covariance:
     return covariance
 
 
+def _about(covariance: Covariance) -> dict[str, Any]:
+    about: dict[str, Any] = {"tokens": covariance.tokens, "remainder": covariance.remainder}
+    return about | {"scale": covariance.scale} if isinstance(covariance, LowRankCovariance) else about
+
+
 def _header_of(task: TaskStatistics, groups: Groups) -> dict[str, Any]:
-    covariances = []
-    for covariance, modules in groups:
-        about = {"modules": modules, "tokens": covariance.tokens, "remainder": covariance.remainder}
-        if isinstance(covariance, LowRankCovariance):
-            about["scale"] = covariance.scale
-        covariances.append(about)
     return {
         "name": task.name,
         "weight": task.weight,
         "samples": task.samples,
         "images": task.images,
-        "covariances": covariances,
+        "covariances": [{"modules": modules, **_about(covariance)} for covariance, modules in groups],
         "projectors": list(task.prototypes),
+        "spreads": {name: _about(spread) for name, spread in task.spreads.items()},
         "deltas": list(task.deltas),
         "lora_B": list(task.lora_B),
         "fingerprints": {name: list(values) for name, values in task.fingerprints.items()},
@@ -168,11 +173,12 @@ def _header_of(task: TaskStatistics, groups: Groups) -> dict[str, Any]:
 
 def _tensors_of(t: int, task: TaskStatistics, groups: Groups) -> Iterator[tuple[str, Tensor]]:
     """What the file holds of a task, by key; each is read when its turn comes."""
-    for g, (covariance, _) in enumerate(groups):
+    of_images = [(f"spread.{name}", spread) for name, spread in task.spreads.items()]
+    for key, covariance in [*((f"covariance.{g}", of_layers) for g, (of_layers, _) in enumerate(groups)), *of_images]:
         if isinstance(covariance, DenseCovariance):
-            yield f"{t}.covariance.{g}.matrix", covariance.matrix
+            yield f"{t}.{key}.matrix", covariance.matrix
         elif isinstance(covariance, LowRankCovariance):
-            yield f"{t}.covariance.{g}.factor", covariance.factor
+            yield f"{t}.{key}.factor", covariance.factor
     for kind, tensors in (("prototype", task.prototypes), ("lora_A", task.deltas), ("lora_B", task.lora_B)):
         for name, tensor in tensors.items():
             yield f"{t}.{kind}.{name}", tensor
@@ -247,14 +253,12 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
     path, read = file.path, _reader(file)
     covariances: dict[str, Covariance] = {}
     for g, group in enumerate(task["covariances"]):
-        key, about = f"{t}.covariance.{g}", {"tokens": int(group["tokens"]), "remainder": float(group["remainder"])}
-        covariance: Covariance
-        if f"{key}.matrix" in file:
-            covariance = DenseCovariance(matrix=read(f"{key}.matrix", 2), **about)  # type: ignore[arg-type]
-        else:
-            about["scale"] = float(group.get("scale", 1.0))
-            covariance = LowRankCovariance(factor=read(f"{key}.factor", 2), **about)  # type: ignore[arg-type]
-        covariances |= dict.fromkeys(group["modules"], covariance)
+        covariances |= dict.fromkeys(group["modules"], _read_covariance(file, f"{t}.covariance.{g}", group))
+    spreads = {
+        name: _read_covariance(file, f"{t}.spread.{name}", about) for name, about in task.get("spreads", {}).items()
+    }
+    for name, spread in spreads.items():
+        check_covariance(spread, f"{path}: the spread of the images at '{name}'")
     prototypes = {name: read(f"{t}.prototype.{name}", 1) for name in task["projectors"]}
     for name, prototype in prototypes.items():
         if not torch.isfinite(prototype).all():
@@ -266,10 +270,18 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         images=int(task["images"]),
         covariances=covariances,
         prototypes=prototypes,
+        spreads=spreads,
         fingerprints={name: [float(value) for value in print_] for name, print_ in task["fingerprints"].items()},
         deltas={name: read(f"{t}.lora_A.{name}", 2) for name in task["deltas"]},
         lora_B={name: read(f"{t}.lora_B.{name}", 2) for name in task.get("lora_B", [])},
     )
+
+
+def _read_covariance(file: TensorFile, key: str, about: Mapping[str, Any]) -> Covariance:
+    read, tokens, remainder = _reader(file), int(about["tokens"]), float(about["remainder"])
+    if f"{key}.matrix" in file:
+        return DenseCovariance(remainder, tokens, read(f"{key}.matrix", 2))
+    return LowRankCovariance(remainder, tokens, read(f"{key}.factor", 2), float(about.get("scale", 1.0)))
 
 
 def _reader(file: TensorFile) -> Callable[[str, int], Tensor]:

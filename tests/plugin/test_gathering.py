@@ -12,7 +12,8 @@ from torch import Tensor
 
 from peft_many.algebra.covariance import Covariance, CovarianceAccumulator, LowRankCovariance
 from peft_many.algebra.sketch import CovarianceSketch
-from peft_many.plugin.gathering import gather_covariances, gather_prototypes
+from peft_many.plugin.gathering import ImageStatistics, gather_covariances, gather_prototypes
+from peft_many.plugin.hooks import MOST_KEPT_IMAGES, PooledFeatures
 from tests.algebra.problems import relative_error, seeds
 from tests.plugin.test_partial import in_processes
 
@@ -209,36 +210,58 @@ def test_a_layer_that_another_process_does_not_know(monkeypatch):
 # ---------------------------------------------------------------------------------------------------- prototypes
 
 
-def sums(**features: Tensor) -> dict[str, tuple[Tensor, int]]:
-    return {name: (rows_.double().sum(0), len(rows_)) for name, rows_ in features.items()}
+def seen(**features: Tensor) -> dict[str, PooledFeatures]:
+    found = {}
+    for name, rows_ in features.items():
+        found[name] = PooledFeatures(torch.zeros(rows_.shape[1], dtype=torch.float64))
+        for part in rows_.split(3):
+            found[name].add(part)
+    return found
 
 
 def test_alone_a_prototype_is_the_mean():
     features = rows(0, 7)
-    prototypes, images = gather_prototypes(sums(projector=features), several=False)
-    assert images == 7
-    assert prototypes["projector"].dtype == torch.float32
-    torch.testing.assert_close(prototypes["projector"], features.double().mean(0).float(), atol=0, rtol=0)
-    assert gather_prototypes({}, several=False) == ({}, 0)
+    found = gather_prototypes(seen(projector=features), several=False)
+    assert found.images == 7
+    assert found.prototypes["projector"].dtype == torch.float32
+    torch.testing.assert_close(found.prototypes["projector"], features.double().mean(0).float(), atol=0, rtol=0)
+    assert found.spreads["projector"].tokens == 7
+    assert relative_error(found.spreads["projector"].dense(), torch.cov(features.double().T)) < 1e-2
+    assert gather_prototypes({}, several=False) == ImageStatistics({}, {}, 0)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seeds, st.lists(st.integers(1, 9), min_size=2, max_size=3))
-def test_a_prototype_is_the_mean_over_the_images_of_all_processes(monkeypatch, seed, shares):
+def test_images_are_those_of_all_processes(monkeypatch, seed, shares):
     features = rows(seed, sum(shares))
-    parts = [sums(projector=part) for part in features.split(shares)]
-    for prototypes, images in in_processes(
-        monkeypatch, len(parts), lambda process: gather_prototypes(parts[process], True)
-    ):
-        assert images == sum(shares)
-        torch.testing.assert_close(prototypes["projector"], features.double().mean(0).float(), atol=1e-6, rtol=1e-6)
+    parts = [seen(projector=part) for part in features.split(shares)]
+    alone = gather_prototypes(seen(projector=features), several=False)
+    for found in in_processes(monkeypatch, len(parts), lambda process: gather_prototypes(parts[process], True)):
+        assert found.images == sum(shares)
+        torch.testing.assert_close(
+            found.prototypes["projector"], features.double().mean(0).float(), atol=1e-6, rtol=1e-6
+        )
+        assert torch.equal(found.spreads["projector"].factor, alone.spreads["projector"].factor)
 
 
 def test_a_projector_that_only_one_process_reached(monkeypatch):
     here, there = rows(0, 2), rows(1, 3, 4)
-    parts = [sums(one=here), sums(one=rows(2, 4), two=there), {}]
-    for prototypes, images in in_processes(monkeypatch, 3, lambda process: gather_prototypes(parts[process], True)):
-        assert list(prototypes) == ["one", "two"]
-        assert images == 6
-        torch.testing.assert_close(prototypes["two"], there.mean(0))
-        torch.testing.assert_close(prototypes["one"], torch.cat([here, rows(2, 4)]).mean(0))
+    parts = [seen(one=here), seen(one=rows(2, 4), two=there), {}]
+    for found in in_processes(monkeypatch, 3, lambda process: gather_prototypes(parts[process], True)):
+        assert list(found.prototypes) == ["one", "two"]
+        assert found.images == 6
+        torch.testing.assert_close(found.prototypes["two"], there.mean(0))
+        torch.testing.assert_close(found.prototypes["one"], torch.cat([here, rows(2, 4)]).mean(0))
+
+
+def test_a_single_image_has_no_spread():
+    assert gather_prototypes(seen(projector=rows(0, 1)), several=False).spreads == {}
+
+
+def test_features_are_kept_of_a_bounded_number_of_images():
+    features = rows(0, MOST_KEPT_IMAGES + 5, 2)
+    found = seen(projector=features)
+    assert sum(len(part) for part in found["projector"].kept) == MOST_KEPT_IMAGES
+    gathered_ = gather_prototypes(found, several=False)
+    assert gathered_.images == MOST_KEPT_IMAGES + 5
+    torch.testing.assert_close(gathered_.prototypes["projector"], features.mean(0))

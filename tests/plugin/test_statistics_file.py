@@ -283,7 +283,7 @@ def test_a_damaged_header(path, damage):
     header = header_of(path)
     damage(header)
     rewrite(path, header=header)
-    assert_refused(path, "not a statistics file of format 2")
+    assert_refused(path, f"not a statistics file of format {FORMAT_VERSION}")
 
 
 def asymmetric(matrix: Tensor) -> Tensor:
@@ -364,7 +364,7 @@ def test_a_file_of_format_1_is_saved_in_todays(tmp_path):
     as_format_1(path)
     loaded = AdapterStatistics.load(path)
     loaded.save(tmp_path)
-    assert header_of(path)["version"] == FORMAT_VERSION == 2
+    assert header_of(path)["version"] == FORMAT_VERSION == 3
     assert_same(AdapterStatistics.load(path), loaded)
 
 

@@ -1,0 +1,79 @@
+"""How images of one task differ among themselves: the metric in which an image is nearer to one task than another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .covariance import Covariance, LowRankCovariance, Spectrum, eigen_directions, mean_covariance
+
+
+@dataclass(frozen=True)
+class FeatureMetric:
+    """Squared Mahalanobis distances of a covariance `Σ`, given by its leading eigen-directions.
+
+    Args:
+        directions (`torch.Tensor`): Shape `(k, d)`, orthonormal rows.
+        variances (`torch.Tensor`): Shape `(k + 1,)`, positive: along the directions, and along every other one.
+    """
+
+    directions: Tensor
+    variances: Tensor
+
+    def squared_distances(self, features: Tensor, prototypes: Tensor) -> Tensor:
+        """`(x − μ)ᵀ Σ⁻¹ (x − μ)` for each row `x` of `features`, `(m, d)`, and `μ` of `prototypes`, `(n, d)`.
+
+        What lies along the directions and the remainder are summed up apart, so that nothing cancels.
+
+        Returns:
+            `torch.Tensor`: Shape `(m, n)`, in the dtype of the features.
+        """
+        V, variances = self.directions.to(features), self.variances.to(features)
+        found = []
+        for prototype in prototypes.to(features):
+            difference = features - prototype
+            along = difference @ V.T
+            rest = difference - along @ V
+            found.append((along.square() / variances[:-1]).sum(-1) + rest.square().sum(-1) / variances[-1])
+        return torch.stack(found, dim=-1)
+
+
+def centred(rows: Tensor) -> LowRankCovariance:
+    """The covariance of some rows about their own mean, shape `(n, d)` with `n ≥ 2`; exact, float64."""
+    rows = rows.double()
+    factor = (rows - rows.mean(0)) / (len(rows) - 1) ** 0.5
+    return LowRankCovariance(remainder=0.0, tokens=len(rows), factor=factor)
+
+
+def shared_metric(spreads: Sequence[Covariance], rank: int = 256) -> FeatureMetric:
+    """The metric of the tasks' common covariance about their own means, shrunk for the number of images it is from.
+
+    Shrinkage towards a multiple of the identity is the oracle approximating one (OAS; Chen, Wiesel, Eldar, Hero 2010,
+    arXiv 0907.4698, equation 23), which knows only the covariance and the number of samples. In float64.
+
+    Args:
+        spreads (`Sequence[Covariance]`): Of each task, about its own mean; `tokens` counts images.
+        rank (`int`): The most directions that are kept; the others share their mean variance.
+    """
+    spectrum = _cut(eigen_directions(mean_covariance(spreads)), rank)
+    values, width, images = spectrum.values, spectrum.directions.shape[1], sum(spread.tokens for spread in spreads)
+    others = width - len(values)
+    level = spectrum.rest / others if others else 0.0
+    trace = values.sum().item() + spectrum.rest
+    squared = values.square().sum().item() + others * level**2
+    mean = trace / width
+    if mean == 0.0:  # every image of a task has the same features
+        return FeatureMetric(spectrum.directions[:0], torch.ones(1, dtype=torch.float64))
+    gap = squared - trace * mean
+    share = ((1 - 2 / width) * squared + trace**2) / ((images + 1 - 2 / width) * gap) if gap > 0 else 1.0
+    share = min(1.0, share)
+    variances = torch.cat([values, values.new_tensor([level])])
+    return FeatureMetric(spectrum.directions, (1 - share) * variances + share * mean)
+
+
+def _cut(spectrum: Spectrum, rank: int) -> Spectrum:
+    rest = spectrum.rest + spectrum.values[rank:].sum().item()
+    return Spectrum(spectrum.values[:rank], spectrum.directions[:rank], rest, spectrum.tokens)

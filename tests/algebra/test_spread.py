@@ -1,0 +1,75 @@
+"""The metric of images: against dense inverses, and what it is for."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_many.algebra.routing import routing_weights
+from peft_many.algebra.spread import centred, shared_metric
+from tests.algebra.problems import relative_error, seeds
+
+WIDTH = 12
+
+
+def tasks_of(seed, tasks=3, images=40):
+    """Images that differ a lot along one direction, whatever the task, and little along those that tell them apart."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    common, loud = normal(WIDTH), 10 * normal(WIDTH)
+    means = common + 0.3 * normal(tasks, WIDTH)
+    return means, [mean + normal(images, 1) * loud + 0.05 * normal(images, WIDTH) for mean in means]
+
+
+def shrunk(rows):
+    """OAS from its definition: the dense pooled covariance, and equation 23 of the paper."""
+    images = sum(len(part) for part in rows)
+    S = sum(len(part) / images * torch.cov(part.double().T) for part in rows)
+    square, trace = (S @ S).trace(), S.trace()
+    share = ((1 - 2 / WIDTH) * square + trace**2) / ((images + 1 - 2 / WIDTH) * (square - trace**2 / WIDTH))
+    share = share.clamp(max=1.0)
+    return (1 - share) * S + share * trace / WIDTH * torch.eye(WIDTH, dtype=torch.float64)
+
+
+@given(seeds, st.integers(3, 40))
+def test_distances_are_those_of_the_shrunken_covariance(seed, images):
+    means, rows = tasks_of(seed, images=images)
+    metric = shared_metric([centred(part) for part in rows])
+    inverse = torch.linalg.inv(shrunk(rows))
+    difference = rows[0].double()[:, None] - means.double()
+    expected = torch.einsum("mnd,de,mne->mn", difference, inverse, difference)
+    found = metric.squared_distances(rows[0].double(), means.double())
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(metric.squared_distances(rows[0], means).double(), expected) < 1e-3
+
+
+@given(seeds, st.integers(0, WIDTH))
+def test_directions_that_are_not_kept_share_their_mean_variance(seed, rank):
+    _, rows = tasks_of(seed)
+    spreads = [centred(part) for part in rows]
+    whole, cut = shared_metric(spreads), shared_metric(spreads, rank)
+    assert len(cut.directions) == min(rank, len(whole.directions))
+    trace = cut.variances[:-1].sum() + (WIDTH - len(cut.directions)) * cut.variances[-1]
+    assert trace.item() == pytest.approx(torch.stack([torch.cov(part.double().T) for part in rows]).mean(0).trace())
+
+
+def test_it_tells_tasks_apart_that_cosines_confuse():
+    _, rows = tasks_of(0)
+    fresh = tasks_of(0, images=80)[1]
+    prototypes = torch.stack([part.mean(0) for part in rows])
+    metric = shared_metric([centred(part) for part in rows])
+    right = {"cosine": 0.0, "metric": 0.0}
+    for t, part in enumerate(fresh):
+        right["cosine"] += (routing_weights(part, prototypes, 0.02).argmax(1) == t).float().mean().item() / 3
+        right["metric"] += (metric.squared_distances(part, prototypes).argmin(1) == t).float().mean().item() / 3
+    assert right["metric"] > 0.95
+    assert right["cosine"] < 0.7
+
+
+def test_images_that_are_all_alike_have_a_metric_too():
+    rows = torch.ones(5, WIDTH)
+    found = shared_metric([centred(rows)]).squared_distances(2 * torch.ones(1, WIDTH), rows[:1])
+    assert found.item() == pytest.approx(WIDTH)
