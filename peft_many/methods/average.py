@@ -20,7 +20,7 @@ class Average(MergeMethod):
     """
 
     name = "average"
-    source = "Model soups, arXiv 2203.05482, section 2 (uniform soup)"
+    source = "Model soups, arXiv 2203.05482 (uniform soup)"
 
     def merge(self, tasks: Sequence[LayerTask], layer: str = "") -> LowRankDelta:
         """`B = [B_1 … B_T]`, `A = [w_1 A_1; …; w_T A_T] / Σ_t w_t`."""

@@ -28,13 +28,13 @@ class CoreSpace(MergeMethod):
     paper's code depends on rounding).
 
     Args:
-        scaling (`float`, defaults to `1.0`): `λ`; Core Space's paper searches it, TSV's finds that 1 does well.
+        scaling (`float`, defaults to `1.0`): `λ`, a factor on the result; Core Space's code searches it.
     """
 
     scaling: float = 1.0
 
     name = "core_space"
-    source = "Core Space, arXiv 2509.17786, section 4; TSV-Merge, arXiv 2412.00081, section 5"
+    source = "Core Space, arXiv 2509.17786, with TSV-Merge, arXiv 2412.00081"
 
     def __post_init__(self) -> None:
         check_finite("scaling", self.scaling)

@@ -56,7 +56,7 @@ class DareLinear(_Dare):
     """
 
     name = "dare_linear"
-    source = "DARE, arXiv 2311.03099, section 3 (with task arithmetic)"
+    source = "DARE, arXiv 2311.03099 (with task arithmetic)"
 
     def _combined(self, deltas: list[Tensor], weights: Tensor) -> Tensor:
         return dare_linear(deltas, weights, self.density)
@@ -76,7 +76,7 @@ class DareTies(_Dare):
     majority_sign_method: str = "total"
 
     name = "dare_ties"
-    source = "DARE, arXiv 2311.03099, section 3 (with TIES)"
+    source = "DARE, arXiv 2311.03099 (with TIES)"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,7 +34,7 @@ class Knots(MergeMethod):
     majority_sign_method: str = "total"
 
     name = "knots"
-    source = "KnOTS-TIES, arXiv 2410.19735, section 4"
+    source = "KnOTS-TIES, arXiv 2410.19735"
 
     def __post_init__(self) -> None:
         check_share("density", self.density)

@@ -27,13 +27,13 @@ class RegMean(MergeMethod):
 
     Args:
         alpha (`float`, defaults to `0.9`):
-            The factor on off-diagonal entries, in (0, 1]: the paper's, which takes 0.1 for DeBERTa-large and T5.
+            The factor on off-diagonal entries, in (0, 1]; the authors' configurations take 0.9 or 0.1, by model.
     """
 
     alpha: float = 0.9
 
     name = "regmean"
-    source = "RegMean, arXiv 2212.09849, section 3.3 (equation 2 and the reduced off-diagonals)"
+    source = "RegMean, arXiv 2212.09849 (closed form, with reduced non-diagonal items)"
     needs_covariances = True
 
     def __post_init__(self) -> None:

@@ -25,8 +25,8 @@ class RobustMerge(MergeMethod):
     row that pruning emptied. `A_t` meets the `B` of other tasks, so this depends on the factors and not only on
     their product: it supposes adapters that were initialised alike. float64.
 
-    It follows the paper's equations. Its code also lifts the smaller 80 % of each `S_t` to their upper bound, and
-    applies `λ` to both factors.
+    These are the paper's equations. The authors' code also lifts the smaller 80 % of each `S_t` to their upper bound,
+    and applies `λ` to both factors.
 
     Args:
         density (`float`, defaults to `0.2`): The share of entries of each factor to keep, as in the paper's code.
@@ -37,7 +37,7 @@ class RobustMerge(MergeMethod):
     scaling: float = 2.0
 
     name = "robust_merge"
-    source = "RobustMerge, arXiv 2502.17159, section 4"
+    source = "RobustMerge, arXiv 2502.17159"
 
     def __post_init__(self) -> None:
         check_share("density", self.density)

@@ -22,7 +22,7 @@ class TaskArithmetic(MergeMethod):
     scaling: float = 0.4
 
     name = "task_arithmetic"
-    source = "Task arithmetic, arXiv 2212.04089, section 2 (addition)"
+    source = "Task arithmetic, arXiv 2212.04089 (learning via addition)"
 
     def __post_init__(self) -> None:
         check_finite("scaling", self.scaling)

@@ -36,7 +36,7 @@ class Ties(MergeMethod):
     majority_sign_method: str = "total"
 
     name = "ties"
-    source = "TIES-Merging, arXiv 2306.01708, section 3 (algorithm 1)"
+    source = "TIES-Merging, arXiv 2306.01708 (algorithm 1)"
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
