@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .algebra.lpm import LeastSquaresMerge, MergedDelta, SingularMergeError
-from .plan import AdapterPath, MergePlan, TaskNames, plan_merge
+from .by_method import merge_by_method
+from .methods import LPM, MergeMethod
+from .plan import ROUTED, AdapterPath, MergePlan, TaskNames, plan_merge
 from .plugin.atomic import writable_place
 from .plugin.fit import check_fits_model, untouched_on_failure
 from .plugin.partial import shared_folder
@@ -35,6 +37,8 @@ def merge_adapter_sequence(
     adapter_name: str = "default",
     weights: Sequence[float] | None = None,
     task_names: Sequence[TaskNames] | None = None,
+    method: str | MergeMethod = LPM,
+    projectors: str = ROUTED,
     ridge: float | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -49,25 +53,33 @@ def merge_adapter_sequence(
     """Merge task adapters into one, on a base model (MAny, arXiv 2604.14016; equations in docs/method.md).
 
     Language-model deltas are merged by least squares on the layers' input covariances (LPM), projectors are routed per
-    image by visual prototypes (CPM). No training; the order of the adapters does not matter.
+    image by visual prototypes (CPM). No training; the order of the adapters does not matter. Other methods, for
+    comparison and for adapters without statistics, are a keyword away (docs/how-to.md).
 
     Args:
         model (`torch.nn.Module`):
             The base model, which is wrapped in place as by [`~peft.get_peft_model`]. If merging fails it is untouched.
         adapters (`Sequence[str]`):
             Local folders and Hub ids (`"me/adapter"`, `"me/adapter@revision"`), merges among them; MANY or LORA
-            adapters that `collect_statistics` was run on.
+            adapters that `collect_statistics` was run on, if the method needs that.
         adapter_name (`str`, defaults to `"default"`):
             What the merge is called inside the returned model.
         weights (`Sequence[float]`, *optional*):
-            One weight `w_t ≥ 0` for each adapter, all 1 by default; it multiplies those of a merge's tasks.
+            One weight `w_t ≥ 0` for each adapter, all 1 by default; it multiplies those of a merge's tasks. To LPM,
+            RegMean and averages only their ratios matter; by other methods they multiply the tasks' deltas.
         task_names (`Sequence[str]`, *optional*):
             Names of the tasks, where the adapters do not say or clash; `None` entries keep the adapter's own, and a
             merge takes a list, in the order of its config's `tasks`.
+        method (`str` or [`MergeMethod`], defaults to `"lpm"`):
+            How to merge the deltas: `"lpm"`, a name in `peft_many.methods.METHODS`, or an instance with options, such
+            as `Ties(density=0.3)`. A merge that is merged further does not hand its method down.
+        projectors (`str`, defaults to `"routed"`):
+            `"routed"` is CPM; `"mean"` averages the weights of the projectors, over the tasks that trained one, to a
+            plain projector: what merging methods without routing do. It needs no prototypes.
         ridge (`float`, *optional*):
-            `λ`, the share of the mean input energy added in every direction; it pulls unseen directions to the tasks'
-            mean delta. 1e-8 to 1e-3 work alike on the demo, 1e-2 costs accuracy (docs/how-to.md). Defaults to that of
-            the merges among the adapters, if they agree, and to 1e-4.
+            Of LPM: `λ`, the share of the mean input energy added in every direction; it pulls unseen directions to the
+            tasks' mean delta. 1e-8 to 1e-3 work alike on the demo, 1e-2 costs accuracy (docs/how-to.md). Defaults to
+            that of the merges among the adapters, if they agree, and to 1e-4.
         temperature (`float`, *optional*):
             `τ` of the projector routing; 0.005 to 0.02 work alike on the demo, 0.1 costs accuracy (docs/how-to.md).
             Defaults to that of the merges among the adapters, if they agree, and to 0.02.
@@ -76,7 +88,8 @@ def merge_adapter_sequence(
             the merges among the adapters, if they agree, and to all whose weight is above 1e-6.
         rank (`int`, *optional*):
             The largest rank of a merged layer; `Σ r_t`, the sum of the tasks' ranks, is the exact optimum and the
-            default. With less, each layer gets the best delta of that rank under the same objective.
+            default. With less, each layer gets the best delta of that rank under the same objective; by other methods
+            the nearest to what the method gives, in the Frobenius norm.
         device (`str` or `torch.device`, defaults to `"cpu"`):
             Where to compute; it must know float64.
         low_cpu_mem_usage (`bool`, defaults to `False`):
@@ -94,7 +107,7 @@ def merge_adapter_sequence(
         [`~peft.PeftModel`]: The base model with the merge as its one, active adapter, ready for inference.
 
     Raises:
-        UnmergeableAdapterError: An adapter cannot be merged, or does not fit the others or the model.
+        UnmergeableAdapterError: An adapter cannot be merged, or does not fit the others, the method or the model.
         AdapterNotFoundError: An adapter is neither a folder nor reachable on the Hub.
         StatisticsError: An adapter's statistics are damaged.
     """
@@ -105,6 +118,8 @@ def merge_adapter_sequence(
         adapters,
         weights=weights,
         task_names=task_names,
+        method=method,
+        projectors=projectors,
         ridge=ridge,
         temperature=temperature,
         top_k=top_k,
@@ -134,6 +149,8 @@ def merge_adapter_files(
     *,
     weights: Sequence[float] | None = None,
     task_names: Sequence[TaskNames] | None = None,
+    method: str | MergeMethod = LPM,
+    projectors: str = ROUTED,
     ridge: float | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -177,6 +194,8 @@ def merge_adapter_files(
             adapters,
             weights=weights,
             task_names=task_names,
+            method=method,
+            projectors=projectors,
             ridge=ridge,
             temperature=temperature,
             top_k=top_k,
@@ -236,16 +255,12 @@ class _MergedGroup:
 
 
 def _merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> _MergedGroup:
-    """LPM of layers that share their input; what was read for it is given back."""
-    problem = LeastSquaresMerge(plan.options["ridge"], device)
-    for task in plan.tasks:
-        covariance = task.statistics.covariances.get(group[0])
-        if covariance is not None:
-            check_covariance(covariance, f"{task.source}: the covariance of '{group[0]}'")
-            deltas = {module: task.deltas[module].read() for module in group if module in task.deltas}
-            problem.add(covariance, deltas, task.weight)
+    """Merge layers that share their input; what was read for it is given back."""
     try:
-        merged = problem.solve(plan.options["rank"], plan.options["dtype"])
+        if plan.method is None:
+            merged = _merge_by_lpm(plan, group, device)
+        else:
+            merged = merge_by_method(plan, plan.method, group, device)
     except (SingularMergeError, OverflowError) as error:
         raise UnmergeableAdapterError(f"'{group[0]}' cannot be merged: {error}.") from None
     tensors = {}
@@ -260,6 +275,17 @@ def _merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.devi
     for file in plan.files:
         file.release()
     return _MergedGroup(tensors, record)
+
+
+def _merge_by_lpm(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:
+    problem = LeastSquaresMerge(plan.options["ridge"], device)
+    for task in plan.tasks:
+        covariance = task.statistics.covariances.get(group[0])
+        if covariance is not None:
+            check_covariance(covariance, f"{task.source}: the covariance of '{group[0]}'")
+            deltas = {module: task.deltas[module].read() for module in group if module in task.deltas}
+            problem.add(covariance, deltas, task.weight)
+    return problem.solve(plan.options["rank"], plan.options["dtype"])
 
 
 def _fingerprints(plan: MergePlan, module: str, merged: MergedDelta) -> dict[str, list[float]]:

@@ -16,15 +16,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .algebra.scatter import cost
+from .mean_projectors import average_projectors, check_same_shapes
+from .methods import LPM, MergeMethod, as_method
 from .plugin.adapter import Adapter, TaskAdapter, read_adapter
 from .plugin.config import DEFAULT_TEMPERATURE, MAnyConfig
 from .plugin.hub import find_adapter
 from .plugin.statistics import AdapterStatistics
 from .plugin.stored_delta import KEY_PREFIX, UnmergeableAdapterError
 from .plugin.tensor_file import TensorFile
+from .requirements import check_measured
 from .version import __version__
 
 DEFAULT_RIDGE = 1e-4
+ROUTED, MEAN = "routed", "mean"
 AdapterPath = str | os.PathLike[str]
 TaskNames = str | Sequence[str] | None
 
@@ -38,7 +42,9 @@ class MergePlan:
         tasks (`Sequence[TaskAdapter]`): Of all adapters, sorted by name.
         groups (`Sequence[Sequence[str]]`): The layers that share their input in every task; one problem to solve each.
         routing (`dict[str, dict]`): For the config: by projector, the routed tasks and the width of the prototypes.
-        projector_tensors (`dict[str, torch.Tensor]`): Experts and prototypes; on disk until they are used.
+        averaged (`dict[str, list[str]]`): For the config: by averaged projector, the tasks that have a say in it.
+        projector_tensors (`dict[str, torch.Tensor]`): Experts and prototypes, on disk until they are used; or means.
+        method ([`MergeMethod`], *optional*): How deltas are merged; `None` is LPM.
         options (`dict[str, Any]`): `ridge`, `temperature`, `top_k`, `rank` and `dtype`.
     """
 
@@ -46,7 +52,9 @@ class MergePlan:
     tasks: Sequence[TaskAdapter]
     groups: Sequence[Sequence[str]]
     routing: dict[str, dict[str, Any]]
+    averaged: dict[str, list[str]]
     projector_tensors: dict[str, Tensor]
+    method: MergeMethod | None
     options: dict[str, Any]
 
     @property
@@ -55,16 +63,19 @@ class MergePlan:
         return [file for adapter in self.adapters for file in adapter.files]
 
     def rank_of(self, module: str) -> int:
-        """The rank of a layer's merged delta: `Σ r_t`, or what `rank` allows."""
-        stacked = sum(task.deltas[module].rank for task in self.tasks if module in task.deltas)
-        return stacked if self.options["rank"] is None else min(stacked, self.options["rank"])
+        """The rank of a layer's merged delta: `Σ r_t` or what the method makes of it, and what `rank` allows."""
+        ranks = [task.deltas[module].rank for task in self.tasks if module in task.deltas]
+        whole = sum(ranks) if self.method is None else self.method.rank_of(ranks)
+        return whole if self.options["rank"] is None else min(whole, self.options["rank"])
 
     def shape_of(self, module: str) -> tuple[int, int]:
         """`(out, in)` of a layer."""
         return next(task.deltas[module].shape for task in self.tasks if module in task.deltas)
 
     def cost_of(self, group: Sequence[str]) -> float:
-        """Multiplications that merging a group takes, for sharing groups out."""
+        """Multiplications that merging a group takes, for sharing groups out; by other methods, in proportion."""
+        if self.method is not None:
+            return float(sum(math.prod(self.shape_of(module)) for module in group))
         covariances = [task.statistics.covariances.get(group[0]) for task in self.tasks]
         rank = sum(covariance.rank for covariance in covariances if covariance is not None)
         rows = sum(task.deltas[module].rank for task in self.tasks for module in group if module in task.deltas)
@@ -85,14 +96,19 @@ class MergePlan:
         """A name for this very merge: the same inputs, options and version of the code give the same."""
         files = [(str(file.path), *_identity(file.path)) for file in self.files]
         tasks = [(task.name, task.weight, task.provenance["sha256"]) for task in self.tasks]
-        text = json.dumps([__version__, torch.__version__, files, tasks, self.options], default=str)
+        how = [self._described_method(), self.averaged, self.options]
+        text = json.dumps([__version__, torch.__version__, files, tasks, how], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def _described_method(self) -> dict[str, Any] | None:
+        return None if self.method is None else self.method.describe()
 
     def config(self, statistics: AdapterStatistics | None) -> MAnyConfig:
         """The config of the merge."""
         configs = [adapter.config for adapter in self.adapters]
         ranks = {module: self.rank_of(module) for group in self.groups for module in group}
         rank = max(ranks.values(), key=list(ranks.values()).count)
+        projectors = sorted({*self.routing, *self.averaged})
         exceptions = {name.replace(".", r"\."): r for name, r in ranks.items() if r != rank}
         merged = MAnyConfig(
             r=rank,
@@ -100,8 +116,8 @@ class MergePlan:
             rank_pattern=exceptions,
             alpha_pattern=dict(exceptions),
             target_modules=_common(configs, "target_modules") if _same_layers(self.adapters) else sorted(ranks),
-            modules_to_save=sorted(self.routing) or None,
-            projector_modules=sorted(self.routing),
+            modules_to_save=projectors or None,
+            projector_modules=list(projectors),
             fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
             task_type=_common(configs, "task_type"),
             auto_mapping=_common(configs, "auto_mapping"),
@@ -114,6 +130,8 @@ class MergePlan:
             top_k=self.options["top_k"],
             tasks=[{"name": task.name, "weight": task.weight, **task.provenance} for task in self.tasks],
             routing=self.routing or None,
+            averaged_projectors=self.averaged or None,
+            method=self._described_method(),
             statistics=statistics,
         )
         if isinstance(merged.target_modules, set):
@@ -127,6 +145,8 @@ def plan_merge(
     *,
     weights: Sequence[float] | None = None,
     task_names: Sequence[TaskNames] | None = None,
+    method: str | MergeMethod = LPM,
+    projectors: str = ROUTED,
     ridge: float | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -145,6 +165,13 @@ def plan_merge(
     for name, given in (("weights", weights), ("task_names", task_names)):
         if given is not None and len(given) != len(entries):
             raise ValueError(f"`{name}` has {len(given)} entries for {len(entries)} adapters.")
+    chosen = as_method(method)
+    if projectors not in (ROUTED, MEAN):
+        raise ValueError(f"`projectors` must be '{ROUTED}' or '{MEAN}', but it is {projectors!r}.")
+    if chosen is not None and ridge is not None:
+        raise ValueError(f"`ridge` is an option of LPM; the method '{chosen.name}' has none.")
+    if projectors == MEAN and (temperature is not None or top_k is not None):
+        raise ValueError(f"`temperature` and `top_k` are options of routed projectors, not of `projectors='{MEAN}'`.")
     if temperature is not None and not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` must be positive and finite, but it is {temperature}.")
     if ridge is not None and not 0 <= ridge < math.inf:
@@ -170,19 +197,27 @@ def plan_merge(
     ]
     tasks.sort(key=lambda task: task.name)  # so that any order of the list gives the same merge to the bit
     _check_tasks(tasks)
+    check_measured(adapters, tasks, chosen, routed=projectors == ROUTED)
     _check_same_base(adapters)
     merges = [
         adapter.config for adapter in adapters if isinstance(adapter.config, MAnyConfig) and adapter.config.tasks
     ]
     options = {
-        "ridge": _first_known(ridge, _agreed(merges, "ridge"), DEFAULT_RIDGE),
+        "ridge": _first_known(ridge, _agreed(merges, "ridge"), DEFAULT_RIDGE) if chosen is None else None,
         "temperature": _first_known(temperature, _agreed(merges, "temperature"), DEFAULT_TEMPERATURE),
         "top_k": _first_known(top_k, _agreed(merges, "top_k")),
         "rank": rank,
         "dtype": dtype,
     }
     groups = _shared_inputs(tasks)
-    return MergePlan(adapters, tasks, groups, *_projectors_of(tasks), options)
+    routing: dict[str, dict[str, Any]] = {}
+    averaged: dict[str, list[str]] = {}
+    if projectors == ROUTED:
+        routing, tensors = _projectors_of(tasks)
+    else:
+        averaged, tensors = average_projectors(tasks)
+    _check_whole_projectors(tasks, [*routing, *averaged])
+    return MergePlan(adapters, tasks, groups, routing, averaged, tensors, chosen, options)
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -235,11 +270,25 @@ def _shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:
                     f"'{module}' is {first_shape[0]} x {first_shape[1]} in {first.source}, but "
                     f"{shape[0]} x {shape[1]} in {task.source}: they were trained on different base models."
                 )
-    groups: dict[tuple[int, ...], list[str]] = {}
+    groups: dict[tuple[int, ...] | str, list[str]] = {}
     for module in sorted(shapes):
-        inputs = tuple(id(task.statistics.covariances.get(module)) for task in tasks)
+        covariances = [task.statistics.covariances.get(module) for task in tasks]
+        known = any(covariance is not None for covariance in covariances)
+        inputs = tuple(map(id, covariances)) if known else module  # a layer that nobody measured is by itself
         groups.setdefault(inputs, []).append(module)
     return list(groups.values())
+
+
+def _check_whole_projectors(tasks: Sequence[TaskAdapter], projectors: Sequence[str]) -> None:
+    """A projector that one task trained whole must not be one of which another trained a part."""
+    for projector in projectors:
+        for task in tasks:
+            inner = next((n for n in (*task.deltas, *task.projectors) if n.startswith(f"{projector}.")), None)
+            if inner is not None:
+                raise UnmergeableAdapterError(
+                    f"{task.source} trained '{inner}', a part of the projector '{projector}' that other adapters "
+                    "trained whole; these cannot be merged."
+                )
 
 
 def _projectors_of(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
@@ -250,13 +299,6 @@ def _projectors_of(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, dict[str, An
         routed = [task for task in tasks if projector in task.statistics.prototypes and task.weight > 0]
         if not routed:
             continue
-        for task in tasks:
-            inner = next((n for n in (*task.deltas, *task.projectors) if n.startswith(f"{projector}.")), None)
-            if inner is not None:
-                raise UnmergeableAdapterError(
-                    f"{task.source} trained '{inner}', a part of the projector '{projector}' that other adapters "
-                    "trained whole; these cannot be merged."
-                )
         prototypes = [task.statistics.prototypes[projector].float() for task in routed]
         for task, prototype in zip(routed, prototypes):
             if prototype.shape != prototypes[0].shape:
@@ -269,24 +311,11 @@ def _projectors_of(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, dict[str, An
             "tasks": [{"name": task.name, "trained": projector in task.projectors} for task in routed],
         }
         tensors[f"{projector}.prototypes"] = torch.stack(prototypes)
-        _check_same_shapes(projector, [task for task in routed if projector in task.projectors])
+        check_same_shapes(projector, [task for task in routed if projector in task.projectors])
         for t, task in enumerate(routed):
             for key, tensor in task.projectors.get(projector, {}).items():
                 tensors[f"{projector}.experts.task_{t}.{key}"] = tensor
     return routing, tensors
-
-
-def _check_same_shapes(projector: str, tasks: Sequence[TaskAdapter]) -> None:
-    """All tasks that trained a projector must hold the same tensors of it."""
-    for task in tasks[1:]:
-        one, two = tasks[0].projectors[projector], task.projectors[projector]
-        for key in sorted({*one, *two}):
-            shapes = [tuple(tensors[key].shape) if key in tensors else "missing" for tensors in (one, two)]
-            if shapes[0] != shapes[1]:
-                raise UnmergeableAdapterError(
-                    f"Tensor '{projector}.{key}' is {shapes[0]} in {tasks[0].source}, but {shapes[1]} in "
-                    f"{task.source}: they were trained on different base models."
-                )
 
 
 def _agreed(merges: Sequence[MAnyConfig], option: str) -> Any:

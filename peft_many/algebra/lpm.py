@@ -140,15 +140,20 @@ class LeastSquaresMerge:
             if rank is not None and rank < B.shape[1]:
                 tasks_of = [(blocks[i][1], blocks[i][2].A.to(self.device)) for i in own]
                 moments = torch.cat([parts[t][0] * parts[t][1].product(task_A) for t, task_A in tasks_of])
-                merged[name] = _rounded(name, *compress(A, B, moments, rank), dtype, stacked=False)
+                merged[name] = rounded_delta(name, *compress(A, B, moments, rank), dtype, stacked=False)
             elif rounding_loss(A, B, dtype) > LARGEST_ROUNDING_LOSS[dtype]:  # the blocks are large and cancel
-                merged[name] = _rounded(name, *orthonormal(A, B), dtype, stacked=False)
+                merged[name] = rounded_delta(name, *orthonormal(A, B), dtype, stacked=False)
             else:
-                merged[name] = _rounded(name, A, B, dtype, stacked=True)
+                merged[name] = rounded_delta(name, A, B, dtype, stacked=True)
         return merged
 
 
-def _rounded(name: str, A: Tensor, B: Tensor, dtype: torch.dtype, stacked: bool) -> MergedDelta:
+def rounded_delta(name: str, A: Tensor, B: Tensor, dtype: torch.dtype, stacked: bool) -> MergedDelta:
+    """A layer's merged delta as it is stored, on the CPU; `stacked` is kept only if `B` is not rounded by it.
+
+    Raises:
+        OverflowError: An entry is beyond the range of the dtype.
+    """
     exact = torch.equal(B.to(dtype).to(B.dtype), B)
     rounded = MergedDelta(A=A.to(dtype).cpu(), B=B.to(dtype).cpu(), stacked=stacked and exact)
     if not (rounded.A.isfinite().all() and rounded.B.isfinite().all()):

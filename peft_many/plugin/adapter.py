@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .config import MAnyConfig
+from .families import PROJECTOR_NAME
 from .hub import AdapterSource
 from .statistics import (
     STATISTICS_NAME,
@@ -70,14 +71,17 @@ class Adapter:
 
 
 def read_adapter(source: AdapterSource, task_names: str | Sequence[str] | None = None) -> Adapter:
-    """Read an adapter with its statistics. Only safetensors and JSON are read, nothing is executed.
+    """Read an adapter with its statistics, if it has any. Only safetensors and JSON are read, nothing is executed.
 
     Args:
         source ([`AdapterSource`]): Where it is.
         task_names (`str` or `Sequence[str]`, *optional*): Overrides the task's name; a list, for each task of a merge.
 
+    An adapter without a statistics file is read as one task of which nothing is known; whether the merge can do
+    without is for the caller to say.
+
     Raises:
-        UnmergeableAdapterError: It cannot be merged, be it damaged, not linear, or without statistics.
+        UnmergeableAdapterError: It cannot be merged, be it damaged or not linear.
     """
     try:
         return _read(source, task_names)
@@ -92,14 +96,7 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None) -> Adap
     config = _read_config(source)
     weights = _open_weights(source)
     _check_additive(source, config, weights)
-    path = source.folder / STATISTICS_NAME
-    if not path.is_file():
-        raise UnmergeableAdapterError(
-            f"{source.name} has no statistics: load it, run `collect_statistics(model, dataloader)` on its task's "
-            "data, and save it again."
-        )
-    measured = open_statistics(path)
-    statistics = AdapterStatistics.of(measured)
+    measured, statistics = _read_statistics(source, config)
     pairs, rest = _split_pairs(source, config, weights)
     if isinstance(config, MAnyConfig) and config.is_merge:
         tasks = _tasks_of_merge(source, config, statistics, pairs, rest)
@@ -114,9 +111,24 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None) -> Adap
         if not isinstance(task.name, str) or not isinstance(task.provenance["sha256"], str):
             raise UnmergeableAdapterError(f"{source.name} is malformed: its tasks lack a name or a hash.")
         _check_statistics_fit(task)
-    for file in (weights, measured):
+    files = (weights, *measured)
+    for file in files:
         file.release()
-    return Adapter(config, tasks, (weights, measured))
+    return Adapter(config, tasks, files)
+
+
+def _read_statistics(source: AdapterSource, config: LoraConfig) -> tuple[list[TensorFile], AdapterStatistics]:
+    """The statistics and the file that they are mapped from, if there is one."""
+    path = source.folder / STATISTICS_NAME
+    if path.is_file():
+        file = open_statistics(path)
+        return [file], AdapterStatistics.of(file)
+    if isinstance(config, MAnyConfig) and config.is_merge:
+        raise UnmergeableAdapterError(
+            f"{source.name} is a merge and has no statistics: its {STATISTICS_NAME}, which holds its tasks' deltas, "
+            "is missing. Merge the tasks' own adapters, or get the file from where the merge comes from."
+        )
+    return [], AdapterStatistics((TaskStatistics(name=None, samples=0, images=0, covariances={}, prototypes={}),))
 
 
 def _read_config(source: AdapterSource) -> LoraConfig:
@@ -254,6 +266,8 @@ def _single_task(
     projectors: dict[str, dict[str, Tensor]] = {}
     # A plain LoRA adapter does not say which of its modules is a projector; measuring it found out.
     known = getattr(config, "projector_modules", None) or list(measured.prototypes)
+    if not known and not measured.is_measured:
+        known = _named_like_projectors(rest)
     for key, tensor in rest.items():
         projector = next((name for name in known if key.startswith(f"{name}.")), None)
         if projector is None:
@@ -277,6 +291,17 @@ def _single_task(
         projectors=projectors,
         source=source.name,
     )
+
+
+def _named_like_projectors(rest: Iterable[str]) -> list[str]:
+    """The modules of these tensors that transformers' families call so that they are projectors."""
+    parents = {key.rsplit(".", levels)[0]: None for key in rest for levels in range(key.count("."), 0, -1)}
+    found: list[str] = []
+    for path in parents:
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if PROJECTOR_NAME.fullmatch(path.rpartition(".")[2]) and not inside:
+            found.append(path)
+    return found
 
 
 def _is_saved_whole(module: str, config: LoraConfig) -> bool:
@@ -324,6 +349,13 @@ def _tasks_of_merge(
             prefix = f"{projector}.experts.task_{order.index(about['name'])}." if about["name"] in order else None
             expert = {k.removeprefix(prefix): v for k, v in rest.items() if prefix and k.startswith(prefix)}
             projectors |= {projector: expert} if expert else {}
+        for projector, averaged in (config.averaged_projectors or {}).items():
+            if about["name"] in averaged:  # the mean of these tasks' projectors stands for each of them
+                prefix = f"{projector}."
+                mean = {k.removeprefix(prefix): v for k, v in rest.items() if k.startswith(prefix)}
+                if not mean:
+                    raise UnmergeableAdapterError(f"{source.name} lacks the tensors of its projector '{projector}'.")
+                projectors[projector] = mean
         tasks.append(
             TaskAdapter(
                 name=about["name"],
@@ -342,24 +374,13 @@ def _tasks_of_merge(
 
 
 def _check_statistics_fit(task: TaskAdapter) -> None:
-    """The statistics must cover every layer and every projector that was trained."""
+    """The covariances must be those of the layers that were trained."""
     for module, delta in task.deltas.items():
         covariance = task.statistics.covariances.get(module)
-        if covariance is None:
-            raise UnmergeableAdapterError(
-                f"{task.source} trained '{module}', but its statistics hold no covariance for it; "
-                "run `collect_statistics` again."
-            )
-        if covariance.width != delta.shape[1]:
+        if covariance is not None and covariance.width != delta.shape[1]:
             raise UnmergeableAdapterError(
                 f"{task.source}: the covariance of '{module}' has width {covariance.width}, but its LoRA has "
                 f"{delta.shape[1]}."
-            )
-    for projector in task.projectors:
-        if projector not in task.statistics.prototypes:
-            raise UnmergeableAdapterError(
-                f"{task.source} trained the projector '{projector}', but its statistics hold no visual prototype: no "
-                "image passed while they were collected."
             )
 
 

@@ -24,7 +24,12 @@ model = PeftModel.from_pretrained(base_model, "this/adapter")
 
 
 def update_card(
-    folder: Path, base_model: str | None, task_name: str | None, tasks: Sequence[Mapping[str, Any]] | None
+    folder: Path,
+    base_model: str | None,
+    task_name: str | None,
+    tasks: Sequence[Mapping[str, Any]] | None,
+    method: Mapping[str, Any] | None = None,
+    averaged: bool = False,
 ) -> None:
     """Put our part at the top of the folder's model card, or renew it there; all else in the card stays.
 
@@ -35,6 +40,8 @@ def update_card(
         base_model (`str`, *optional*): The base model's name.
         task_name (`str`, *optional*): The task's name.
         tasks (`Sequence[Mapping[str, Any]]`, *optional*): Of a merge, what its config says of its tasks.
+        method (`Mapping[str, Any]`, *optional*): Of a merge by another method than LPM, what its config says of it.
+        averaged (`bool`): Whether the projectors of a merge are averaged.
     """
     path = folder / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
@@ -46,12 +53,17 @@ def update_card(
     tags = {"lora", "peft-many", "continual-learning", *(["merge"] if tasks is not None else [])}
     data.tags = sorted(tags.union(data.tags or []))
     rest = re.sub(f"{_BEGIN}.*?{_END}", "", card.text, flags=re.DOTALL).strip()
-    card.text = f"{_BEGIN}\n{_about(task_name, tasks)}{_USAGE}{_END}\n\n{rest}\n"
+    card.text = f"{_BEGIN}\n{_about(task_name, tasks, method, averaged)}{_USAGE}{_END}\n\n{rest}\n"
     with replace_file(path) as temporary:
         card.save(temporary)
 
 
-def _about(task_name: str | None, tasks: Sequence[Mapping[str, Any]] | None) -> str:
+def _about(
+    task_name: str | None,
+    tasks: Sequence[Mapping[str, Any]] | None,
+    method: Mapping[str, Any] | None,
+    averaged: bool,
+) -> str:
     plugin = "[peft_many](https://pypi.org/project/peft-many) (MAny, arXiv 2604.14016)"
     if tasks is None:
         task = f" for the task “{task_name}”" if task_name else ""
@@ -59,7 +71,14 @@ def _about(task_name: str | None, tasks: Sequence[Mapping[str, Any]] | None) -> 
     cells = [(t["name"], t["source"], t["revision"] or "", f"{t['weight']:g}", t["sha256"][:12]) for t in tasks]
     rows = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     return (
-        f"# A merge of {len(cells)} task adapters\n\nMerged with {plugin}: language-model LoRAs by least squares on "
-        "input covariances, projectors routed per image by visual prototypes.\n\n"
+        f"# A merge of {len(cells)} task adapters\n\nMerged with {plugin}: language-model LoRAs by {_how(method)}, "
+        f"projectors {'averaged' if averaged else 'routed per image by visual prototypes'}.\n\n"
         f"| task | source | revision | weight | sha256 |\n|---|---|---|---|---|\n{rows}\n"
     )
+
+
+def _how(method: Mapping[str, Any] | None) -> str:
+    if method is None:
+        return "least squares on input covariances"
+    options = ", ".join(f"{name}={value!r}" for name, value in method["options"].items())
+    return f"`{method['name']}({options})` ({method['source']})"

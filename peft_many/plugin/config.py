@@ -51,6 +51,11 @@ class MAnyConfig(LoraConfig):
             In a merge, the tasks it was made of: name, weight, source, revision and hash. Written by merging.
         routing (`dict[str, dict]`, *optional*):
             In a merge, for each projector the routed tasks and the width of its prototypes. Written by merging.
+        averaged_projectors (`dict[str, list[str]]`, *optional*):
+            In a merge with `projectors="mean"`, for each projector the tasks whose weights were averaged. Written by
+            merging.
+        method (`dict`, *optional*):
+            In a merge by another method than LPM, its name, source and options. Written by merging.
         format_version (`int`): Version of the layout of adapter folders.
         statistics ([`AdapterStatistics`], *optional*):
             Covariances and prototypes, or where on the Hub they are. No part of `adapter_config.json`; they travel in
@@ -80,6 +85,12 @@ class MAnyConfig(LoraConfig):
     )
     routing: dict[str, dict[str, Any]] | None = field(
         default=None, metadata={"help": "The routed projectors of a merge. Written by merging."}
+    )
+    averaged_projectors: dict[str, list[str]] | None = field(
+        default=None, metadata={"help": "The averaged projectors of a merge. Written by merging."}
+    )
+    method: dict[str, Any] | None = field(
+        default=None, metadata={"help": "The method of a merge, if it is not LPM. Written by merging."}
     )
     format_version: int = field(default=1, metadata={"help": "Version of the layout of adapter folders."})
     # A field, so that `dataclasses.replace` keeps it; no part of the configuration's value or of its JSON.
@@ -124,6 +135,13 @@ class MAnyConfig(LoraConfig):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the configuration, the statistics if there are any, and what the model card must say of them."""
         super().save_pretrained(save_directory, **kwargs)
-        update_card(Path(save_directory), self.base_model_name_or_path, self.task_name, self.tasks)
+        update_card(
+            Path(save_directory),
+            self.base_model_name_or_path,
+            self.task_name,
+            self.tasks,
+            method=self.method,
+            averaged=bool(self.averaged_projectors),
+        )
         if self.statistics is not None:
             self.statistics.save(save_directory, self.energy)

@@ -45,7 +45,7 @@ def check_fits_model(config: MAnyConfig, shapes: Mapping[str, tuple[int, ...]], 
                 f"The adapters' projector '{projector}' matches no module of {type(model).__name__}: they were "
                 "trained on another base model."
             )
-        _check_experts(projector, shapes, modules[projector], model)
+        _check_copies(config, projector, shapes, modules[projector], model)
 
 
 def _check_layer(name: str, layer: nn.Module, width: int, height: int, model: nn.Module) -> None:
@@ -71,15 +71,19 @@ def _features(layer: nn.Module, side: int) -> int | None:
     return None
 
 
-def _check_experts(projector: str, shapes: Mapping[str, tuple[int, ...]], module: nn.Module, model: nn.Module) -> None:
-    """Every task's copy of the projector must have the tensors of the base model's, no more and no fewer."""
+def _check_copies(
+    config: MAnyConfig, projector: str, shapes: Mapping[str, tuple[int, ...]], module: nn.Module, model: nn.Module
+) -> None:
+    """Every copy of the projector, or their mean, must have the tensors of the base model's, no more and no fewer."""
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    experts: dict[str, dict[str, tuple[int, ...]]] = {}
+    copies: dict[str, dict[str, tuple[int, ...]]] = {}
+    inside = f"{projector}." if projector in (config.averaged_projectors or {}) else f"{projector}.experts."
     for key, shape in shapes.items():
-        if key.startswith(f"{projector}.experts."):
-            task, _, weight = key.removeprefix(f"{projector}.experts.").partition(".")
-            experts.setdefault(task, {})[weight] = shape
-    for found in experts.values():
+        if key.startswith(inside):
+            name = key.removeprefix(inside)
+            task, _, weight = name.partition(".") if inside.endswith(".experts.") else ("mean", "", name)
+            copies.setdefault(task, {})[weight] = shape
+    for found in copies.values():
         wrong = next((key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)), None)
         if wrong is not None:
             raise UnmergeableAdapterError(

@@ -66,6 +66,11 @@ class TaskStatistics:
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
     lora_B: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether there are statistics at all; tasks that were never measured can be merged by some methods."""
+        return bool(self.covariances or self.prototypes)
+
     def groups(self) -> list[tuple[Covariance, list[str]]]:
         """Each distinct covariance with the layers whose input it describes."""
         grouped: dict[int, tuple[Covariance, list[str]]] = {}

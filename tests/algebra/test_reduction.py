@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from peft_many.algebra.covariance import LowRankCovariance
 from peft_many.algebra.lpm import LARGEST_ROUNDING_LOSS, LeastSquaresMerge, LowRankDelta
-from peft_many.algebra.reduction import orthonormal, rounding_loss
+from peft_many.algebra.reduction import nearest_of_rank, orthonormal, padded, rounding_loss
 from tests.algebra.problems import make_tasks, objective, optimum, relative_error, seeds
 
 RIDGE = 1e-4
@@ -99,6 +99,26 @@ def test_blocks_that_cancel_are_stored_otherwise():
     assert relative_error(merged.dense(), expected) < 1e-5
     gram = merged.B.T @ merged.B
     assert torch.allclose(gram, torch.diag((gram.diagonal() > 0.5).float()), atol=1e-5)
+
+
+@given(seeds, st.sampled_from([(5, 9), (9, 5), (6, 6)]), st.integers(1, 8), st.sampled_from([0, -8]))
+def test_the_nearest_delta_of_a_rank_is_that_of_the_svd(seed, shape, rank, decades):
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.logspace(0, decades, shape[1], dtype=torch.float64)
+    delta = torch.randn(shape, generator=generator, dtype=torch.float64) * spectrum
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    expected = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    A, B = nearest_of_rank(delta, rank)
+    assert (A.shape, B.shape) == ((rank, shape[1]), (shape[0], rank))
+    lost, least = (delta - B @ A).norm(), (delta - expected).norm()
+    assert lost <= least * (1 + 1e-9) + 1e-8 * delta.norm()
+
+
+def test_padding_adds_nothing():
+    A, B = torch.randn(2, 5), torch.randn(4, 2)
+    wide = padded(A, B, 3)
+    assert [tuple(factor.shape) for factor in wide] == [(3, 5), (4, 3)]
+    assert torch.equal(wide[1] @ wide[0], B @ A)
 
 
 @given(seeds, st.integers(1, 12))
