@@ -49,8 +49,7 @@ class Gaussian(CovarianceSketch):
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__(width, size)
-        self._test = torch.linalg.qr(torch.randn(width, size)).Q
-        self._sum = torch.zeros(width, size, dtype=torch.float64)
+        self._start(torch.linalg.qr(torch.randn(width, size)).Q)
 
 
 class Incremental:

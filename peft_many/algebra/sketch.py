@@ -67,10 +67,15 @@ class CovarianceSketch:
         self._first.append(rows.clone() if rows.data_ptr() == inputs.data_ptr() else rows)
         if self.tokens >= 2 * self.size:
             rows, self._first = torch.cat(self._first), []
-            self._test = _orthonormal_test_matrix(rows.float(), self.size)
-            self._sum = torch.zeros(self.width, self.size, dtype=_sum_dtype(self.device), device=self.device)
-            self._core = torch.zeros(self.size, self.size, dtype=_sum_dtype(self.device), device=self.device)
+            self._start(_orthonormal_test_matrix(rows.float(), self.size))
             self._add(rows)
+
+    def _start(self, test: Tensor) -> None:
+        self._test = test
+        self._sum, self._core = (
+            torch.zeros(rows, self.size, dtype=_sum_dtype(self.device), device=self.device)
+            for rows in (self.width, self.size)
+        )
 
     def _add(self, rows: Tensor) -> None:
         """Add `XᵀQ` to `Y` and `QᵀQ` to the core."""

@@ -120,7 +120,7 @@ def test_products_in_bfloat16_lose_nothing_that_counts(outlier):
     rows = inputs(2, tokens=6000, outlier=outlier).bfloat16()
     found, expected = sketched(rows, 36).spectrum(), sketched(rows.float(), 36).spectrum()
     assert found.rest == pytest.approx(expected.rest, rel=1e-2)  # a 4,000th of the outlier's energy
-    torch.testing.assert_close(found.values[:24], expected.values[:24], rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.values[:24], expected.values[:24], rtol=1e-2, atol=0)
     aligned = (found.directions[:12] @ expected.directions[:12].T).abs().diagonal()
     assert aligned.min() > 0.9999
 
