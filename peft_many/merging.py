@@ -40,8 +40,10 @@ def merge_adapter_sequence(
     method: str | MergeMethod = LPM,
     projectors: str = ROUTED,
     ridge: float | None = None,
+    router: str | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
+    abstain_above: float | None = None,
     rank: int | None = None,
     device: str | torch.device = "cpu",
     low_cpu_mem_usage: bool = False,
@@ -80,12 +82,21 @@ def merge_adapter_sequence(
             Of LPM: `λ`, the share of the mean input energy added in every direction; it pulls unseen directions to the
             tasks' mean delta. 1e-8 to 1e-3 work alike on the demo, 1e-2 costs accuracy (docs/how-to.md). Defaults to
             that of the merges among the adapters, if they agree, and to 1e-4.
+        router (`str`, *optional*):
+            How images are compared with the tasks' prototypes: `"cosine"`, as in the paper, or `"gaussian"`, in the
+            metric of how the images of a task differ among themselves (docs/how-to.md). Defaults to that of the merges
+            among the adapters, if they agree, and to `"cosine"`.
         temperature (`float`, *optional*):
-            `τ` of the projector routing; 0.005 to 0.02 work alike on the demo, 0.1 costs accuracy (docs/how-to.md).
-            Defaults to that of the merges among the adapters, if they agree, and to 0.02.
+            `τ` of the routing's softmax. Of cosines, 0.005 to 0.02 work alike on the demo, 0.1 costs accuracy
+            (docs/how-to.md). Defaults to that of the merges among the adapters, if they agree on the router too, and
+            to 0.02 of cosines and 1 of the Gaussian router.
         top_k (`int`, *optional*):
             The most task projectors that an image is sent through, those of the largest weights. Defaults to that of
             the merges among the adapters, if they agree, and to all whose weight is above 1e-6.
+        abstain_above (`float`, *optional*):
+            Of the Gaussian router: images that are like no task's go through the base model's own projector, those
+            whose mean squared distance from the nearest prototype is above this, where a task's own images are at 1
+            on average. Defaults to that of the merges among the adapters, if they agree, and to never.
         rank (`int`, *optional*):
             The largest rank of a merged layer; `Σ r_t`, the sum of the tasks' ranks, is the exact optimum and the
             default. With less, each layer gets the best delta of that rank under the same objective; by other methods
@@ -121,8 +132,10 @@ def merge_adapter_sequence(
         method=method,
         projectors=projectors,
         ridge=ridge,
+        router=router,
         temperature=temperature,
         top_k=top_k,
+        abstain_above=abstain_above,
         rank=rank,
         hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
         progress=progress,
@@ -152,8 +165,10 @@ def merge_adapter_files(
     method: str | MergeMethod = LPM,
     projectors: str = ROUTED,
     ridge: float | None = None,
+    router: str | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
+    abstain_above: float | None = None,
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -197,8 +212,10 @@ def merge_adapter_files(
             method=method,
             projectors=projectors,
             ridge=ridge,
+            router=router,
             temperature=temperature,
             top_k=top_k,
+            abstain_above=abstain_above,
             rank=rank,
             dtype=dtype,
             hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},

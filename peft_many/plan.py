@@ -16,18 +16,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .algebra.scatter import cost
-from .mean_projectors import average_projectors, check_same_shapes
+from .mean_projectors import average_projectors
 from .methods import LPM, MergeMethod, as_method
 from .plugin.adapter import Adapter, TaskAdapter, read_adapter
-from .plugin.config import DEFAULT_TEMPERATURE, MAnyConfig
+from .plugin.config import ROUTERS, MAnyConfig
 from .plugin.hub import find_adapter
 from .plugin.statistics import AdapterStatistics
 from .plugin.stored_delta import KEY_PREFIX, UnmergeableAdapterError
 from .plugin.tensor_file import TensorFile
 from .requirements import check_measured
+from .routed_projectors import route_projectors
 from .version import __version__
 
 DEFAULT_RIDGE = 1e-4
+DEFAULT_ROUTER = "cosine"
 ROUTED, MEAN = "routed", "mean"
 AdapterPath = str | os.PathLike[str]
 TaskNames = str | Sequence[str] | None
@@ -45,7 +47,7 @@ class MergePlan:
         averaged (`dict[str, list[str]]`): For the config: by averaged projector, the tasks that have a say in it.
         projector_tensors (`dict[str, torch.Tensor]`): Experts and prototypes, on disk until they are used; or means.
         method ([`MergeMethod`], *optional*): How deltas are merged; `None` is LPM.
-        options (`dict[str, Any]`): `ridge`, `temperature`, `top_k`, `rank` and `dtype`.
+        options (`dict[str, Any]`): `ridge`, `router` and its options, `rank` and `dtype`.
     """
 
     adapters: Sequence[Adapter]
@@ -126,8 +128,10 @@ class MergePlan:
             inference_mode=True,
             energy=1.0,  # what the tasks' statistics kept is kept
             ridge=self.options["ridge"],
+            router=self.options["router"],
             temperature=self.options["temperature"],
             top_k=self.options["top_k"],
+            abstain_above=self.options["abstain_above"],
             tasks=[{"name": task.name, "weight": task.weight, **task.provenance} for task in self.tasks],
             routing=self.routing or None,
             averaged_projectors=self.averaged or None,
@@ -148,8 +152,10 @@ def plan_merge(
     method: str | MergeMethod = LPM,
     projectors: str = ROUTED,
     ridge: float | None = None,
+    router: str | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
+    abstain_above: float | None = None,
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     hub: Mapping[str, Any],
@@ -170,8 +176,14 @@ def plan_merge(
         raise ValueError(f"`projectors` must be '{ROUTED}' or '{MEAN}', but it is {projectors!r}.")
     if chosen is not None and ridge is not None:
         raise ValueError(f"`ridge` is an option of LPM; the method '{chosen.name}' has none.")
-    if projectors == MEAN and (temperature is not None or top_k is not None):
-        raise ValueError(f"`temperature` and `top_k` are options of routed projectors, not of `projectors='{MEAN}'`.")
+    routing_options = {"router": router, "temperature": temperature, "top_k": top_k, "abstain_above": abstain_above}
+    given = [f"`{name}`" for name, value in routing_options.items() if value is not None]
+    if projectors == MEAN and given:
+        raise ValueError(f"{given[0]} is an option of routed projectors, not of `projectors='{MEAN}'`.")
+    if router is not None and router not in ROUTERS:
+        raise ValueError(f"`router` must be one of {', '.join(map(repr, ROUTERS))}, but it is {router!r}.")
+    if abstain_above is not None and not 0 < abstain_above < math.inf:
+        raise ValueError(f"`abstain_above` must be positive and finite, but it is {abstain_above}.")
     if temperature is not None and not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` must be positive and finite, but it is {temperature}.")
     if ridge is not None and not 0 <= ridge < math.inf:
@@ -204,16 +216,20 @@ def plan_merge(
     ]
     options = {
         "ridge": _first_known(ridge, _agreed(merges, "ridge"), DEFAULT_RIDGE) if chosen is None else None,
-        "temperature": _first_known(temperature, _agreed(merges, "temperature"), DEFAULT_TEMPERATURE),
+        "router": _first_known(router, _agreed(merges, "router"), DEFAULT_ROUTER),
         "top_k": _first_known(top_k, _agreed(merges, "top_k")),
+        "abstain_above": _first_known(abstain_above, _agreed(merges, "abstain_above")),
         "rank": rank,
         "dtype": dtype,
     }
+    options["temperature"] = _temperature(temperature, merges, options["router"])
+    if options["abstain_above"] is not None and options["router"] != "gaussian":
+        raise ValueError("`abstain_above` is a distance of `router='gaussian'`; cosines know none.")
     groups = _shared_inputs(tasks)
     routing: dict[str, dict[str, Any]] = {}
     averaged: dict[str, list[str]] = {}
     if projectors == ROUTED:
-        routing, tensors = _projectors_of(tasks)
+        routing, tensors = route_projectors(tasks, options["router"])
     else:
         averaged, tensors = average_projectors(tasks)
     _check_whole_projectors(tasks, [*routing, *averaged])
@@ -291,31 +307,10 @@ def _check_whole_projectors(tasks: Sequence[TaskAdapter], projectors: Sequence[s
                 )
 
 
-def _projectors_of(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """CPM: every task's projector and prototype side by side; tasks that saw no image take no part."""
-    routing: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, Tensor] = {}
-    for projector in sorted({name for task in tasks for name in task.projectors}):
-        routed = [task for task in tasks if projector in task.statistics.prototypes and task.weight > 0]
-        if not routed:
-            continue
-        prototypes = [task.statistics.prototypes[projector].float() for task in routed]
-        for task, prototype in zip(routed, prototypes):
-            if prototype.shape != prototypes[0].shape:
-                raise UnmergeableAdapterError(
-                    f"The features at '{projector}' have width {len(prototypes[0])} in {routed[0].source}, but "
-                    f"{len(prototype)} in {task.source}: they were trained on different base models."
-                )
-        routing[projector] = {
-            "width": len(prototypes[0]),
-            "tasks": [{"name": task.name, "trained": projector in task.projectors} for task in routed],
-        }
-        tensors[f"{projector}.prototypes"] = torch.stack(prototypes)
-        check_same_shapes(projector, [task for task in routed if projector in task.projectors])
-        for t, task in enumerate(routed):
-            for key, tensor in task.projectors.get(projector, {}).items():
-                tensors[f"{projector}.experts.task_{t}.{key}"] = tensor
-    return routing, tensors
+def _temperature(given: float | None, merges: Sequence[MAnyConfig], router: str) -> float:
+    """The one given, that of the merges if they route alike, or the router's default."""
+    agreed = _agreed(merges, "temperature") if _agreed(merges, "router") == router else None
+    return _first_known(given, agreed, ROUTERS[router])
 
 
 def _agreed(merges: Sequence[MAnyConfig], option: str) -> Any:

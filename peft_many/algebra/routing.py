@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .spread import FeatureMetric
+
 # Tasks of less weight are left out. They would change the mixed output by less than the float32 rounding of the
 # projectors that are mixed: a product over d inputs is off by about √d · 6e-8 of its size, 2e-6 at d = 1024.
 NEGLIGIBLE_WEIGHT = 1e-6
@@ -43,8 +45,47 @@ def routing_weights(features: Tensor, prototypes: Tensor, temperature: float, to
         `torch.Tensor`: Shape `(images, tasks)`, float32, rows sum to one.
     """
     centre = prototypes.float().mean(dim=0)
-    similarity = _cosines(features.float() - centre, prototypes.float() - centre)
-    weights = torch.softmax(similarity / temperature, dim=-1)
+    return _softmax(_cosines(features.float() - centre, prototypes.float() - centre) / temperature, top_k)
+
+
+def gaussian_weights(
+    features: Tensor,
+    prototypes: Tensor,
+    metric: FeatureMetric,
+    temperature: float,
+    top_k: int | None = None,
+    abstain_above: float | None = None,
+) -> Tensor:
+    """The tasks' posterior probabilities, were their images Gaussian about the prototypes with one covariance.
+
+    `softmax(−d_t² / 2τ)`, with the squared Mahalanobis distances `d_t²` of the metric: linear discriminant analysis
+    (Fisher 1936), in which directions that vary within every task count little. Weights below `NEGLIGIBLE_WEIGHT`
+    become exactly zero, and the others make up for it.
+
+    Args:
+        features (`torch.Tensor`): Pooled frozen features of each image, shape `(images, d)`, any floating dtype.
+        prototypes (`torch.Tensor`): One visual prototype for each task, shape `(tasks, d)`, any floating dtype.
+        metric ([`FeatureMetric`]): The covariance within tasks.
+        temperature (`float`): `τ > 0`; 1 is the posterior.
+        top_k (`int`, *optional*): As in `routing_weights`.
+        abstain_above (`float`, *optional*):
+            Images whose nearest prototype is at `d_t² / d` above this are like no task's; all their weights are zero.
+            The tasks' own images are at 1, on average.
+
+    Returns:
+        `torch.Tensor`: Shape `(images, tasks)`, float32, rows sum to one or are zero.
+    """
+    distances = metric.squared_distances(features.float(), prototypes.float())
+    weights = _softmax(-distances / (2 * temperature), top_k)
+    if abstain_above is not None:
+        strange = distances.amin(dim=-1, keepdim=True) > abstain_above * features.shape[-1]
+        weights = weights.masked_fill(strange, 0.0)
+    return weights
+
+
+def _softmax(logits: Tensor, top_k: int | None) -> Tensor:
+    """Softmax of each row without negligible weights, and without all but the `top_k` largest."""
+    weights = torch.softmax(logits, dim=-1)
     weights = weights.masked_fill(weights < NEGLIGIBLE_WEIGHT, 0.0)
     if top_k is not None:
         weights = _keep_largest(weights, top_k)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,8 @@ from peft import PeftModel
 from torch import nn
 
 from .. import merge_adapter_sequence, refit_merge
-from .parts import added, pairs_of, with_parts
+from ..methods import METHODS as MERGE_METHODS
+from .parts import with_parts
 from .workshop import Workshop
 from .world import Task
 
@@ -92,12 +93,22 @@ def _merge(shop: Workshop, stage: int, **options: Any) -> Answerer:
     return same(merged(shop, stage, **options))
 
 
-def refitted(shop: Workshop, stage: int, targets: Literal["outputs", "deltas"], **options: Any) -> Answerer:
+def refitted(
+    shop: Workshop, stage: int, targets: Literal["outputs", "deltas"], router: str = "cosine", **options: Any
+) -> Answerer:
     """MAny with its LoRA refitted on the samples that statistics are collected from."""
-    model = merged(shop, stage)
+    model = merged(shop, stage, router=router)
     samples = {task.name: shop.measured(task) for task in shop.tasks[:stage]}
     refit_merge(model, samples, targets=targets, progress=False, **options)
     return same(model)
+
+
+def _baselines() -> Iterator[Method]:
+    """The published methods, with averaged projectors as they come, and with CPM."""
+    for name, kind in MERGE_METHODS.items():
+        about = f"{kind.source}"
+        yield Method(name, MAIN, about, partial(_merge, method=name, projectors="mean"), every_stage=True)
+        yield Method(f"{name}, CPM", WITH_CPM, about, partial(_merge, method=name))
 
 
 def _merge_folder(shop: Workshop, stage: int, **options: Any) -> Path:
@@ -108,15 +119,9 @@ def _merge_folder(shop: Workshop, stage: int, **options: Any) -> Path:
 # --- Halves: whose LoRA, whose projector -----------------------------------------------------------------------------
 
 
-def _average_routed(shop: Workshop, stage: int, scale: float | None = None) -> Answerer:
-    """ΔW averaging, or its sum, with CPM."""
-    tasks = shop.tasks[:stage]
-    mean = added([pairs_of(shop.alone(task)) for task in tasks], [scale or 1 / stage] * stage)
-    return same(with_parts(shop.base, lora=mean, projectors=_merge_folder(shop, stage)))
-
-
-def _own_lora_routed(shop: Workshop, stage: int) -> Answerer:
-    return lambda task: with_parts(shop.base, lora=shop.alone(task), projectors=_merge_folder(shop, stage))
+def _own_lora_routed(shop: Workshop, stage: int, **options: Any) -> Answerer:
+    folder = _merge_folder(shop, stage, **options)
+    return lambda task: with_parts(shop.base, lora=shop.alone(task), projectors=folder)
 
 
 def _lpm_own_projector(shop: Workshop, stage: int) -> Answerer:
@@ -133,7 +138,7 @@ def _perception_drift(shop: Workshop, stage: int) -> Answerer:
 
 # --- The tables ------------------------------------------------------------------------------------------------------
 
-MAIN, HALVES, BEYOND = "methods", "halves", "beyond the paper"
+MAIN, WITH_CPM, HALVES, BEYOND = "methods", "with CPM", "halves", "beyond the paper"
 
 _LISTED = (
     Method("zero-shot", MAIN, "The base model.", _zero_shot),
@@ -148,6 +153,7 @@ _LISTED = (
     ),
     Method("joint", MAIN, "One LoRA and projector, trained on all tasks at once.", _joint, slow=True),
     Method("alone", MAIN, "Each task's own adapter, told which task it is: an oracle.", _alone),
+    *_baselines(),
     Method("MAny", MAIN, "LPM and CPM (arXiv 2604.14016).", _merge, every_stage=True),
     Method(
         "MAny, refitted to deltas",
@@ -163,10 +169,29 @@ _LISTED = (
         partial(refitted, targets="outputs"),
         slow=True,
     ),
+    Method(
+        "MAny, Gaussian router",
+        BEYOND,
+        "Images compared in the metric of how a task's images differ among themselves.",
+        partial(_merge, router="gaussian"),
+        every_stage=True,
+    ),
+    Method(
+        "refitted to outputs, Gaussian router",
+        BEYOND,
+        "Both.",
+        partial(refitted, targets="outputs", router="gaussian"),
+        every_stage=True,
+        slow=True,
+    ),
     Method("LPM, own projector", HALVES, "LPM, and the projector of the task that is asked.", _lpm_own_projector),
     Method("own LoRA, CPM", HALVES, "The LoRA of the task that is asked, and CPM.", _own_lora_routed),
-    Method("average, CPM", HALVES, "ΔW averaging with CPM.", _average_routed),
-    Method("sum, CPM", HALVES, "The sum of all ΔW with CPM.", partial(_average_routed, scale=1.0)),
+    Method(
+        "own LoRA, CPM by Gaussian router",
+        HALVES,
+        "The LoRA of the task that is asked, and CPM by the Gaussian router.",
+        partial(_own_lora_routed, router="gaussian"),
+    ),
     Method("reasoning collapse", HALVES, "Sequential LoRA, each task's own projector.", _reasoning_collapse),
     Method("perception drift", HALVES, "Each task's own LoRA, sequential projector.", _perception_drift),
 )

@@ -15,6 +15,7 @@ from .hub import RemoteStatistics
 from .statistics import DEFAULT_ENERGY, AdapterStatistics
 
 DEFAULT_TEMPERATURE = 0.02
+ROUTERS = {"cosine": DEFAULT_TEMPERATURE, "gaussian": 1.0}  # with their default temperatures
 
 
 class MAnyPeftType(str, enum.Enum):
@@ -44,6 +45,12 @@ class MAnyConfig(LoraConfig):
             In a merge, the `λ` it was made with. Written by merging.
         temperature (`float`, defaults to `0.02`):
             In a merge, the `τ` of the projector routing. Written by merging.
+        router (`str`, defaults to `"cosine"`):
+            In a merge, how images are compared with the tasks' prototypes, `"cosine"` or `"gaussian"`. Written by
+            merging.
+        abstain_above (`float`, *optional*):
+            In a merge with a Gaussian router, the distance from every task's prototype above which an image is left
+            to the base model's projector. Written by merging.
         top_k (`int`, *optional*):
             In a merge, how many tasks' projectors each image is routed to, those of the largest weights; `None` mixes
             all whose weight is not negligible. Written by merging.
@@ -74,6 +81,13 @@ class MAnyConfig(LoraConfig):
     temperature: float = field(
         default=DEFAULT_TEMPERATURE, metadata={"help": "Temperature of the projector routing of a merge."}
     )
+    router: str = field(
+        default="cosine", metadata={"help": "How a merge compares images with prototypes. Written by merging."}
+    )
+    abstain_above: float | None = field(
+        default=None,
+        metadata={"help": "From which distance on a merge leaves images to the base projector. Written by merging."},
+    )
     top_k: int | None = field(
         default=None,
         metadata={
@@ -103,6 +117,8 @@ class MAnyConfig(LoraConfig):
             raise ValueError(f"`energy` must be in (0, 1], but it is {self.energy}.")
         if self.temperature <= 0.0:
             raise ValueError(f"`temperature` must be positive, but it is {self.temperature}.")
+        if self.router not in ROUTERS:
+            raise ValueError(f"`router` must be one of {', '.join(map(repr, ROUTERS))}, but it is {self.router!r}.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, or `None` for all tasks, but it is {self.top_k}.")
         if isinstance(self.projector_modules, str):

@@ -194,4 +194,6 @@ def _routing(config: MAnyConfig, projector: str) -> ProjectorRouting | None:
         trained=[task["trained"] for task in routing["tasks"]],
         temperature=config.temperature,
         top_k=config.top_k,
+        directions=routing.get("directions"),
+        abstain_above=config.abstain_above,
     )

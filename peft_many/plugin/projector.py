@@ -11,7 +11,8 @@ from accelerate.hooks import remove_hook_from_module
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..algebra.routing import routing_weights
+from ..algebra.routing import gaussian_weights, routing_weights
+from ..algebra.spread import FeatureMetric
 from .image_layout import current_layout, features_of
 
 
@@ -24,34 +25,46 @@ class ProjectorRouting:
         trained (`list[bool]`): For each task whether it brings its own projector; if not, the base model's serves.
         temperature (`float`): `τ` of the routing softmax.
         top_k (`int`, *optional*): How many tasks at most take part in each image; `None` is all of them.
+        directions (`int`, *optional*): How many directions a Gaussian router's metric has; `None` is the cosine one.
+        abstain_above (`float`, *optional*): From which distance on images go through the base model's projector.
     """
 
     width: int
     trained: list[bool]
     temperature: float
     top_k: int | None = None
+    directions: int | None = None
+    abstain_above: float | None = None
 
 
 class ProjectorMixture(nn.Module):
     """CPM: mixes the outputs of the task projectors, `Σ_t α_t(image) P_t(v)`, weights by visual prototypes.
 
-    The weights are computed in float32 from mean-pooled features of each image; the prototypes stay float32 whatever
-    dtype the model is cast to. Each projector sees only the images that it has a weight for, all in one call.
+    The weights are computed in float32 from mean-pooled features of each image; what they are computed with stays
+    float32 whatever dtype the model is cast to. Each projector sees only the images that it has a weight for, all in
+    one call.
     """
 
     prototypes: Tensor
+    directions: Tensor
+    variances: Tensor
 
     def __init__(self, template: nn.Module, routing: ProjectorRouting) -> None:
         super().__init__()
         self.trained = routing.trained
         self.temperature = routing.temperature
         self.top_k = routing.top_k
+        self.abstain_above = routing.abstain_above
         # Keys that no adapter is called by: PEFT filters state dicts by ".<adapter name>.".
         self.experts = nn.ModuleDict(
             {f"task_{t}": _plain_copy(template) for t, trained in enumerate(routing.trained) if trained}
         )
         device = next((parameter.device for parameter in template.parameters()), torch.device("cpu"))
         self.register_buffer("prototypes", torch.zeros(len(routing.trained), routing.width, device=device))
+        self.is_gaussian = routing.directions is not None
+        if routing.directions is not None:
+            self.register_buffer("directions", torch.zeros(routing.directions, routing.width, device=device))
+            self.register_buffer("variances", torch.ones(routing.directions + 1, device=device))
         self.base: nn.Module | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -61,6 +74,8 @@ class ProjectorMixture(nn.Module):
     def mix(self, base: nn.Module | None, *args: Any, **kwargs: Any) -> Tensor:
         """The mixed output for the projector's arguments; the first one holds the vision features."""
         of_tasks = [self.experts[f"task_{t}"] if trained else base for t, trained in enumerate(self.trained)]
+        if self.abstain_above is not None:
+            of_tasks.append(base)
         experts = list(dict.fromkeys(of_tasks))  # tasks without a projector of their own share the base model's
         if len(experts) == 1:
             return _call(experts[0], *args, **kwargs)
@@ -81,9 +96,19 @@ class ProjectorMixture(nn.Module):
         assert mixed is not None
         return mixed.to(features.dtype)
 
+    def task_weights(self, pooled: Tensor) -> Tensor:
+        """What each task counts for each image, `(images, tasks)`, float32; all zero where none is resembled."""
+        prototypes = self.prototypes.to(pooled.device)
+        if not self.is_gaussian:
+            return routing_weights(pooled, prototypes, self.temperature, self.top_k)
+        metric = FeatureMetric(self.directions, self.variances)
+        return gaussian_weights(pooled, prototypes, metric, self.temperature, self.top_k, self.abstain_above)
+
     def _weights_of(self, experts: list[nn.Module | None], of_tasks: list[nn.Module | None], pooled: Tensor) -> Tensor:
         """What each expert's output counts for each image, `(images, experts)`: the sum over the tasks it serves."""
-        weights = routing_weights(pooled, self.prototypes.to(pooled.device), self.temperature, self.top_k)
+        weights = self.task_weights(pooled)
+        if self.abstain_above is not None:
+            weights = torch.cat([weights, 1 - weights.sum(dim=-1, keepdim=True)], dim=-1)
         if len(experts) == len(of_tasks):
             return weights
         places = torch.tensor([experts.index(expert) for expert in of_tasks], device=weights.device)
@@ -91,12 +116,16 @@ class ProjectorMixture(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> ProjectorMixture:
         # `.half()` and `.to(dtype)` are meant for weights; rounded prototypes would route differently.
-        prototypes = self.prototypes
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        if prototypes.is_meta:  # `to_empty`: there is nothing to keep
-            self.prototypes = self.prototypes.float()
-        else:
-            self.prototypes = prototypes.to(self.prototypes.device)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            assert buffer is not None
+            assert after is not None
+            if buffer.is_meta:  # `to_empty`: there is nothing to keep
+                self._buffers[name] = after.float()
+            else:
+                self._buffers[name] = buffer.to(after.device)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -162,8 +191,8 @@ class ProjectorWrapper(ModulesToSaveWrapper):
             return self.original_module
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         if isinstance(module, ProjectorMixture):
-            if len(module.trained) == 1:
+            if len(module.trained) == 1 and module.abstain_above is None:
                 return module.experts["task_0"] if module.trained[0] else self.original_module
-            if not all(module.trained):
+            if not all(module.trained) or module.abstain_above is not None:
                 module.base = self.original_module
         return module
