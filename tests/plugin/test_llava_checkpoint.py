@@ -107,9 +107,7 @@ def test_ranks_alphas_and_rslora_are_kept(tmp_path, rslora):
 def test_measured_it_merges(tmp_path):
     for seed in range(2):
         source = checkpoint(tmp_path / f"c{seed}", lora(seed), projector(seed))
-        folder = import_llava_checkpoint(
-            source, tmp_path / f"imported{seed}", task_name=f"task{seed}", base_model="x/y"
-        )
+        folder = import_llava_checkpoint(source, tmp_path / f"imported{seed}", task_name=f"task{seed}")
         with pytest.raises(ValueError, match=r"has no statistics.*collect_statistics"):
             read_adapter(find_adapter(folder))
         model = PeftModel.from_pretrained(tiny.build("llava"), folder)
@@ -146,8 +144,9 @@ def test_other_prefixes_and_dtypes(tmp_path, prefix, dtype):
 def test_safetensors_come_before_the_pickle(tmp_path):
     source = checkpoint(tmp_path / "c", weights={})
     save_file(lora(), source / "adapter_model.safetensors")
-    folder = import_llava_checkpoint(source, tmp_path / "imported")
+    folder = import_llava_checkpoint(source, tmp_path / "imported", base_model="llava-hf/llava-1.5-7b-hf")
     assert len(load_file(folder / "adapter_model.safetensors")) == 32
+    assert PeftConfig.from_pretrained(folder).base_model_name_or_path == "llava-hf/llava-1.5-7b-hf"
 
 
 class Evil:
