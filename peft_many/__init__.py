@@ -8,6 +8,7 @@ from .callback import MAnyCallback
 from .merging import merge_adapter_files, merge_adapter_sequence
 from .plugin.collect import collect_statistics
 from .plugin.config import MAnyConfig
+from .plugin.llava_checkpoint import import_llava_checkpoint
 from .plugin.model import MAnyModel
 from .plugin.registration import register
 from .refit import refit_merge
@@ -21,6 +22,7 @@ __all__ = [
     "MAnyModel",
     "__version__",
     "collect_statistics",
+    "import_llava_checkpoint",
     "merge_adapter_files",
     "merge_adapter_sequence",
     "metrics",
