@@ -57,10 +57,10 @@ def ablations() -> Iterator[Method]:
     for rank in MERGED_RANKS:
         yield Method(f"merged rank {rank}", "rank of the merge", "", partial(_with_options, rank=rank))
     for ridge in REFIT_RIDGES:
-        after = partial(refitted, targets="outputs", ridge=ridge)
+        after = partial(refitted, targets="outputs", router="gaussian", ridge=ridge)
         yield Method(f"refit, λ = {ridge:g}", "ridge of the refit", "", after)
     for rank in MERGED_RANKS:
-        after = partial(refitted, targets="outputs", rank=rank)
+        after = partial(refitted, targets="outputs", router="gaussian", rank=rank)
         yield Method(f"refit, rank {rank}", "rank of the refit", "", after)
     yield Method("measured on the base model", "what is measured", "", _on_base)
     yield Method("each task trained from the merge so far", "what is trained from", "", _from_merge)
