@@ -24,7 +24,7 @@ from .plugin.fit import check_fits_model, untouched_on_failure
 from .plugin.partial import shared_folder
 from .plugin.processes import together
 from .plugin.statistics import AdapterStatistics, check_covariance, weight_fingerprint
-from .plugin.stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from .plugin.stored_delta import KEY_PREFIX, TASK_WEIGHT, UnmergeableAdapterError
 from .plugin.tensor_file import TensorFile, TensorFileWriter, bytes_of, lay_out
 
 
@@ -39,6 +39,7 @@ def merge_adapter_sequence(
     temperature: float | None = None,
     top_k: int | None = None,
     rank: int | None = None,
+    gate_lora: bool | None = None,
     device: str | torch.device = "cpu",
     low_cpu_mem_usage: bool = False,
     token: str | bool | None = None,
@@ -77,6 +78,10 @@ def merge_adapter_sequence(
         rank (`int`, *optional*):
             The largest rank of a merged layer; `Σ r_t`, the sum of the tasks' ranks, is the exact optimum and the
             default. With less, each layer gets the best delta of that rank under the same objective.
+        gate_lora (`bool`, *optional*):
+            Whether a row's images also choose among the tasks' own LoRA deltas, by the weights of the projector
+            routing; rows without images and undecided ones get the merged delta (docs/method.md). Defaults to that of
+            the merges among the adapters, if they agree, and to `False`.
         device (`str` or `torch.device`, defaults to `"cpu"`):
             Where to compute; it must know float64.
         low_cpu_mem_usage (`bool`, defaults to `False`):
@@ -109,6 +114,7 @@ def merge_adapter_sequence(
         temperature=temperature,
         top_k=top_k,
         rank=rank,
+        gate_lora=gate_lora,
         hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
         progress=progress,
     )
@@ -138,6 +144,7 @@ def merge_adapter_files(
     temperature: float | None = None,
     top_k: int | None = None,
     rank: int | None = None,
+    gate_lora: bool | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     token: str | bool | None = None,
@@ -181,6 +188,7 @@ def merge_adapter_files(
             temperature=temperature,
             top_k=top_k,
             rank=rank,
+            gate_lora=gate_lora,
             dtype=dtype,
             hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
             progress=progress,
@@ -238,20 +246,26 @@ class _MergedGroup:
 def _merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> _MergedGroup:
     """LPM of layers that share their input; what was read for it is given back."""
     problem = LeastSquaresMerge(plan.options["ridge"], device)
+    own: dict[str, list[Tensor]] = {module: [] for module in group}
     for task in plan.tasks:
         covariance = task.statistics.covariances.get(group[0])
         if covariance is not None:
             check_covariance(covariance, f"{task.source}: the covariance of '{group[0]}'")
             deltas = {module: task.deltas[module].read() for module in group if module in task.deltas}
             problem.add(covariance, deltas, task.weight)
+            for module, delta in deltas.items():
+                own[module].append(delta.A)
+    gated, dtype = plan.options["gate_lora"], plan.options["dtype"]
     try:
-        merged = problem.solve(plan.options["rank"], plan.options["dtype"])
+        merged = problem.solve(plan.options["rank"], dtype, keep_blocks=gated)
     except (SingularMergeError, OverflowError) as error:
         raise UnmergeableAdapterError(f"'{group[0]}' cannot be merged: {error}.") from None
     tensors = {}
     for module, delta in merged.items():
         for half, tensor in (("A", delta.A), ("B", delta.B)):
             tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor.contiguous()
+        if gated:
+            tensors[f"{KEY_PREFIX}{module}.{TASK_WEIGHT}"] = torch.cat(own[module]).to(dtype)
     record = {
         "stacked": {module: delta.stacked for module, delta in merged.items()},
         "fingerprints": {module: _fingerprints(plan, module, delta) for module, delta in merged.items()},

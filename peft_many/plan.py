@@ -20,7 +20,7 @@ from .plugin.adapter import Adapter, TaskAdapter, read_adapter
 from .plugin.config import DEFAULT_TEMPERATURE, MAnyConfig
 from .plugin.hub import find_adapter
 from .plugin.statistics import AdapterStatistics
-from .plugin.stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from .plugin.stored_delta import KEY_PREFIX, TASK_WEIGHT, UnmergeableAdapterError
 from .plugin.tensor_file import TensorFile
 from .version import __version__
 
@@ -39,7 +39,7 @@ class MergePlan:
         groups (`Sequence[Sequence[str]]`): The layers that share their input in every task; one problem to solve each.
         routing (`dict[str, dict]`): For the config: by projector, the routed tasks and the width of the prototypes.
         projector_tensors (`dict[str, torch.Tensor]`): Experts and prototypes; on disk until they are used.
-        options (`dict[str, Any]`): `ridge`, `temperature`, `top_k`, `rank` and `dtype`.
+        options (`dict[str, Any]`): `ridge`, `temperature`, `top_k`, `rank`, `gate_lora` and `dtype`.
     """
 
     adapters: Sequence[Adapter]
@@ -56,8 +56,12 @@ class MergePlan:
 
     def rank_of(self, module: str) -> int:
         """The rank of a layer's merged delta: `Σ r_t`, or what `rank` allows."""
-        stacked = sum(task.deltas[module].rank for task in self.tasks if module in task.deltas)
+        stacked = sum(self.ranks_of(module))
         return stacked if self.options["rank"] is None else min(stacked, self.options["rank"])
+
+    def ranks_of(self, module: str) -> list[int]:
+        """`r_t` of each task in a layer, zero where a task did not train it."""
+        return [task.deltas[module].rank if module in task.deltas else 0 for task in self.tasks]
 
     def shape_of(self, module: str) -> tuple[int, int]:
         """`(out, in)` of a layer."""
@@ -77,6 +81,8 @@ class MergePlan:
             out, width = self.shape_of(module)
             found[f"{KEY_PREFIX}{module}.lora_A.weight"] = (self.options["dtype"], (self.rank_of(module), width))
             found[f"{KEY_PREFIX}{module}.lora_B.weight"] = (self.options["dtype"], (out, self.rank_of(module)))
+            if self.options["gate_lora"]:
+                found[f"{KEY_PREFIX}{module}.{TASK_WEIGHT}"] = found[f"{KEY_PREFIX}{module}.lora_A.weight"]
         for name, tensor in self.projector_tensors.items():
             found[f"{KEY_PREFIX}{name}"] = (tensor.dtype, tuple(tensor.shape))
         return found
@@ -94,6 +100,8 @@ class MergePlan:
         ranks = {module: self.rank_of(module) for group in self.groups for module in group}
         rank = max(ranks.values(), key=list(ranks.values()).count)
         exceptions = {name.replace(".", r"\."): r for name, r in ranks.items() if r != rank}
+        blocks = {module: self.ranks_of(module) for module in ranks} if self.options["gate_lora"] else {}
+        usual = max(blocks.values(), key=list(blocks.values()).count) if blocks else None
         merged = MAnyConfig(
             r=rank,
             lora_alpha=rank,  # the scaling is folded into the weights
@@ -112,6 +120,9 @@ class MergePlan:
             ridge=self.options["ridge"],
             temperature=self.options["temperature"],
             top_k=self.options["top_k"],
+            gate_lora=self.options["gate_lora"],
+            task_ranks=usual,
+            task_rank_pattern={name.replace(".", r"\."): of for name, of in blocks.items() if of != usual},
             tasks=[{"name": task.name, "weight": task.weight, **task.provenance} for task in self.tasks],
             routing=self.routing or None,
             statistics=statistics,
@@ -131,6 +142,7 @@ def plan_merge(
     temperature: float | None = None,
     top_k: int | None = None,
     rank: int | None = None,
+    gate_lora: bool | None = None,
     dtype: torch.dtype = torch.float32,
     hub: Mapping[str, Any],
     progress: bool,
@@ -179,10 +191,14 @@ def plan_merge(
         "temperature": _first_known(temperature, _agreed(merges, "temperature"), DEFAULT_TEMPERATURE),
         "top_k": _first_known(top_k, _agreed(merges, "top_k")),
         "rank": rank,
+        "gate_lora": _first_known(gate_lora, _agreed(merges, "gate_lora"), False),
         "dtype": dtype,
     }
     groups = _shared_inputs(tasks)
-    return MergePlan(adapters, tasks, groups, *_projectors_of(tasks), options)
+    routing, projector_tensors = _projectors_of(tasks, options["gate_lora"])
+    if options["gate_lora"]:
+        _check_gate(routing, rank)
+    return MergePlan(adapters, tasks, groups, routing, projector_tensors, options)
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -242,11 +258,35 @@ def _shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _projectors_of(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """CPM: every task's projector and prototype side by side; tasks that saw no image take no part."""
+def _check_gate(routing: Mapping[str, Any], rank: int | None) -> None:
+    """A gate needs every task's block of each layer, and prototypes."""
+    if rank is not None:
+        raise ValueError(
+            "`gate_lora` keeps every task's block of each layer, so a `rank` cannot be given; pass `gate_lora=False` "
+            "or leave `rank` out."
+        )
+    if not routing:
+        raise UnmergeableAdapterError(
+            "`gate_lora` goes by the tasks' visual prototypes, but none of the adapters has one: no image passed "
+            "while their statistics were collected."
+        )
+
+
+def _projectors_of(
+    tasks: Sequence[TaskAdapter], untrained_too: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """CPM: every task's projector and prototype side by side; tasks that saw no image take no part.
+
+    Projectors that no task trained are routed only for what a gate learns from them.
+    """
     routing: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
-    for projector in sorted({name for task in tasks for name in task.projectors}):
+    names = {name for task in tasks for name in task.projectors}
+    if untrained_too:
+        adapted = {module for task in tasks for module in task.deltas}
+        seen = {name for task in tasks for name in task.statistics.prototypes}
+        names |= {name for name in seen if not any(module.startswith(f"{name}.") for module in adapted)}
+    for projector in sorted(names):
         routed = [task for task in tasks if projector in task.statistics.prototypes and task.weight > 0]
         if not routed:
             continue

@@ -12,6 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..algebra.routing import routing_weights
+from .gate import GateTarget, note_images
 from .image_layout import current_layout, features_of
 
 
@@ -24,12 +25,14 @@ class ProjectorRouting:
         trained (`list[bool]`): For each task whether it brings its own projector; if not, the base model's serves.
         temperature (`float`): `τ` of the routing softmax.
         top_k (`int`, *optional*): How many tasks at most take part in each image; `None` is all of them.
+        gate ([`GateTarget`], *optional*): The LoRA layers that go by the same weights, if any do.
     """
 
     width: int
     trained: list[bool]
     temperature: float
     top_k: int | None = None
+    gate: GateTarget | None = None
 
 
 class ProjectorMixture(nn.Module):
@@ -46,6 +49,7 @@ class ProjectorMixture(nn.Module):
         self.trained = routing.trained
         self.temperature = routing.temperature
         self.top_k = routing.top_k
+        self.gate = routing.gate
         # Keys that no adapter is called by: PEFT filters state dicts by ".<adapter name>.".
         self.experts = nn.ModuleDict(
             {f"task_{t}": _plain_copy(template) for t, trained in enumerate(routing.trained) if trained}
@@ -62,11 +66,15 @@ class ProjectorMixture(nn.Module):
         """The mixed output for the projector's arguments; the first one holds the vision features."""
         of_tasks = [self.experts[f"task_{t}"] if trained else base for t, trained in enumerate(self.trained)]
         experts = list(dict.fromkeys(of_tasks))  # tasks without a projector of their own share the base model's
-        if len(experts) == 1:
+        if len(experts) == 1 and self.gate is None:
             return _call(experts[0], *args, **kwargs)
         features = features_of(args, kwargs)
         layout = current_layout(features)
-        weights = self._weights_of(experts, of_tasks, layout.pool(features))
+        prototypes = self.prototypes.to(features.device)
+        by_task = routing_weights(layout.pool(features), prototypes, self.temperature, self.top_k)
+        if self.gate is not None:
+            note_images(self.gate, by_task, layout)
+        weights = _sums_by_expert(by_task, experts, of_tasks)
         carried = (weights != 0).cpu()  # NaN counts, so that broken features stay broken
         busy = carried.any(dim=0).nonzero()[:, 0].tolist()
         if len(busy) < 2:  # none if there are no images
@@ -80,14 +88,6 @@ class ProjectorMixture(nn.Module):
             mixed = layout.add_weighted(mixed, output, weights[:, e], carried[:, e])
         assert mixed is not None
         return mixed.to(features.dtype)
-
-    def _weights_of(self, experts: list[nn.Module | None], of_tasks: list[nn.Module | None], pooled: Tensor) -> Tensor:
-        """What each expert's output counts for each image, `(images, experts)`: the sum over the tasks it serves."""
-        weights = routing_weights(pooled, self.prototypes.to(pooled.device), self.temperature, self.top_k)
-        if len(experts) == len(of_tasks):
-            return weights
-        places = torch.tensor([experts.index(expert) for expert in of_tasks], device=weights.device)
-        return weights.new_zeros(len(weights), len(experts)).index_add_(1, places, weights)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ProjectorMixture:
         # `.half()` and `.to(dtype)` are meant for weights; rounded prototypes would route differently.
@@ -109,6 +109,14 @@ class ProjectorMixture(nn.Module):
             if value is None or isinstance(value, nn.Module):  # one expert's parts are not the mixture's
                 raise
             return value
+
+
+def _sums_by_expert(weights: Tensor, experts: list[nn.Module | None], of_tasks: list[nn.Module | None]) -> Tensor:
+    """What each expert's output counts for each image, `(images, experts)`: the sum over the tasks it serves."""
+    if len(experts) == len(of_tasks):
+        return weights
+    places = torch.tensor([experts.index(expert) for expert in of_tasks], device=weights.device)
+    return weights.new_zeros(len(weights), len(experts)).index_add_(1, places, weights)
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:
