@@ -26,7 +26,8 @@ from .families import (
     language_model_name,
     match_projectors,
 )
-from .gate import GatedLinear, GateTarget, unwatch_gated_calls, watch_gated_calls
+from .gated_calls import GateTarget, unwatch_gated_calls, watch_gated_calls
+from .gated_linear import GatedLinear
 from .image_layout import WATCHED_METHODS, unwatch_image_calls, watch_image_calls
 from .layers import hang_on_layers, lora_layers
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper

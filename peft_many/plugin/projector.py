@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..algebra.routing import routing_weights
-from .gate import GateTarget, note_images
+from .gated_calls import GateTarget, note_images
 from .image_layout import current_layout, features_of
 
 
