@@ -111,6 +111,8 @@ class MAnyConfig(LoraConfig):
             raise ValueError(f"`temperature` must be positive, but it is {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, or `None` for all tasks, but it is {self.top_k}.")
+        if self.gate_lora and (self.tasks is None or self.task_ranks is None):
+            raise ValueError("`gate_lora` is no option of training; pass it when you merge.")
         if isinstance(self.projector_modules, str):
             self.projector_modules = [self.projector_modules]
         if self.format_version != 1:

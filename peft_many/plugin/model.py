@@ -132,8 +132,37 @@ class MAnyModel(LoraModel):
         """As the base model's; unlike in [`~peft.LoraModel`] its forward hooks run, which gated adapters need."""
         return self.model(*args, **kwargs)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See [`~peft.LoraModel`]."""
+        super().delete_adapter(adapter_name)
+        if not any(config.gate_lora for config in self.peft_config.values()):
+            unwatch_gated_calls(self.model)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base weights; see [`~peft.LoraModel`]. Of a gated merge it folds the merged LoRA."""
+        self._warn_of_folding(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _warn_of_folding(self, adapter_names: list[str] | None) -> None:
+        for name in adapter_names or self.active_adapters:
+            if name in self.peft_config and self.peft_config[name].gate_lora:
+                warnings.warn(
+                    f"The adapter '{name}' is a merge with `gate_lora`. What is chosen for each image cannot be "
+                    "folded into the base model: it will use the merged LoRA for all inputs.",
+                    PeftWarning,
+                    stacklevel=3,
+                )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._warn_of_folding(adapter_names)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         unwatch_gated_calls(model)
         if any(isinstance(module, ProjectorMixture) for module in model.modules()):
             # The model keeps routing, but its class knows nothing of a mixture: saved and loaded as what it calls
