@@ -26,7 +26,7 @@ from .plugin.fit import check_fits_model, untouched_on_failure
 from .plugin.partial import shared_folder
 from .plugin.processes import together
 from .plugin.statistics import AdapterStatistics, check_covariance, weight_fingerprint
-from .plugin.stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from .plugin.stored_delta import KEY_PREFIX, TASK_WEIGHT, UnmergeableAdapterError
 from .plugin.tensor_file import TensorFile, TensorFileWriter, bytes_of, lay_out
 
 
@@ -45,6 +45,7 @@ def merge_adapter_sequence(
     top_k: int | None = None,
     abstain_above: float | None = None,
     rank: int | None = None,
+    gate_lora: bool | None = None,
     device: str | torch.device = "cpu",
     low_cpu_mem_usage: bool = False,
     token: str | bool | None = None,
@@ -101,6 +102,10 @@ def merge_adapter_sequence(
             The largest rank of a merged layer; `Σ r_t`, the sum of the tasks' ranks, is the exact optimum and the
             default. With less, each layer gets the best delta of that rank under the same objective; by other methods
             the nearest to what the method gives, in the Frobenius norm.
+        gate_lora (`bool`, *optional*):
+            Whether a row's images also choose among the tasks' own LoRA deltas, by the weights of the projector
+            routing; rows without images and undecided ones get the merged delta (docs/method.md). Defaults to that of
+            the merges among the adapters, if they agree, and to `False`.
         device (`str` or `torch.device`, defaults to `"cpu"`):
             Where to compute; it must know float64.
         low_cpu_mem_usage (`bool`, defaults to `False`):
@@ -137,6 +142,7 @@ def merge_adapter_sequence(
         top_k=top_k,
         abstain_above=abstain_above,
         rank=rank,
+        gate_lora=gate_lora,
         hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
         progress=progress,
     )
@@ -170,6 +176,7 @@ def merge_adapter_files(
     top_k: int | None = None,
     abstain_above: float | None = None,
     rank: int | None = None,
+    gate_lora: bool | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     token: str | bool | None = None,
@@ -217,6 +224,7 @@ def merge_adapter_files(
             top_k=top_k,
             abstain_above=abstain_above,
             rank=rank,
+            gate_lora=gate_lora,
             dtype=dtype,
             hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
             progress=progress,
@@ -284,6 +292,9 @@ def _merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.devi
     for module, delta in merged.items():
         for half, tensor in (("A", delta.A), ("B", delta.B)):
             tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor.contiguous()
+        if plan.options["gate_lora"]:
+            own = [task.deltas[module].rows() for task in plan.tasks if module in task.deltas]
+            tensors[f"{KEY_PREFIX}{module}.{TASK_WEIGHT}"] = torch.cat(own).to(plan.options["dtype"])
     record = {
         "stacked": {module: delta.stacked for module, delta in merged.items()},
         "fingerprints": {module: _fingerprints(plan, module, delta) for module, delta in merged.items()},
@@ -302,7 +313,7 @@ def _merge_by_lpm(plan: MergePlan, group: Sequence[str], device: str | torch.dev
             check_covariance(covariance, f"{task.source}: the covariance of '{group[0]}'")
             deltas = {module: task.deltas[module].read() for module in group if module in task.deltas}
             problem.add(covariance, deltas, task.weight)
-    return problem.solve(plan.options["rank"], plan.options["dtype"])
+    return problem.solve(plan.options["rank"], plan.options["dtype"], keep_blocks=plan.options["gate_lora"])
 
 
 def _fingerprints(plan: MergePlan, module: str, merged: MergedDelta) -> dict[str, list[float]]:

@@ -22,7 +22,7 @@ from .plugin.adapter import Adapter, TaskAdapter, read_adapter
 from .plugin.config import ROUTERS, MAnyConfig
 from .plugin.hub import find_adapter
 from .plugin.statistics import AdapterStatistics
-from .plugin.stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from .plugin.stored_delta import KEY_PREFIX, TASK_WEIGHT, UnmergeableAdapterError
 from .plugin.tensor_file import TensorFile
 from .requirements import check_measured
 from .routed_projectors import route_projectors
@@ -47,7 +47,7 @@ class MergePlan:
         averaged (`dict[str, list[str]]`): For the config: by averaged projector, the tasks that have a say in it.
         projector_tensors (`dict[str, torch.Tensor]`): Experts and prototypes, on disk until they are used; or means.
         method ([`MergeMethod`], *optional*): How deltas are merged; `None` is LPM.
-        options (`dict[str, Any]`): `ridge`, `router` and its options, `rank` and `dtype`.
+        options (`dict[str, Any]`): `ridge`, `router` and its options, `rank`, `gate_lora` and `dtype`.
     """
 
     adapters: Sequence[Adapter]
@@ -70,6 +70,10 @@ class MergePlan:
         whole = sum(ranks) if self.method is None else self.method.rank_of(ranks)
         return whole if self.options["rank"] is None else min(whole, self.options["rank"])
 
+    def ranks_of(self, module: str) -> list[int]:
+        """`r_t` of each task in a layer, zero where a task did not train it."""
+        return [task.deltas[module].rank if module in task.deltas else 0 for task in self.tasks]
+
     def shape_of(self, module: str) -> tuple[int, int]:
         """`(out, in)` of a layer."""
         return next(task.deltas[module].shape for task in self.tasks if module in task.deltas)
@@ -90,6 +94,8 @@ class MergePlan:
             out, width = self.shape_of(module)
             found[f"{KEY_PREFIX}{module}.lora_A.weight"] = (self.options["dtype"], (self.rank_of(module), width))
             found[f"{KEY_PREFIX}{module}.lora_B.weight"] = (self.options["dtype"], (out, self.rank_of(module)))
+            if self.options["gate_lora"]:
+                found[f"{KEY_PREFIX}{module}.{TASK_WEIGHT}"] = found[f"{KEY_PREFIX}{module}.lora_A.weight"]
         for name, tensor in self.projector_tensors.items():
             found[f"{KEY_PREFIX}{name}"] = (tensor.dtype, tuple(tensor.shape))
         return found
@@ -112,6 +118,8 @@ class MergePlan:
         rank = max(ranks.values(), key=list(ranks.values()).count)
         projectors = sorted({*self.routing, *self.averaged})
         exceptions = {name.replace(".", r"\."): r for name, r in ranks.items() if r != rank}
+        blocks = {module: self.ranks_of(module) for module in ranks} if self.options["gate_lora"] else {}
+        usual = max(blocks.values(), key=list(blocks.values()).count) if blocks else None
         merged = MAnyConfig(
             r=rank,
             lora_alpha=rank,  # the scaling is folded into the weights
@@ -132,6 +140,9 @@ class MergePlan:
             temperature=self.options["temperature"],
             top_k=self.options["top_k"],
             abstain_above=self.options["abstain_above"],
+            gate_lora=self.options["gate_lora"],
+            task_ranks=usual,
+            task_rank_pattern={name.replace(".", r"\."): of for name, of in blocks.items() if of != usual},
             tasks=[{"name": task.name, "weight": task.weight, **task.provenance} for task in self.tasks],
             routing=self.routing or None,
             averaged_projectors=self.averaged or None,
@@ -157,6 +168,7 @@ def plan_merge(
     top_k: int | None = None,
     abstain_above: float | None = None,
     rank: int | None = None,
+    gate_lora: bool | None = None,
     dtype: torch.dtype = torch.float32,
     hub: Mapping[str, Any],
     progress: bool,
@@ -220,6 +232,7 @@ def plan_merge(
         "top_k": _first_known(top_k, _agreed(merges, "top_k")),
         "abstain_above": _first_known(abstain_above, _agreed(merges, "abstain_above")),
         "rank": rank,
+        "gate_lora": _first_known(gate_lora, _agreed(merges, "gate_lora"), False),
         "dtype": dtype,
     }
     options["temperature"] = _temperature(temperature, merges, options["router"])
@@ -229,9 +242,11 @@ def plan_merge(
     routing: dict[str, dict[str, Any]] = {}
     averaged: dict[str, list[str]] = {}
     if projectors == ROUTED:
-        routing, tensors = route_projectors(tasks, options["router"])
+        routing, tensors = route_projectors(tasks, options["router"], untrained_too=options["gate_lora"])
     else:
         averaged, tensors = average_projectors(tasks)
+    if options["gate_lora"]:
+        _check_gate(chosen, routing, rank)
     _check_whole_projectors(tasks, [*routing, *averaged])
     return MergePlan(adapters, tasks, groups, routing, averaged, tensors, chosen, options)
 
@@ -293,6 +308,22 @@ def _shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:
         inputs = tuple(map(id, covariances)) if known else module  # a layer that nobody measured is by itself
         groups.setdefault(inputs, []).append(module)
     return list(groups.values())
+
+
+def _check_gate(method: MergeMethod | None, routing: Mapping[str, Any], rank: int | None) -> None:
+    """A gate needs every task's block of each layer, and prototypes."""
+    if method is not None:
+        raise ValueError(f"`gate_lora` is an option of LPM; the method '{method.name}' keeps no blocks of the tasks.")
+    if rank is not None:
+        raise ValueError(
+            "`gate_lora` keeps every task's block of each layer, so a `rank` cannot be given; pass `gate_lora=False` "
+            "or leave `rank` out."
+        )
+    if not routing:
+        raise UnmergeableAdapterError(
+            "`gate_lora` goes by the tasks' visual prototypes, but none of the adapters has one: no image passed "
+            "while their statistics were collected."
+        )
 
 
 def _check_whole_projectors(tasks: Sequence[TaskAdapter], projectors: Sequence[str]) -> None:

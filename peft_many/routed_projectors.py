@@ -14,12 +14,15 @@ from .plugin.adapter import TaskAdapter
 from .plugin.stored_delta import UnmergeableAdapterError
 
 
-def route_projectors(tasks: Sequence[TaskAdapter], router: str) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+def route_projectors(
+    tasks: Sequence[TaskAdapter], router: str, untrained_too: bool = False
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     """What the config and the weights file of a merge say of routed projectors; tasks that saw no image take no part.
 
     Args:
         tasks (`Sequence[TaskAdapter]`): In the order of the merge.
         router (`str`): `"cosine"`, or `"gaussian"`, which needs the spread of every routed task's images.
+        untrained_too (`bool`): Whether to route projectors that no task trained, for what a gate learns from them.
 
     Returns:
         By projector the routed tasks and the sizes of what images are compared with, and tensors on disk.
@@ -29,7 +32,12 @@ def route_projectors(tasks: Sequence[TaskAdapter], router: str) -> tuple[dict[st
     """
     routing: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
-    for projector in sorted({name for task in tasks for name in task.projectors}):
+    names = {name for task in tasks for name in task.projectors}
+    if untrained_too:
+        adapted = {module for task in tasks for module in task.deltas}
+        seen = {name for task in tasks for name in task.statistics.prototypes}
+        names |= {name for name in seen if not any(module.startswith(f"{name}.") for module in adapted)}
+    for projector in sorted(names):
         routed = [task for task in tasks if projector in task.statistics.prototypes and task.weight > 0]
         if not routed:
             continue

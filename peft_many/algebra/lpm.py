@@ -104,7 +104,9 @@ class LeastSquaresMerge:
                 raise ValueError(f"'{name}' has input width {delta.A.shape[1]}, its covariance {covariance.width}.")
         self._tasks.append(_Task(covariance.with_ridge(self.ridge), weight, dict(deltas)))
 
-    def solve(self, rank: int | None = None, dtype: torch.dtype = torch.float32) -> dict[str, MergedDelta]:
+    def solve(
+        self, rank: int | None = None, dtype: torch.dtype = torch.float32, keep_blocks: bool = False
+    ) -> dict[str, MergedDelta]:
         """The merged delta of every layer.
 
         Args:
@@ -113,6 +115,9 @@ class LeastSquaresMerge:
                 `U Uᵀ ΔW*` with the `rank` leading left singular vectors `U` of `ΔW* R^½` (reduced-rank regression):
                 it gives up what the tasks' inputs excite least, where plain SVD gives up the smallest weights.
             dtype (`torch.dtype`): Of the merged factors: float32, float16 or bfloat16.
+            keep_blocks (`bool`, defaults to `False`):
+                Keep `[B_1 … B_T]` also where the blocks are large and cancel: what then gets lost in rounding is
+                small beside the tasks' deltas, if not beside the merged one.
 
         Returns:
             `dict[str, MergedDelta]`: `A` of shape `(Σ r_t, in)` and `B` of shape `(out, Σ r_t)`, or of lower rank.
@@ -141,7 +146,8 @@ class LeastSquaresMerge:
                 tasks_of = [(blocks[i][1], blocks[i][2].A.to(self.device)) for i in own]
                 moments = torch.cat([parts[t][0] * parts[t][1].product(task_A) for t, task_A in tasks_of])
                 merged[name] = rounded_delta(name, *compress(A, B, moments, rank), dtype, stacked=False)
-            elif rounding_loss(A, B, dtype) > LARGEST_ROUNDING_LOSS[dtype]:  # the blocks are large and cancel
+            elif not keep_blocks and rounding_loss(A, B, dtype) > LARGEST_ROUNDING_LOSS[dtype]:
+                # The blocks are large and cancel.
                 merged[name] = rounded_delta(name, *orthonormal(A, B), dtype, stacked=False)
             else:
                 merged[name] = rounded_delta(name, A, B, dtype, stacked=True)

@@ -28,6 +28,7 @@ from .statistics import (
 )
 from .stored_delta import (
     KEY_PREFIX,
+    TASK_WEIGHT,
     StoredDelta,
     StoredPair,
     UnmergeableAdapterError,
@@ -213,6 +214,8 @@ def _split_pairs(
         half = next((half for half in "AB" if name.endswith(f".lora_{half}.weight")), None)
         if half is not None:
             halves.setdefault(name.removesuffix(f".lora_{half}.weight"), set()).add(half)
+        elif getattr(config, "gate_lora", False) and name.endswith(f".{TASK_WEIGHT}"):
+            continue  # the statistics hold every `A_t`
         elif ".lora_" in name:
             raise UnmergeableAdapterError(
                 f"{source.name}: tensor '{name}' is no plain LoRA weight of a linear layer and cannot be merged."

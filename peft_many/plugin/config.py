@@ -54,6 +54,13 @@ class MAnyConfig(LoraConfig):
         top_k (`int`, *optional*):
             In a merge, how many tasks' projectors each image is routed to, those of the largest weights; `None` mixes
             all whose weight is not negligible. Written by merging.
+        gate_lora (`bool`, defaults to `False`):
+            In a merge, whether the routing weights of a row's images also choose among the tasks' own LoRA deltas.
+            Written by merging.
+        task_ranks (`list[int]`, *optional*):
+            In a merge with `gate_lora`, the rank of each task's block in a layer. Written by merging.
+        task_rank_pattern (`dict[str, list[int]]`, *optional*):
+            The layers where it is another, as in `rank_pattern`. Written by merging.
         tasks (`list[dict]`, *optional*):
             In a merge, the tasks it was made of: name, weight, source, revision and hash. Written by merging.
         routing (`dict[str, dict]`, *optional*):
@@ -94,6 +101,16 @@ class MAnyConfig(LoraConfig):
             "help": "How many tasks' projectors a merge routes each image to; all if not given. Written by merging."
         },
     )
+    gate_lora: bool = field(
+        default=False,
+        metadata={"help": "Whether a merge's LoRA is chosen by the images of each row too. Written by merging."},
+    )
+    task_ranks: list[int] | None = field(
+        default=None, metadata={"help": "The rank of each task's block in a gated merge. Written by merging."}
+    )
+    task_rank_pattern: dict[str, list[int]] = field(
+        default_factory=dict, metadata={"help": "The layers where `task_ranks` are others. Written by merging."}
+    )
     tasks: list[dict[str, Any]] | None = field(
         default=None, metadata={"help": "The tasks a merge was made of. Written by merging."}
     )
@@ -121,6 +138,8 @@ class MAnyConfig(LoraConfig):
             raise ValueError(f"`router` must be one of {', '.join(map(repr, ROUTERS))}, but it is {self.router!r}.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, or `None` for all tasks, but it is {self.top_k}.")
+        if self.gate_lora and (self.tasks is None or self.task_ranks is None):
+            raise ValueError("`gate_lora` is no option of training; pass it when you merge.")
         if isinstance(self.projector_modules, str):
             self.projector_modules = [self.projector_modules]
         if self.format_version != 1:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import MAnyConfig
+from .gated_calls import unwatch_gated_calls
 from .stored_delta import KEY_PREFIX, UnmergeableAdapterError
 
 
@@ -101,6 +102,7 @@ def untouched_on_failure(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        unwatch_gated_calls(model)
         for module, children, attributes in before:
             module._modules.clear()
             module._modules.update(children)

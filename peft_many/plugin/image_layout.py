@@ -23,12 +23,21 @@ from ..algebra.routing import pool_segments
 WATCHED_METHODS = ("get_image_features", "get_video_features")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ImageCall:
-    """One running call of `get_image_features`: the module it belongs to and its arguments by name."""
+    """One call of `get_image_features` or `get_video_features`.
+
+    Args:
+        owner (`torch.nn.Module`): The module it belongs to.
+        arguments (`dict[str, Any]`): By name.
+        modality (`str`): `"image"` or `"video"`.
+        tokens (`list[int]`, *optional*): Once it has returned, how many tokens each image has become, if it says so.
+    """
 
     owner: nn.Module
     arguments: dict[str, Any]
+    modality: str
+    tokens: list[int] | None = None
 
 
 # A context variable, so that threads that share one model do not see each other's images.
@@ -204,6 +213,11 @@ def features_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return features
 
 
+def current_image_call() -> ImageCall | None:
+    """The image call that is running in this thread."""
+    return _running_call.get()
+
+
 def current_layout(features: Tensor) -> ImageLayout:
     """The layout of the features that arrive at a projector now.
 
@@ -224,6 +238,16 @@ def current_layout(features: Tensor) -> ImageLayout:
     return ImageLayout(torch.ones(len(features), dtype=torch.int64), flat=False)
 
 
+def _token_counts(output: Any) -> list[int] | None:
+    """How many tokens each image has become, from what an image method returned; `None` if it is of another form."""
+    features = getattr(output, "pooler_output", output)
+    if isinstance(features, Tensor) and features.dim() == 3:
+        return [features.shape[1]] * len(features)
+    if isinstance(features, (list, tuple)) and all(isinstance(one, Tensor) for one in features):
+        return [one.shape[:-1].numel() for one in features]
+    return None
+
+
 class _WatchedMethod:
     """Does what the module's own image method does, and lets `current_layout` know its arguments meanwhile.
 
@@ -241,11 +265,17 @@ class _WatchedMethod:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self.__signature__.bind(*args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
-        token = _running_call.set(ImageCall(self.module, arguments))
+        outer = _running_call.get()
+        # Some families pass the frames of videos through `get_image_features`.
+        videos = "video" in self.name or (outer is not None and outer.modality == "video")
+        call = ImageCall(self.module, arguments, "video" if videos else "image")
+        token = _running_call.set(call)
         try:
-            return self._own_method()(*args, **kwargs)
+            output = self._own_method()(*args, **kwargs)
         finally:
             _running_call.reset(token)
+        call.tokens = _token_counts(output)
+        return output
 
     def _own_method(self) -> Callable[..., Any]:
         return getattr(type(self.module), self.name).__get__(self.module)

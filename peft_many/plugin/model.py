@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftWarning
+from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,6 +26,8 @@ from .families import (
     language_model_name,
     match_projectors,
 )
+from .gated_calls import GateTarget, unwatch_gated_calls, watch_gated_calls
+from .gated_linear import GatedLinear
 from .image_layout import WATCHED_METHODS, unwatch_image_calls, watch_image_calls
 from .layers import hang_on_layers, lora_layers
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
@@ -64,9 +67,13 @@ class MAnyModel(LoraModel):
         with ExitStack() as rollback:
             self._wrap_projectors(model, adapter_name, config, rollback)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if config.gate_lora:
+                _gate_layers(model, adapter_name, config)
             rollback.pop_all()
         if config.routing:
             watch_image_calls(model)
+        if config.gate_lora:
+            watch_gated_calls(model)
         if isinstance(config.statistics, AdapterStatistics):
             hang_on_layers(model, adapter_name, config.statistics)
 
@@ -92,7 +99,7 @@ class MAnyModel(LoraModel):
         for name in projectors:
             parent_name, _, child = name.rpartition(".")
             parent, module = model.get_submodule(parent_name), model.get_submodule(name)
-            routing = _routing(config, name)
+            routing = _routing(config, name, adapter_name)
             if isinstance(module, ProjectorWrapper):
                 rollback.callback(module.delete_adapter, adapter_name, module.active_adapters)
                 module.update(adapter_name, routing=routing)
@@ -121,8 +128,42 @@ class MAnyModel(LoraModel):
                 )
         return remapped
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's; unlike in [`~peft.LoraModel`] its forward hooks run, which gated adapters need."""
+        return self.model(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See [`~peft.LoraModel`]."""
+        super().delete_adapter(adapter_name)
+        if not any(config.gate_lora for config in self.peft_config.values()):
+            unwatch_gated_calls(self.model)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base weights; see [`~peft.LoraModel`]. Of a gated merge it folds the merged LoRA."""
+        self._warn_of_folding(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _warn_of_folding(self, adapter_names: list[str] | None) -> None:
+        for name in adapter_names or self.active_adapters:
+            if name in self.peft_config and self.peft_config[name].gate_lora:
+                warnings.warn(
+                    f"The adapter '{name}' is a merge with `gate_lora`. What is chosen for each image cannot be "
+                    "folded into the base model: it will use the merged LoRA for all inputs.",
+                    PeftWarning,
+                    stacklevel=3,
+                )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._warn_of_folding(adapter_names)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unwatch_gated_calls(model)
         if any(isinstance(module, ProjectorMixture) for module in model.modules()):
             # The model keeps routing, but its class knows nothing of a mixture: saved and loaded as what it calls
             # itself, it would come back with a randomly initialised projector.
@@ -184,11 +225,28 @@ def _targets(model: PreTrainedModel, config: MAnyConfig) -> str | set[str]:
     return pattern if wanted == {name for name in names if re.fullmatch(pattern, name)} else wanted
 
 
-def _routing(config: MAnyConfig, projector: str) -> ProjectorRouting | None:
+def _gate_layers(model: nn.Module, adapter_name: str, config: MAnyConfig) -> None:
+    """Give the LoRA layers of a gated merge the place for the tasks' own `A_t`."""
+    for name, layer in lora_layers(model, adapter_name).items():
+        ranks = config.task_rank_pattern.get(get_pattern_key(config.task_rank_pattern, name), config.task_ranks)
+        if ranks is None or sum(ranks) != layer.r[adapter_name]:
+            raise ValueError(
+                f"The adapter's config has `gate_lora`, but its `task_ranks` {ranks} do not make up the rank "
+                f"{layer.r[adapter_name]} of '{name}'. Only merging writes these."
+            )
+        layer.lora_A[adapter_name] = GatedLinear(layer.lora_A[adapter_name], adapter_name, ranks)
+
+
+def _routing(config: MAnyConfig, projector: str, adapter_name: str) -> ProjectorRouting | None:
     """What a merge's config says of the mixture at one projector."""
     routing = (config.routing or {}).get(projector)
     if routing is None:
         return None
+    gate = None
+    if config.gate_lora:
+        order = [task["name"] for task in config.tasks or []]
+        columns = tuple(order.index(task["name"]) for task in routing["tasks"])
+        gate = GateTarget(adapter_name, columns, len(order))
     return ProjectorRouting(
         width=routing["width"],
         trained=[task["trained"] for task in routing["tasks"]],
@@ -196,4 +254,5 @@ def _routing(config: MAnyConfig, projector: str) -> ProjectorRouting | None:
         top_k=config.top_k,
         directions=routing.get("directions"),
         abstain_above=config.abstain_above,
+        gate=gate,
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..algebra.routing import gaussian_weights, routing_weights
 from ..algebra.spread import FeatureMetric
+from .gated_calls import GateTarget, note_images
 from .image_layout import current_layout, features_of
 
 
@@ -27,6 +28,7 @@ class ProjectorRouting:
         top_k (`int`, *optional*): How many tasks at most take part in each image; `None` is all of them.
         directions (`int`, *optional*): How many directions a Gaussian router's metric has; `None` is the cosine one.
         abstain_above (`float`, *optional*): From which distance on images go through the base model's projector.
+        gate ([`GateTarget`], *optional*): The LoRA layers that go by the same weights, if any do.
     """
 
     width: int
@@ -35,6 +37,7 @@ class ProjectorRouting:
     top_k: int | None = None
     directions: int | None = None
     abstain_above: float | None = None
+    gate: GateTarget | None = None
 
 
 class ProjectorMixture(nn.Module):
@@ -55,6 +58,7 @@ class ProjectorMixture(nn.Module):
         self.temperature = routing.temperature
         self.top_k = routing.top_k
         self.abstain_above = routing.abstain_above
+        self.gate = routing.gate
         # Keys that no adapter is called by: PEFT filters state dicts by ".<adapter name>.".
         self.experts = nn.ModuleDict(
             {f"task_{t}": _plain_copy(template) for t, trained in enumerate(routing.trained) if trained}
@@ -77,11 +81,16 @@ class ProjectorMixture(nn.Module):
         if self.abstain_above is not None:
             of_tasks.append(base)
         experts = list(dict.fromkeys(of_tasks))  # tasks without a projector of their own share the base model's
-        if len(experts) == 1:
+        if len(experts) == 1 and self.gate is None:
             return _call(experts[0], *args, **kwargs)
         features = features_of(args, kwargs)
         layout = current_layout(features)
-        weights = self._weights_of(experts, of_tasks, layout.pool(features))
+        by_task = self.task_weights(layout.pool(features))
+        if self.gate is not None:
+            note_images(self.gate, by_task, layout)
+        if self.abstain_above is not None:
+            by_task = torch.cat([by_task, 1 - by_task.sum(dim=-1, keepdim=True)], dim=-1)
+        weights = _sums_by_expert(by_task, experts, of_tasks)
         carried = (weights != 0).cpu()  # NaN counts, so that broken features stay broken
         busy = carried.any(dim=0).nonzero()[:, 0].tolist()
         if len(busy) < 2:  # none if there are no images
@@ -103,16 +112,6 @@ class ProjectorMixture(nn.Module):
             return routing_weights(pooled, prototypes, self.temperature, self.top_k)
         metric = FeatureMetric(self.directions, self.variances)
         return gaussian_weights(pooled, prototypes, metric, self.temperature, self.top_k, self.abstain_above)
-
-    def _weights_of(self, experts: list[nn.Module | None], of_tasks: list[nn.Module | None], pooled: Tensor) -> Tensor:
-        """What each expert's output counts for each image, `(images, experts)`: the sum over the tasks it serves."""
-        weights = self.task_weights(pooled)
-        if self.abstain_above is not None:
-            weights = torch.cat([weights, 1 - weights.sum(dim=-1, keepdim=True)], dim=-1)
-        if len(experts) == len(of_tasks):
-            return weights
-        places = torch.tensor([experts.index(expert) for expert in of_tasks], device=weights.device)
-        return weights.new_zeros(len(weights), len(experts)).index_add_(1, places, weights)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ProjectorMixture:
         # `.half()` and `.to(dtype)` are meant for weights; rounded prototypes would route differently.
@@ -138,6 +137,14 @@ class ProjectorMixture(nn.Module):
             if value is None or isinstance(value, nn.Module):  # one expert's parts are not the mixture's
                 raise
             return value
+
+
+def _sums_by_expert(weights: Tensor, experts: list[nn.Module | None], of_tasks: list[nn.Module | None]) -> Tensor:
+    """What each expert's output counts for each image, `(images, experts)`: the sum over the tasks it serves."""
+    if len(experts) == len(of_tasks):
+        return weights
+    places = torch.tensor([experts.index(expert) for expert in of_tasks], device=weights.device)
+    return weights.new_zeros(len(weights), len(experts)).index_add_(1, places, weights)
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from .statistics import TaskStatistics, same_weights, weight_fingerprint
 from .tensor_file import TensorFile
 
 KEY_PREFIX = "base_model.model."
+TASK_WEIGHT = "lora_A.task_weight"  # of a layer of a merge with `gate_lora`: the tasks' own `A_t`, stacked
 
 
 class UnmergeableAdapterError(ValueError):

@@ -1,0 +1,63 @@
+"""Gated deltas: how much of each task's own delta, and how much of the merged one, acts on a row of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# A row is given to its tasks' own deltas where one task has at least this weight, and to the merged delta elsewhere.
+CONFIDENT_WEIGHT = 0.5
+
+
+def confidence(weights: Tensor, threshold: float = CONFIDENT_WEIGHT) -> Tensor:
+    """How far the task weights of a row are to be trusted: 1 where the largest one reaches the threshold, else 0.
+
+    Args:
+        weights (`torch.Tensor`): Shape `(rows, tasks)`; rows sum to one, or are zero where nothing is known.
+        threshold (`float`): In (0, 1].
+
+    Returns:
+        `torch.Tensor`: `c`, shape `(rows,)`, float32.
+    """
+    return (weights.amax(dim=-1) >= threshold).float()
+
+
+def gates(weights: Tensor, trust: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What the rows of `A*` and of the tasks' own `A_t` are multiplied by, for each row of a batch.
+
+        ΔW(x) = Σ_t B_t [ (1 − c) A*_t + c α_t A_t ]
+
+    `c = 0` is the merged delta; `c = 1` and one-hot `α` are exactly one task's own.
+
+    Args:
+        weights (`torch.Tensor`): `α`, shape `(rows, tasks)`.
+        trust (`torch.Tensor`): `c`, shape `(rows,)`, in [0, 1].
+        ranks (`Sequence[int]`): `r_t` of each task in the layer, zero where a task did not train it.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: `1 − c`, shape `(rows, 1)`, and `c α_t` repeated `r_t` times, shape
+        `(rows, Σ r_t)`; dtype and device of `weights`.
+    """
+    trust = trust.to(weights.dtype)[:, None]
+    places = [t for t, rank in enumerate(ranks) for _ in range(rank)]
+    return 1 - trust, (trust * weights)[:, places]
+
+
+def rows_of_images(tokens: Tensor, placeholders: Tensor) -> Tensor | None:
+    """Which row of a batch each image stands in: images fill the rows' placeholder tokens in order.
+
+    Args:
+        tokens (`torch.Tensor`): Shape `(images,)`, int64, on the CPU: how many tokens each image becomes, at least 1.
+        placeholders (`torch.Tensor`): Shape `(rows,)`, int64, on the CPU: how many placeholder tokens each row has.
+
+    Returns:
+        `torch.Tensor`: Shape `(images,)`, int64; `None` where the counts differ or an image would be cut in two.
+    """
+    if tokens.sum() != placeholders.sum():
+        return None
+    row_ends, ends = placeholders.cumsum(0), tokens.cumsum(0)
+    first = torch.searchsorted(row_ends, ends - tokens, right=True)
+    last = torch.searchsorted(row_ends, ends - 1, right=True)
+    return first if torch.equal(first, last) else None
