@@ -23,7 +23,7 @@ from .plugin.hooks import LayerCapture, layers_by_input
 from .plugin.layers import lora_layers
 from .plugin.statistics import AdapterStatistics, TaskStatistics, weight_fingerprint
 
-DEFAULT_REFIT_RIDGE = 1e-2
+DEFAULT_REFIT_RIDGE = 1e-4
 
 
 def refit_merge(
@@ -57,7 +57,7 @@ def refit_merge(
             For each of the merge's tasks, by name, batches as for training; each is read once.
         targets (`str`, defaults to `"outputs"`):
             `"outputs"` or `"deltas"`, as above.
-        ridge (`float`, defaults to 1e-2):
+        ridge (`float`, defaults to 1e-4):
             `λ`, the share of the mean input energy with which each layer is pulled to the tasks' own deltas.
         rank (`int`, *optional*):
             The largest rank of a refitted layer; defaults to what the layer has in the merge, and cannot be more.

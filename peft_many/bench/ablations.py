@@ -17,7 +17,7 @@ SAMPLES = (8, 32, 128, 512)
 STATISTICS_RANKS = (8, 16, 32, 48, 64, 96)
 ENERGIES = (0.9, 0.99, 0.999, 0.9999, 1.0)
 MERGED_RANKS = (4, 8, 16, 24, 32)
-REFIT_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+REFIT_RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def _with_options(shop: Workshop, stage: int, **options: Any) -> Answerer:

@@ -29,7 +29,8 @@ class Method:
         name (`str`): What it is called.
         group (`str`): The table it belongs to.
         about (`str`): What it does, in one line, and the source it follows.
-        after (`Callable[[Workshop, int], Answerer]`): The model, or one for each task, after the first so many tasks.
+        after (`Callable[[Workshop, int], Answerer]`, *optional*):
+            The model, or one for each task, after the first so many tasks.
         every_stage (`bool`): Whether it is asked after each task, for the accuracy matrix, or after the last only.
         slow (`bool`): Whether it trains much that no other method needs.
     """
@@ -37,9 +38,19 @@ class Method:
     name: str
     group: str
     about: str
-    after: Callable[[Workshop, int], Answerer]
+    after: Callable[[Workshop, int], Answerer] | None
     every_stage: bool = False
     slow: bool = False
+
+    def scores(self, shop: Workshop) -> list[list[float]]:
+        """Accuracy in per cent: a row for each stage on the tasks so far, or one row after the last stage."""
+        assert self.after is not None
+        last = len(shop.tasks)
+        rows = []
+        for stage in range(1, last + 1) if self.every_stage else [last]:
+            answerer = self.after(shop, stage)
+            rows.append([shop.accuracy(answerer(task), task) for task in shop.tasks[:stage]])
+        return rows
 
 
 def same(model: nn.Module) -> Answerer:

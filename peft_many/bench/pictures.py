@@ -6,13 +6,14 @@ import statistics
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from .methods import Method
 from .run import Results
 from .tables import BOUND, final_average
 
-_COLOURS = ("#2e8b57", "#e0a458", "#7fa7c9", "#b5616a", "#8d7fb8", "#555555", "#c9c9c9")
+_COLOUR = "#2e8b57"
 
 
 def matrices(runs: Sequence[Results], methods: Sequence[Method]) -> Figure | None:
@@ -44,7 +45,7 @@ def matrices(runs: Sequence[Results], methods: Sequence[Method]) -> Figure | Non
 
 def forgetting(runs: Sequence[Results], methods: Sequence[Method]) -> Figure | None:
     """The average accuracy on the tasks so far, after each of them; the bound is each task alone."""
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     axis = figure.subplots()
     tasks = runs[0].about["tasks"]
     drawn = 0
@@ -52,9 +53,8 @@ def forgetting(runs: Sequence[Results], methods: Sequence[Method]) -> Figure | N
         of_runs = [run.matrix(method.name) for run in runs if method.name in run.scores]
         curves = [matrix.stage_averages for matrix in of_runs if matrix is not None]
         if curves:
-            colour = _COLOURS[drawn % len(_COLOURS)]
-            style = "-" if drawn < len(_COLOURS) else "--"
-            axis.plot(tasks, np.mean(curves, axis=0), style, marker="o", label=method.name, color=colour)
+            colour = colormaps["tab20"](drawn % 20)
+            axis.plot(tasks, np.mean(curves, axis=0), marker="o", label=method.name, color=colour)
             drawn += 1
     if all(BOUND in run.scores for run in runs):
         alone = np.mean([run.scores[BOUND][-1] for run in runs], axis=0)
@@ -82,7 +82,7 @@ def ablations(runs: Sequence[Results], methods: Sequence[Method]) -> Figure | No
         values = [final_average(runs, method.name) for method in of_group]
         spreads = [statistics.stdev(value) if len(value) > 1 else 0.0 for value in values]
         names = [method.name for method in of_group]
-        axis.errorbar(names, [statistics.fmean(value) for value in values], spreads, marker="o", color=_COLOURS[0])
+        axis.errorbar(names, [statistics.fmean(value) for value in values], spreads, marker="o", color=_COLOUR)
         if all("MAny" in run.scores for run in runs):
             axis.axhline(statistics.fmean(final_average(runs, "MAny")), color="#999999", linestyle=":", linewidth=1)
         axis.set_title(group, fontsize=9)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..plugin.atomic import replace_file
 from . import pictures
-from .methods import MAIN, METHODS, Method
+from .methods import BEYOND, MAIN, METHODS, Method
 from .model import MODELS
 from .run import RESULTS_NAME, Results, all_methods
 from .tables import METRICS, Table, tables_of
@@ -119,7 +119,7 @@ def summary_of(runs: Sequence[Results]) -> list[Table]:
 
 
 def _pictures(runs: Sequence[Results], methods: Sequence[Method]) -> dict[str, Figure]:
-    main = [method for method in methods if method.group == MAIN]
+    main = [method for method in methods if method.group in (MAIN, BEYOND)]
     others = [method for method in methods if method.name not in METHODS]
     drawn = {
         "accuracy matrices": pictures.matrices(runs, main),

@@ -22,6 +22,7 @@ from .ablations import ablations
 from .methods import METHODS, Method
 from .model import MODELS, TinyModel
 from .pretraining import pretrain
+from .routers import routers
 from .tasks import TASKS
 from .workshop import Workshop
 from .world import Task
@@ -120,7 +121,7 @@ def run(
             waiting = [method for method in chosen if method.name not in results.scores]
             for method in tqdm(waiting, desc=f"{name}, seed {seed}", unit="method"):
                 started = time.perf_counter()
-                results.scores[method.name] = scores_of(method, shop)
+                results.scores[method.name] = method.scores(shop)
                 results.seconds[method.name] = round(time.perf_counter() - started, 1)
                 results.write()
                 gc.collect()  # models are full of cycles
@@ -128,20 +129,11 @@ def run(
     return found
 
 
-def scores_of(method: Method, shop: Workshop) -> list[list[float]]:
-    """Accuracy in per cent: a row for each stage on the tasks so far, or one row after the last stage."""
-    last = len(shop.tasks)
-    rows = []
-    for stage in range(1, last + 1) if method.every_stage else [last]:
-        answerer = method.after(shop, stage)
-        rows.append([shop.accuracy(answerer(task), task) for task in shop.tasks[:stage]])
-    return rows
-
-
 def all_methods() -> Iterator[Method]:
-    """Every method and every ablation."""
+    """Every method, every ablation and every way of routing."""
     yield from METHODS.values()
     yield from ablations()
+    yield from routers()
 
 
 def _weights_of(tiny: TinyModel, output: Path, settings: Settings) -> Path | None:

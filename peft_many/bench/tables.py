@@ -23,6 +23,9 @@ METRICS = {
 }
 
 
+_IN_TERMINAL = ("FAA", "of alone", METRICS["caa"], METRICS["ffm_from_learning"])
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of text.
@@ -38,12 +41,13 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def rich(self) -> RichTable:
-        """For the terminal."""
+        """For the terminal, where eighty columns hold the averages but not every task."""
         table = RichTable(title=self.title, title_justify="left")
-        for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left")
+        shown = [i for i, column in enumerate(self.columns) if i == 0 or column in _IN_TERMINAL]
+        for i in shown:
+            table.add_column(self.columns[i], justify="right" if i else "left", no_wrap=True)
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*(row[i] for i in shown))
         return table
 
     def markdown(self) -> str:

@@ -59,11 +59,15 @@ class Workshop:
         """A fresh base model."""
         return self.tiny.load(self.weights)
 
-    def accuracy(self, model: nn.Module, task: Task) -> float:
-        """Exact-match accuracy in per cent on the task's test pictures."""
+    def questions(self, task: Task) -> list[Example]:
+        """The task's test pictures."""
         if task.name not in self._questions:
             self._questions[task.name] = task.examples(self.tests, "test", self.seed + 1)
-        return accuracy(model, Collator(self.tiny, prompts_only=True), self._questions[task.name])
+        return self._questions[task.name]
+
+    def accuracy(self, model: nn.Module, task: Task) -> float:
+        """Exact-match accuracy in per cent on the task's test pictures."""
+        return accuracy(model, Collator(self.tiny, prompts_only=True), self.questions(task))
 
     # --- Training ----------------------------------------------------------------------------------------------------
 

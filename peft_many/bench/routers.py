@@ -1,0 +1,107 @@
+"""How many images each way of routing sends to their own task: pooling, centring, prototypes, metric, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from ..algebra.spread import centred, shared_metric
+from ..plugin.families import find_projectors
+from ..plugin.image_layout import features_of
+from .methods import Method
+from .model import Collator
+from .training import batches_of
+from .workshop import BATCH_SIZE, MEASURED, Workshop
+from .world import Example
+
+GROUP = "images that are routed to their task, %"
+PROTOTYPES = (2, 4, 8, 16)
+IMAGES = (4, 8, 32)
+
+# From the pooled features of each task's images, shape (n, d), and those of others: which task is nearest.
+Router = Callable[[Sequence[Tensor], Tensor], Tensor]
+
+
+def _mean(patches: Tensor) -> Tensor:
+    return patches.mean(1)
+
+
+@dataclass(frozen=True)
+class RouterStudy(Method):
+    """A row of the routing table.
+
+    Args:
+        router (`Router`): Decides.
+        pool (`Callable`): From patches, shape `(images, patches, d)`, to features, `(images, d)`.
+        images (`int`): How many of each task's images it knows.
+    """
+
+    router: Router | None = None
+    pool: Callable[[Tensor], Tensor] = _mean
+    images: int = MEASURED
+
+    def scores(self, shop: Workshop) -> list[list[float]]:
+        """The share of each task's test pictures that go to it, in per cent."""
+        assert self.router is not None
+        known = [self.pool(_patches(shop, task.examples(self.images, "train", shop.seed + 2))) for task in shop.tasks]
+        row = []
+        for t, task in enumerate(shop.tasks):
+            found = self.router(known, self.pool(_patches(shop, shop.questions(task))))
+            row.append(100 * (found == t).float().mean().item())
+        return [row]
+
+
+@torch.no_grad()
+def _patches(shop: Workshop, examples: Sequence[Example]) -> Tensor:
+    """What arrives at the projector, shape `(images, patches, d)`, float32."""
+    base = shop.base()
+    seen: list[Tensor] = []
+    projector = base.get_submodule(find_projectors(base)[0])
+    projector.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(features_of(args, kwargs)), with_kwargs=True
+    )
+    parts = []
+    for start, batch in enumerate(batches_of(examples, Collator(shop.tiny, prompts_only=True), BATCH_SIZE)):
+        base(**batch)
+        images = len(examples[start * BATCH_SIZE : (start + 1) * BATCH_SIZE])
+        features = seen.pop()
+        parts.append(features.reshape(images, -1, features.shape[-1]).float())
+    return torch.cat(parts)
+
+
+def _cosine(known: Sequence[Tensor], features: Tensor, prototypes: int = 1, centre: bool = True) -> Tensor:
+    """The task of the prototype of the largest cosine, after subtracting the mean of the tasks' means."""
+    means = torch.stack([rows.mean(0) for rows in known])
+    origin = means.mean(0) if centre else torch.zeros_like(means[0])
+    if prototypes == 1:
+        places, owners = means, torch.arange(len(known))
+    else:
+        clusters = [KMeans(prototypes, n_init=4, random_state=0).fit(rows.numpy()).cluster_centers_ for rows in known]
+        places = torch.cat([torch.from_numpy(centres).float() for centres in clusters])
+        owners = torch.arange(len(known)).repeat_interleave(prototypes)
+    cosines = torch.nn.functional.cosine_similarity((features - origin)[:, None], places - origin, dim=-1)
+    return owners[cosines.argmax(1)]
+
+
+def _gaussian(known: Sequence[Tensor], features: Tensor) -> Tensor:
+    metric = shared_metric([centred(rows) for rows in known])
+    return metric.squared_distances(features, torch.stack([rows.mean(0) for rows in known])).argmin(1)
+
+
+def routers() -> Iterator[Method]:
+    """Every way of routing; cosines of centred means are the paper's."""
+    study = partial(RouterStudy, group=GROUP, after=None)
+    yield study("cosine", about="", router=_cosine)
+    yield study("not centred", about="", router=partial(_cosine, centre=False))
+    yield study("pooled by the maximum", about="", router=_cosine, pool=partial(torch.amax, dim=1))
+    for count in PROTOTYPES:
+        yield study(f"{count} prototypes a task", about="", router=partial(_cosine, prototypes=count))
+    yield study("Gaussian", about="", router=_gaussian)
+    for images in IMAGES:
+        yield study(f"cosine, {images} images", about="", router=_cosine, images=images)
+        yield study(f"Gaussian, {images} images", about="", router=_gaussian, images=images)
