@@ -38,11 +38,13 @@ class RowWeights:
     Args:
         sums (`torch.Tensor`): Over the images of each row, shape `(rows, tasks)`, float32.
         images (`torch.Tensor`): How many these are, shape `(rows,)`, float32.
+        start (`int`): How many tokens the cache held when the last of the images came.
     """
 
-    def __init__(self, sums: Tensor, images: Tensor) -> None:
+    def __init__(self, sums: Tensor, images: Tensor, start: int) -> None:
         self.sums = sums
         self.images = images
+        self.start = start
         self._gates: dict[tuple[Any, ...], Gates] = {}
 
     def plus(self, other: RowWeights) -> RowWeights:
@@ -52,7 +54,7 @@ class RowWeights:
             sum(part.repeat_interleave(rows // len(part), dim=0).to(parts[0].device) for part in parts)
             for parts in ((self.sums, other.sums), (self.images, other.images))
         )
-        return RowWeights(sums, images)
+        return RowWeights(sums, images, max(self.start, other.start))
 
     def gates(self, ranks: tuple[int, ...], repeats: int, like: Tensor) -> Gates | None:
         """The gates of a layer.
@@ -102,11 +104,13 @@ class ImageWeights:
         weights (`torch.Tensor`): Shape `(images, tasks)`, float32.
         layout ([`ImageLayout`]): How the projector's input was shared out among them.
         call ([`ImageCall`], *optional*): The `get_image_features` in which it was called.
+        start (`int`): How many tokens the cache held then.
     """
 
     weights: Tensor
     layout: ImageLayout
     call: ImageCall | None
+    start: int
 
     def by_row(self, model: nn.Module, arguments: Mapping[str, Any]) -> RowWeights | None:
         """The weights of the batch's rows; `None`, with a warning, where it cannot be told which images are whose.
@@ -128,6 +132,7 @@ class ImageWeights:
         return RowWeights(
             self.weights.new_zeros(batch, self.weights.shape[1]).index_add(0, rows, self.weights),
             self.weights.new_zeros(batch).index_add(0, rows, self.weights.new_ones(images)),
+            self.start,
         )
 
     def _tokens(self, placeholders: Tensor) -> Tensor:
