@@ -216,6 +216,7 @@ def _drop_what_was_read(arguments: dict[str, Any]) -> None:
 
 def watch_gated_calls(model: nn.Module) -> None:
     """Let the model's LoRA layers know the images of the call that they run in; doing it again changes nothing."""
+    module: Any
     takes_images = [m for m in model.modules() if any(callable(getattr(type(m), n, None)) for n in WATCHED_METHODS)]
     for module in dict.fromkeys([model, *takes_images]):
         if "gate_hooks" in vars(module):
@@ -231,6 +232,7 @@ def watch_gated_calls(model: nn.Module) -> None:
 
 def unwatch_gated_calls(model: nn.Module) -> None:
     """Undo `watch_gated_calls`."""
+    module: Any
     for module in model.modules():
         for handle in vars(module).pop("gate_hooks", ()):
             handle.remove()

@@ -49,12 +49,10 @@ class RowWeights:
 
     def plus(self, other: RowWeights) -> RowWeights:
         """Of both their images. Where one has several rows to each of the other's, as with beams, these share them."""
-        rows = max(len(self.images), len(other.images))
-        sums, images = (
-            sum(part.repeat_interleave(rows // len(part), dim=0).to(parts[0].device) for part in parts)
-            for parts in ((self.sums, other.sums), (self.images, other.images))
-        )
-        return RowWeights(sums, images, max(self.start, other.start))
+        few, many = sorted((self, other), key=lambda one: len(one.images))
+        repeats = len(many.images) // len(few.images)
+        sums, images = (part.repeat_interleave(repeats, dim=0).to(many.sums.device) for part in (few.sums, few.images))
+        return RowWeights(many.sums + sums, many.images + images, max(self.start, other.start))
 
     def gates(self, ranks: tuple[int, ...], repeats: int, like: Tensor) -> Gates | None:
         """The gates of a layer.
@@ -150,13 +148,13 @@ class ImageWeights:
         tokens = (getattr(config, f"{modality}_token_{end}", None) for end in ("id", "index"))
         token = next((token for token in tokens if token is not None), None)
         ids = next((ids for ids in map(arguments.get, ("input_ids", "inputs")) if ids is not None), None)
-        embedded = arguments.get("inputs_embeds")
+        embedded, embed = arguments.get("inputs_embeds"), getattr(model, "get_input_embeddings", None)
         if token is None:
             return None
         if ids is not None:
             stand_for = ids == token
-        elif embedded is not None and hasattr(model, "get_input_embeddings"):
-            placeholder = model.get_input_embeddings()(torch.tensor(token, device=embedded.device))
+        elif embedded is not None and callable(embed):
+            placeholder = embed()(torch.tensor(token, device=embedded.device))
             stand_for = (embedded == placeholder.to(embedded)).all(dim=-1)
         else:
             return None
