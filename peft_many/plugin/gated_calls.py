@@ -124,7 +124,8 @@ def note_images(target: GateTarget, weights: Tensor, layout: ImageLayout) -> Non
         )
     all_tasks = weights.new_zeros(len(weights), target.tasks)
     all_tasks[:, list(target.columns)] = weights
-    call.note(target.adapter_name, ImageWeights(all_tasks, layout, current_image_call()))
+    start = _length(call.arguments.get("past_key_values"))
+    call.note(target.adapter_name, ImageWeights(all_tasks, layout, current_image_call(), start))
 
 
 def current_gates(adapter_name: str, ranks: tuple[int, ...], x: Tensor) -> Gates | None:
@@ -167,9 +168,13 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 
 def _of_cache(cache: Any) -> dict[str, RowWeights]:
-    """What was known of the rows when the cache was filled; nothing if it was emptied since."""
+    """What is known of the rows whose tokens a cache holds; nothing if it was cut back to before an image since."""
     found: dict[str, RowWeights] = getattr(cache, CACHE_ATTRIBUTE, {})
-    return found if found and cache.get_seq_length() > 0 else {}
+    return {name: rows for name, rows in found.items() if _length(cache) > rows.start}
+
+
+def _length(cache: Any) -> int:
+    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
 
 
 class _WatchedGenerate:
@@ -200,7 +205,7 @@ class _WatchedGenerate:
 
 def _drop_what_was_read(arguments: dict[str, Any]) -> None:
     """Of token ids that begin with those in the cache keep the new ones: their placeholders are the new images'."""
-    read = arguments["past_key_values"].get_seq_length()
+    read = _length(arguments["past_key_values"])
     for name in ("input_ids", "inputs"):
         ids = arguments.get(name)
         if isinstance(ids, Tensor) and ids.shape[1] > read:
@@ -211,6 +216,7 @@ def _drop_what_was_read(arguments: dict[str, Any]) -> None:
 
 def watch_gated_calls(model: nn.Module) -> None:
     """Let the model's LoRA layers know the images of the call that they run in; doing it again changes nothing."""
+    module: Any
     takes_images = [m for m in model.modules() if any(callable(getattr(type(m), n, None)) for n in WATCHED_METHODS)]
     for module in dict.fromkeys([model, *takes_images]):
         if "gate_hooks" in vars(module):
@@ -226,6 +232,7 @@ def watch_gated_calls(model: nn.Module) -> None:
 
 def unwatch_gated_calls(model: nn.Module) -> None:
     """Undo `watch_gated_calls`."""
+    module: Any
     for module in model.modules():
         for handle in vars(module).pop("gate_hooks", ()):
             handle.remove()

@@ -38,21 +38,21 @@ class RowWeights:
     Args:
         sums (`torch.Tensor`): Over the images of each row, shape `(rows, tasks)`, float32.
         images (`torch.Tensor`): How many these are, shape `(rows,)`, float32.
+        start (`int`): How many tokens the cache held when the last of the images came.
     """
 
-    def __init__(self, sums: Tensor, images: Tensor) -> None:
+    def __init__(self, sums: Tensor, images: Tensor, start: int) -> None:
         self.sums = sums
         self.images = images
+        self.start = start
         self._gates: dict[tuple[Any, ...], Gates] = {}
 
     def plus(self, other: RowWeights) -> RowWeights:
         """Of both their images. Where one has several rows to each of the other's, as with beams, these share them."""
-        rows = max(len(self.images), len(other.images))
-        sums, images = (
-            sum(part.repeat_interleave(rows // len(part), dim=0).to(parts[0].device) for part in parts)
-            for parts in ((self.sums, other.sums), (self.images, other.images))
-        )
-        return RowWeights(sums, images)
+        few, many = sorted((self, other), key=lambda one: len(one.images))
+        repeats = len(many.images) // len(few.images)
+        sums, images = (part.repeat_interleave(repeats, dim=0).to(many.sums.device) for part in (few.sums, few.images))
+        return RowWeights(many.sums + sums, many.images + images, max(self.start, other.start))
 
     def gates(self, ranks: tuple[int, ...], repeats: int, like: Tensor) -> Gates | None:
         """The gates of a layer.
@@ -102,11 +102,13 @@ class ImageWeights:
         weights (`torch.Tensor`): Shape `(images, tasks)`, float32.
         layout ([`ImageLayout`]): How the projector's input was shared out among them.
         call ([`ImageCall`], *optional*): The `get_image_features` in which it was called.
+        start (`int`): How many tokens the cache held then.
     """
 
     weights: Tensor
     layout: ImageLayout
     call: ImageCall | None
+    start: int
 
     def by_row(self, model: nn.Module, arguments: Mapping[str, Any]) -> RowWeights | None:
         """The weights of the batch's rows; `None`, with a warning, where it cannot be told which images are whose.
@@ -128,6 +130,7 @@ class ImageWeights:
         return RowWeights(
             self.weights.new_zeros(batch, self.weights.shape[1]).index_add(0, rows, self.weights),
             self.weights.new_zeros(batch).index_add(0, rows, self.weights.new_ones(images)),
+            self.start,
         )
 
     def _tokens(self, placeholders: Tensor) -> Tensor:
@@ -145,13 +148,13 @@ class ImageWeights:
         tokens = (getattr(config, f"{modality}_token_{end}", None) for end in ("id", "index"))
         token = next((token for token in tokens if token is not None), None)
         ids = next((ids for ids in map(arguments.get, ("input_ids", "inputs")) if ids is not None), None)
-        embedded = arguments.get("inputs_embeds")
+        embedded, embed = arguments.get("inputs_embeds"), getattr(model, "get_input_embeddings", None)
         if token is None:
             return None
         if ids is not None:
             stand_for = ids == token
-        elif embedded is not None and hasattr(model, "get_input_embeddings"):
-            placeholder = model.get_input_embeddings()(torch.tensor(token, device=embedded.device))
+        elif embedded is not None and callable(embed):
+            placeholder = embed()(torch.tensor(token, device=embedded.device))
             stand_for = (embedded == placeholder.to(embedded)).all(dim=-1)
         else:
             return None

@@ -146,20 +146,14 @@ def test_the_gate_is_that_of_the_definition(family: str, tasks: tuple[int, ...])
         assert len(units(family, args[0])) == 1
         weights.append(expected_weights(args[0], prototypes(family, projector), temperature))
     mean = torch.stack(weights).mean(0)
-    assert 0.05 < mean.max() < 0.95
-    assert abs(mean.max() - CONFIDENT_WEIGHT) > 0.01
-    sure = mean.max() > CONFIDENT_WEIGHT
+    sure = bool(mean.max() > CONFIDENT_WEIGHT)
+    assert mean.max() < 0.99
+    assert abs(mean.max() - CONFIDENT_WEIGHT) > 1e-3
+    assert sure or len(set(tasks)) > 1
+    assert not sure or len(set(tasks)) < 3
     expected = with_deltas(family, mean, temperature) if sure else making.merge(family, temperature=temperature)
     inputs = tiny.batch(expected, family, [images])
     torch.testing.assert_close(logits(gated(family, temperature), inputs), logits(expected, inputs), atol=1e-4, rtol=0)
-
-
-def test_the_test_above_sees_both_kinds_of_rows() -> None:
-    args, _ = projector_call(
-        making.shared_base("llava"), PROJECTORS["llava"][0], inputs_of("llava", [[picture("llava", 0)]])
-    )
-    sure = expected_weights(args[0], prototypes("llava", PROJECTORS["llava"][0]), 0.4)
-    assert sure.max() > CONFIDENT_WEIGHT > 1 / 3 + 0.05
 
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Tensor:
@@ -245,7 +239,7 @@ def decoded(model: nn.Module, inputs: dict[str, Tensor], steps: int = 4) -> Tens
     return torch.stack(decoding.scores)
 
 
-@some_families
+@pytest.mark.parametrize("family", ["llava", "llava_next", "idefics3", "mistral3"])  # Qwen-VL keeps a state itself
 def test_interleaved_generations_do_not_exchange_gates(family: str) -> None:
     one, two, three = [inputs_of(family, [[picture(family, task)]]) for task in range(3)]
     text = inputs_of(family, [[]])
@@ -281,7 +275,11 @@ def test_threads_do_not_exchange_gates(family: str) -> None:
     model = merge(family)
     # Both threads are inside the language model in every step
     layer = next(module for module in model.modules() if isinstance(module, GatedLinear))
-    layer.register_forward_pre_hook(lambda *_: barrier.wait(timeout=60) and None)
+
+    def wait(*_: object) -> None:
+        barrier.wait(timeout=60)
+
+    layer.register_forward_pre_hook(wait)
 
     def work(task: int) -> None:
         try:
@@ -309,31 +307,40 @@ def test_a_text_after_an_image_gets_the_merged_lora() -> None:
 
 def test_a_call_that_failed_leaves_nothing_behind() -> None:
     model, text = gated("llava"), inputs_of("llava", [[]])
-    bad = inputs_of("llava", [[picture("llava", 0)]])
-    bad["attention_mask"] = bad["attention_mask"][:, :3]
-    with pytest.raises(Exception, match=r"."):
-        logits(model, bad)
-    assert torch.equal(logits(model, text), logits(plain("llava"), text))
-    interrupted = model.get_base_model().lm_head.register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        logits(model, inputs_of("llava", [[picture("llava", 0)]]))
-    interrupted.remove()
-    assert torch.equal(logits(model, text), logits(plain("llava"), text))
+    for hook, error in ((fail, ValueError), (interrupt, KeyboardInterrupt)):
+        handle = model.get_base_model().lm_head.register_forward_hook(hook)
+        with pytest.raises(error):
+            logits(model, inputs_of("llava", [[picture("llava", 0)]]))
+        with pytest.raises(error):
+            generate(model, inputs_of("llava", [[picture("llava", 0)]]))
+        handle.remove()
+        assert torch.equal(logits(model, text), logits(plain("llava"), text))
 
 
-def interrupt(*_: Any) -> None:
+def fail(*_: Any) -> None:
+    raise ValueError("Nothing is wrong.")
+
+
+def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_cache_that_is_emptied_and_used_again() -> None:
-    model, cache = gated("llava"), DynamicCache(config=gated("llava").config.text_config)
-    text, image = inputs_of("llava", [[]]), inputs_of("llava", [[picture("llava", 0)]])
-    logits(model, {**image, "past_key_values": cache, "use_cache": True})
-    cache.crop(0)
-    found = Decoding(model, text, cache)
-    found.step()
-    found.step()
-    torch.testing.assert_close(torch.stack(found.scores), decoded(plain("llava"), text, 2), atol=1e-5, rtol=0)
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_a_cache_that_is_cut_back_to_before_the_image(prefix: int) -> None:
+    model, caches = gated("llava"), [DynamicCache(config=gated("llava").config.text_config) for _ in range(2)]
+    text, image = torch.tensor([[30, 31, 32, 33]]), inputs_of("llava", [[picture("llava", 0)]])
+    for cache in caches:
+        if prefix:
+            logits(plain("llava"), {"input_ids": torch.arange(20, 20 + prefix)[None], "past_key_values": cache})
+    image["attention_mask"] = torch.ones(1, prefix + image["input_ids"].shape[1], dtype=torch.int64)
+    logits(model, {**image, "past_key_values": caches[0]})
+    further = logits(model, {"input_ids": text, "past_key_values": copy.deepcopy(caches[0])})
+    caches[0].crop(prefix - caches[0].get_seq_length())
+    expected = logits(plain("llava"), {"input_ids": text, "past_key_values": caches[1]})
+    for part in text.split(2, dim=1):
+        found = logits(model, {"input_ids": part, "past_key_values": caches[0]})
+    torch.testing.assert_close(found, expected[:, -2:], atol=1e-5, rtol=0)
+    assert (further[:, -2:] - found).abs().max() > 0.1
 
 
 def turns(model: nn.Module, tasks: list[int | None], fork: Callable[[Any], Any] = lambda cache: cache) -> Tensor:
@@ -349,9 +356,9 @@ def turns(model: nn.Module, tasks: list[int | None], fork: Callable[[Any], Any] 
             {"input_ids": ids, "attention_mask": mask, **pixels},
             past_key_values=fork(cache),
             return_dict_in_generate=True,
-            output_scores=True,
+            output_logits=True,
         )
-        ids, cache, answer = output.sequences, output.past_key_values, torch.stack(output.scores)
+        ids, cache, answer = output.sequences, output.past_key_values, torch.stack(output.logits)
     return answer
 
 
@@ -479,14 +486,16 @@ def test_beside_other_adapters(tmp_path: Path) -> None:
     model.set_adapter("task")
     model.delete_adapter("gated_too")
     assert torch.equal(logits(model, inputs), expected)
-    assert hooks_of(model) == hooks_of(alone(family, 1))
+    assert hooks_of(model) == {}
 
 
 def hooks_of(model: nn.Module) -> dict[str, Any]:
+    """What `gate_lora` leaves on a model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = {}
     for name, module in base.named_modules():
         hooks = [hook for kind in (module._forward_hooks, module._forward_pre_hooks) for hook in kind.values()]
+        hooks = [hook for hook in hooks if hook.__module__.startswith("peft_many")]
         watched = [name for name in ("generate", "gate_hooks") if name in vars(module)]
         if hooks or watched:
             found[name] = (hooks, watched)
@@ -609,7 +618,6 @@ def test_layers_and_ranks_that_differ_by_task(tmp_path: Path) -> None:
         make(
             tmp_path / "c",
             seed=6,
-            task_name="c",
             kind=LoraConfig,
             target_modules=rf"{layers}(k|up)_proj",
             measure="all-linear",
@@ -624,6 +632,7 @@ def test_layers_and_ranks_that_differ_by_task(tmp_path: Path) -> None:
     assert config.task_ranks == [0, 3, 0, 4]  # of o, gate and down
     assert config.task_rank_pattern[r"model\.language_model\.layers\.0\.self_attn\.q_proj"] == [2, 5, 0, 4]
     assert [task["name"] for task in config.tasks] == ["a", "b", "c", "text"]
+    assert len(hooks_of(model)) == 2
     rows = [[tiny.random_image("llava", 3, style=seed)] for seed in (1, 2, 6)]
     inputs = inputs_of("llava", [*rows, []])
     joint = logits(model, inputs)
