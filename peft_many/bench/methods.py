@@ -188,6 +188,27 @@ _LISTED = (
         every_stage=True,
     ),
     Method(
+        "MAny, gated LoRA",
+        BEYOND,
+        "The routing weights choose among the tasks' own LoRAs too.",
+        partial(_merge, gate_lora=True),
+        every_stage=True,
+    ),
+    Method(
+        "gated LoRA, Gaussian router",
+        BEYOND,
+        "Both.",
+        partial(_merge, gate_lora=True, router="gaussian"),
+        every_stage=True,
+    ),
+    Method(
+        "refitted to deltas, Gaussian router",
+        BEYOND,
+        "Both.",
+        partial(refitted, targets="deltas", router="gaussian"),
+        slow=True,
+    ),
+    Method(
         "refitted to outputs, Gaussian router",
         BEYOND,
         "Both.",
