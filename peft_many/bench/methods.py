@@ -32,7 +32,7 @@ class Method:
         after (`Callable[[Workshop, int], Answerer]`, *optional*):
             The model, or one for each task, after the first so many tasks.
         every_stage (`bool`): Whether it is asked after each task, for the accuracy matrix, or after the last only.
-        slow (`bool`): Whether it trains much that no other method needs.
+        quick (`bool`): Whether it is in the quick mode too.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Method:
     about: str
     after: Callable[[Workshop, int], Answerer] | None
     every_stage: bool = False
-    slow: bool = False
+    quick: bool = False
 
     def scores(self, shop: Workshop) -> list[list[float]]:
         """Accuracy in per cent: a row for each stage on the tasks so far, or one row after the last stage."""
@@ -114,11 +114,15 @@ def refitted(
     return same(model)
 
 
+_QUICK = ("average", "ties", "regmean")
+
+
 def _baselines() -> Iterator[Method]:
     """The published methods, with averaged projectors as they come, and with CPM."""
     for name, kind in MERGE_METHODS.items():
-        about = f"{kind.source}"
-        yield Method(name, MAIN, about, partial(_merge, method=name, projectors="mean"), every_stage=True)
+        about = kind.source
+        plain = partial(_merge, method=name, projectors="mean")
+        yield Method(name, MAIN, about, plain, every_stage=True, quick=name in _QUICK)
         yield Method(f"{name}, CPM", WITH_CPM, about, partial(_merge, method=name))
 
 
@@ -152,33 +156,37 @@ def _perception_drift(shop: Workshop, stage: int) -> Answerer:
 MAIN, WITH_CPM, HALVES, BEYOND = "methods", "with CPM", "halves", "beyond the paper"
 
 _LISTED = (
-    Method("zero-shot", MAIN, "The base model.", _zero_shot),
-    Method("sequential", MAIN, "One LoRA and projector, trained on task after task.", _sequential, every_stage=True),
+    Method("zero-shot", MAIN, "The base model.", _zero_shot, quick=True),
+    Method(
+        "sequential",
+        MAIN,
+        "One LoRA and projector, trained on task after task.",
+        _sequential,
+        every_stage=True,
+        quick=True,
+    ),
     Method(
         "O-LoRA",
         MAIN,
         "A LoRA for each task, orthogonal to the earlier ones (arXiv 2310.14152).",
         _orthogonal,
         every_stage=True,
-        slow=True,
     ),
-    Method("joint", MAIN, "One LoRA and projector, trained on all tasks at once.", _joint, slow=True),
-    Method("alone", MAIN, "Each task's own adapter, told which task it is: an oracle.", _alone),
+    Method("joint", MAIN, "One LoRA and projector, trained on all tasks at once.", _joint),
+    Method("alone", MAIN, "Each task's own adapter, told which task it is: an oracle.", _alone, quick=True),
     *_baselines(),
-    Method("MAny", MAIN, "LPM and CPM (arXiv 2604.14016).", _merge, every_stage=True),
+    Method("MAny", MAIN, "LPM and CPM (arXiv 2604.14016).", _merge, every_stage=True, quick=True),
     Method(
         "MAny, refitted to deltas",
         BEYOND,
         "Statistics measured anew in the merge, layer by layer (RegMean++, arXiv 2508.03121).",
         partial(refitted, targets="deltas"),
-        slow=True,
     ),
     Method(
         "MAny, refitted to outputs",
         BEYOND,
         "Each layer fitted to the task models' outputs on the merge's inputs.",
         partial(refitted, targets="outputs"),
-        slow=True,
     ),
     Method(
         "MAny, Gaussian router",
@@ -186,6 +194,7 @@ _LISTED = (
         "Images compared in the metric of how a task's images differ among themselves.",
         partial(_merge, router="gaussian"),
         every_stage=True,
+        quick=True,
     ),
     Method(
         "MAny, gated LoRA",
@@ -200,13 +209,13 @@ _LISTED = (
         "Both.",
         partial(_merge, gate_lora=True, router="gaussian"),
         every_stage=True,
+        quick=True,
     ),
     Method(
         "refitted to deltas, Gaussian router",
         BEYOND,
         "Both.",
         partial(refitted, targets="deltas", router="gaussian"),
-        slow=True,
     ),
     Method(
         "refitted to outputs, Gaussian router",
@@ -214,7 +223,6 @@ _LISTED = (
         "Both.",
         partial(refitted, targets="outputs", router="gaussian"),
         every_stage=True,
-        slow=True,
     ),
     Method("LPM, own projector", HALVES, "LPM, and the projector of the task that is asked.", _lpm_own_projector),
     Method("own LoRA, CPM", HALVES, "The LoRA of the task that is asked, and CPM.", _own_lora_routed),
@@ -224,7 +232,9 @@ _LISTED = (
         "The LoRA of the task that is asked, and CPM by the Gaussian router.",
         partial(_own_lora_routed, router="gaussian"),
     ),
-    Method("reasoning collapse", HALVES, "Sequential LoRA, each task's own projector.", _reasoning_collapse),
-    Method("perception drift", HALVES, "Each task's own LoRA, sequential projector.", _perception_drift),
+    Method(
+        "reasoning collapse", HALVES, "Sequential LoRA, each task's own projector.", _reasoning_collapse, quick=True
+    ),
+    Method("perception drift", HALVES, "Each task's own LoRA, sequential projector.", _perception_drift, quick=True),
 )
 METHODS: Mapping[str, Method] = {method.name: method for method in _LISTED}

@@ -65,7 +65,7 @@ def bench(
             _stop(f"There is no method '{strange[0]}'; there are {', '.join(sorted(known))}.")
         chosen = [one for one in every if not method or one.name in method or one.group in method]
         if quick and not method:
-            chosen = [one for one in METHODS.values() if not one.slow]
+            chosen = [one for one in METHODS.values() if one.quick]
         try:
             run(folder, names, range(1 if quick else seeds), QUICK if quick else Settings(), chosen)
         except ValueError as error:
