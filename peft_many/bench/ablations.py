@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from peft import PeftModel
 
 from .methods import Answerer, Method, merged, refitted, same
 from .workshop import Workshop
@@ -40,6 +43,19 @@ def _from_merge(shop: Workshop, stage: int) -> Answerer:
     return same(merged(shop, stage, adapter=lambda task: shop.after_merging(task, places[task.name])))
 
 
+def _backwards(shop: Workshop) -> Workshop:
+    return replace(shop, tasks=tuple(reversed(shop.tasks)))
+
+
+def _merged_backwards(shop: Workshop, stage: int) -> Answerer:
+    return same(merged(_backwards(shop), stage))
+
+
+def _trained_backwards(shop: Workshop, stage: int) -> Answerer:
+    other = replace(_backwards(shop), folder=shop.folder / "backwards")
+    return same(PeftModel.from_pretrained(shop.base(), other.sequential(stage)))
+
+
 def ablations() -> Iterator[Method]:
     """Every ablation; the group says what is changed."""
     for tau in TEMPERATURES:
@@ -64,3 +80,5 @@ def ablations() -> Iterator[Method]:
         yield Method(f"refit, rank {rank}", "rank of the refit", "", after)
     yield Method("measured on the base model", "what is measured", "", _on_base)
     yield Method("each task trained from the merge so far", "what is trained from", "", _from_merge)
+    yield Method("MAny, last task first", "order of the tasks", "", _merged_backwards)
+    yield Method("sequential, last task first", "order of the tasks", "", _trained_backwards)
