@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from .. import MAnyConfig, collect_statistics, merge_adapter_sequence
 from ..bench.model import MODELS, Collator
+from ..bench.parts import with_parts
 from ..bench.training import accuracy, batches_of, shuffled_batches, train
 from ..bench.world import Task
-from .baselines import averaged, with_projector_of
 from .picture import draw
 from .tasks import TASKS
 
@@ -79,12 +79,13 @@ def run(output: Path, seed: int = 0, steps: int = 450, tests: int = 300) -> Scor
     merged.save_pretrained(output / "adapters" / "merged")
 
     console.print("[bold]4.[/] Everyone is asked about new pictures of all tasks.")
-    base, mean = LLAVA.load(), averaged(LLAVA.load(), list(folders.values()))
+    base = LLAVA.load()
+    mean = merge_adapter_sequence(LLAVA.load(), list(folders.values()), method="average", projectors="mean")
     methods: dict[str, Callable[[Task], nn.Module]] = {
         "zero-shot": lambda task: base,
         "sequential fine-tuning": lambda task: model,
-        "  reasoning collapse": lambda task: with_projector_of(LLAVA.load(), sequential, folders[task.name]),
-        "  perception drift": lambda task: with_projector_of(LLAVA.load(), folders[task.name], sequential),
+        "  reasoning collapse": lambda task: with_parts(LLAVA.load, lora=sequential, projectors=folders[task.name]),
+        "  perception drift": lambda task: with_parts(LLAVA.load, lora=folders[task.name], projectors=sequential),
         "averaging": lambda task: mean,
         "MAny": lambda task: merged,
     }
