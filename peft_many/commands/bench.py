@@ -78,7 +78,7 @@ def bench(
     for runs in results.values():
         for table in summary_of(runs):
             console.print(table.rich())
-    console.print(f"The report: {write_report(results, folder)}")
+    typer.echo(f"The report: {write_report(results, folder)}")  # in one line, however long the path is
 
 
 def _stop(message: str) -> None:

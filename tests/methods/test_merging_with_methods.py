@@ -470,8 +470,8 @@ def test_a_mean_that_does_not_fit_the_model_is_refused(shelf, tmp_path):
         ({"method": "tyes"}, r"unknown method 'tyes'; known: lpm, average"),
         ({"method": "ties", "ridge": 1e-3}, r"`ridge` is an option of LPM; the method 'ties' has none"),
         ({"projectors": "median"}, r"`projectors` must be 'routed' or 'mean', but it is 'median'"),
-        ({"projectors": "mean", "temperature": 0.1}, r"`temperature` and `top_k` are options of routed projectors"),
-        ({"projectors": "mean", "top_k": 1}, r"`temperature` and `top_k` are options of routed projectors"),
+        ({"projectors": "mean", "temperature": 0.1}, r"is an option of routed projectors"),
+        ({"projectors": "mean", "top_k": 1}, r"is an option of routed projectors"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(shelf, tmp_path, options, message):

@@ -14,8 +14,6 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_many import MAnyConfig, collect_statistics, import_llava_checkpoint, merge_adapter_files
-from peft_many.plugin.adapter import read_adapter
-from peft_many.plugin.hub import find_adapter
 from tests import tiny
 from tests.adapters import batches
 from tests.plugin.llava_files import LAYERS, checkpoint, lora, projector
@@ -109,7 +107,7 @@ def test_measured_it_merges(tmp_path):
         source = checkpoint(tmp_path / f"c{seed}", lora(seed), projector(seed))
         folder = import_llava_checkpoint(source, tmp_path / f"imported{seed}", task_name=f"task{seed}")
         with pytest.raises(ValueError, match=r"has no statistics.*collect_statistics"):
-            read_adapter(find_adapter(folder))
+            merge_adapter_files([folder], tmp_path / "unmeasured", progress=False)
         model = PeftModel.from_pretrained(tiny.build("llava"), folder)
         collect_statistics(model, batches(model, "llava", seed), progress=False)
         model.save_pretrained(tmp_path / f"measured{seed}")
