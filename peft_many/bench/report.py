@@ -120,7 +120,7 @@ def summary_of(runs: Sequence[Results]) -> list[Table]:
 
 def _pictures(runs: Sequence[Results], methods: Sequence[Method]) -> dict[str, Figure]:
     main = [method for method in methods if method.group in (MAIN, BEYOND)]
-    others = [method for method in methods if method.name not in METHODS]
+    others = [method for method in methods if method.name not in METHODS and method.after is not None]
     drawn = {
         "accuracy matrices": pictures.matrices(runs, main),
         "forgetting": pictures.forgetting(runs, main),

@@ -20,6 +20,8 @@ from .workshop import BATCH_SIZE, MEASURED, Workshop
 from .world import Example
 
 GROUP = "images that are routed to their task, %"
+ABSTENTION = "images that are rightly kept or left, %"
+THRESHOLDS = (2.0, 3.0, 4.0, 6.0)
 PROTOTYPES = (2, 4, 8, 16)
 IMAGES = (4, 8, 32)
 
@@ -56,6 +58,32 @@ class RouterStudy(Method):
         return [row]
 
 
+@dataclass(frozen=True)
+class AbstentionStudy(Method):
+    """A row of the abstention table: a Gaussian router that leaves images like no task's to the base model.
+
+    Args:
+        threshold (`float`): `abstain_above`.
+        strangers (`bool`):
+            Whether the router does not know the task that is asked about, so that its images should be left; else the
+            images of tasks that it knows are asked about, which should be kept.
+    """
+
+    threshold: float = 4.0
+    strangers: bool = False
+
+    def scores(self, shop: Workshop) -> list[list[float]]:
+        """The share of each task's test pictures that are rightly left, or kept, in per cent."""
+        known = [_mean(_patches(shop, task.examples(MEASURED, "train", shop.seed + 2))) for task in shop.tasks]
+        row = []
+        for t, task in enumerate(shop.tasks):
+            others = [rows for s, rows in enumerate(known) if s != t or not self.strangers]
+            features = _mean(_patches(shop, shop.questions(task)))
+            left = _distances(others, features).amin(1) > self.threshold * features.shape[1]
+            row.append(100 * (left == self.strangers).float().mean().item())
+        return [row]
+
+
 @torch.no_grad()
 def _patches(shop: Workshop, examples: Sequence[Example]) -> Tensor:
     """What arrives at the projector, shape `(images, patches, d)`, float32."""
@@ -89,8 +117,12 @@ def _cosine(known: Sequence[Tensor], features: Tensor, prototypes: int = 1, cent
 
 
 def _gaussian(known: Sequence[Tensor], features: Tensor) -> Tensor:
+    return _distances(known, features).argmin(1)
+
+
+def _distances(known: Sequence[Tensor], features: Tensor) -> Tensor:
     metric = shared_metric([centred(rows) for rows in known])
-    return metric.squared_distances(features, torch.stack([rows.mean(0) for rows in known])).argmin(1)
+    return metric.squared_distances(features, torch.stack([rows.mean(0) for rows in known]))
 
 
 def routers() -> Iterator[Method]:
@@ -105,3 +137,7 @@ def routers() -> Iterator[Method]:
     for images in IMAGES:
         yield study(f"cosine, {images} images", about="", router=_cosine, images=images)
         yield study(f"Gaussian, {images} images", about="", router=_gaussian, images=images)
+    for threshold in THRESHOLDS:
+        for strangers, what in ((False, "own images kept"), (True, "unknown task left")):
+            name = f"{what}, above {threshold:g}"
+            yield AbstentionStudy(name, ABSTENTION, "", None, threshold=threshold, strangers=strangers)

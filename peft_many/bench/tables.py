@@ -23,7 +23,7 @@ METRICS = {
 }
 
 
-_IN_TERMINAL = ("FAA", "of alone", METRICS["caa"], METRICS["ffm_from_learning"])
+_IN_TERMINAL = ("FAA", "mean", "of alone", METRICS["caa"], METRICS["ffm_from_learning"])
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,16 @@ def final_average(runs: Sequence[Results], method: str) -> list[float]:
 def _table(runs: Sequence[Results], group: str, methods: Sequence[Method]) -> Table:
     tasks = runs[0].about["tasks"]
     with_matrix = any(method.every_stage for method in methods)
-    bound = all(BOUND in run.scores for run in runs)
+    answers = any(method.after is not None for method in methods)  # and not where images were sent
+    bound = answers and all(BOUND in run.scores for run in runs)
     metrics = [name for name in METRICS if name != "faa"] if with_matrix else []
-    columns = [group, *tasks, "FAA", *(["of alone"] if bound else []), *(METRICS[name] for name in metrics)]
+    columns = [
+        group,
+        *tasks,
+        "FAA" if answers else "mean",
+        *(["of alone"] if bound else []),
+        *(METRICS[name] for name in metrics),
+    ]
     rows = []
     for method in methods:
         finals = [run.final(method.name) for run in runs]
