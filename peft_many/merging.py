@@ -246,26 +246,22 @@ class _MergedGroup:
 def _merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> _MergedGroup:
     """LPM of layers that share their input; what was read for it is given back."""
     problem = LeastSquaresMerge(plan.options["ridge"], device)
-    own: dict[str, list[Tensor]] = {module: [] for module in group}
     for task in plan.tasks:
         covariance = task.statistics.covariances.get(group[0])
         if covariance is not None:
             check_covariance(covariance, f"{task.source}: the covariance of '{group[0]}'")
             deltas = {module: task.deltas[module].read() for module in group if module in task.deltas}
             problem.add(covariance, deltas, task.weight)
-            for module, delta in deltas.items():
-                own[module].append(delta.A)
-    gated, dtype = plan.options["gate_lora"], plan.options["dtype"]
     try:
-        merged = problem.solve(plan.options["rank"], dtype, keep_blocks=gated)
+        merged = problem.solve(plan.options["rank"], plan.options["dtype"], plan.options["gate_lora"])
     except (SingularMergeError, OverflowError) as error:
         raise UnmergeableAdapterError(f"'{group[0]}' cannot be merged: {error}.") from None
     tensors = {}
     for module, delta in merged.items():
         for half, tensor in (("A", delta.A), ("B", delta.B)):
             tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor.contiguous()
-        if gated:
-            tensors[f"{KEY_PREFIX}{module}.{TASK_WEIGHT}"] = torch.cat(own[module]).to(dtype)
+        if delta.task_A is not None:
+            tensors[f"{KEY_PREFIX}{module}.{TASK_WEIGHT}"] = delta.task_A.contiguous()
     record = {
         "stacked": {module: delta.stacked for module, delta in merged.items()},
         "fingerprints": {module: _fingerprints(plan, module, delta) for module, delta in merged.items()},
