@@ -292,9 +292,8 @@ def _merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.devi
     for module, delta in merged.items():
         for half, tensor in (("A", delta.A), ("B", delta.B)):
             tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor.contiguous()
-        if plan.options["gate_lora"]:
-            own = [task.deltas[module].rows() for task in plan.tasks if module in task.deltas]
-            tensors[f"{KEY_PREFIX}{module}.{TASK_WEIGHT}"] = torch.cat(own).to(plan.options["dtype"])
+        if delta.task_A is not None:
+            tensors[f"{KEY_PREFIX}{module}.{TASK_WEIGHT}"] = delta.task_A.contiguous()
     record = {
         "stacked": {module: delta.stacked for module, delta in merged.items()},
         "fingerprints": {module: _fingerprints(plan, module, delta) for module, delta in merged.items()},
@@ -313,7 +312,7 @@ def _merge_by_lpm(plan: MergePlan, group: Sequence[str], device: str | torch.dev
             check_covariance(covariance, f"{task.source}: the covariance of '{group[0]}'")
             deltas = {module: task.deltas[module].read() for module in group if module in task.deltas}
             problem.add(covariance, deltas, task.weight)
-    return problem.solve(plan.options["rank"], plan.options["dtype"], keep_blocks=plan.options["gate_lora"])
+    return problem.solve(plan.options["rank"], plan.options["dtype"], plan.options["gate_lora"])
 
 
 def _fingerprints(plan: MergePlan, module: str, merged: MergedDelta) -> dict[str, list[float]]:

@@ -44,9 +44,12 @@ class MergedDelta(LowRankDelta):
         stacked (`bool`):
             Whether `B` is the tasks' `[B_1 … B_T]` side by side to the bit, blocks in the order of adding. Otherwise
             it is rounded, or its columns are orthonormal and belong to no task.
+        task_A (`torch.Tensor`, *optional*):
+            The tasks' own `[A_1; …; A_T]`, shape `(Σ r_t, in)`, where the blocks were asked for.
     """
 
     stacked: bool = True
+    task_A: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,8 @@ class LeastSquaresMerge:
                 it gives up what the tasks' inputs excite least, where plain SVD gives up the smallest weights.
             dtype (`torch.dtype`): Of the merged factors: float32, float16 or bfloat16.
             keep_blocks (`bool`, defaults to `False`):
-                Keep `[B_1 … B_T]` also where the blocks are large and cancel: what then gets lost in rounding is
-                small beside the tasks' deltas, if not beside the merged one.
+                Give back `task_A` too, and keep `[B_1 … B_T]` also where the blocks are large and cancel: what then
+                gets lost in rounding is small beside the tasks' deltas, if not beside the merged one. Without `rank`.
 
         Returns:
             `dict[str, MergedDelta]`: `A` of shape `(Σ r_t, in)` and `B` of shape `(out, Σ r_t)`, or of lower rank.
@@ -146,23 +149,28 @@ class LeastSquaresMerge:
                 tasks_of = [(blocks[i][1], blocks[i][2].A.to(self.device)) for i in own]
                 moments = torch.cat([parts[t][0] * parts[t][1].product(task_A) for t, task_A in tasks_of])
                 merged[name] = rounded_delta(name, *compress(A, B, moments, rank), dtype, stacked=False)
-            elif not keep_blocks and rounding_loss(A, B, dtype) > LARGEST_ROUNDING_LOSS[dtype]:
-                # The blocks are large and cancel.
+            elif keep_blocks:
+                task_A = torch.cat([blocks[i][2].A.to(self.device) for i in own])
+                merged[name] = rounded_delta(name, A, B, dtype, stacked=True, task_A=task_A)
+            elif rounding_loss(A, B, dtype) > LARGEST_ROUNDING_LOSS[dtype]:  # the blocks are large and cancel
                 merged[name] = rounded_delta(name, *orthonormal(A, B), dtype, stacked=False)
             else:
                 merged[name] = rounded_delta(name, A, B, dtype, stacked=True)
         return merged
 
 
-def rounded_delta(name: str, A: Tensor, B: Tensor, dtype: torch.dtype, stacked: bool) -> MergedDelta:
+def rounded_delta(
+    name: str, A: Tensor, B: Tensor, dtype: torch.dtype, stacked: bool, task_A: Tensor | None = None
+) -> MergedDelta:
     """A layer's merged delta as it is stored, on the CPU; `stacked` is kept only if `B` is not rounded by it.
 
     Raises:
         OverflowError: An entry is beyond the range of the dtype.
     """
     exact = torch.equal(B.to(dtype).to(B.dtype), B)
-    rounded = MergedDelta(A=A.to(dtype).cpu(), B=B.to(dtype).cpu(), stacked=stacked and exact)
-    if not (rounded.A.isfinite().all() and rounded.B.isfinite().all()):
+    own = None if task_A is None else task_A.to(dtype).cpu()
+    rounded = MergedDelta(A=A.to(dtype).cpu(), B=B.to(dtype).cpu(), stacked=stacked and exact, task_A=own)
+    if not all(part is None or part.isfinite().all() for part in (rounded.A, rounded.B, own)):
         raise OverflowError(
             f"the merged '{name}' has entries beyond the range of {dtype}; bfloat16 has that of float32"
         )

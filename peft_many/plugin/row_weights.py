@@ -167,8 +167,8 @@ def repeats_of_rows(x: Tensor, rows: int, arguments: Mapping[str, Any]) -> int |
     Rows of the batch may be repeated in the input, as with beams, and its tokens may lie in one dimension with them.
     Other inputs of two dimensions, such as the tokens that a router sent to an expert, could be anybody's.
     """
-    lengths = [length for shape in _shapes(arguments) for length in (shape[0], shape[:2].numel())]
-    if len(x) % rows or (x.dim() < 3 and len(x) not in lengths):
+    told = x.dim() > 2 or any(len(x) in (shape[0], shape[:2].numel()) for shape in _shapes(arguments))
+    if len(x) % rows or not told:
         warn_of_merged(f"a layer's input of shape {tuple(x.shape)} does not say what belongs to which of {rows} rows")
         return None
     return len(x) // rows

@@ -91,5 +91,18 @@ def test_blocks_that_cancel_are_kept_if_asked_for(seed, gap):
     plain, kept = problem.solve()["layer"], problem.solve(keep_blocks=True)["layer"]
     assert not plain.stacked or gap > 1e-3
     assert kept.stacked
+    assert plain.task_A is None
+    assert kept.task_A is not None
+    assert torch.equal(kept.task_A, torch.cat([delta.A for delta in others]))
     assert torch.equal(kept.B, torch.cat([delta.B for delta in others], dim=1))
     assert (kept.dense() - plain.dense()).norm() < 1e-6 * (B @ A).norm() + 1e-6 * plain.dense().norm()
+
+
+def test_own_rows_beyond_the_range_of_half_precision_are_an_error():
+    problem = LeastSquaresMerge()
+    for size in (1e5, -1e5):
+        covariance = DenseCovariance(remainder=0.0, tokens=9, matrix=torch.eye(6, dtype=torch.float64))
+        problem.add(covariance, {"layer": LowRankDelta(torch.full((2, 6), size), torch.ones(5, 2))})
+    assert problem.solve(dtype=torch.float16)["layer"].A.isfinite().all()  # half of it
+    with pytest.raises(OverflowError, match=r"'layer' has entries beyond the range of torch\.float16"):
+        problem.solve(dtype=torch.float16, keep_blocks=True)

@@ -13,14 +13,28 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.utils import PeftWarning
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, DynamicCache, LlavaForConditionalGeneration
+from transformers import (
+    BitsAndBytesConfig,
+    DynamicCache,
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
-from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
+from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence, merging
 from peft_many.algebra.gating import CONFIDENT_WEIGHT
 from peft_many.plugin.adapter import UnmergeableAdapterError
 from peft_many.plugin.gated_linear import GatedLinear
@@ -211,6 +225,51 @@ def test_generation_from_embeddings() -> None:
         mask = inputs["attention_mask"][row].bool()
         torch.testing.assert_close(joint[mask], expected[mask], atol=1e-5, rtol=1e-5)
         assert torch.equal(generate(model, inputs)[row], generate(own, inputs)[row])
+
+
+def florence() -> PreTrainedModel:
+    """A tiny encoder-decoder: `generate` runs the text encoder apart from the model's `forward`."""
+    vision = {"embed_dim": [16, 24], "depths": [1, 1], "num_heads": [2, 2], "num_groups": [2, 2], "window_size": 4}
+    patches = {"patch_size": [3, 3], "patch_stride": [4, 2], "patch_padding": [1, 1], "patch_prenorm": [False, True]}
+    layers = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in [("layers", 2), ("ffn_dim", 48)]}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 2}
+    text = {"model_type": "bart", "d_model": 32, "vocab_size": tiny.VOCABULARY, "forced_eos_token_id": None}
+    config = Florence2Config(
+        vision_config={**vision, **patches, "projection_dim": 32},
+        text_config={**text, **layers, **heads},
+        image_token_id=tiny.IMAGE,
+        vocab_size=tiny.VOCABULARY,
+    )
+    return tiny._model(Florence2ForConditionalGeneration, config, 0, torch.float32)
+
+
+def florence_inputs(rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    ids = torch.tensor([[tiny.IMAGE if row else 9] * 5 + [10, 11, 12 + r] for r, row in enumerate(rows)])
+    pixels = [image for row in rows for image in row]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.stack(pixels)}
+
+
+def test_an_encoder_and_a_decoder(tmp_path: Path) -> None:
+    targets, family = torch.tensor([[2, 20, 21, 22]]), "llava"  # whose pictures will do
+    for task in range(2):
+        model = get_peft_model(florence(), MAnyConfig(r=4, lora_alpha=8, task_name=str(task)))
+        making.perturb(model, "default", seed=task)
+        batch = florence_inputs([[picture(family, task, n)] for n in range(50, 54)])
+        collect_statistics(model, [{**batch, "decoder_input_ids": targets.expand(4, -1)}], progress=False)
+        model.save_pretrained(str(tmp_path / str(task)))
+    folders = [tmp_path / "0", tmp_path / "1"]
+    found = merge_adapter_sequence(florence(), folders, gate_lora=True, temperature=HARD, progress=False)
+    without = merge_adapter_sequence(florence(), folders, temperature=HARD, progress=False)
+    owners = [*(PeftModel.from_pretrained(florence(), str(folder)).eval() for folder in folders[::-1]), without]
+    inputs = florence_inputs([[picture(family, 1)], [picture(family, 0)], []])
+    teacher_forced = {**inputs, "decoder_input_ids": targets.expand(3, -1)}
+    joint = logits(found, teacher_forced)
+    for row, own in enumerate(owners):
+        expected = logits(own, teacher_forced)
+        torch.testing.assert_close(joint[row], expected[row], atol=1e-5, rtol=1e-5)
+        assert row == 2 or (logits(without, teacher_forced) - expected)[row].abs().max() > 0.05
+        for options in ({}, {"num_beams": 3}, {"use_cache": False}):
+            assert torch.equal(generate(found, inputs, **options)[row], generate(own, inputs, **options)[row])
 
 
 # ---------------------------------------------------------------------------------- what belongs to which generation
@@ -452,6 +511,21 @@ def test_loading_in_a_new_process(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True)
 
 
+def test_a_model_with_a_task_type(tmp_path: Path) -> None:
+    """PEFT has a class of its own for these, which calls the base model in another way."""
+    gated("llava").save_pretrained(str(tmp_path))
+    config = MAnyConfig.from_pretrained(str(tmp_path))
+    config.task_type = "CAUSAL_LM"
+    model = PeftModel.from_pretrained(tiny.build("llava"), str(tmp_path), config=config).eval()
+    assert isinstance(model, PeftModelForCausalLM)
+    assert_rows_are_the_tasks_own(model, "llava")
+    decoding = Decoding(model, inputs_of("llava", [[picture("llava", 1)]]))
+    decoding.step()
+    decoding.step()
+    expected = decoded(alone("llava", 1), inputs_of("llava", [[picture("llava", 1)]]), 2)
+    torch.testing.assert_close(torch.stack(decoding.scores), expected, atol=1e-5, rtol=0)
+
+
 def test_state_dicts_go_to_and_fro() -> None:
     family, model = "llava", merge("llava")
     state = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
@@ -559,7 +633,25 @@ def test_files_hold_what_a_merge_in_memory_has(tmp_path: Path, dtype: torch.dtyp
     assert files(again) == files(tmp_path / "merged")
 
 
-def test_without_the_option_nothing_is_as_before_the_option(tmp_path: Path) -> None:
+def test_an_interrupted_merge_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [making.adapter_folder("llava", task) for task in range(3)]
+    whole = merge_adapter_files(folders, tmp_path / "whole", gate_lora=True, progress=False)
+    done, merge_group = [], merging._merge_group
+
+    def stop_after_two(plan: Any, group: Any, device: Any) -> Any:
+        done.append(group)
+        return merge_group(plan, group, device) if len(done) != 3 else interrupt()
+
+    monkeypatch.setattr(merging, "_merge_group", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        merge_adapter_files(folders, tmp_path / "merged", gate_lora=True, progress=False)
+    merge_adapter_files(folders, tmp_path / "merged", gate_lora=True, progress=False)
+    assert files(tmp_path / "merged") == files(whole)
+    assert done.count(done[0]) == 1
+    assert done.count(done[2]) == 2
+
+
+def test_without_the_option_all_is_as_before_the_option(tmp_path: Path) -> None:
     folders = [making.adapter_folder("llava", task) for task in range(2)]
     merge_adapter_files(folders, tmp_path / "plain", progress=False)
     merge_adapter_files(folders, tmp_path / "off", gate_lora=False, progress=False)
