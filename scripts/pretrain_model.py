@@ -23,11 +23,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     tiny = MODELS[given.model]
-    model = pretrain(tiny, given.output, given.steps, given.batch_size, given.learning_rate, given.seed)
+    model = pretrain(tiny, given.output, given.steps, given.batch_size, given.seed)
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, written to {given.output}")
     for kind, score in examine(model, tiny, seed=given.seed + 1).items():
         print(f"  {kind:<16} {score:5.1f} % right")

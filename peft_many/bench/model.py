@@ -43,6 +43,7 @@ class TinyModel:
         picture_inputs (`Callable`): From uint8 images (SIZE, SIZE, 3) to the model's arguments.
         checkpoint (`Path`, *optional*): The pre-trained weights, if they come with the package.
         bfloat16 (`bool`): Whether pre-training multiplies in bfloat16, which pays from some width on.
+        learning_rate (`float`): Of pre-training, at its highest; halved for twice the width.
     """
 
     name: str
@@ -51,6 +52,7 @@ class TinyModel:
     picture_inputs: Callable[[Sequence[np.ndarray]], dict[str, torch.Tensor]]
     checkpoint: Path | None = None
     bfloat16: bool = False
+    learning_rate: float = 2e-3
 
     def build(self) -> PreTrainedModel:
         """The model with random weights, in training mode."""
@@ -161,7 +163,14 @@ MODELS = {
             _as_pixels,
             Path(__file__).parent / "checkpoints" / "llava",
         ),
-        TinyModel("llava-wide", "a LLaVA twice as wide, 256", partial(_llava, width=256), _as_pixels, bfloat16=True),
+        TinyModel(
+            "llava-wide",
+            "a LLaVA twice as wide, 256",
+            partial(_llava, width=256),
+            _as_pixels,
+            bfloat16=True,
+            learning_rate=1e-3,
+        ),
         TinyModel("qwen2-vl", "a Qwen2-VL, 128 wide", partial(_qwen2_vl, width=128), _as_patches),
     )
 }

@@ -86,7 +86,6 @@ def pretrain(
     folder: Path,
     steps: int = 6_000,
     batch_size: int = 64,
-    learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Pre-train a model from scratch and save it, in float16 to be small, with its tokenizer.
@@ -96,7 +95,6 @@ def pretrain(
         folder (`Path`): Where to.
         steps (`int`): Batches of `batch_size` pictures.
         batch_size (`int`): Pictures in a batch, each with up to four questions.
-        learning_rate (`float`): Of AdamW, at its highest.
         seed (`int`): Draws the weights and the pictures.
 
     Returns:
@@ -110,7 +108,7 @@ def pretrain(
         model,
         batches,
         steps,
-        learning_rate,
+        tiny.learning_rate,
         weight_decay=0.05,
         autocast=tiny.bfloat16,
         label=f"pre-training {tiny.name}",
