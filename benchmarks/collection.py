@@ -1,8 +1,9 @@
 """What measuring costs: `collect_statistics` beside the same forward passes alone, at the widths of a 7B model.
 
 One decoder layer of Llama-7B's shape with LoRA on all its linear layers, on samples of 704 tokens (576 of an image,
-and a question). The cost of a sample is the slope between a short and a long pass; finishing the statistics is a fixed
-cost for each layer, given apart. Beside the default sketch of rank 256: rank 128, and whole covariances in float64.
+and a question). The cost of a sample is the median over those after the sketch has begun; finishing the statistics is
+a fixed cost for each layer, given apart. Beside the default sketch of rank 256: rank 128, and whole covariances in
+float64.
 
 Writes collection.json and collection.png.
 """
@@ -10,13 +11,15 @@ Writes collection.json and collection.png.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
-from common import OTHERS, OURS, console, machine, new_figure, parser, seconds_of, write_json
+from common import OTHERS, OURS, console, machine, new_figure, parser, write_json
 from peft import get_peft_model
 from rich.table import Table
 from torch import nn
@@ -28,18 +31,18 @@ from peft_many import MAnyConfig, collect_statistics
 
 @dataclass(frozen=True)
 class Sizes:
-    """The model's widths, the tokens of a sample, and the samples of the short and the long pass."""
+    """The model's widths, the tokens of a sample, the samples of a pass, and with which of them the sketch runs."""
 
     width: int = 4096
     intermediate: int = 11008
     heads: int = 32
     tokens: int = 704
-    short: int = 2
-    long: int = 10
+    samples: int = 12
+    begins: int = 3
     repeats: int = 3
 
 
-QUICK = Sizes(width=128, intermediate=320, heads=4, tokens=64, short=2, long=4, repeats=1)
+QUICK = Sizes(width=128, intermediate=320, heads=4, tokens=64, samples=6, begins=3, repeats=1)
 # By name, how statistics are collected. A sketch starts when twice as many tokens as directions have been seen.
 WAYS: dict[str, dict[str, Any]] = {
     "rank 256 (default)": {"rank": 256},
@@ -64,35 +67,46 @@ def build(sizes: Sizes, dtype: torch.dtype) -> nn.Module:
     return get_peft_model(model, MAnyConfig(r=16, target_modules="all-linear")).eval()
 
 
+def noted(batches: Iterable[Any], begun: list[float]) -> Iterator[Any]:
+    """The batches, noting when each is asked for."""
+    for batch in batches:
+        begun.append(time.perf_counter())
+        yield batch
+
+
 def measure(sizes: Sizes, dtype: torch.dtype, ways: dict[str, dict[str, Any]], bar: Any) -> dict[str, Any]:
     """Seconds a sample without and with collecting, and seconds to finish, by way."""
     model = build(sizes, dtype)
     batches = [
         {"input_ids": torch.randint(0, 64, (1, sizes.tokens)), "attention_mask": torch.ones(1, sizes.tokens).long()}
-        for _ in range(sizes.long)
+        for _ in range(sizes.samples)
     ]
 
-    def forward(samples: int) -> None:
+    def forward(given: Iterable[Any]) -> None:
         with torch.no_grad():
-            for batch in batches[:samples]:
+            for batch in given:
                 model(**batch)
 
-    def collect(samples: int, options: dict[str, Any]) -> None:
-        collect_statistics(model, batches[:samples], progress=False, **options)
+    def collect(given: Iterable[Any], options: dict[str, Any]) -> None:
+        collect_statistics(model, given, progress=False, **options)
 
-    steps: dict[str, Callable[[int], None]] = {"forward passes alone": forward}
+    steps: dict[str, Callable[[Iterable[Any]], None]] = {"forward passes alone": forward}
     steps |= {name: partial(collect, options=options) for name, options in ways.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    forward(1)
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    finishes: dict[str, list[float]] = {name: [] for name in steps}
+    forward(batches[:1])
     for _ in range(sizes.repeats):  # in turns, so that a slow spell of the machine hits all
         for name, step in steps.items():
-            times[name].append((seconds_of(partial(step, sizes.short)), seconds_of(partial(step, sizes.long))))
+            begun: list[float] = []
+            step(noted(batches, begun))
+            samples[name] += [later - earlier for earlier, later in pairwise(begun)][sizes.begins :]
+            finishes[name].append(time.perf_counter() - begun[-1])
             bar.update()
     found: dict[str, Any] = {}
-    for name, pairs in times.items():
-        short, long = (statistics.median(column) for column in zip(*pairs))
-        sample = (long - short) / (sizes.long - sizes.short)
-        found[name] = {"seconds_a_sample": sample, "seconds_to_finish": max(0.0, short - sizes.short * sample)}
+    for name in steps:
+        sample = statistics.median(samples[name])
+        finish = max(0.0, statistics.median(finishes[name]) - sample)
+        found[name] = {"seconds_a_sample": sample, "seconds_to_finish": finish}
     plain = found["forward passes alone"]["seconds_a_sample"]
     for row in found.values():
         row["overhead"] = row["seconds_a_sample"] / plain - 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from .guessed import GuessedCovariances
 from .methods import Answerer, Method, merged, refitted, same
 from .workshop import Workshop
 from .world import Task
@@ -19,6 +20,7 @@ RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 SAMPLES = (8, 32, 128, 512)
 STATISTICS_RANKS = (8, 16, 32, 48, 64, 96)
 ENERGIES = (0.9, 0.99, 0.999, 0.9999, 1.0)
+GUESSED_SHARES = (0.1, 0.3, 0.6)
 MERGED_RANKS = (4, 8, 16, 24, 32)
 REFIT_RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -79,6 +81,10 @@ def ablations() -> Iterator[Method]:
         after = partial(refitted, targets="outputs", router="gaussian", rank=rank)
         yield Method(f"refit, rank {rank}", "rank of the refit", "", after)
     yield Method("measured on the base model", "what is measured", "", _on_base)
+    for share in GUESSED_SHARES:
+        for of, what in (("delta", "ΔWᵀΔW"), ("A", "AᵀA")):
+            after = partial(_with_options, router="gaussian", method=GuessedCovariances(of, share))
+            yield Method(f"{share:g} {what}", "covariances guessed from the weights", "", after)
     yield Method("each task trained from the merge so far", "what is trained from", "", _from_merge)
     yield Method("MAny, last task first", "order of the tasks", "", _merged_backwards)
     yield Method("sequential, last task first", "order of the tasks", "", _trained_backwards)
