@@ -51,7 +51,7 @@ class Settings:
         return {"steps": self.steps, "tests": self.tests, "tasks": [task.name for task in self.tasks]}
 
 
-QUICK = Settings(steps=150, tests=100)
+QUICK = Settings(steps=240, tests=100)
 
 
 @dataclass
