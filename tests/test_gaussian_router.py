@@ -120,6 +120,18 @@ def test_strange_images_go_through_the_base_projector(shelf, tmp_path):
         torch.testing.assert_close(unloaded(**part).logits, model(**part).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_images_of_the_tasks_do_not_pass_the_base_projector(shelf):
+    model = merge(shelf, abstain_above=1e6, temperature=20.0)  # soft, so that weights have to be summed up
+    calls = []
+    wrapper = model.get_base_model().get_submodule(PROJECTOR)
+    wrapper.original_module.register_forward_hook(lambda module, args, out: calls.append(out))
+    with torch.no_grad():
+        for seed in range(3):
+            for part in batches(model, "llava", seed, rows=32):
+                model(**part)
+    assert not calls
+
+
 def test_the_metric_stays_float32(shelf):
     model = merge(shelf)
     mixture = mixture_of(model)

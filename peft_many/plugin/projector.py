@@ -89,7 +89,9 @@ class ProjectorMixture(nn.Module):
         if self.gate is not None:
             note_images(self.gate, by_task, layout)
         if self.abstain_above is not None:
-            by_task = torch.cat([by_task, 1 - by_task.sum(dim=-1, keepdim=True)], dim=-1)
+            # Not one less their sum, whose rounding would send every image through the base model's projector too.
+            left = (by_task == 0).all(dim=-1, keepdim=True)
+            by_task = torch.cat([by_task, left.to(by_task)], dim=-1)
         weights = _sums_by_expert(by_task, experts, of_tasks)
         carried = (weights != 0).cpu()  # NaN counts, so that broken features stay broken
         busy = carried.any(dim=0).nonzero()[:, 0].tolist()
