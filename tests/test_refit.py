@@ -152,3 +152,8 @@ def test_what_does_not_fit_is_said(shelf, tmp_path):
     single = PeftModel.from_pretrained(base("llava"), shelf("llava", 0))
     with pytest.raises(ValueError, match="a merge"):
         refit_merge(single, samples("llava"))
+    gated = merge_adapter_sequence(
+        base("llava"), [shelf("llava", 0), shelf("llava", 1)], gate_lora=True, progress=False
+    )
+    with pytest.raises(ValueError, match="gate_lora=False"):
+        refit_merge(gated, samples("llava"))
