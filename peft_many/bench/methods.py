@@ -88,16 +88,10 @@ def _alone(shop: Workshop, stage: int) -> Answerer:
 # --- Merging ---------------------------------------------------------------------------------------------------------
 
 
-def merged(
-    shop: Workshop,
-    stage: int,
-    adapter: Callable[[Task], Path] | None = None,
-    base: nn.Module | None = None,
-    **options: Any,
-) -> PeftModel:
+def merged(shop: Workshop, stage: int, adapter: Callable[[Task], Path] | None = None, **options: Any) -> PeftModel:
     """The merge of the first `stage` tasks' adapters, with the options of `merge_adapter_sequence`."""
     adapters = [(adapter or shop.alone)(task) for task in shop.tasks[:stage]]
-    return merge_adapter_sequence(base or shop.base(), adapters, progress=False, **options)
+    return merge_adapter_sequence(shop.base(), adapters, progress=False, **options)
 
 
 def _merge(shop: Workshop, stage: int, **options: Any) -> Answerer:

@@ -33,7 +33,7 @@ def with_parts(base: Callable[[], nn.Module], lora: Path | Pairs, projectors: Pa
     options: dict[str, Any] = {"projector_modules": []}
     if projectors is not None:
         config = PeftConfig.from_pretrained(str(projectors))
-        kept = ("projector_modules", "routing", "tasks", "temperature", "top_k")
+        kept = ("projector_modules", "routing", "tasks", "router", "temperature", "top_k", "abstain_above")
         options = {option: getattr(config, option) for option in kept}
         stored = load_file(projectors / SAFETENSORS_WEIGHTS_NAME)
         tensors |= {key: tensor for key, tensor in stored.items() if ".lora_" not in key}
