@@ -208,8 +208,8 @@ def _merge_of(model: Any) -> tuple[str, MAnyConfig, AdapterStatistics]:
         )
     if config.gate_lora:
         raise ValueError(
-            f"Adapter '{names[0]}' was merged with `gate_lora=True`, and a refit would overwrite the tasks' blocks that "
-            "its gates choose among; refit a merge with `gate_lora=False`."
+            f"Adapter '{names[0]}' was merged with `gate_lora=True`, and a refit would overwrite the tasks' blocks "
+            "that its gates choose among; refit a merge with `gate_lora=False`."
         )
     if not isinstance(config.statistics, AdapterStatistics):
         raise ValueError(f"Adapter '{names[0]}' was loaded without its statistics, which hold its tasks' own deltas.")
