@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -87,7 +87,7 @@ def refit_merge(
     pairs = {path: _Pair(layer, name) for path, layer in layers.items()}
     own = {task: _deltas_of(tasks[task], pairs, statistics.tasks) for task in tasks}
     with (
-        _all_or_nothing(pairs.values()),
+        _put_back(pairs.values(), after_errors_only=True),
         state_kept(model),
         only_active(model, name),
         torch.no_grad(),
@@ -115,7 +115,9 @@ def refit_merge(
                     continue
                 wanted: LayerCapture | None = None
                 if targets == "outputs":
-                    with _in_place(pairs, own[task]):
+                    with _put_back(pairs.values()):
+                        for path, pair in pairs.items():
+                            pair.set(own[task].get(path, pair.nothing()))
                         wanted = observed(task, group)
                 seen = observed(task, group)
                 for path in group:
@@ -144,6 +146,10 @@ class _Pair:
         self.B: Tensor = layer.lora_B[adapter_name].weight.data
         self.scaling: float = layer.scaling[adapter_name]
 
+    def nothing(self) -> LowRankDelta:
+        """A delta of rank 0, for a task that did not train the layer."""
+        return LowRankDelta(A=self.A[:0], B=self.B[:, :0])
+
     def set(self, delta: LowRankDelta) -> None:
         """Take a delta of at most this rank; the rest is zero."""
         rank = len(delta.A)
@@ -154,31 +160,18 @@ class _Pair:
 
 
 @contextlib.contextmanager
-def _all_or_nothing(pairs: Iterable[_Pair]) -> Iterator[None]:
-    """If the block fails, the weights are as before."""
+def _put_back(pairs: Collection[_Pair], after_errors_only: bool = False) -> Iterator[None]:
+    """The weights are afterwards as before; with `after_errors_only` they stay as they are if the block ends well."""
     before = [(pair, pair.A.clone(), pair.B.clone()) for pair in pairs]
+    ended_well = False
     try:
         yield
-    except BaseException:
-        for pair, A, B in before:
-            pair.A.copy_(A)
-            pair.B.copy_(B)
-        raise
-
-
-@contextlib.contextmanager
-def _in_place(pairs: Mapping[str, _Pair], deltas: Mapping[str, LowRankDelta]) -> Iterator[None]:
-    """One task's own deltas in all layers, none where it has none."""
-    before = {path: (pair.A.clone(), pair.B.clone()) for path, pair in pairs.items()}
-    nothing = {path: LowRankDelta(pair.A[:0], pair.B[:, :0]) for path, pair in pairs.items()}
-    try:
-        for path, pair in pairs.items():
-            pair.set(deltas.get(path, nothing[path]))
-        yield
+        ended_well = True
     finally:
-        for path, (A, B) in before.items():
-            pairs[path].A.copy_(A)
-            pairs[path].B.copy_(B)
+        if not (ended_well and after_errors_only):
+            for pair, A, B in before:
+                pair.A.copy_(A)
+                pair.B.copy_(B)
 
 
 def _example(

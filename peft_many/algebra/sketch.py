@@ -101,7 +101,7 @@ class CovarianceSketch:
         """
         if self._test is None:
             rows = torch.cat([torch.zeros(0, self.width), *(rows.cpu().double() for rows in self._first)])
-            factor = rows.double() / max(self.tokens, 1) ** 0.5
+            factor = rows / max(self.tokens, 1) ** 0.5
             return eigen_directions(LowRankCovariance(remainder=0.0, tokens=self.tokens, factor=factor))
         assert self._sum is not None
         assert self._core is not None

@@ -1,4 +1,4 @@
-"""The only forward hooks of the project: they see layer inputs and vision features pass by, and sum them up."""
+"""The forward hooks that measure: they see layer inputs and vision features pass by, and sum them up or keep them."""
 
 from __future__ import annotations
 
