@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from .methods import Method
 from .model import Collator
 from .training import batches_of
 from .workshop import BATCH_SIZE, MEASURED, Workshop
-from .world import Example
+from .world import Task
 
 GROUP = "images that are routed to their task, %"
 ABSTENTION = "images that are rightly kept or left, %"
@@ -50,10 +51,10 @@ class RouterStudy(Method):
     def scores(self, shop: Workshop) -> list[list[float]]:
         """The share of each task's test pictures that go to it, in per cent."""
         assert self.router is not None
-        known = [self.pool(_patches(shop, task.examples(self.images, "train", shop.seed + 2))) for task in shop.tasks]
+        known = [self.pool(patches[: self.images]) for patches in _known(shop)]
         row = []
         for t, task in enumerate(shop.tasks):
-            found = self.router(known, self.pool(_patches(shop, shop.questions(task))))
+            found = self.router(known, self.pool(_asked(shop, task)))
             row.append(100 * (found == t).float().mean().item())
         return [row]
 
@@ -74,18 +75,29 @@ class AbstentionStudy(Method):
 
     def scores(self, shop: Workshop) -> list[list[float]]:
         """The share of each task's test pictures that are rightly left, or kept, in per cent."""
-        known = [_mean(_patches(shop, task.examples(MEASURED, "train", shop.seed + 2))) for task in shop.tasks]
+        known = [_mean(patches) for patches in _known(shop)]
         row = []
         for t, task in enumerate(shop.tasks):
             others = [rows for s, rows in enumerate(known) if s != t or not self.strangers]
-            features = _mean(_patches(shop, shop.questions(task)))
+            features = _mean(_asked(shop, task))
             left = _distances(others, features).amin(1) > self.threshold * features.shape[1]
             row.append(100 * (left == self.strangers).float().mean().item())
         return [row]
 
 
+def _known(shop: Workshop) -> list[Tensor]:
+    """The patches of each task's measured images."""
+    return [_patches(shop, task, asked=False) for task in shop.tasks]
+
+
+def _asked(shop: Workshop, task: Task) -> Tensor:
+    """The patches of a task's test pictures."""
+    return _patches(shop, task, asked=True)
+
+
+@functools.lru_cache(maxsize=32)  # both splits of every task, for all routers of a workshop
 @torch.no_grad()
-def _patches(shop: Workshop, examples: Sequence[Example]) -> Tensor:
+def _patches(shop: Workshop, task: Task, asked: bool) -> Tensor:
     """What arrives at the projector, shape `(images, patches, d)`, float32."""
     base = shop.base()
     seen: list[Tensor] = []
@@ -94,11 +106,11 @@ def _patches(shop: Workshop, examples: Sequence[Example]) -> Tensor:
         lambda module, args, kwargs: seen.append(features_of(args, kwargs)), with_kwargs=True
     )
     parts = []
-    for start, batch in enumerate(batches_of(examples, Collator(shop.tiny, prompts_only=True), BATCH_SIZE)):
+    examples = shop.questions(task) if asked else shop.samples(task)
+    for batch in batches_of(examples, Collator(shop.tiny, prompts_only=True), BATCH_SIZE):
         base(**batch)
-        images = len(examples[start * BATCH_SIZE : (start + 1) * BATCH_SIZE])
         features = seen.pop()
-        parts.append(features.reshape(images, -1, features.shape[-1]).float())
+        parts.append(features.reshape(len(batch["input_ids"]), -1, features.shape[-1]).float())
     return torch.cat(parts)
 
 

@@ -28,7 +28,7 @@ MEASURED = 128  # samples for covariances and prototypes
 DRAWN = 80 * BATCH_SIZE  # training examples of a task
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Workshop:
     """One model, one seed, the tasks in their order: where every adapter of a benchmark run is made and kept.
 
@@ -158,9 +158,13 @@ class Workshop:
 
     # --- Measuring ---------------------------------------------------------------------------------------------------
 
+    def samples(self, task: Task, count: int = MEASURED) -> list[Example]:
+        """Pictures to measure on: training pictures, other ones than those trained on."""
+        return task.examples(count, "train", self.seed + 2)
+
     def measured(self, task: Task, samples: int = MEASURED) -> list[dict[str, torch.Tensor]]:
-        """Batches to collect statistics from: training pictures, other ones than those trained on."""
-        return batches_of(task.examples(samples, "train", self.seed + 2), Collator(self.tiny), BATCH_SIZE)
+        """Batches to collect statistics from."""
+        return batches_of(self.samples(task, samples), Collator(self.tiny), BATCH_SIZE)
 
     def remeasured(self, task: Task, key: str, samples: int = MEASURED, **options: Any) -> Path:
         """The task's own adapter with statistics collected otherwise: `samples`, and `collect_statistics`' options."""
