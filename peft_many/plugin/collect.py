@@ -84,7 +84,7 @@ def collect_statistics(
             `error_budget`, which then holds whole matrices of `in × in`.
         energy (`float`, *optional*):
             Share of each covariance's energy that is kept, in (0, 1], as far as `rank` allows. Defaults to the
-            config's, and to 0.999 for plain LoRA adapters.
+            config's, and to 0.9999 for plain LoRA adapters.
         error_budget (`float`, *optional*):
             Choose how many directions to keep, up to `rank`, by the error that a merged delta may have, as a share of
             the size of its outputs, and not by `energy`; 0.05 say. It keeps fewer where no delta reads the input's

@@ -38,7 +38,7 @@ class MAnyConfig(LoraConfig):
         projector_modules (`list[str]`, *optional*):
             Names of the multimodal projector's modules, matched at their end like `modules_to_save`. Found by itself
             if not given; an empty list trains no projector.
-        energy (`float`, defaults to `0.999`):
+        energy (`float`, defaults to `0.9999`):
             Share of each covariance's energy that is kept when statistics are saved, in (0, 1]; the rest is kept as an
             isotropic remainder (MAny*). `1.0` keeps them whole.
         ridge (`float`, *optional*):

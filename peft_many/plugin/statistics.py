@@ -23,7 +23,7 @@ STATISTICS_NAME = "adapter_statistics.safetensors"
 FORMAT_VERSION = 3
 # 1 knew neither scaled factors nor merges of lower rank, 2 no spreads.
 READABLE_VERSIONS = (1, 2, 3)
-DEFAULT_ENERGY = 0.999
+DEFAULT_ENERGY = 0.9999
 
 
 class StatisticsError(ValueError):
