@@ -12,6 +12,7 @@ from .plugin.llava_checkpoint import import_llava_checkpoint
 from .plugin.model import MAnyModel
 from .plugin.registration import register
 from .refit import refit_merge
+from .report import MergeReport, merge_report, save_report
 from .version import __version__
 
 register()
@@ -20,11 +21,14 @@ __all__ = [
     "MAnyCallback",
     "MAnyConfig",
     "MAnyModel",
+    "MergeReport",
     "__version__",
     "collect_statistics",
     "import_llava_checkpoint",
     "merge_adapter_files",
     "merge_adapter_sequence",
+    "merge_report",
     "metrics",
     "refit_merge",
+    "save_report",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
+from ..page_parts import STYLE, embedded
 from ..plugin.atomic import replace_file
 from . import pictures
 from .methods import BEYOND, MAIN, METHODS, Method
@@ -24,15 +23,7 @@ _PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Mini-UCIT</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; }
-.wide { overflow-x: auto; }
-footer, dd { color: #666; }
-</style>
+<style>{{ style }}</style>
 </head>
 <body>
 <h1>Mini-UCIT</h1>
@@ -95,12 +86,13 @@ def write_report(results: dict[str, list[Results]], output: Path) -> Path:
                 "name": name,
                 "about": MODELS[name].about,
                 "tables": tables,
-                "pictures": [(title.capitalize(), _embedded(figure)) for title, figure in drawn.items()],
+                "pictures": [(title.capitalize(), embedded(figure)) for title, figure in drawn.items()],
             }
         )
     first = next(iter(results.values()))[0]
     page = Environment(autoescape=True).from_string(_PAGE)
     text = page.render(
+        style=STYLE,
         models=models,
         tasks=first.about["tasks"],
         metrics=[shown for name, shown in METRICS.items() if name != "faa"],
@@ -127,9 +119,3 @@ def _pictures(runs: Sequence[Results], methods: Sequence[Method]) -> dict[str, F
         "ablations": pictures.ablations(runs, others),
     }
     return {title: figure for title, figure in drawn.items() if figure is not None}
-
-
-def _embedded(figure: Figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return base64.b64encode(file.getvalue()).decode()
