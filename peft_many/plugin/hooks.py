@@ -205,7 +205,10 @@ class CovarianceHooks:
 
 
 def _tokens(inputs: Tensor, masks: Iterable[Tensor]) -> tuple[Tensor, bool]:
-    """The rows of `inputs` that are tokens by the mask that fits, shape `(tokens, in)`, and whether one does; no copy if all are."""
+    """The rows of `inputs` that are tokens by the mask that fits, shape `(tokens, in)`, and whether one does.
+
+    Not a copy if there is no mask, or all are tokens.
+    """
     rows = inputs.reshape(-1, inputs.shape[-1])
     for mask in masks:
         if inputs.shape[:-1] == mask.shape or (inputs.dim() == 2 and len(rows) == mask.numel()):

@@ -51,9 +51,9 @@ def test_parts_are_those_of_the_adapters(shop):
     layer = "model.language_model.layers.0.mlp.down_proj"
     delta = mixed.get_base_model().get_submodule(layer).get_delta_weight("default")
     torch.testing.assert_close(delta, whole.get_base_model().get_submodule(layer).get_delta_weight("default"))
-    both = with_parts(shop.base, lora=added([pairs_of(one), pairs_of(two)], [2.0, 3.0]), projectors=None)
+    both = with_parts(shop.base, lora=added([pairs_of(one), pairs_of(two)]), projectors=None)
     other = PeftModel.from_pretrained(shop.base(), two).get_base_model().get_submodule(layer)
-    expected = 2 * delta + 3 * other.get_delta_weight("default")
+    expected = delta + other.get_delta_weight("default")
     torch.testing.assert_close(both.get_base_model().get_submodule(layer).get_delta_weight("default"), expected)
 
 
