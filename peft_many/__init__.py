@@ -11,6 +11,7 @@ from .plugin.config import MAnyConfig
 from .plugin.llava_checkpoint import import_llava_checkpoint
 from .plugin.model import MAnyModel
 from .plugin.registration import register
+from .pooling import pool_adapters
 from .refit import refit_merge
 from .report import MergeReport, merge_report, save_report
 from .version import __version__
@@ -29,6 +30,7 @@ __all__ = [
     "merge_adapter_sequence",
     "merge_report",
     "metrics",
+    "pool_adapters",
     "refit_merge",
     "save_report",
 ]
