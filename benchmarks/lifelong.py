@@ -1,10 +1,10 @@
 """What constant memory costs: tasks that come without end, pooled into one after each, beside the merge of all.
 
-One layer and tasks whose inputs share half of their energy and differ in the other half. After each task the state, one
-delta cut to a rank and one covariance cut to as many directions, is merged with the next task and cut again
-(`peft_many.pool_adapters` does so to adapters). The error is that of the pooled delta on all tasks' inputs, relative to
-the delta that merging all of them at once gives; the residual is what a task's own outputs lose. Writes lifelong.json
-and lifelong.png.
+One layer; the tasks' inputs share half of their energy and differ in the other half. After each task the state, a
+delta cut to a rank and one covariance cut to as many directions, is merged with the next task and cut again, as
+`peft_many.pool_adapters` does to adapters. The error is the pooled delta's on all tasks' inputs, relative to the
+delta that merging all of them at once gives; the residual is what a task's own outputs lose. Writes lifelong.json and
+lifelong.png.
 """
 
 from __future__ import annotations
