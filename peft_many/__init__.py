@@ -5,6 +5,7 @@ Importing it registers the PEFT type `MANY`.
 
 from . import metrics
 from .callback import MAnyCallback
+from .editing import add_task, remove_task
 from .merging import merge_adapter_files, merge_adapter_sequence
 from .plugin.collect import collect_statistics
 from .plugin.config import MAnyConfig
@@ -21,10 +22,12 @@ __all__ = [
     "MAnyConfig",
     "MAnyModel",
     "__version__",
+    "add_task",
     "collect_statistics",
     "import_llava_checkpoint",
     "merge_adapter_files",
     "merge_adapter_sequence",
     "metrics",
     "refit_merge",
+    "remove_task",
 ]
