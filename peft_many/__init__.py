@@ -6,12 +6,15 @@ Importing it registers the PEFT type `MANY`.
 from . import metrics
 from .callback import MAnyCallback
 from .editing import add_task, remove_task
+from .inspection import inspect_adapter
 from .merging import merge_adapter_files, merge_adapter_sequence
 from .plugin.collect import collect_statistics
 from .plugin.config import MAnyConfig
 from .plugin.llava_checkpoint import import_llava_checkpoint
 from .plugin.model import MAnyModel
 from .plugin.registration import register
+from .preview import preview_merge
+from .recipe import read_recipe
 from .refit import refit_merge
 from .version import __version__
 
@@ -25,9 +28,12 @@ __all__ = [
     "add_task",
     "collect_statistics",
     "import_llava_checkpoint",
+    "inspect_adapter",
     "merge_adapter_files",
     "merge_adapter_sequence",
     "metrics",
+    "preview_merge",
+    "read_recipe",
     "refit_merge",
     "remove_task",
 ]

@@ -138,7 +138,7 @@ def merge_adapter_sequence(
     """
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model already has adapters; pass the base model (`model.unload()` gives it back).")
-    device = _usable(device)
+    device = usable_device(device)
     plan = plan_merge(
         adapters,
         weights=weights,
@@ -226,7 +226,7 @@ def merge_adapter_files(
     replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
 
     def planned() -> MergePlan:
-        _usable(device)
+        usable_device(device)
         writable_place(output, replaced)  # before anything is read
         return plan_merge(
             adapters,
@@ -275,7 +275,7 @@ def merge_adapter_files(
     return output
 
 
-def _usable(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
     """The device, tried out before anything is read."""
     try:
         torch.zeros(1, dtype=torch.float64, device=device).item()
