@@ -6,6 +6,7 @@ Importing it registers the PEFT type `MANY`.
 from . import metrics
 from .callback import MAnyCallback
 from .editing import add_task, remove_task
+from .exports import export_lora, export_model, export_routed_model, load_routed_model
 from .inspection import inspect_adapter
 from .merging import merge_adapter_files, merge_adapter_sequence
 from .plugin.collect import collect_statistics
@@ -27,8 +28,12 @@ __all__ = [
     "__version__",
     "add_task",
     "collect_statistics",
+    "export_lora",
+    "export_model",
+    "export_routed_model",
     "import_llava_checkpoint",
     "inspect_adapter",
+    "load_routed_model",
     "merge_adapter_files",
     "merge_adapter_sequence",
     "metrics",

@@ -10,6 +10,7 @@ from ..version import __version__
 from .bench import bench
 from .demo import demo
 from .edit import add, remove
+from .export import export
 from .inspect import inspect
 from .merge import merge, plan
 from .running import Commands
@@ -40,5 +41,5 @@ def main(
     """Merge task adapters of multimodal language models without forgetting (MAny, arXiv 2604.14016)."""
 
 
-for command in (plan, merge, inspect, add, remove, bench, demo):
+for command in (plan, merge, inspect, add, remove, export, bench, demo):
     app.command()(command)

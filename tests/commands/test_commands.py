@@ -14,12 +14,21 @@ import torch
 from typer.testing import CliRunner
 
 import peft_many.demo.run
-from peft_many import __version__, add_task, inspect_adapter, merge_adapter_files, remove_task
+from peft_many import (
+    __version__,
+    add_task,
+    export_lora,
+    export_model,
+    export_routed_model,
+    inspect_adapter,
+    merge_adapter_files,
+    remove_task,
+)
 from peft_many.commands import app
-from tests.adapters import STATISTICS, files, make
+from tests.adapters import STATISTICS, base, files, make
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("plan", "merge", "inspect", "add", "remove", "bench", "demo")
+NAMES = ("plan", "merge", "inspect", "add", "remove", "export", "bench", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +142,28 @@ def test_inspect_shows_it(merged):
     assert "a merge of 1 task" in run("inspect", merged).stdout
 
 
+def test_exports_are_the_functions(merged, tmp_path):
+    place = tmp_path / "base"
+    base("llava").save_pretrained(place)
+    before = files(tmp_path)
+    told = run("export", merged, "-f", "model", "-o", tmp_path / "1", "--base-model", place, "--dry-run").stdout
+    assert "a merge of 2 tasks, would be written as model" in told.replace("\n", " ")
+    assert files(tmp_path) == before
+    run("export", merged, "-o", tmp_path / "1")
+    export_lora(merged, tmp_path / "2")
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    more = ["--format", "model", "--base-model", place]
+    told = run("export", merged, *more, "--projector", "a", "-o", tmp_path / "3")
+    done = export_model(merged, tmp_path / "4", base_model=place, projector="a")
+    assert files(tmp_path / "3") == files(tmp_path / "4")
+    assert done.notes[0] in told.stderr
+    read = json.loads(run("export", merged, *more, "-o", tmp_path / "5", "--json").stdout)
+    assert set(read["projector_loss"]["model.multi_modal_projector"]) == {"a", "b"}
+    run("export", merged, "-f", "routed", "--base-model", place, "-o", tmp_path / "6")
+    export_routed_model(merged, tmp_path / "7", base_model=place)
+    assert files(tmp_path / "6") == files(tmp_path / "7")
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -149,6 +180,10 @@ def test_inspect_shows_it(merged):
         (["merge", "a", "-o", "y", "--device", "nonsense"], 1, "cannot compute in float64"),
         (["remove", "nowhere", "a", "-o", "y"], 1, "There is no folder 'nowhere'"),
         (["remove", "nowhere", "a"], 1, "no local folder that could be replaced"),
+        (["export", "nowhere", "-o", "y"], 1, "There is no folder 'nowhere'"),
+        (["export", "a", "-o", "y", "-f", "gguf"], 2, "'gguf' is none of lora, model, routed"),
+        (["export", "a", "-o", "y", "--projector", "a"], 2, "Only --format model keeps"),
+        (["export", "a", "-o", "y", "--base-model", "a"], 2, "needs no base model"),
         (["inspect", "nowhere"], 1, "There is no folder 'nowhere'"),
         (["magic"], 2, "magic"),
     ],

@@ -1,0 +1,91 @@
+"""What every export has in common: what is read, the folder that is written, and what is said of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from ..plugin.adapter import Adapter
+from ..plugin.card import CARD_NAME
+from ..plugin.partial import PartialFolder, partial_folder
+from ..plugin.stored_delta import KEY_PREFIX, check_finite
+from ..version import __version__
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported.
+
+    Args:
+        folder (`Path`): Where it is.
+        notes (`list[str]`): What it cannot do that the adapter could; the folder's `README.md` says so too.
+        projector_loss (`dict[str, dict[str, float]]`):
+            By projector and task, how far the one projector of a folded model is from the task's own, as a share of
+            how far training moved that: 0 is the task's own, 1 as far from it as the base model's.
+    """
+
+    folder: Path
+    notes: list[str]
+    projector_loss: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def read_pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """`A`, with the LoRA scaling folded in, and `B` of every layer, in the dtype that they are stored in.
+
+    Raises:
+        UnmergeableAdapterError: They hold NaN or Inf.
+    """
+    weights, pairs = adapter.files[0], {}
+    for key in sorted(weights):
+        module = key.removeprefix(KEY_PREFIX).removesuffix(".lora_A.weight")
+        if not key.endswith(".lora_A.weight"):
+            continue
+        A, B = weights[key], weights[f"{KEY_PREFIX}{module}.lora_B.weight"]
+        for half, tensor in (("A", A), ("B", B)):
+            check_finite(tensor, f"{weights.path}: lora_{half} of '{module}'")
+        scaling = _scaling(adapter.config, module)
+        pairs[module] = ((scaling * A.double()).to(A.dtype) if scaling != 1 else A, B)
+    return pairs
+
+
+def _scaling(config: LoraConfig, module: str) -> float:
+    rank: int = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    alpha: float = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    return alpha / (rank**0.5 if config.use_rslora else rank)
+
+
+@contextmanager
+def new_folder(output: Path, adapter: Adapter, *how: Any) -> Iterator[PartialFolder]:
+    """A folder that becomes `output` when the block ends well."""
+    inputs = [(str(file.path), file.path.stat().st_mtime_ns) for file in adapter.files]
+    key = hashlib.sha256(json.dumps([__version__, inputs, how], default=str).encode()).hexdigest()
+    with partial_folder(output, key) as partial:
+        yield partial
+
+
+def write_card(
+    folder: Path, title: str, adapter: Adapter, base_model: str | None, usage: str, notes: Sequence[str], **data: Any
+) -> None:
+    """Write the model card of an export."""
+    about = ModelCardData(base_model=base_model, tags=["continual-learning", "lora", "merge", "peft-many"], **data)
+    rows = "\n".join(
+        f"| {task.name} | {task.provenance['source']} | {task.provenance['revision'] or ''} | {task.weight:g} |"
+        for task in adapter.tasks
+    )
+    said = "\n".join(f"- {note}" for note in notes)
+    text = (
+        f"# {title}\n\nExported by [peft_many](https://pypi.org/project/peft-many) {__version__} "
+        "(MAny, arXiv 2604.14016).\n\n"
+        f"```python\n{usage}```\n\n{said}\n\n| task | source | revision | weight |\n|---|---|---|---|\n{rows}\n"
+    )
+    ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}").save(folder / CARD_NAME)
