@@ -28,7 +28,7 @@ def export(
     ] = None,
     projector: Annotated[
         str | None,
-        typer.Option(metavar="TASK", help="model: whose projector to keep. [dim]default: the mean of all[/dim]"),
+        typer.Option(metavar="TASK", help="model: whose projector to keep. [dim]default: all merged to one[/dim]"),
     ] = None,
     dry_run: a.DryRun = False,
     json: a.Json = False,
@@ -38,7 +38,8 @@ def export(
     [bold]lora[/bold]: a plain LoRA of the language model, for stock PEFT and for servers such as vLLM; the projectors
     stay behind. No base model is loaded.
 
-    [bold]model[/bold]: a full transformers model with the deltas folded in and one fixed projector.
+    [bold]model[/bold]: a full transformers model with the deltas folded in and one fixed projector; what that loses on
+    images is said.
 
     [bold]routed[/bold]: a folded model that goes on routing; `peft_many.load_routed_model` loads it.
 

@@ -82,7 +82,8 @@ def merge(
     """Merge task adapters into one, without training and without a base model.
 
     A merge among them is merged further, without the adapters that it was made of; one alone can be merged again with
-    other weights, ridge or rank. What is interrupted goes on when the same command is given again.
+    other weights, ridge or rank. Ridge, gate and routing options that are left out are those of the merges among the
+    adapters, if they agree. What is interrupted goes on when the same command is given again.
 
     [bold]Examples[/bold]
 

@@ -13,7 +13,9 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from peft_many import export_model, merge_adapter_files
 from peft_many.bench.parts import with_parts
-from peft_many.plugin.adapter import UnmergeableAdapterError
+from peft_many.exports.one_projector import benches
+from peft_many.plugin.adapter import UnmergeableAdapterError, read_adapter
+from peft_many.plugin.hub import find_adapter
 from tests.adapters import PROJECTOR, base, distance, files, logits, make
 from tests.exports.shelf import Shelf, text_logits
 
@@ -30,23 +32,39 @@ def reload(folder):
     return model.eval()
 
 
-def test_the_mean_of_the_projectors(shelf, tmp_path):
-    options = {"weights": [1.0, 3.0, 1.0]}
-    merged = shelf.merge("abc", tmp_path / "merged", **options)
+def test_the_projectors_merged(shelf, tmp_path):
+    merged = shelf.merge("abc", tmp_path / "merged")
     exported = export_model(merged, tmp_path / "model", base_model=shelf.base)
     assert not any(name.startswith("adapter_") for name in files(exported.folder))
     model = reload(exported.folder)
-    expected = shelf.merge("abc", tmp_path / "mean", projectors="mean", **options)
-    assert distance(logits(model, "llava"), logits(PeftModel.from_pretrained(base("llava"), expected), "llava")) < 1e-5
+    read = read_adapter(find_adapter(merged))
+    (bench,) = benches(base("llava"), read.tasks)
+    found = model.get_submodule(PROJECTOR).state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in bench.fitted().items())
+    assert exported.projector_loss == {PROJECTOR: bench.loss(found)}
     routed = PeftModel.from_pretrained(base("llava"), merged)
     assert distance(text_logits(model), text_logits(routed)) < 1e-5
     assert distance(logits(model, "llava"), logits(routed, "llava")) > 1e-3
     loss = exported.projector_loss[PROJECTOR]
-    assert set(loss) == {"a", "b"}
-    assert 0 < loss["b"] < loss["a"] < 1.5  # the mean is nearer to the heavier one
     card = (exported.folder / "README.md").read_text()
     assert f"a {loss['a']:.0%}, b {loss['b']:.0%}" in card
+    assert "is the least-squares fit to the tasks'" in card
     assert "LlavaForConditionalGeneration.from_pretrained" in card
+
+
+def test_projectors_that_cannot_be_fitted_are_averaged(tmp_path):
+    shelf = Shelf(tmp_path, "qwen2_5_vl")  # whose projector makes one token of four patches
+    options = {"weights": [1.0, 3.0, 1.0]}
+    exported = export_model(shelf.merge("abc", tmp_path / "merged", **options), tmp_path / "1", base_model=shelf.base)
+    expected = PeftModel.from_pretrained(
+        base("qwen2_5_vl"), shelf.merge("abc", tmp_path / "mean", projectors="mean", **options)
+    )
+    model = AutoModelForImageTextToText.from_pretrained(exported.folder)
+    assert distance(logits(model, "qwen2_5_vl"), logits(expected, "qwen2_5_vl")) < 1e-5
+    ((name, loss),) = exported.projector_loss.items()
+    assert name.endswith("merger")
+    assert 0 < loss["b"] < loss["a"] < 1.5  # the mean is nearer to the heavier one
+    assert "is the mean of the tasks' by their weights" in exported.notes[0]
 
 
 @pytest.mark.parametrize("task", ["a", "b", "c"])
