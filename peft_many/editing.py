@@ -33,7 +33,8 @@ def add_task(
 ) -> Path:
     """Add a task to a merge, without the adapters that it was made of and without a base model.
 
-    The result is what merging all adapters at once with the merge's options would have given.
+    The result is what merging all adapters at once with the merge's options would have given; a refit of the merge
+    ([`refit_merge`]) is not kept.
 
     Args:
         merge (`str`): The folder or Hub id of a merge.
@@ -41,7 +42,11 @@ def add_task(
         output_dir (`str`, *optional*): The folder to create. Without it the merge's own folder is replaced, whole.
         task_name (`str`, *optional*): Name of the new task, where the adapter does not say or clashes.
         weights (`Mapping[str, float]`, *optional*): Weights by task name; the others keep theirs, a new task 1.
-        device, token, cache_dir, local_files_only, progress: As in [`merge_adapter_files`].
+        device (`str` or `torch.device`, defaults to `"cpu"`): As in [`merge_adapter_files`].
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+        progress (`bool`, defaults to `True`): Show progress bars.
 
     Returns:
         `Path`: The folder.
@@ -79,13 +84,18 @@ def remove_task(
 
     The result is what merging the other tasks' adapters with the merge's options would have given, and no tensor of
     the task is left in the files. Copies of the merge elsewhere, in a Hub repository's history say, are not touched.
+    A refitted merge ([`refit_merge`]) is merged anew, without its refit, which the task had a part in.
 
     Args:
         merge (`str`): The folder or Hub id of a merge.
         task_name (`str`): The task to forget.
         output_dir (`str`, *optional*): The folder to create. Without it the merge's own folder is replaced, whole.
         weights (`Mapping[str, float]`, *optional*): New weights of the other tasks, by name.
-        device, token, cache_dir, local_files_only, progress: As in [`merge_adapter_files`].
+        device (`str` or `torch.device`, defaults to `"cpu"`): As in [`merge_adapter_files`].
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+        progress (`bool`, defaults to `True`): Show progress bars.
 
     Returns:
         `Path`: The folder.
@@ -114,7 +124,7 @@ def merge_options(merge: AdapterPath, **hub: Any) -> dict[str, Any]:
 
     Args:
         merge (`str`): The folder or Hub id of a merge.
-        **hub: `token`, `cache_dir` and `local_files_only`.
+        **hub (`Any`): `token`, `cache_dir` and `local_files_only`.
 
     Raises:
         UnmergeableAdapterError: It is no merge, or was made by a method that is not one of ours.

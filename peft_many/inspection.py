@@ -106,7 +106,9 @@ def inspect_adapter(
 
     Args:
         adapter (`str`): A folder or Hub id (`"me/adapter@revision"`).
-        token, cache_dir, local_files_only: As in [`~huggingface_hub.snapshot_download`].
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
 
     Returns:
         [`AdapterInspection`]: What is there; `dataclasses.asdict` makes it JSON.

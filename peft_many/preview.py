@@ -99,8 +99,11 @@ def preview_merge(
     Args:
         adapters (`Sequence[str]`): As in [`merge_adapter_files`], like all others.
         device (`str`): Where it would be computed; its speed is measured with one small matrix product.
-        token, cache_dir, local_files_only, progress: As there.
-        **options: All others that it has, but `output_dir` and `overwrite`.
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+        progress (`bool`, defaults to `True`): Show a progress bar.
+        **options (`Any`): All others that it has, but `output_dir` and `overwrite`.
 
     Returns:
         [`MergePreview`]: What would be made, or the problems of every adapter.

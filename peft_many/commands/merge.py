@@ -8,6 +8,8 @@ import typer
 
 from ..merging import merge_adapter_files
 from ..plugin.atomic import writable_place
+from ..plugin.card import CARD_NAME
+from ..plugin.hub import ADAPTER_FILES
 from ..preview import preview_merge
 from . import arguments as a
 from .display import show_preview
@@ -107,8 +109,7 @@ def merge(
     }
     arguments = a.merge_arguments(adapters, recipe, weight, without, dtype, **options)
     if dry_run:
-        if not overwrite:
-            writable_place(output.expanduser())
+        writable_place(output.expanduser(), [*ADAPTER_FILES, CARD_NAME] if overwrite else ())
         preview(arguments, quiet)
         return
     folder = merge_adapter_files(**arguments, output_dir=output, overwrite=overwrite, progress=not quiet)

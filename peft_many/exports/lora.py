@@ -43,7 +43,9 @@ def export_lora(
     Args:
         adapter (`str`): The folder or Hub id of a merge, or of one task's adapter.
         output_dir (`str`): The folder to create; it must not exist, or be empty.
-        token, cache_dir, local_files_only: As in [`~huggingface_hub.snapshot_download`].
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
 
     Returns:
         [`Export`]: The folder, and what is lost.

@@ -49,7 +49,8 @@ def export_model(
     draws of image means, where single patches vary more. On the tiny LLaVA of Mini-UCIT this answers 29 % rightly, the
     mean of the projectors 19 %, one task's own 18 and 20 % (that task as ever), and routing 71 %. A projector that
     cannot be run on image means (one that wants its patches in a grid, or merges several into one), or whose tasks
-    have no spreads, becomes the mean of the tasks' by their weights. `projector_loss` says how much of each task's projector training is lost.
+    have no spreads, becomes the mean of the tasks' by their weights. `projector_loss` says how much of each task's
+    projector training is lost.
 
     Args:
         adapter (`str`): The folder or Hub id of a merge, or of one task's adapter.
@@ -57,7 +58,9 @@ def export_model(
         base_model (`str`, *optional*): Folder or Hub id (`"me/model@revision"`), if the adapter does not say it.
         projector (`str`, *optional*):
             The task whose projector is kept in place of the fit. Of averaged projectors there is only the mean.
-        token, cache_dir, local_files_only: As in [`~huggingface_hub.snapshot_download`].
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
 
     Returns:
         [`Export`]: The folder, and what is lost.

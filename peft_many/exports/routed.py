@@ -44,7 +44,9 @@ def export_routed_model(
         adapter (`str`): The folder or Hub id of a merge with routed projectors.
         output_dir (`str`): The folder to create; it must not exist, or be empty.
         base_model (`str`, *optional*): Folder or Hub id (`"me/model@revision"`), if the adapter does not say it.
-        token, cache_dir, local_files_only: As in [`~huggingface_hub.snapshot_download`].
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
 
     Returns:
         [`Export`]: The folder, and what is lost.
@@ -92,8 +94,10 @@ def load_routed_model(
     Args:
         folder (`str`): The folder, or a Hub id that it was uploaded to.
         revision (`str`, *optional*): On the Hub.
-        token, cache_dir, local_files_only: As in [`~huggingface_hub.snapshot_download`].
-        **kwargs: `dtype`, `device_map` and others of [`~transformers.PreTrainedModel.from_pretrained`].
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+        **kwargs (`Any`): `dtype`, `device_map` and others of [`~transformers.PreTrainedModel.from_pretrained`].
 
     Returns:
         [`~transformers.PreTrainedModel`]: The model in evaluation mode, its projectors routed.
