@@ -36,12 +36,12 @@ class Sizes:
 
     width: int = 1024
     rank: int = 64
-    size: int = 96
+    size: int = 80
     tokens: int = 8_000
     batch: int = 700
 
 
-QUICK = Sizes(width=96, rank=12, size=18, tokens=900, batch=100)
+QUICK = Sizes(width=96, rank=12, size=15, tokens=900, batch=100)
 
 
 class Gaussian(CovarianceSketch):

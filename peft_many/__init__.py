@@ -17,6 +17,7 @@ from .plugin.registration import register
 from .preview import preview_merge
 from .recipe import read_recipe
 from .refit import refit_merge
+from .report import MergeReport, merge_report, save_report
 from .version import __version__
 
 register()
@@ -25,6 +26,7 @@ __all__ = [
     "MAnyCallback",
     "MAnyConfig",
     "MAnyModel",
+    "MergeReport",
     "__version__",
     "add_task",
     "collect_statistics",
@@ -36,9 +38,11 @@ __all__ = [
     "load_routed_model",
     "merge_adapter_files",
     "merge_adapter_sequence",
+    "merge_report",
     "metrics",
     "preview_merge",
     "read_recipe",
     "refit_merge",
     "remove_task",
+    "save_report",
 ]

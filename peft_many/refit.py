@@ -85,7 +85,7 @@ def refit_merge(
     base = model.get_base_model()
     layers: dict[str, Any] = dict(lora_layers(base, name))
     pairs = {path: _Pair(layer, name) for path, layer in layers.items()}
-    own = {task: _deltas_of(tasks[task], pairs, statistics.tasks) for task in tasks}
+    own = {task: _own_deltas(statistics, t, pairs) for t, task in enumerate(tasks)}
     with (
         _put_back(pairs.values(), after_errors_only=True),
         state_kept(model),
@@ -228,20 +228,10 @@ def _samples(batches: Iterable[Any], most: int | None, task: str, device: torch.
     return found
 
 
-def _deltas_of(
-    task: TaskStatistics, pairs: Mapping[str, _Pair], tasks: Sequence[TaskStatistics]
-) -> dict[str, LowRankDelta]:
-    """A task's own deltas, on the CPU in float32; `B` from the merged weights where blocks of it are the tasks'."""
-    found = {}
-    for path, A in task.deltas.items():
-        if path in task.lora_B:
-            B = task.lora_B[path].float()
-        else:
-            before = [other for other in tasks[: tasks.index(task)] if path in other.deltas]
-            start = sum(len(other.deltas[path]) for other in before)
-            B = pairs[path].B[:, start : start + len(A)].float().cpu().clone()
-        found[path] = LowRankDelta(A=A.float(), B=B)
-    return found
+def _own_deltas(statistics: AdapterStatistics, t: int, pairs: Mapping[str, _Pair]) -> dict[str, LowRankDelta]:
+    """A task's own deltas by layer, on the CPU, apart from the weights that are written."""
+    deltas = {path: statistics.own_delta(t, path, pairs[path].B.cpu()) for path in statistics.tasks[t].deltas}
+    return {path: LowRankDelta(A=delta.A, B=delta.B.clone()) for path, delta in deltas.items()}
 
 
 def _rewritten(

@@ -83,7 +83,7 @@ def _left_of(adapter: Adapter, names: Sequence[str]) -> Adapter | None:
         config = copy.copy(config)
         config.target_modules = sorted(layers)  # its own words would adapt layers that nobody trained
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    return Adapter(config, left, adapter.files)
+    return replace(adapter, config=config, tasks=left)
 
 
 def _check_known(names: Sequence[str] | Mapping[str, float], adapters: Sequence[Adapter], option: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,29 +23,40 @@ Answerer = Callable[[Task], nn.Module]
 
 
 @dataclass(frozen=True)
-class Method:
-    """One row of the tables.
+class Measurement(ABC):
+    """One row of the tables: a number in per cent for each task.
 
     Args:
         name (`str`): What it is called.
         group (`str`): The table it belongs to.
         about (`str`): What it does, in one line, and the source it follows.
-        after (`Callable[[Workshop, int], Answerer]`, *optional*):
-            The model, or one for each task, after the first so many tasks.
-        every_stage (`bool`): Whether it is asked after each task, for the accuracy matrix, or after the last only.
-        quick (`bool`): Whether it is in the quick mode too.
     """
 
     name: str
     group: str
     about: str
-    after: Callable[[Workshop, int], Answerer] | None
+
+    @abstractmethod
+    def scores(self, shop: Workshop) -> list[list[float]]:
+        """A row for each stage on the tasks so far, or one row after the last stage; in per cent."""
+
+
+@dataclass(frozen=True)
+class Method(Measurement):
+    """A measurement of accuracy.
+
+    Args:
+        after (`Callable[[Workshop, int], Answerer]`):
+            The model, or one for each task, after the first so many tasks.
+        every_stage (`bool`): Whether it is asked after each task, for the accuracy matrix, or after the last only.
+        quick (`bool`): Whether it is in the quick mode too.
+    """
+
+    after: Callable[[Workshop, int], Answerer]
     every_stage: bool = False
     quick: bool = False
 
     def scores(self, shop: Workshop) -> list[list[float]]:
-        """Accuracy in per cent: a row for each stage on the tasks so far, or one row after the last stage."""
-        assert self.after is not None
         last = len(shop.tasks)
         rows = []
         for stage in range(1, last + 1) if self.every_stage else [last]:
@@ -120,7 +132,8 @@ def _baselines() -> Iterator[Method]:
         yield Method(f"{name}, CPM", WITH_CPM, about, partial(_merge, method=name))
 
 
-def _merge_folder(shop: Workshop, stage: int, **options: Any) -> Path:
+def merge_folder(shop: Workshop, stage: int, **options: Any) -> Path:
+    """The merge of the first `stage` tasks' adapters, saved."""
     key = "_".join(f"{name}={value}" for name, value in options.items()) or "default"
     return shop.made(f"merged/{key}/{stage}", lambda folder: merged(shop, stage, **options).save_pretrained(folder))
 
@@ -129,12 +142,13 @@ def _merge_folder(shop: Workshop, stage: int, **options: Any) -> Path:
 
 
 def _own_lora_routed(shop: Workshop, stage: int, **options: Any) -> Answerer:
-    folder = _merge_folder(shop, stage, **options)
+    folder = merge_folder(shop, stage, **options)
     return lambda task: with_parts(shop.base, lora=shop.alone(task), projectors=folder)
 
 
-def _lpm_own_projector(shop: Workshop, stage: int) -> Answerer:
-    return lambda task: with_parts(shop.base, lora=_merge_folder(shop, stage), projectors=shop.alone(task))
+def lpm_own_projector(shop: Workshop, stage: int, **options: Any) -> Answerer:
+    """The merged LoRA, and the projector of the task that is asked."""
+    return lambda task: with_parts(shop.base, lora=merge_folder(shop, stage, **options), projectors=shop.alone(task))
 
 
 def _reasoning_collapse(shop: Workshop, stage: int) -> Answerer:
@@ -218,7 +232,7 @@ _LISTED = (
         partial(refitted, targets="outputs", router="gaussian"),
         every_stage=True,
     ),
-    Method("LPM, own projector", HALVES, "LPM, and the projector of the task that is asked.", _lpm_own_projector),
+    Method("LPM, own projector", HALVES, "LPM, and the projector of the task that is asked.", lpm_own_projector),
     Method("own LoRA, CPM", HALVES, "The LoRA of the task that is asked, and CPM.", _own_lora_routed),
     Method(
         "own LoRA, CPM by Gaussian router",

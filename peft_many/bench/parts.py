@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import MAnyConfig
+from ..plugin.adapter import read_adapter
+from ..plugin.hub import find_adapter
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # by layer: A (r, in), with the scaling, and B (out, r)
 _KEY = "base_model.model.{}.lora_{}.weight"
@@ -49,26 +51,13 @@ def with_parts(base: Callable[[], nn.Module], lora: Path | Pairs, projectors: Pa
 
 def pairs_of(folder: Path) -> Pairs:
     """An adapter's LoRA."""
-    config = PeftConfig.from_pretrained(str(folder))
-    stored = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    found = {}
-    for key in stored:
-        name, is_a, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
-        if is_a:
-            A, B = stored[_KEY.format(name, "A")], stored[_KEY.format(name, "B")]
-            # In the benchmark's adapters every layer has alpha / r alike.
-            scaling = config.lora_alpha / config.r
-            found[name] = (scaling * A, B)
-    return found
+    adapter = read_adapter(find_adapter(folder))
+    return {name: (delta.A, delta.B) for name, pair in adapter.pairs.items() for delta in [pair.read()]}
 
 
-def added(parts: Sequence[Pairs], weights: Sequence[float] | None = None) -> Pairs:
-    """`Σ w_t ΔW_t`, exactly: the `A` stacked, the `B` side by side."""
-    factors = weights or [1.0] * len(parts)
+def added(parts: Sequence[Pairs]) -> Pairs:
+    """`Σ_t ΔW_t`, exactly: the `A` stacked, the `B` side by side."""
     return {
-        name: (
-            torch.cat([factor * part[name][0] for factor, part in zip(factors, parts)]),
-            torch.cat([part[name][1] for part in parts], dim=1),
-        )
+        name: (torch.cat([part[name][0] for part in parts]), torch.cat([part[name][1] for part in parts], dim=1))
         for name in parts[0]
     }

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 from .methods import Method
+from .prediction import MERGES
 from .run import Results
 from .tables import BOUND, final_average
 
@@ -91,4 +93,34 @@ def ablations(runs: Sequence[Results], methods: Sequence[Method]) -> Figure | No
     for axis in axes[len(groups) :]:
         axis.set_axis_off()
     axes[0].set_ylabel("FAA, %")
+    return figure
+
+
+def residuals(runs: Sequence[Results]) -> Figure | None:
+    """Points lost by each task in each merge over its residual, with rank correlations."""
+    merges = [
+        name for name in MERGES if all({f"residual of {name}", f"accuracy of {name}"} <= {*run.scores} for run in runs)
+    ]
+    if not merges or not all(BOUND in run.scores for run in runs):
+        return None
+    tasks = runs[0].about["tasks"]
+    # By merge, seed and task.
+    found = np.array([[run.scores[f"residual of {name}"][-1] for run in runs] for name in merges])
+    bounds = np.array([run.scores[BOUND][-1] for run in runs])
+    lost = bounds - np.array([[run.scores[f"accuracy of {name}"][-1] for run in runs] for name in merges])
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    by_task, by_merge = figure.subplots(1, 2, sharey=True)
+    for t, task in enumerate(tasks):
+        by_task.plot(found[:, :, t].ravel(), lost[:, :, t].ravel(), "o", markersize=4, label=task)
+    places = [(s, t) for s in range(len(runs)) for t in range(len(tasks))]
+    within = np.mean([spearmanr(found[:, s, t], lost[:, s, t])[0] for s, t in places])
+    by_task.set_title(f"each task, merged in {len(merges)} ways: rank correlation {within:.2f}", fontsize=9)
+    by_task.legend(frameon=False, fontsize=8)
+    across = np.mean([spearmanr(found[0, s], lost[0, s])[0] for s in range(len(runs))])
+    by_merge.plot(found[0].ravel(), lost[0].ravel(), "o", markersize=4, color=_COLOUR)
+    by_merge.set_title(f"the tasks of one merge ({merges[0]}): rank correlation {across:.2f}", fontsize=9)
+    for axis in (by_task, by_merge):
+        axis.set_xlabel("residual, % of the outputs")
+        axis.spines[["top", "right"]].set_visible(False)
+    by_task.set_ylabel("points lost against the task alone")
     return figure

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +9,12 @@ from pathlib import Path
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
+from ..page_parts import STYLE, embedded
 from ..plugin.atomic import replace_file
 from . import pictures
-from .methods import BEYOND, MAIN, METHODS, Method
+from .methods import BEYOND, MAIN, METHODS, Measurement, Method
 from .model import MODELS
+from .prediction import ACCURACY
 from .run import RESULTS_NAME, Results, all_methods
 from .tables import METRICS, Table, tables_of
 
@@ -24,15 +24,7 @@ _PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Mini-UCIT</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; }
-.wide { overflow-x: auto; }
-footer, dd { color: #666; }
-</style>
+<style>{{ style }}</style>
 </head>
 <body>
 <h1>Mini-UCIT</h1>
@@ -95,12 +87,13 @@ def write_report(results: dict[str, list[Results]], output: Path) -> Path:
                 "name": name,
                 "about": MODELS[name].about,
                 "tables": tables,
-                "pictures": [(title.capitalize(), _embedded(figure)) for title, figure in drawn.items()],
+                "pictures": [(title.capitalize(), embedded(figure)) for title, figure in drawn.items()],
             }
         )
     first = next(iter(results.values()))[0]
     page = Environment(autoescape=True).from_string(_PAGE)
     text = page.render(
+        style=STYLE,
         models=models,
         tasks=first.about["tasks"],
         metrics=[shown for name, shown in METRICS.items() if name != "faa"],
@@ -118,18 +111,14 @@ def summary_of(runs: Sequence[Results]) -> list[Table]:
     return list(tables_of(runs, list(all_methods())))
 
 
-def _pictures(runs: Sequence[Results], methods: Sequence[Method]) -> dict[str, Figure]:
+def _pictures(runs: Sequence[Results], measurements: Sequence[Measurement]) -> dict[str, Figure]:
+    methods = [one for one in measurements if isinstance(one, Method)]
     main = [method for method in methods if method.group in (MAIN, BEYOND)]
-    others = [method for method in methods if method.name not in METHODS and method.after is not None]
+    others = [method for method in methods if method.name not in METHODS and method.group != ACCURACY]
     drawn = {
         "accuracy matrices": pictures.matrices(runs, main),
         "forgetting": pictures.forgetting(runs, main),
         "ablations": pictures.ablations(runs, others),
+        "residuals": pictures.residuals(runs),
     }
     return {title: figure for title, figure in drawn.items() if figure is not None}
-
-
-def _embedded(figure: Figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return base64.b64encode(file.getvalue()).decode()

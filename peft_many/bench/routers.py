@@ -14,7 +14,7 @@ from torch import Tensor
 from ..algebra.spread import centred, shared_metric
 from ..plugin.families import find_projectors
 from ..plugin.image_layout import features_of
-from .methods import Method
+from .methods import Measurement
 from .model import Collator
 from .training import batches_of
 from .workshop import BATCH_SIZE, MEASURED, Workshop
@@ -35,7 +35,7 @@ def _mean(patches: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RouterStudy(Method):
+class RouterStudy(Measurement):
     """A row of the routing table.
 
     Args:
@@ -60,7 +60,7 @@ class RouterStudy(Method):
 
 
 @dataclass(frozen=True)
-class AbstentionStudy(Method):
+class AbstentionStudy(Measurement):
     """A row of the abstention table: a Gaussian router that leaves images like no task's to the base model.
 
     Args:
@@ -137,9 +137,9 @@ def _distances(known: Sequence[Tensor], features: Tensor) -> Tensor:
     return metric.squared_distances(features, torch.stack([rows.mean(0) for rows in known]))
 
 
-def routers() -> Iterator[Method]:
+def routers() -> Iterator[Measurement]:
     """Every way of routing; cosines of centred means are the paper's."""
-    study = partial(RouterStudy, group=GROUP, after=None)
+    study = partial(RouterStudy, group=GROUP)
     yield study("cosine", about="", router=_cosine)
     yield study("not centred", about="", router=partial(_cosine, centre=False))
     yield study("pooled by the maximum", about="", router=_cosine, pool=partial(torch.amax, dim=1))
@@ -152,4 +152,4 @@ def routers() -> Iterator[Method]:
     for threshold in THRESHOLDS:
         for strangers, what in ((False, "own images kept"), (True, "unknown task left")):
             name = f"{what}, above {threshold:g}"
-            yield AbstentionStudy(name, ABSTENTION, "", None, threshold=threshold, strangers=strangers)
+            yield AbstentionStudy(name, ABSTENTION, "", threshold=threshold, strangers=strangers)

@@ -19,8 +19,9 @@ from ..metrics import AccuracyMatrix
 from ..plugin.atomic import replace_file
 from ..version import __version__
 from .ablations import ablations
-from .methods import METHODS, Method
+from .methods import METHODS, Measurement
 from .model import MODELS, TinyModel
+from .prediction import predictions
 from .pretraining import pretrain
 from .routers import routers
 from .tasks import TASKS
@@ -100,7 +101,7 @@ def run(
     models: Iterable[str],
     seeds: Iterable[int],
     settings: Settings,
-    methods: Iterable[Method],
+    methods: Iterable[Measurement],
 ) -> list[Results]:
     """Measure every method on every model and seed and write `<output>/<model>/seed<seed>/results.json`.
 
@@ -129,10 +130,11 @@ def run(
     return found
 
 
-def all_methods() -> Iterator[Method]:
-    """Every method, every ablation and every way of routing."""
+def all_methods() -> Iterator[Measurement]:
+    """Every method, every ablation, what residuals predict, and every way of routing."""
     yield from METHODS.values()
     yield from ablations()
+    yield from predictions()
     yield from routers()
 
 

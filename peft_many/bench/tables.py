@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.table import Table as RichTable
 
 from ..metrics import mean_and_spread
-from .methods import Method
+from .methods import Measurement, Method
 from .run import Results
 
 BOUND = "alone"  # the method whose accuracy others are compared with
@@ -56,7 +56,7 @@ class Table:
         return "\n".join([*lines, *map(_line, self.rows), ""])
 
 
-def tables_of(runs: Sequence[Results], methods: Sequence[Method]) -> Iterator[Table]:
+def tables_of(runs: Sequence[Results], methods: Sequence[Measurement]) -> Iterator[Table]:
     """For one model, all its seeds: a table for each group of methods, in the order of the methods."""
     for group in dict.fromkeys(method.group for method in methods):
         of_group = [method for method in methods if method.group == group]
@@ -70,10 +70,10 @@ def final_average(runs: Sequence[Results], method: str) -> list[float]:
     return [statistics.fmean(run.scores[method][-1]) for run in runs]
 
 
-def _table(runs: Sequence[Results], group: str, methods: Sequence[Method]) -> Table:
+def _table(runs: Sequence[Results], group: str, methods: Sequence[Measurement]) -> Table:
     tasks = runs[0].about["tasks"]
-    with_matrix = any(method.every_stage for method in methods)
-    answers = any(method.after is not None for method in methods)  # and not where images were sent
+    with_matrix = any(isinstance(method, Method) and method.every_stage for method in methods)
+    answers = any(isinstance(method, Method) for method in methods)
     bound = answers and all(BOUND in run.scores for run in runs)
     metrics = [name for name in METRICS if name != "faa"] if with_matrix else []
     columns = [

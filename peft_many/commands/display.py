@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ..inspection import AdapterInspection
 from ..preview import MergePreview
+from ..report import MergeReport
 from .running import say_error
 
 
@@ -87,6 +88,19 @@ def show_inspection(found: AdapterInspection) -> None:
         console.print(f"Averaged projector {projector}: {escape(', '.join(tasks))}", highlight=False)
     console.print(_provenance(found))
     console.print(_statistics(found))
+
+
+def show_report(report: MergeReport) -> None:
+    """What merging costs each task, and which tasks contradict each other most."""
+    console = Console()
+    table = Table(title="Residual: share of a task's outputs that merging changes", title_justify="left")
+    table.add_column("task")
+    table.add_column("mean over layers", justify="right")
+    for task, share in report.interference.items():
+        table.add_row(escape(task), f"{share:.3f}")
+    console.print(table)
+    for one, two, residual in report.conflicting_pairs():
+        console.print(f"• '{escape(one)}' and '{escape(two)}' contradict each other: {residual:.3f}", highlight=False)
 
 
 def _provenance(found: AdapterInspection) -> Table:

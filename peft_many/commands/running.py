@@ -43,7 +43,7 @@ def print_json(result: Any) -> None:
 
 
 def _told(error: Exception) -> str:
-    if isinstance(error, (OSError, ValueError, ModuleNotFoundError)):  # all of ours are; they are written for people
+    if isinstance(error, (ImportError, OSError, ValueError)):  # all of ours are; they are written for people
         return str(error)
     return (
         f"Unexpected {type(error).__name__}: {error}\nThis should not happen. `peft-many --debug …` shows where it "

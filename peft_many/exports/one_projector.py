@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra.affine import affine_fit
-from ..algebra.covariance import LowRankCovariance
+from ..algebra.spread import gaussian_draws
 from ..mean_projectors import average_projectors
 from ..plugin.adapter import TaskAdapter
 from ..plugin.stored_delta import UnmergeableAdapterError
@@ -115,11 +115,7 @@ class ProjectorBench:
         if mean is None or spread is None or spread.width != len(mean):
             return None
         generator = torch.Generator().manual_seed(0)
-        factor = spread.rows() if isinstance(spread, LowRankCovariance) else _root(spread.dense())
-        along = torch.randn(_DRAWS, len(factor), generator=generator, dtype=torch.float64)
-        rest = torch.randn(_DRAWS, len(mean), generator=generator, dtype=torch.float64)
-        left = spread.remainder if isinstance(spread, LowRankCovariance) else 0.0
-        return (mean.double() + along @ factor + left**0.5 * rest)[:, None]
+        return (mean.double() + gaussian_draws(spread, _DRAWS, generator))[:, None]
 
     def _works_on_rows(self) -> bool:
         """Whether it can be run on image means, row by row; and its linear layers, in the order in which they run."""
@@ -165,12 +161,6 @@ def _passing(module: nn.Module, path: str, x: Tensor) -> tuple[Tensor, Tensor]:
         hook.remove()
     ((inputs, outputs),) = seen
     return inputs.flatten(0, -2), outputs.flatten(0, -2)
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """`S` with `Sᵀ S` the matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
 def _plain(module: nn.Module) -> nn.Module:

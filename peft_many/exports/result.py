@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..plugin.adapter import Adapter
 from ..plugin.card import CARD_NAME
 from ..plugin.partial import PartialFolder, partial_folder
-from ..plugin.stored_delta import KEY_PREFIX, check_finite
+from ..plugin.stored_delta import KEY_PREFIX
 from ..version import __version__
 
 
@@ -45,23 +43,12 @@ def read_pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     Raises:
         UnmergeableAdapterError: They hold NaN or Inf.
     """
-    weights, pairs = adapter.files[0], {}
-    for key in sorted(weights):
-        module = key.removeprefix(KEY_PREFIX).removesuffix(".lora_A.weight")
-        if not key.endswith(".lora_A.weight"):
-            continue
-        A, B = weights[key], weights[f"{KEY_PREFIX}{module}.lora_B.weight"]
-        for half, tensor in (("A", A), ("B", B)):
-            check_finite(tensor, f"{weights.path}: lora_{half} of '{module}'")
-        scaling = _scaling(adapter.config, module)
-        pairs[module] = ((scaling * A.double()).to(A.dtype) if scaling != 1 else A, B)
-    return pairs
-
-
-def _scaling(config: LoraConfig, module: str) -> float:
-    rank: int = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha: float = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    return alpha / (rank**0.5 if config.use_rslora else rank)
+    found = {}
+    for module in sorted(adapter.pairs):
+        dtype = adapter.files[0].dtype(f"{KEY_PREFIX}{module}.lora_A.weight")
+        delta = adapter.pairs[module].read()
+        found[module] = (delta.A.to(dtype), delta.B.to(dtype))
+    return found
 
 
 @contextmanager

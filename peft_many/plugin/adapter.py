@@ -64,11 +64,19 @@ class TaskAdapter:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder, opened and checked: its config, its tasks (several if it is a merge) and its mapped files."""
+    """An adapter folder, opened and checked: its config, its tasks (several if it is a merge) and its mapped files.
+
+    Args:
+        config ([`~peft.LoraConfig`]): As saved.
+        tasks (`tuple[TaskAdapter, ...]`): One, or those of a merge.
+        files (`tuple[TensorFile, ...]`): What everything is mapped from.
+        pairs (`Mapping[str, StoredPair]`): The adapter's own LoRA by layer, in a merge the merged one.
+    """
 
     config: LoraConfig
     tasks: tuple[TaskAdapter, ...]
     files: tuple[TensorFile, ...]
+    pairs: Mapping[str, StoredPair]
 
 
 def read_adapter(source: AdapterSource, task_names: str | Sequence[str] | None = None) -> Adapter:
@@ -115,7 +123,7 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None) -> Adap
     files = (weights, *measured)
     for file in files:
         file.release()
-    return Adapter(config, tasks, files)
+    return Adapter(config, tasks, files, pairs)
 
 
 def _read_statistics(source: AdapterSource, config: LoraConfig) -> tuple[list[TensorFile], AdapterStatistics]:

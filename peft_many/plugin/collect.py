@@ -32,7 +32,7 @@ from .statistics import DEFAULT_ENERGY, AdapterStatistics, TaskStatistics, weigh
 
 DEFAULT_RANK = 256
 # A sketch follows this many directions more than it is asked for, as a share; its last ones are inaccurate.
-OVERSAMPLING = 0.5
+OVERSAMPLING = 0.25
 
 
 def collect_statistics(

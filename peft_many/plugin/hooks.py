@@ -205,11 +205,15 @@ class CovarianceHooks:
 
 
 def _tokens(inputs: Tensor, masks: Iterable[Tensor]) -> tuple[Tensor, bool]:
-    """The rows of `inputs` that are tokens by the mask that fits, shape `(tokens, in)`, and whether one does."""
+    """The rows of `inputs` that are tokens by the mask that fits, shape `(tokens, in)`, and whether one does.
+
+    Not a copy if there is no mask, or all are tokens.
+    """
     rows = inputs.reshape(-1, inputs.shape[-1])
     for mask in masks:
         if inputs.shape[:-1] == mask.shape or (inputs.dim() == 2 and len(rows) == mask.numel()):
-            return rows[mask.reshape(-1).to(rows.device)], True
+            kept = mask.reshape(-1).to(rows.device)
+            return rows if kept.all() else rows[kept], True
     return rows, False
 
 
@@ -317,8 +321,8 @@ class LayerCapture:
     def _hook(self, name: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             inputs = features_of(args, kwargs)
-            self._inputs[name].append(_tokens(inputs, self.masks.values())[0])
-            self._outputs[name].append(_tokens(output, self.masks.values())[0])
+            self._inputs[name].append(_tokens(inputs, self.masks.values())[0].clone())
+            self._outputs[name].append(_tokens(output, self.masks.values())[0].clone())
             self._waiting.discard(name)
             if not self._waiting:
                 raise _Enough

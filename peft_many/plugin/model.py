@@ -18,6 +18,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..algebra.lpm import LowRankDelta
 from .config import MAnyConfig, MAnyPeftType
 from .families import (
     find_projectors,
@@ -30,6 +31,7 @@ from .gated_calls import GateTarget, unwatch_gated_calls, watch_gated_calls
 from .gated_linear import GatedLinear
 from .image_layout import WATCHED_METHODS, unwatch_image_calls, watch_image_calls
 from .layers import hang_on_layers, lora_layers
+from .merge_report import MergeReport, report_on
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
 from .statistics import AdapterStatistics
 
@@ -127,6 +129,36 @@ class MAnyModel(LoraModel):
                     "another base model, or on one whose modules had other names (pass `key_mapping`)."
                 )
         return remapped
+
+    def report(self, adapter_name: str | None = None, *, conflicts: bool = True, progress: bool = True) -> MergeReport:
+        """What merging costs each task, layer by layer, before any evaluation; `merged.report()` on the PEFT model.
+
+        Args:
+            adapter_name (`str`, *optional*): The merge. Defaults to the active adapter.
+            conflicts (`bool`): Whether to merge the tasks in pairs too, which takes about as long as merging all.
+            progress (`bool`): Show a progress bar.
+
+        Raises:
+            ValueError: The adapter is no merge, or was loaded without its statistics.
+        """
+        name = adapter_name or self.active_adapters[0]
+        config = self.peft_config.get(name)
+        if not isinstance(config, MAnyConfig) or not config.is_merge:
+            raise ValueError(f"Adapter '{name}' is no merge; only merges can be reported on.")
+        if not isinstance(config.statistics, AdapterStatistics):
+            raise ValueError(f"Adapter '{name}' was loaded without its statistics, which hold its tasks' own deltas.")
+        layers: dict[str, Any] = dict(lora_layers(self.model, name))
+
+        def merged(path: str) -> LowRankDelta:
+            A, B = (part[name].weight.detach().cpu() for part in (layers[path].lora_A, layers[path].lora_B))
+            return LowRankDelta(A=layers[path].scaling[name] * A, B=B)
+
+        statistics = config.statistics
+
+        def own(t: int, path: str) -> LowRankDelta:
+            return statistics.own_delta(t, path, merged(path).B)
+
+        return report_on(config, statistics.tasks, list(layers), merged, own, conflicts=conflicts, progress=progress)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's; unlike in [`~peft.LoraModel`] its forward hooks run, which gated adapters need."""

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..algebra.covariance import Covariance, DenseCovariance, InvalidCovarianceError, LowRankCovariance, truncate
+from ..algebra.lpm import LowRankDelta
 from .atomic import replace_file
 from .tensor_file import TensorFile, TensorFileWriter, lay_out
 
@@ -71,6 +72,11 @@ class TaskStatistics:
         """Whether there are statistics at all; tasks that were never measured can be merged by some methods."""
         return bool(self.covariances or self.prototypes)
 
+    @property
+    def nbytes(self) -> int:
+        """What this takes in a file, in bytes; covariances that are still whole become smaller there."""
+        return sum(tensor.nbytes for _, tensor in _tensors_of(0, self, self.groups()))
+
     def groups(self) -> list[tuple[Covariance, list[str]]]:
         """Each distinct covariance with the layers whose input it describes."""
         grouped: dict[int, tuple[Covariance, list[str]]] = {}
@@ -87,6 +93,20 @@ class AdapterStatistics:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterStatistics:
         return self  # Immutable, and large: `dataclasses.asdict` and copies of a config need not copy it.
+
+    def own_delta(self, t: int, module: str, merged_B: Tensor) -> LowRankDelta:
+        """A task's own delta in a layer of the merge, float32, with the LoRA scaling in `A`.
+
+        Args:
+            t (`int`): Which task.
+            module (`str`): The layer, which the task trained.
+            merged_B (`torch.Tensor`): The merge's `B`, whose columns are the tasks' unless they are stored apart.
+        """
+        A, B = self.tasks[t].deltas[module], self.tasks[t].lora_B.get(module)
+        if B is None:
+            start = sum(len(task.deltas[module]) for task in self.tasks[:t] if module in task.deltas)
+            B = merged_B[:, start : start + len(A)]
+        return LowRankDelta(A=A.float(), B=B.float())
 
     def save(
         self, folder: str | os.PathLike[str], energy: float = DEFAULT_ENERGY, *, sources: Iterable[TensorFile] = ()

@@ -11,6 +11,8 @@ from peft_many.bench.ablations import ablations
 from peft_many.bench.methods import MAIN, METHODS, Method, same
 from peft_many.bench.model import MODELS
 from peft_many.bench.parts import added, pairs_of, with_parts
+from peft_many.bench.pictures import residuals
+from peft_many.bench.prediction import MERGES, predictions
 from peft_many.bench.report import read_results, write_report
 from peft_many.bench.routers import routers
 from peft_many.bench.run import Settings, all_methods, run
@@ -49,9 +51,9 @@ def test_parts_are_those_of_the_adapters(shop):
     layer = "model.language_model.layers.0.mlp.down_proj"
     delta = mixed.get_base_model().get_submodule(layer).get_delta_weight("default")
     torch.testing.assert_close(delta, whole.get_base_model().get_submodule(layer).get_delta_weight("default"))
-    both = with_parts(shop.base, lora=added([pairs_of(one), pairs_of(two)], [2.0, 3.0]), projectors=None)
+    both = with_parts(shop.base, lora=added([pairs_of(one), pairs_of(two)]), projectors=None)
     other = PeftModel.from_pretrained(shop.base(), two).get_base_model().get_submodule(layer)
-    expected = 2 * delta + 3 * other.get_delta_weight("default")
+    expected = delta + other.get_delta_weight("default")
     torch.testing.assert_close(both.get_base_model().get_submodule(layer).get_delta_weight("default"), expected)
 
 
@@ -70,13 +72,14 @@ def test_an_adapter_is_made_once_and_whole(shop):
     assert not (shop.folder / "broken").exists()
 
 
-ONE_OF_EACH = [*METHODS.values(), *{ablation.group: ablation for ablation in ablations()}.values()]
+OTHERS = [*ablations(), *predictions()]
+ONE_OF_EACH = [*METHODS.values(), *{one.group: one for one in OTHERS}.values()]
 
 
 @pytest.mark.parametrize("method", ONE_OF_EACH, ids=lambda method: method.name)
 def test_every_method_scores(shop, method):
     rows = method.scores(shop)
-    assert [len(row) for row in rows] == ([1, 2] if method.every_stage else [2])
+    assert [len(row) for row in rows] == ([1, 2] if getattr(method, "every_stage", False) else [2])
     assert all(0 <= score <= 100 for row in rows for score in row)
 
 
@@ -91,7 +94,7 @@ def test_routers_know_their_tasks(shop):
 def test_names_are_used_once():
     names = [method.name for method in all_methods()]
     assert len(set(names)) == len(names)
-    assert not {method.group for method in ablations()} & {method.group for method in METHODS.values()}
+    assert not {method.group for method in OTHERS} & {method.group for method in METHODS.values()}
 
 
 def test_orthogonal_training_adds_up(shop):
@@ -159,6 +162,22 @@ def test_the_report_is_made_of_the_results_alone(tmp_path):
     assert "### llava: methods (3 seeds)" in tables
     assert "| λ = 1 | 50.0 |" in tables
     assert (tmp_path / "report" / "llava-forgetting.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_residuals_and_losses_are_compared_by_rank(tmp_path):
+    results_of(tmp_path, seeds=2)
+    runs = read_results(tmp_path)["llava"]
+    assert residuals(runs) is None
+    for run_ in runs:
+        for place, name in enumerate(MERGES):
+            run_.scores[f"residual of {name}"] = [[10.0 * place + 3 * t for t in range(6)]]
+            run_.scores[f"accuracy of {name}"] = [[80.0 - 5 * place - t * (-1) ** t for t in range(6)]]
+    by_task, by_merge = residuals(runs).axes
+    assert "rank correlation 1.00" in by_task.get_title()
+    losses = [0, -1, 2, -3, 4, -5]
+    ranks = [sorted(losses).index(lost) for lost in losses]
+    expected = 1 - 6 * sum((rank - t) ** 2 for t, rank in enumerate(ranks)) / (6 * 35)
+    assert f"rank correlation {expected:.2f}" in by_merge.get_title()
 
 
 def test_the_command_says_what_is_wrong(tmp_path):

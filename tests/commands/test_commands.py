@@ -22,13 +22,14 @@ from peft_many import (
     export_routed_model,
     inspect_adapter,
     merge_adapter_files,
+    merge_report,
     remove_task,
 )
 from peft_many.commands import app
 from tests.adapters import STATISTICS, base, files, make
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("plan", "merge", "inspect", "add", "remove", "export", "bench", "demo")
+NAMES = ("plan", "merge", "inspect", "report", "add", "remove", "export", "bench", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,17 @@ def test_inspect_shows_it(merged):
     assert "a merge of 1 task" in run("inspect", merged).stdout
 
 
+def test_report_writes_and_says_it(merged, tmp_path):
+    told = run("report", merged, "-o", tmp_path / "report", "-q").stdout
+    found = merge_report(merged, progress=False)
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == found.to_dict()
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.png", "report.json"}
+    assert all(f"{share:.3f}" in told for share in found.interference.values())
+    assert "'a' and 'b' contradict each other" in told
+    told = run("report", merged, "-o", tmp_path / "2", "--no-conflicts", "-q").stdout
+    assert "contradict" not in told
+
+
 def test_exports_are_the_functions(merged, tmp_path):
     place = tmp_path / "base"
     base("llava").save_pretrained(place)
@@ -184,6 +196,7 @@ def test_exports_are_the_functions(merged, tmp_path):
         (["export", "a", "-o", "y", "-f", "gguf"], 2, "'gguf' is none of lora, model, routed"),
         (["export", "a", "-o", "y", "--projector", "a"], 2, "Only --format model keeps"),
         (["export", "a", "-o", "y", "--base-model", "a"], 2, "needs no base model"),
+        (["report", "nowhere", "-o", "y"], 1, "There is no folder 'nowhere'"),
         (["inspect", "nowhere"], 1, "There is no folder 'nowhere'"),
         (["magic"], 2, "magic"),
     ],

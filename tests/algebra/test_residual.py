@@ -1,0 +1,88 @@
+"""What a merge costs each task, against the outputs on the inputs themselves."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_many.algebra.covariance import LowRankCovariance, truncate
+from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
+from peft_many.algebra.residual import (
+    effective_rank,
+    effective_rank_of_inputs,
+    effective_rank_of_outputs,
+    output_norm,
+    relative_residual,
+)
+from tests.algebra.problems import make_tasks, seeds
+
+
+@given(seeds)
+def test_output_norm_is_that_of_the_outputs(seed):
+    for task in make_tasks(seed):
+        outputs = task.inputs @ task.delta.dense().T
+        expected = outputs.square().sum(1).mean().sqrt().item()
+        assert output_norm(task.delta, task.covariance) == pytest.approx(expected, rel=1e-9)
+
+
+@given(seeds)
+def test_residual_is_the_share_of_the_outputs_that_is_off(seed):
+    tasks = make_tasks(seed)
+    merge = LeastSquaresMerge()
+    for task in tasks:
+        merge.add(task.covariance, {"layer": task.delta}, task.weight)
+    merged = merge.solve()["layer"]
+    for task in tasks:
+        own, found = (task.inputs @ delta.dense().T for delta in (task.delta, merged))
+        expected = ((found - own).norm() / own.norm()).item()
+        assert relative_residual(merged, task.delta, task.covariance) == pytest.approx(expected, rel=1e-6, abs=1e-8)
+
+
+@given(seeds)
+def test_a_task_alone_loses_nothing_and_a_lost_delta_everything(seed):
+    task = make_tasks(seed, tasks=1)[0]
+    merge = LeastSquaresMerge()
+    merge.add(task.covariance, {"layer": task.delta})
+    assert relative_residual(merge.solve()["layer"], task.delta, task.covariance) < 1e-6
+    nothing = LowRankDelta(A=task.delta.A[:0], B=task.delta.B[:, :0])
+    assert relative_residual(nothing, task.delta, task.covariance) == pytest.approx(1.0)
+    assert math.isnan(relative_residual(task.delta, nothing, task.covariance))
+
+
+@given(seeds, st.sampled_from([0.5, 0.9]))
+def test_truncated_covariances_count_their_remainder(seed, energy):
+    task = make_tasks(seed)[0]
+    cut = truncate(task.covariance, energy)
+    expected = (task.delta.dense() @ cut.dense() @ task.delta.dense().T).trace().sqrt().item()
+    assert output_norm(task.delta, cut) == pytest.approx(expected, rel=1e-6)
+
+
+@given(st.integers(1, 20), st.floats(1e-6, 1e6))
+def test_effective_rank_counts_equal_energies(count, size):
+    energies = torch.cat([torch.full((count,), size), torch.zeros(3)])
+    assert effective_rank(energies) == pytest.approx(count)
+
+
+@given(st.lists(st.floats(0.0, 1e3), min_size=1, max_size=30))
+def test_effective_rank_is_between_one_and_the_number_of_energies(values):
+    found = effective_rank(torch.tensor(values, dtype=torch.float64))
+    if sum(values) > 0:
+        assert 1 - 1e-9 <= found <= sum(value > 0 for value in values) * (1 + 1e-9)
+    else:
+        assert found == 0.0
+
+
+@given(seeds)
+def test_effective_ranks_are_those_of_the_spectra(seed):
+    task = make_tasks(seed)[0]
+    outputs = torch.linalg.eigvalsh(task.delta.dense() @ task.covariance.dense() @ task.delta.dense().T)
+    assert effective_rank_of_outputs(task.delta, task.covariance) == pytest.approx(effective_rank(outputs), rel=1e-4)
+    inputs = torch.linalg.eigvalsh(task.covariance.dense())
+    assert effective_rank_of_inputs(task.covariance) == pytest.approx(effective_rank(inputs), rel=1e-6)
+
+
+def test_the_remainder_spreads_over_all_directions():
+    covariance = LowRankCovariance(remainder=2.0, tokens=5, factor=torch.zeros(1, 9))
+    assert effective_rank_of_inputs(covariance) == pytest.approx(9)
