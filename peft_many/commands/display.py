@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -37,12 +38,8 @@ def show_preview(preview: MergePreview) -> None:
     if preview.problems:
         return
     console = Console()
-    table = Table(title=f"{len(preview.tasks)} tasks to merge", title_justify="left")
-    for column, right in (("task", False), ("from", False), ("weight", True), ("layers", True), ("rank", True)):
-        table.add_column(column, justify="right" if right else "left")
-    table.add_column("samples", justify="right")
-    table.add_column("images", justify="right")
-    table.add_column("own projector")
+    title = f"{len(preview.tasks)} tasks to merge"
+    table = _table(title, "task", "from", "weight", "layers", "rank", "samples", "images", "own projector")
     for task in preview.tasks:
         table.add_row(
             escape(task.name),
@@ -93,9 +90,7 @@ def show_inspection(found: AdapterInspection) -> None:
 def show_report(report: MergeReport) -> None:
     """What merging costs each task, and which tasks contradict each other most."""
     console = Console()
-    table = Table(title="Residual: share of a task's outputs that merging changes", title_justify="left")
-    table.add_column("task")
-    table.add_column("mean over layers", justify="right")
+    table = _table("Residual: share of a task's outputs that merging changes", "task", "mean over layers")
     for task, share in report.interference.items():
         table.add_row(escape(task), f"{share:.3f}")
     console.print(table)
@@ -104,16 +99,14 @@ def show_report(report: MergeReport) -> None:
 
 
 def _provenance(found: AdapterInspection) -> Table:
-    table = Table(title="Tasks", title_justify="left")
-    for column in ("task", "weight", "from", "revision", "sha256", "layers", "rank", "own projector"):
-        table.add_column(column)
+    table = _table("Tasks", "task", "weight", "from", "revision", "sha256", "layers", "rank", "own projector")
     for task in found.tasks:
         table.add_row(
             escape(task.name),
             f"{task.weight:g}",
             escape(task.source),
-            escape((task.revision or "")[:12]),
-            task.sha256[:12],
+            escape((task.revision or "")[:8]),
+            task.sha256[:8],
             str(task.layers),
             span(task.ranks),
             "yes" if task.projectors else "no",
@@ -122,21 +115,25 @@ def _provenance(found: AdapterInspection) -> Table:
 
 
 def _statistics(found: AdapterInspection) -> Table:
-    table = Table(title="Statistics", title_justify="left")
-    for column in ("task", "samples", "images", "inputs", "directions", "energy", "size", "router"):
-        table.add_column(column)
+    table = _table("Statistics", "task", "samples", "images", "inputs", "directions", "energy", "size", "routers")
     for task in found.tasks:
-        routers = [*(["cosine"] if task.prototypes else []), *(["gaussian"] if task.spreads else [])]
         table.add_row(
             escape(task.name),
             str(task.samples) if task.covariances or task.prototypes else "not measured",
             str(task.images),
-            f"{task.covariances} of {task.measured_layers} layers",
+            str(task.covariances),
             span(task.covariance_ranks),
             "" if task.energy is None else f"{task.energy:.5f}",
             size(task.covariance_bytes),
-            "\n".join(routers),
+            "both" if task.spreads else "cosine" if task.prototypes else "none",
         )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
     return table
 
 

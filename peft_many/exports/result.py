@@ -64,7 +64,9 @@ def write_card(
     folder: Path, title: str, adapter: Adapter, base_model: str | None, usage: str, notes: Sequence[str], **data: Any
 ) -> None:
     """Write the model card of an export."""
-    about = ModelCardData(base_model=base_model, tags=["continual-learning", "lora", "merge", "peft-many"], **data)
+    # A folder of the user's own is nobody else's business, and no model that the Hub could link to.
+    known = base_model if base_model is not None and not Path(base_model).exists() else None
+    about = ModelCardData(base_model=known, tags=["continual-learning", "lora", "merge", "peft-many"], **data)
     rows = "\n".join(
         f"| {task.name} | {task.provenance['source']} | {task.provenance['revision'] or ''} | {task.weight:g} |"
         for task in adapter.tasks

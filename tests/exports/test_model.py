@@ -50,6 +50,8 @@ def test_the_projectors_merged(shelf, tmp_path):
     assert f"a {loss['a']:.0%}, b {loss['b']:.0%}" in card
     assert "is the least-squares fit to the tasks'" in card
     assert "LlavaForConditionalGeneration.from_pretrained" in card
+    assert str(tmp_path.parent) not in card  # local paths are nobody's business
+    assert str(shelf.base) not in card
 
 
 def test_projectors_that_cannot_be_fitted_are_averaged(tmp_path):
