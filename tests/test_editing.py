@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,3 +225,53 @@ def test_mistakes_are_explained(shelf, tmp_path):
     with pytest.raises(ValueError, match="none is left"):
         remove_task(tmp_path / "one", "b", progress=False)
     assert files(whole) == before
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from peft_many import remove_task
+from tests.adapters import files
+folder, times = Path(sys.argv[1]), int(sys.argv[2])
+old, new = files(folder), files(Path(sys.argv[3]))
+random.seed(0)
+started = time.perf_counter()
+remove_task(folder, "b", folder.parent / "timed", progress=False)
+takes = time.perf_counter() - started
+seen = set()
+for _ in range(times):
+    child = os.fork()
+    if child == 0:
+        remove_task(folder, "b", progress=False)
+        os._exit(0)
+    time.sleep(random.uniform(0, 1.5 * takes))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    found = files(folder)
+    assert found in (old, new), sorted(found)
+    seen.add(found == new)
+    if found == new:
+        for name, content in old.items():
+            (folder / name).write_bytes(content)
+print(seen)
+remove_task(folder, "b", progress=False)
+assert files(folder) == new
+print(sorted(path.name for path in folder.parent.iterdir()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere two names cannot be exchanged in one step")
+def test_a_kill_leaves_the_old_merge_or_the_new_one(shelf, tmp_path):
+    """And what it leaves beside the folder is gone after the next call."""
+    folder = merge(shelf, "a b c", tmp_path / "place" / "merge")
+    new = merge(shelf, "a c", tmp_path / "new")
+    asked = [sys.executable, "-c", KILLED, str(folder), "20", str(new)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(asked, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    seen, left = done.stdout.splitlines()
+    assert seen == "{False, True}"
+    assert left == "['merge', 'timed']"
