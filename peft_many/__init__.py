@@ -14,6 +14,7 @@ from .plugin.config import MAnyConfig
 from .plugin.llava_checkpoint import import_llava_checkpoint
 from .plugin.model import MAnyModel
 from .plugin.registration import register
+from .pooling import pool_adapters
 from .preview import preview_merge
 from .recipe import read_recipe
 from .refit import refit_merge
@@ -40,6 +41,7 @@ __all__ = [
     "merge_adapter_sequence",
     "merge_report",
     "metrics",
+    "pool_adapters",
     "preview_merge",
     "read_recipe",
     "refit_merge",

@@ -25,6 +25,7 @@ class TaskInspection:
         source (`str`): The adapter that it comes from.
         revision (`str`, *optional*): Its commit, if it came from the Hub.
         sha256 (`str`): Of that adapter's weights file.
+        pooled (`list[str]`): Of a pool, the names of the tasks in it.
         layers (`int`): How many layers it trained.
         ranks (`tuple[int, int]`): The smallest and largest `r_t`.
         projectors (`list[str]`): The projectors of its own.
@@ -44,6 +45,7 @@ class TaskInspection:
     source: str
     revision: str | None
     sha256: str
+    pooled: list[str]
     layers: int
     ranks: tuple[int, int]
     projectors: list[str]
@@ -170,6 +172,7 @@ def _inspect_task(task: TaskAdapter) -> TaskInspection:
         source=task.provenance["source"],
         revision=task.provenance["revision"],
         sha256=task.provenance["sha256"],
+        pooled=[str(within["name"]) for within in task.provenance.get("pooled") or ()],
         layers=len(task.deltas),
         ranks=(min(ranks, default=0), max(ranks, default=0)),
         projectors=sorted(task.projectors),

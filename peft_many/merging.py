@@ -161,7 +161,7 @@ def merge_adapter_sequence(
     tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in plan.projector_tensors.items()}
     records = {}
     for group in _progress(plan, plan.groups, progress):
-        merged = _merge_group(plan, group, device)
+        merged = merge_group(plan, group, device)
         tensors |= merged.tensors
         records[group[0]] = merged.record
     config.statistics = merged_statistics(plan, records, in_memory=True)
@@ -258,7 +258,7 @@ def merge_adapter_files(
             missing = [group for group in plan.groups if not _is_done(partial.done.get(group[0]), written)]
             missing = partial.agree(missing)  # before anyone writes
             for group in _progress(plan, partial.share(missing, plan.cost_of), progress):
-                merged = _merge_group(plan, group, device)
+                merged = merge_group(plan, group, device)
                 for key, tensor in merged.tensors.items():
                     writer.write(key, tensor)
                 writer.flush()
@@ -286,7 +286,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 @dataclass(frozen=True)
-class _MergedGroup:
+class MergedGroup:
     """What merging one group of layers gave.
 
     Args:
@@ -298,7 +298,7 @@ class _MergedGroup:
     record: dict[str, Any]
 
 
-def _merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> _MergedGroup:
+def merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> MergedGroup:
     """Merge layers that share their input; what was read for it is given back."""
     try:
         if plan.method is None:
@@ -320,7 +320,7 @@ def _merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.devi
     }
     for file in plan.files:
         file.release()
-    return _MergedGroup(tensors, record)
+    return MergedGroup(tensors, record)
 
 
 def _merge_by_lpm(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:

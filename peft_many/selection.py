@@ -18,7 +18,7 @@ def weighted_tasks(adapters: Sequence[Adapter], weights: TaskWeights) -> list[Ta
     """The tasks of all adapters with the weights that they have in the merge.
 
     Raises:
-        ValueError: There is no task of that name.
+        ValueError: There is no task of that name, or it is part of a pool.
         UnmergeableAdapterError: A mean of projectors would have to be taken again with other weights.
     """
     if isinstance(weights, Mapping):
@@ -87,9 +87,16 @@ def _left_of(adapter: Adapter, names: Sequence[str]) -> Adapter | None:
 
 
 def _check_known(names: Sequence[str] | Mapping[str, float], adapters: Sequence[Adapter], option: str) -> None:
-    known = [task.name for adapter in adapters for task in adapter.tasks]
+    tasks = [task for adapter in adapters for task in adapter.tasks]
+    known = [task.name for task in tasks]
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
+        for task in tasks:
+            if any(within["name"] == unknown for within in task.provenance.get("pooled") or ()):
+                raise UnmergeableAdapterError(
+                    f"The task '{unknown}' is part of the pool '{task.name}' ({task.source}), which cannot be taken "
+                    "apart: its tasks can be neither forgotten nor weighted one by one."
+                )
         raise ValueError(f"{option} names the task '{unknown}', but the tasks are {', '.join(map(repr, known))}.")
 
 

@@ -246,18 +246,26 @@ def mean_covariance(parts: Sequence[Covariance]) -> Covariance:
     """The covariance of inputs that were measured in parts, by several processes say: their mean, weighted by tokens.
 
     Args:
-        parts (`Sequence[Covariance]`): At least one, of one width; all whole, or all of low rank.
+        parts (`Sequence[Covariance]`): At least one, of one width.
     """
     tokens = sum(part.tokens for part in parts)
-    shares = [part.tokens / max(tokens, 1) for part in parts]
-    remainder = sum(share * part.remainder for share, part in zip(shares, parts))
-    if any(isinstance(part, DenseCovariance) for part in parts):
-        matrix = sum(
-            (share * replace(part, remainder=0.0).dense() for share, part in zip(shares, parts)), torch.zeros(())
-        )
+    return added_covariances([(part.tokens / max(tokens, 1), part) for part in parts])
+
+
+def added_covariances(parts: Sequence[tuple[float, Covariance]]) -> Covariance:
+    """`Σ_t f_t C_t` as one covariance: whole if any part is, else of low rank, `Σ_t k_t`; sums are float64.
+
+    Args:
+        parts (`Sequence[tuple[float, Covariance]]`): `(f_t, C_t)` with `f_t ≥ 0`; at least one, of one width.
+    """
+    tokens = sum(part.tokens for _, part in parts)
+    remainder = sum(factor * part.remainder for factor, part in parts)
+    low_rank = [(factor, part) for factor, part in parts if isinstance(part, LowRankCovariance)]
+    if len(low_rank) < len(parts):
+        matrix = sum((factor * replace(part, remainder=0.0).dense() for factor, part in parts), torch.zeros(()))
         return DenseCovariance(remainder=remainder, tokens=tokens, matrix=matrix)
-    factors = [share**0.5 * part.rows() for share, part in zip(shares, parts) if isinstance(part, LowRankCovariance)]
-    return LowRankCovariance(remainder=remainder, tokens=tokens, factor=torch.cat(factors).float())
+    rows = torch.cat([factor**0.5 * part.rows() for factor, part in low_rank])
+    return LowRankCovariance(remainder=remainder, tokens=tokens, factor=rows.float())
 
 
 def truncate(

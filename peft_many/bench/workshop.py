@@ -25,6 +25,8 @@ BATCH_SIZE = 32
 LEARNING_RATE = 4e-3
 RANK = 8
 MEASURED = 128  # samples for covariances and prototypes
+# O-LoRA's strength. Of 0.5, the paper's, 0.1, 0.02 and 0.004, seed 0 of `llava` keeps 9.0, 15.4, 13.5 and 15.6 points.
+ORTHOGONALITY = 0.1
 DRAWN = 80 * BATCH_SIZE  # training examples of a task
 
 
@@ -105,7 +107,7 @@ class Workshop:
 
         return self.made("joint", make)
 
-    def orthogonal(self, stage: int, strength: float = 0.5) -> Path:
+    def orthogonal(self, stage: int) -> Path:
         """O-LoRA (arXiv 2310.14152): a LoRA for each task, whose `A` is kept orthogonal to the earlier ones.
 
         The earlier LoRAs are frozen and stay active; the projector goes on from where it was.
@@ -123,7 +125,7 @@ class Workshop:
                 """`Σ |A_s A_tᵀ|` over the layers, the paper's equation 7."""
                 layers: dict[str, Any] = dict(lora_layers(model.get_base_model(), "default"))
                 parts = [before[0][name][0] @ layer.lora_A["default"].weight.T for name, layer in layers.items()]
-                return strength * torch.stack([part.abs().sum() for part in parts]).sum()
+                return ORTHOGONALITY * torch.stack([part.abs().sum() for part in parts]).sum()
 
             label = f"learning {self.tasks[stage - 1].name} apart"
             self._learn(model, [self.tasks[stage - 1]], self.steps, label, penalty=overlap if before else None)

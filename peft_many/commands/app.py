@@ -13,6 +13,7 @@ from .edit import add, remove
 from .export import export
 from .inspect import inspect
 from .merge import merge, plan
+from .pool import pool
 from .report import report
 from .running import Commands
 
@@ -42,5 +43,5 @@ def main(
     """Merge task adapters of multimodal language models without forgetting (MAny, arXiv 2604.14016)."""
 
 
-for command in (plan, merge, inspect, report, add, remove, export, bench, demo):
+for command in (plan, merge, inspect, report, add, remove, pool, export, bench, demo):
     app.command()(command)

@@ -84,6 +84,9 @@ def show_inspection(found: AdapterInspection) -> None:
     for projector, tasks in found.averaged_projectors.items():
         console.print(f"Averaged projector {projector}: {escape(', '.join(tasks))}", highlight=False)
     console.print(_provenance(found))
+    for task in found.tasks:
+        if task.pooled:
+            console.print(f"{escape(task.name)} is a pool of {escape(', '.join(task.pooled))}", highlight=False)
     console.print(_statistics(found))
 
 

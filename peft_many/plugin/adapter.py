@@ -295,13 +295,20 @@ def _single_task(
         projectors.setdefault(projector, {})[key.removeprefix(f"{projector}.")] = tensor
     return TaskAdapter(
         name=getattr(config, "task_name", None) or measured.name or source.short_name,
-        weight=1.0,
-        provenance={"source": source.public_name, "revision": source.revision, "sha256": _sha256(source.folder)},
+        weight=measured.weight,  # 1 but of pooled tasks
+        provenance=_provenance(source, config),
         statistics=measured,
         deltas={module: delta_of_adapter(pair, measured, module, source.name) for module, pair in pairs.items()},
         projectors=projectors,
         source=source.name,
     )
+
+
+def _provenance(source: AdapterSource, config: LoraConfig) -> dict[str, Any]:
+    """What a merge's config says of where a task came from."""
+    about = {"source": source.public_name, "revision": source.revision, "sha256": _sha256(source.folder)}
+    pooled = getattr(config, "pooled", None)
+    return {**about, "pooled": pooled} if pooled else about
 
 
 def _named_like_projectors(rest: Iterable[str]) -> list[str]:
@@ -371,7 +378,8 @@ def _tasks_of_merge(
             TaskAdapter(
                 name=about["name"],
                 weight=float(about["weight"]),
-                provenance={key: about.get(key) for key in ("source", "revision", "sha256")},
+                provenance={key: about.get(key) for key in ("source", "revision", "sha256")}
+                | ({"pooled": about["pooled"]} if about.get("pooled") else {}),
                 statistics=measured,
                 deltas=deltas,
                 projectors=projectors,

@@ -68,6 +68,9 @@ class MAnyConfig(LoraConfig):
         averaged_projectors (`dict[str, list[str]]`, *optional*):
             In a merge with `projectors="mean"`, for each projector the tasks whose weights were averaged. Written by
             merging.
+        pooled (`list[dict]`, *optional*):
+            In an adapter that was pooled from several, these tasks: name, weight, source, revision and hash. Written
+            by pooling.
         method (`dict`, *optional*):
             In a merge by another method than LPM, its name, source and options. Written by merging.
         format_version (`int`): Version of the layout of adapter folders.
@@ -119,6 +122,9 @@ class MAnyConfig(LoraConfig):
     )
     averaged_projectors: dict[str, list[str]] | None = field(
         default=None, metadata={"help": "The averaged projectors of a merge. Written by merging."}
+    )
+    pooled: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "The tasks that a task adapter was pooled from. Written by pooling."}
     )
     method: dict[str, Any] | None = field(
         default=None, metadata={"help": "The method of a merge, if it is not LPM. Written by merging."}

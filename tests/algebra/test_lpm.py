@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_many.algebra.covariance import DenseCovariance, LowRankCovariance, truncate
+from peft_many.algebra.covariance import DenseCovariance, LowRankCovariance, added_covariances, truncate
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta, SingularMergeError
 from tests.algebra.problems import Task, make_tasks, objective, optimum, relative_error, seeds
 
@@ -94,6 +94,19 @@ def test_adding_one_at_a_time_is_the_textbook_recursion(seed):
         delta = delta - delta @ gain + task.delta.dense() @ gain
         problem.add(task.covariance, {"layer": task.delta}, task.weight)
         assert relative_error(problem.solve()["layer"].dense(), delta) < 1e-5
+
+
+@given(seeds, st.integers(2, 5), st.integers(5, 60), st.sampled_from([1e-4, 1e-2]))
+def test_merging_merges_is_merging_their_tasks(seed, count, tokens, ridge):
+    """A merge stands for its tasks, by its delta, their mean covariance and the sum of their weights."""
+    tasks = make_tasks(seed, tasks=count, tokens=tokens)
+    first, last = tasks[:-1], tasks[-1]
+    whole = sum(task.weight for task in first)
+    mean = added_covariances([(task.weight / whole, task.covariance) for task in first])
+    problem = LeastSquaresMerge(ridge)
+    problem.add(mean, {"layer": merge(first, ridge)}, whole)
+    problem.add(last.covariance, {"layer": last.delta}, last.weight)
+    assert relative_error(problem.solve()["layer"].dense(), merge(tasks, ridge).dense()) < 1e-5
 
 
 def test_the_merge_is_exactly_low_rank_with_the_tasks_own_B():

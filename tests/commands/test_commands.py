@@ -23,13 +23,14 @@ from peft_many import (
     inspect_adapter,
     merge_adapter_files,
     merge_report,
+    pool_adapters,
     remove_task,
 )
 from peft_many.commands import app
 from tests.adapters import STATISTICS, base, files, make
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("plan", "merge", "inspect", "report", "add", "remove", "export", "bench", "demo")
+NAMES = ("plan", "merge", "inspect", "report", "add", "remove", "pool", "export", "bench", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,20 @@ def test_add_and_remove_are_the_functions(shelf, merged, tmp_path):
     assert files(tmp_path / "3") == files(tmp_path / "2")
     run("remove", tmp_path / "1", "a", "-q")
     assert files(tmp_path / "1") == files(tmp_path / "3")
+
+
+def test_pool_is_the_function_and_cannot_be_taken_apart(shelf, merged, tmp_path):
+    run("pool", shelf["a"], shelf["b"], "-o", tmp_path / "1", "--name", "ab", "--rank", 3, "--weight", "b=2", "-q")
+    options = {"task_name": "ab", "rank": 3, "weights": {"b": 2.0}}
+    pool_adapters([shelf["a"], shelf["b"]], tmp_path / "2", **options, progress=False)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    assert "ab is a pool of a, b" in run("inspect", tmp_path / "1").stdout
+    run("merge", tmp_path / "1", shelf["c"], "-o", tmp_path / "3", "-q")
+    told = run("remove", tmp_path / "3", "a", "-q", code=1).stderr
+    assert "The task 'a' is part of the pool 'ab'" in told
+    run("remove", tmp_path / "3", "ab", "-q")
+    run("merge", shelf["c"], "-o", tmp_path / "4", "-q")
+    assert files(tmp_path / "3") == files(tmp_path / "4")
 
 
 def test_dry_runs_write_nothing(shelf, merged, tmp_path):
