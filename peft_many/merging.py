@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ from tqdm.auto import tqdm
 
 from .algebra.lpm import LeastSquaresMerge, MergedDelta, SingularMergeError
 from .by_method import merge_by_method
+from .merged_statistics import merged_statistics
 from .methods import LPM, MergeMethod
 from .plan import ROUTED, AdapterPath, MergePlan, TaskNames, plan_merge
 from .plugin.atomic import writable_place
+from .plugin.card import CARD_NAME
 from .plugin.fit import check_fits_model, untouched_on_failure
+from .plugin.hub import ADAPTER_FILES
 from .plugin.partial import shared_folder
 from .plugin.processes import together
-from .plugin.statistics import AdapterStatistics, check_covariance, weight_fingerprint
+from .plugin.statistics import check_covariance, weight_fingerprint
 from .plugin.stored_delta import KEY_PREFIX, TASK_WEIGHT, UnmergeableAdapterError
 from .plugin.tensor_file import TensorFile, TensorFileWriter, bytes_of, lay_out
+from .selection import TaskWeights
 
 
 def merge_adapter_sequence(
@@ -35,7 +40,8 @@ def merge_adapter_sequence(
     adapters: Sequence[AdapterPath],
     *,
     adapter_name: str = "default",
-    weights: Sequence[float] | None = None,
+    weights: TaskWeights = None,
+    without: Sequence[str] = (),
     task_names: Sequence[TaskNames] | None = None,
     method: str | MergeMethod = LPM,
     projectors: str = ROUTED,
@@ -67,9 +73,12 @@ def merge_adapter_sequence(
             adapters that `collect_statistics` was run on, if the method needs that.
         adapter_name (`str`, defaults to `"default"`):
             What the merge is called inside the returned model.
-        weights (`Sequence[float]`, *optional*):
-            One weight `w_t ≥ 0` for each adapter, all 1 by default; it multiplies those of a merge's tasks. To LPM,
-            RegMean and averages only their ratios matter; by other methods they multiply the tasks' deltas.
+        weights (`Sequence[float]` or `Mapping[str, float]`, *optional*):
+            One weight `w_t ≥ 0` for each adapter, all 1 by default; it multiplies those of a merge's tasks. Or weights
+            by task name, in place of the tasks' own; tasks that are not named keep theirs. To LPM, RegMean and
+            averages only their ratios matter; by other methods they multiply the tasks' deltas.
+        without (`Sequence[str]`, defaults to `()`):
+            Names of tasks that are left out, as if they had never been merged.
         task_names (`Sequence[str]`, *optional*):
             Names of the tasks, where the adapters do not say or clash; `None` entries keep the adapter's own, and a
             merge takes a list, in the order of its config's `tasks`.
@@ -129,10 +138,11 @@ def merge_adapter_sequence(
     """
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model already has adapters; pass the base model (`model.unload()` gives it back).")
-    device = _usable(device)
+    device = usable_device(device)
     plan = plan_merge(
         adapters,
         weights=weights,
+        without=without,
         task_names=task_names,
         method=method,
         projectors=projectors,
@@ -154,7 +164,7 @@ def merge_adapter_sequence(
         merged = merge_group(plan, group, device)
         tensors |= merged.tensors
         records[group[0]] = merged.record
-    config.statistics = _merged_statistics(plan, records, in_memory=True)
+    config.statistics = merged_statistics(plan, records, in_memory=True)
     config.base_model_name_or_path = None  # which get_peft_model sets to the model's own
     with untouched_on_failure(model):
         merged_model = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -166,7 +176,8 @@ def merge_adapter_files(
     adapters: Sequence[AdapterPath],
     output_dir: str | os.PathLike[str],
     *,
-    weights: Sequence[float] | None = None,
+    weights: TaskWeights = None,
+    without: Sequence[str] = (),
     task_names: Sequence[TaskNames] | None = None,
     method: str | MergeMethod = LPM,
     projectors: str = ROUTED,
@@ -178,6 +189,7 @@ def merge_adapter_files(
     rank: int | None = None,
     gate_lora: bool | None = None,
     dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
     device: str | torch.device = "cpu",
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -194,27 +206,32 @@ def merge_adapter_files(
     The arguments are those of [`merge_adapter_sequence`], and:
 
     Args:
-        output_dir (`str`): The folder to create; it must not exist, or be empty.
+        output_dir (`str`): The folder to create; it must not exist, or be empty, or see `overwrite`.
         dtype (`torch.dtype`, defaults to `torch.float32`):
             What the merged LoRA weights are stored in. Half precision halves the file and rounds the merged deltas, by
             2e-3 of their size in bfloat16 and 3e-4 in float16, about; the statistics keep what merging further needs.
+        overwrite (`bool`, defaults to `False`):
+            Replace an adapter that is in the output folder, whole and at the end; it may be one of those merged. Your
+            own text in its model card stays.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        FileExistsError: The output folder exists and is not empty.
+        FileExistsError: The output folder exists and is not empty, or holds more than an adapter.
         BlockingIOError: Another process is making the same merge there.
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
     """
     output = Path(output_dir).expanduser()
+    replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
 
     def planned() -> MergePlan:
-        _usable(device)
-        writable_place(output)  # before anything is read
+        usable_device(device)
+        writable_place(output, replaced)  # before anything is read
         return plan_merge(
             adapters,
             weights=weights,
+            without=without,
             task_names=task_names,
             method=method,
             projectors=projectors,
@@ -231,7 +248,7 @@ def merge_adapter_files(
         )
 
     plan = together(planned)
-    with shared_folder(output, plan.key(), kept=[SAFETENSORS_WEIGHTS_NAME]) as partial:
+    with shared_folder(output, plan.key(), kept=[SAFETENSORS_WEIGHTS_NAME], replaced=replaced) as partial:
         weights_file = partial.folder / SAFETENSORS_WEIGHTS_NAME
         if partial.is_first and not _is_laid_out(weights_file, plan):
             lay_out(weights_file, plan.tensors(), {"format": "pt"})
@@ -251,12 +268,14 @@ def merge_adapter_files(
                     writer.write(f"{KEY_PREFIX}{name}", tensor)
         partial.wait()
         if partial.is_first:
+            if (output / CARD_NAME).is_file():
+                shutil.copyfile(output / CARD_NAME, partial.folder / CARD_NAME)  # what is not ours in it stays
             plan.config(statistics=None).save_pretrained(partial.folder)
-            _merged_statistics(plan, partial.recorded()).save(partial.folder, energy=1.0, sources=plan.files)
+            merged_statistics(plan, partial.recorded()).save(partial.folder, energy=1.0, sources=plan.files)
     return output
 
 
-def _usable(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
     """The device, tried out before anything is read."""
     try:
         torch.zeros(1, dtype=torch.float64, device=device).item()
@@ -341,43 +360,6 @@ def _is_done(record: dict[str, Any] | None, written: TensorFile) -> bool:
     return record is not None and all(
         zlib.crc32(bytes_of(written[key])) == checksum for key, checksum in record["checksums"].items()
     )
-
-
-def _merged_statistics(plan: MergePlan, records: Mapping[str, Any], in_memory: bool = False) -> AdapterStatistics:
-    """Each task's statistics with its deltas, so that the merge can be merged further without the adapters."""
-    stacked = {module: yes for record in records.values() for module, yes in record["stacked"].items()}
-    prints = {module: tasks for record in records.values() for module, tasks in record["fingerprints"].items()}
-    measured = []
-    for task in plan.tasks:
-        A = _Reading({module: delta.rows for module, delta in task.deltas.items()})
-        B = _Reading({module: delta.columns for module, delta in task.deltas.items() if not stacked[module]})
-        measured.append(
-            replace(
-                task.statistics,
-                name=task.name,
-                weight=task.weight,
-                deltas=dict(A) if in_memory else A,
-                lora_B=dict(B) if in_memory else B,
-                fingerprints={module: prints[module][task.name] for module in task.deltas},
-            )
-        )
-    return AdapterStatistics(tuple(measured))
-
-
-class _Reading(Mapping[str, Tensor]):
-    """Tensors that are read each time they are asked for, so that no two of them need be in memory."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
-        self.readers = readers
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.readers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.readers)
-
-    def __len__(self) -> int:
-        return len(self.readers)
 
 
 def _progress(plan: MergePlan, groups: Sequence[Sequence[str]], progress: bool) -> Iterator[Sequence[str]]:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .agreement import check_gate, check_same_base, check_tasks, check_whole_projectors, shared_inputs
 from .algebra.scatter import cost
 from .mean_projectors import average_projectors
 from .methods import LPM, MergeMethod, as_method
@@ -22,10 +23,11 @@ from .plugin.adapter import Adapter, TaskAdapter, read_adapter
 from .plugin.config import ROUTERS, MAnyConfig
 from .plugin.hub import find_adapter
 from .plugin.statistics import AdapterStatistics
-from .plugin.stored_delta import KEY_PREFIX, TASK_WEIGHT, UnmergeableAdapterError
+from .plugin.stored_delta import KEY_PREFIX, TASK_WEIGHT
 from .plugin.tensor_file import TensorFile
 from .requirements import check_measured
 from .routed_projectors import route_projectors
+from .selection import TaskWeights, weighted_tasks, without_tasks
 from .version import __version__
 
 DEFAULT_RIDGE = 1e-4
@@ -158,7 +160,8 @@ class MergePlan:
 def plan_merge(
     entries: Sequence[AdapterPath],
     *,
-    weights: Sequence[float] | None = None,
+    weights: TaskWeights = None,
+    without: Sequence[str] = (),
     task_names: Sequence[TaskNames] | None = None,
     method: str | MergeMethod = LPM,
     projectors: str = ROUTED,
@@ -181,7 +184,7 @@ def plan_merge(
     if isinstance(entries, (str, os.PathLike)) or not entries:
         raise ValueError("Give a list of at least one adapter to merge.")
     for name, given in (("weights", weights), ("task_names", task_names)):
-        if given is not None and len(given) != len(entries):
+        if given is not None and not isinstance(given, Mapping) and len(given) != len(entries):
             raise ValueError(f"`{name}` has {len(given)} entries for {len(entries)} adapters.")
     chosen = as_method(method)
     if projectors not in (ROUTED, MEAN):
@@ -207,22 +210,19 @@ def plan_merge(
             raise ValueError(f"`{name}` must be at least 1, but it is {number}.")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"`dtype` must be torch.float32, torch.bfloat16 or torch.float16, but it is {dtype}.")
-    if weights is not None and not all(0 <= weight < math.inf for weight in weights):
-        raise ValueError(f"`weights` must be finite and not negative, but they are {list(weights)}.")
+    numbers = list(weights.values() if isinstance(weights, Mapping) else weights or [])
+    if not all(0 <= weight < math.inf for weight in numbers):
+        raise ValueError(f"`weights` must be finite and not negative, but they are {numbers}.")
     adapters = [
         read_adapter(find_adapter(entry, **hub), task_names[i] if task_names is not None else None)
         for i, entry in enumerate(tqdm(entries, desc="Reading adapters", unit="adapter", disable=not progress))
     ]
-    factors = weights if weights is not None else [1.0] * len(adapters)
-    tasks = [
-        replace(task, weight=factor * task.weight)
-        for adapter, factor in zip(adapters, factors)
-        for task in adapter.tasks
-    ]
+    tasks = weighted_tasks(adapters, weights)
+    adapters, tasks = without_tasks(adapters, tasks, without)
     tasks.sort(key=lambda task: task.name)  # so that any order of the list gives the same merge to the bit
-    _check_tasks(tasks)
+    check_tasks(tasks)
     check_measured(adapters, tasks, chosen, routed=projectors == ROUTED)
-    _check_same_base(adapters)
+    check_same_base(adapters)
     merges = [
         adapter.config for adapter in adapters if isinstance(adapter.config, MAnyConfig) and adapter.config.tasks
     ]
@@ -238,7 +238,7 @@ def plan_merge(
     options["temperature"] = _temperature(temperature, merges, options["router"])
     if options["abstain_above"] is not None and options["router"] != "gaussian":
         raise ValueError("`abstain_above` is a distance of `router='gaussian'`; cosines know none.")
-    groups = _shared_inputs(tasks)
+    groups = shared_inputs(tasks)
     routing: dict[str, dict[str, Any]] = {}
     averaged: dict[str, list[str]] = {}
     if projectors == ROUTED:
@@ -246,96 +246,14 @@ def plan_merge(
     else:
         averaged, tensors = average_projectors(tasks)
     if options["gate_lora"]:
-        _check_gate(chosen, routing, rank)
-    _check_whole_projectors(tasks, [*routing, *averaged])
+        check_gate(chosen, routing, rank)
+    check_whole_projectors(tasks, [*routing, *averaged])
     return MergePlan(adapters, tasks, groups, routing, averaged, tensors, chosen, options)
 
 
 def _identity(path: Path) -> tuple[int, int]:
     about = path.stat()
     return about.st_size, about.st_mtime_ns
-
-
-def _check_tasks(tasks: Sequence[TaskAdapter]) -> None:
-    """No task twice, be it by name or by content; weights that leave something to merge."""
-    by_hash: dict[str, TaskAdapter] = {}
-    by_name: dict[str, TaskAdapter] = {}
-    for task in tasks:
-        same = by_hash.setdefault(task.provenance["sha256"], task)
-        if same is not task:
-            raise UnmergeableAdapterError(f"The same adapter is given twice: {same.source} and {task.source}.")
-        same = by_name.setdefault(task.name, task)
-        if same is not task:
-            raise UnmergeableAdapterError(
-                f"Two tasks are called '{task.name}': {same.source} and {task.source}. Pass `task_names` to tell them "
-                "apart (for a merge, a list of its tasks' names)."
-            )
-        if not 0.0 <= task.weight < float("inf"):
-            raise ValueError(f"The weight of {task.source} is {task.weight}; weights must be finite and not negative.")
-    if all(task.weight == 0 for task in tasks):
-        raise ValueError("All weights are zero, so there is nothing to merge.")
-
-
-def _check_same_base(adapters: Sequence[Adapter]) -> None:
-    names = {adapter.config.base_model_name_or_path: adapter for adapter in adapters}
-    names.pop(None, None)
-    names.pop("", None)
-    if len(names) > 1:
-        (one, first), (two, second) = list(names.items())[:2]
-        raise UnmergeableAdapterError(
-            f"The adapters were trained on different base models: {first.tasks[0].source} on '{one}', "
-            f"{second.tasks[0].source} on '{two}'. If these are the same model, make `base_model_name_or_path` in "
-            "their adapter_config.json agree."
-        )
-
-
-def _shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:
-    """The layers that any task trained, grouped by the covariances that describe their input; shapes are checked."""
-    shapes: dict[str, tuple[tuple[int, int], TaskAdapter]] = {}
-    for task in tasks:
-        for module, delta in task.deltas.items():
-            shape = delta.shape
-            first_shape, first = shapes.setdefault(module, (shape, task))
-            if shape != first_shape:
-                raise UnmergeableAdapterError(
-                    f"'{module}' is {first_shape[0]} x {first_shape[1]} in {first.source}, but "
-                    f"{shape[0]} x {shape[1]} in {task.source}: they were trained on different base models."
-                )
-    groups: dict[tuple[int, ...] | str, list[str]] = {}
-    for module in sorted(shapes):
-        covariances = [task.statistics.covariances.get(module) for task in tasks]
-        known = any(covariance is not None for covariance in covariances)
-        inputs = tuple(map(id, covariances)) if known else module  # a layer that nobody measured is by itself
-        groups.setdefault(inputs, []).append(module)
-    return list(groups.values())
-
-
-def _check_gate(method: MergeMethod | None, routing: Mapping[str, Any], rank: int | None) -> None:
-    """A gate needs every task's block of each layer, and prototypes."""
-    if method is not None:
-        raise ValueError(f"`gate_lora` is an option of LPM; the method '{method.name}' keeps no blocks of the tasks.")
-    if rank is not None:
-        raise ValueError(
-            "`gate_lora` keeps every task's block of each layer, so a `rank` cannot be given; pass `gate_lora=False` "
-            "or leave `rank` out."
-        )
-    if not routing:
-        raise UnmergeableAdapterError(
-            "`gate_lora` goes by the tasks' visual prototypes, but none of the adapters has one: no image passed "
-            "while their statistics were collected."
-        )
-
-
-def _check_whole_projectors(tasks: Sequence[TaskAdapter], projectors: Sequence[str]) -> None:
-    """A projector that one task trained whole must not be one of which another trained a part."""
-    for projector in projectors:
-        for task in tasks:
-            inner = next((n for n in (*task.deltas, *task.projectors) if n.startswith(f"{projector}.")), None)
-            if inner is not None:
-                raise UnmergeableAdapterError(
-                    f"{task.source} trained '{inner}', a part of the projector '{projector}' that other adapters "
-                    "trained whole; these cannot be merged."
-                )
 
 
 def _temperature(given: float | None, merges: Sequence[MAnyConfig], router: str) -> float:

@@ -22,6 +22,7 @@ from .plugin.config import MAnyConfig
 from .plugin.partial import partial_folder
 from .plugin.statistics import AdapterStatistics, TaskStatistics, weight_fingerprint
 from .plugin.stored_delta import KEY_PREFIX
+from .selection import TaskWeights
 
 DEFAULT_POOL_RANK = 128
 DEFAULT_STATISTICS_RANK = 256
@@ -32,7 +33,7 @@ def pool_adapters(
     output_dir: str | os.PathLike[str],
     *,
     task_name: str | None = None,
-    weights: Sequence[float] | None = None,
+    weights: TaskWeights = None,
     task_names: Sequence[TaskNames] | None = None,
     rank: int = DEFAULT_POOL_RANK,
     statistics_rank: int = DEFAULT_STATISTICS_RANK,

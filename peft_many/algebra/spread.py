@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .covariance import Covariance, LowRankCovariance, Spectrum, eigen_directions, mean_covariance
+from .covariance import Covariance, DenseCovariance, LowRankCovariance, Spectrum, eigen_directions, mean_covariance
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,26 @@ def centred(rows: Tensor) -> LowRankCovariance:
     rows = rows.double()
     factor = (rows - rows.mean(0)) / (len(rows) - 1) ** 0.5
     return LowRankCovariance(remainder=0.0, tokens=len(rows), factor=factor)
+
+
+def gaussian_draws(covariance: Covariance, count: int, generator: torch.Generator) -> Tensor:
+    """Gaussian vectors of mean zero and this covariance, shape `(count, d)`, float64.
+
+    Args:
+        covariance ([`Covariance`]): Dense or of low rank.
+        count (`int`): How many.
+        generator (`torch.Generator`): Where the randomness comes from, on the CPU.
+    """
+
+    def normal(width: int) -> Tensor:
+        return torch.randn(count, width, dtype=torch.float64, generator=generator)
+
+    drawn = covariance.remainder**0.5 * normal(covariance.width)
+    if isinstance(covariance, LowRankCovariance):
+        return drawn + normal(covariance.rank) @ covariance.rows()
+    assert isinstance(covariance, DenseCovariance)
+    values, vectors = torch.linalg.eigh(covariance.matrix.double())
+    return drawn + normal(covariance.width) @ (vectors * values.clamp(min=0.0).sqrt()).T
 
 
 def shared_metric(spreads: Sequence[Covariance], rank: int = 256) -> FeatureMetric:

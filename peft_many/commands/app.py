@@ -8,9 +8,18 @@ import typer
 
 from ..version import __version__
 from .bench import bench
+from .demo import demo
+from .edit import add, remove
+from .export import export
+from .inspect import inspect
+from .merge import merge, plan
+from .pool import pool
+from .report import report
+from .running import Commands
 
 app = typer.Typer(
     name="peft-many",
+    cls=Commands,
     help="Merge task adapters of multimodal language models without forgetting (MAny, arXiv 2604.14016).",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -29,8 +38,10 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Merge task adapters of multimodal language models without forgetting (MAny, arXiv 2604.14016)."""
 
 
-app.command()(bench)
+for command in (plan, merge, inspect, report, add, remove, pool, export, bench, demo):
+    app.command()(command)

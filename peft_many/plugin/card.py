@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .atomic import replace_file
 
+CARD_NAME = "README.md"
 _BEGIN, _END = "<!-- peft_many -->", "<!-- /peft_many -->"
 
 _USAGE = """
@@ -43,7 +44,7 @@ def update_card(
         method (`Mapping[str, Any]`, *optional*): Of a merge by another method than LPM, what its config says of it.
         averaged (`bool`): Whether the projectors of a merge are averaged.
     """
-    path = folder / "README.md"
+    path = folder / CARD_NAME
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
     data: Any = card.data
     if path.is_file() and data.library_name != "peft":

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..algebra.covariance import Covariance, DenseCovariance, LowRankCovariance
 from ..algebra.lpm import LeastSquaresMerge, LowRankDelta
 from ..algebra.residual import effective_rank_of_inputs, effective_rank_of_outputs, relative_residual
 from ..algebra.routing import gaussian_weights, routing_weights
-from ..algebra.spread import shared_metric
+from ..algebra.spread import gaussian_draws, shared_metric
 from .config import MAnyConfig
 from .statistics import TaskStatistics, check_covariance
 
@@ -214,7 +213,7 @@ def _confusion(
     for task, prototype in zip(routed, prototypes):
         images = prototype[None]  # all that is known of tasks measured on one image, or before spreads were kept
         if projector in task.spreads:
-            images = prototype + _draws(task.spreads[projector], DRAWN_IMAGES, generator).float()
+            images = prototype + gaussian_draws(task.spreads[projector], DRAWN_IMAGES, generator).float()
         if config.router == "gaussian":
             weights = gaussian_weights(
                 images, prototypes, shared_metric(spreads), config.temperature, config.top_k, config.abstain_above
@@ -223,20 +222,6 @@ def _confusion(
             weights = routing_weights(images, prototypes, config.temperature, config.top_k)
         rows.append(weights.mean(0))
     return torch.stack(rows).double()
-
-
-def _draws(spread: Covariance, count: int, generator: torch.Generator) -> Tensor:
-    """Gaussian vectors of mean zero and this covariance, `(count, d)`, float64."""
-
-    def normal(width: int) -> Tensor:
-        return torch.randn(count, width, dtype=torch.float64, generator=generator)
-
-    drawn = spread.remainder**0.5 * normal(spread.width)
-    if isinstance(spread, LowRankCovariance):
-        return drawn + normal(spread.rank) @ spread.rows()
-    assert isinstance(spread, DenseCovariance)
-    values, vectors = torch.linalg.eigh(spread.matrix.double())
-    return drawn + normal(spread.width) @ (vectors * values.clamp(min=0.0).sqrt()).T
 
 
 def _number(value: float) -> float | None:

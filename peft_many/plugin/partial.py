@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from .atomic import default_mode, writable_place
+from .atomic import default_mode, replace_folder, writable_place
 from .processes import ProcessFailedError, current_processes, fail_together, from_every_process
 
 _LOCK = ".lock"
@@ -91,7 +91,9 @@ def _recorded(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def partial_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator[PartialFolder]:
+def partial_folder(
+    path: Path, key: str, kept: Collection[str] = (), replaced: Collection[str] = ()
+) -> Iterator[PartialFolder]:
     """Give a folder beside `path` that becomes `path` when the block ends well; folders above it are made as needed.
 
     After an error it is removed. After an interruption (Ctrl-C, a kill) it stays, and the next call with the same
@@ -101,13 +103,14 @@ def partial_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator
         path (`Path`): The final place.
         key (`str`): Names what is written, inputs and options.
         kept (`Collection[str]`): Files that an interrupted run may have begun; all others are begun anew.
+        replaced (`Collection[str]`): Files that may be in `path`, which is replaced whole then.
 
     Raises:
-        FileExistsError: `path` exists and is not an empty folder.
+        FileExistsError: `path` exists and is not an empty folder, or holds other files than these.
         BlockingIOError: Another process is writing the same thing there.
         OSError: It cannot be created. That is found out before the block runs.
     """
-    path, above = writable_place(path)
+    path, above = writable_place(path, replaced)
     # Folders of one name may be missing in several places above which the same folder exists.
     key = hashlib.sha256(f"{key} {path}".encode()).hexdigest()[:12]
     folder = above / f".{path.name}.{key}.partial"
@@ -133,7 +136,11 @@ def partial_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator
             extra.unlink(missing_ok=True)
         os.chmod(folder, default_mode(0o777))
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder, path)  # An empty folder in the way is replaced, anything else refused.
+        if replaced:
+            writable_place(path, replaced)  # again: somebody may have put something there
+            replace_folder(folder, path)
+        else:
+            os.replace(folder, path)  # An empty folder in the way is replaced, anything else refused.
     except Exception:
         lock.release()
         shutil.rmtree(folder, ignore_errors=True)
@@ -146,14 +153,16 @@ def partial_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator
 
 
 @contextlib.contextmanager
-def shared_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator[PartialFolder]:
+def shared_folder(
+    path: Path, key: str, kept: Collection[str] = (), replaced: Collection[str] = ()
+) -> Iterator[PartialFolder]:
     """As `partial_folder`; where several processes run, one folder for all of them, which must all enter and leave.
 
     If one fails, all do.
     """
     state = current_processes()
     if state is None:
-        with partial_folder(path, key, kept) as alone:
+        with partial_folder(path, key, kept, replaced) as alone:
             yield alone
         return
     with contextlib.ExitStack() as stack:
@@ -161,7 +170,7 @@ def shared_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator[
         error: Exception | None = None
         if state.is_main_process:
             try:
-                begun = stack.enter_context(partial_folder(path, key, kept))
+                begun = stack.enter_context(partial_folder(path, key, kept, replaced))
             except OSError as failure:
                 error = failure
         fail_together(error)

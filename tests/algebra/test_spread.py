@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_many.algebra.covariance import DenseCovariance, LowRankCovariance
 from peft_many.algebra.routing import routing_weights
-from peft_many.algebra.spread import centred, shared_metric
+from peft_many.algebra.spread import centred, gaussian_draws, shared_metric
 from tests.algebra.problems import relative_error, seeds
 
 WIDTH = 12
@@ -73,3 +74,15 @@ def test_images_that_are_all_alike_have_a_metric_too():
     rows = torch.ones(5, WIDTH)
     found = shared_metric([centred(rows)]).squared_distances(2 * torch.ones(1, WIDTH), rows[:1])
     assert found.item() == pytest.approx(WIDTH)
+
+
+def test_draws_have_the_covariance():
+    factor = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    low = LowRankCovariance(remainder=0.3, tokens=9, factor=factor)
+    dense = DenseCovariance(remainder=0.3, tokens=9, matrix=factor.T @ factor)
+    for covariance in (low, dense):
+        drawn = gaussian_draws(covariance, 40000, torch.Generator().manual_seed(0))
+        assert relative_error(drawn.T @ drawn / len(drawn), low.dense()) < 0.03
+        assert drawn.mean(0).abs().max() < 0.03
+        again = gaussian_draws(covariance, 40000, torch.Generator().manual_seed(0))
+        assert torch.equal(again, drawn)

@@ -1,0 +1,149 @@
+"""What is said to people: tables of what a merge would be, and of what an adapter is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..inspection import AdapterInspection
+from ..preview import MergePreview
+from ..report import MergeReport
+from .running import say_error
+
+
+def size(count: float) -> str:
+    """Bytes, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def span(ends: tuple[int, int] | None) -> str:
+    """A number, or two if they differ."""
+    if ends is None:
+        return ""
+    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}–{ends[1]}"
+
+
+def show_preview(preview: MergePreview) -> None:
+    """The plan of a merge, or why it cannot be made."""
+    for problem in preview.problems:
+        say_error(problem)
+    if preview.problems:
+        return
+    console = Console()
+    title = f"{len(preview.tasks)} tasks to merge"
+    table = _table(title, "task", "from", "weight", "layers", "rank", "samples", "images", "own projector")
+    for task in preview.tasks:
+        table.add_row(
+            escape(task.name),
+            escape(task.source),
+            f"{task.weight:g}",
+            str(task.layers),
+            span(task.ranks),
+            str(task.samples) if task.samples else "not measured",
+            str(task.images),
+            "yes" if task.projectors else "no",
+        )
+    console.print(table)
+    options = preview.options or {}
+    console.print(_pairs("Options", {name: value for name, value in options.items() if value is not None}))
+    time = "unknown" if preview.seconds is None else duration(preview.seconds)
+    console.print(
+        f"{preview.layers} layers of rank {span(preview.ranks)}, {preview.groups} problems to solve; the weights file "
+        f"has {size(preview.output_bytes)}. About {size(preview.memory_bytes)} of memory. Time on this machine: "
+        f"{time}.",
+        highlight=False,
+    )
+    for note in preview.notes:
+        console.print(f"• {escape(note)}", highlight=False)
+
+
+def show_inspection(found: AdapterInspection) -> None:
+    """One adapter or merge."""
+    console = Console()
+    kind = f"a merge of {len(found.tasks)} tasks" if found.is_merge else "the adapter of one task"
+    at = f" at {found.revision}" if found.revision else ""
+    console.print(f"[bold]{escape(found.name)}[/]{at}: {kind} ({found.peft_type})", highlight=False)
+    console.print(
+        f"Base model {escape(found.base_model or 'not named')}; {found.layers} layers of rank {span(found.ranks)}, "
+        f"{found.parameters:,} parameters, LoRA in {found.dtype}.",
+        highlight=False,
+    )
+    console.print(_pairs("Files", {name: size(count) for name, count in found.files.items()}))
+    if found.options:
+        console.print(_pairs("Options", {name: value for name, value in found.options.items() if value is not None}))
+    for projector, tasks in found.routing.items():
+        console.print(f"Routed projector {projector}: {escape(', '.join(tasks))}", highlight=False)
+    for projector, tasks in found.averaged_projectors.items():
+        console.print(f"Averaged projector {projector}: {escape(', '.join(tasks))}", highlight=False)
+    console.print(_provenance(found))
+    for task in found.tasks:
+        if task.pooled:
+            console.print(f"{escape(task.name)} is a pool of {escape(', '.join(task.pooled))}", highlight=False)
+    console.print(_statistics(found))
+
+
+def show_report(report: MergeReport) -> None:
+    """What merging costs each task, and which tasks contradict each other most."""
+    console = Console()
+    table = _table("Residual: share of a task's outputs that merging changes", "task", "mean over layers")
+    for task, share in report.interference.items():
+        table.add_row(escape(task), f"{share:.3f}")
+    console.print(table)
+    for one, two, residual in report.conflicting_pairs():
+        console.print(f"• '{escape(one)}' and '{escape(two)}' contradict each other: {residual:.3f}", highlight=False)
+
+
+def _provenance(found: AdapterInspection) -> Table:
+    table = _table("Tasks", "task", "weight", "from", "revision", "sha256", "layers", "rank", "own projector")
+    for task in found.tasks:
+        table.add_row(
+            escape(task.name),
+            f"{task.weight:g}",
+            escape(task.source),
+            escape((task.revision or "")[:8]),
+            task.sha256[:8],
+            str(task.layers),
+            span(task.ranks),
+            "yes" if task.projectors else "no",
+        )
+    return table
+
+
+def _statistics(found: AdapterInspection) -> Table:
+    table = _table("Statistics", "task", "samples", "images", "inputs", "directions", "energy", "size", "routers")
+    for task in found.tasks:
+        table.add_row(
+            escape(task.name),
+            str(task.samples) if task.covariances or task.prototypes else "not measured",
+            str(task.images),
+            str(task.covariances),
+            span(task.covariance_ranks),
+            "" if task.energy is None else f"{task.energy:.5f}",
+            size(task.covariance_bytes),
+            "both" if task.spreads else "cosine" if task.prototypes else "none",
+        )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds or minutes, no more exactly than an estimate is."""
+    return f"about {max(1, round(seconds))} s" if seconds < 90 else f"about {round(seconds / 60)} min"
+
+
+def _pairs(title: str, values: dict[str, Any]) -> str:
+    return f"{title}: " + ", ".join(f"{name} {escape(str(value))}" for name, value in values.items())

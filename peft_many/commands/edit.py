@@ -1,0 +1,91 @@
+"""`peft-many add` and `peft-many remove`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..editing import add_task, merge_options, remove_task
+from . import arguments as a
+from .merge import preview
+
+
+def _tasks_of(ctx: typer.Context, incomplete: str) -> list[str]:
+    """For tab completion: the tasks of the merge that was named before."""
+    try:
+        config = json.loads(Path(ctx.params["merge"], "adapter_config.json").read_text(encoding="utf-8"))
+        return [task["name"] for task in config["tasks"] if task["name"].startswith(incomplete)]
+    except (KeyError, OSError, TypeError, ValueError):
+        return []
+
+
+AMerge = Annotated[str, typer.Argument(help="The folder or Hub id of a merge.", show_default=False)]
+NewPlace = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="The folder to write. Without it the merge's own is replaced, whole."),
+]
+
+
+def add(
+    merge: AMerge,
+    adapter: Annotated[str, typer.Argument(help=a.AnAdapter, show_default=False)],
+    output: NewPlace = None,
+    name: Annotated[str | None, typer.Option(help="What to call the task in the merge.")] = None,
+    weight: a.Weights = None,
+    device: a.Device = None,
+    dry_run: a.DryRun = False,
+    quiet: a.Quiet = False,
+) -> None:
+    """Add a task to a merge, without the adapters that it was made of.
+
+    The result is what merging all of them at once, with the merge's options, would have given.
+
+    [bold]Examples[/bold]
+
+    peft-many add merged me/new-task [dim]# replaces the folder[/dim]
+
+    peft-many add merged me/new-task@v2 --name charts --weight charts=0.5 --output merged-2
+    """
+    weights = a.weights_by_task(weight)
+    if dry_run:
+        names = None if name is None else [None, name]
+        arguments = {"weights": weights, "task_names": names, "device": device or "cpu", **merge_options(merge)}
+        preview({"adapters": [merge, adapter], **arguments}, quiet)
+        return
+    folder = add_task(
+        merge, adapter, output, task_name=name, weights=weights, device=device or "cpu", progress=not quiet
+    )
+    typer.echo(f"The merge: {folder}")
+
+
+def remove(
+    merge: AMerge,
+    task: Annotated[str, typer.Argument(help="Its name in the merge.", autocompletion=_tasks_of, show_default=False)],
+    output: NewPlace = None,
+    weight: a.Weights = None,
+    device: a.Device = None,
+    dry_run: a.DryRun = False,
+    quiet: a.Quiet = False,
+) -> None:
+    """Forget a task of a merge, exactly: the result is as if it had never been merged.
+
+    No tensor of the task is left in the files.
+
+    [bold]Examples[/bold]
+
+    peft-many remove merged clevr [dim]# replaces the folder[/dim]
+
+    peft-many remove merged clevr --output merged-without-clevr
+
+    peft-many inspect merged [dim]# it is gone[/dim]
+    """
+    weights = a.weights_by_task(weight)
+    if dry_run:
+        arguments = {"weights": weights, "without": [task], "device": device or "cpu", **merge_options(merge)}
+        preview({"adapters": [merge], **arguments}, quiet)
+        return
+    folder = remove_task(merge, task, output, weights=weights, device=device or "cpu", progress=not quiet)
+    typer.echo(f"The merge: {folder}")

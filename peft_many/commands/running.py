@@ -1,0 +1,56 @@
+"""How commands end: errors in one red line, warnings in yellow ones, results for people or for scripts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+USAGE, FAILED = 2, 1
+
+
+class Commands(TyperGroup):
+    """The commands; none ends in a traceback, unless `--debug` asks for one."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                return super().invoke(ctx)
+            except (typer.Exit, typer.Abort):
+                raise
+            except Exception as error:
+                if ctx.params.get("debug") or hasattr(error, "show"):  # the latter are typer's own, of wrong usage
+                    raise
+                say_error(_told(error))
+                raise typer.Exit(FAILED) from None
+
+
+def say_error(message: str) -> None:
+    """Print an error where errors go."""
+    typer.secho(message, err=True, fg="red")
+
+
+def print_json(result: Any) -> None:
+    """Print a dataclass for a script to read."""
+    content = dataclasses.asdict(result)
+    typer.echo(json.dumps(content, indent=2, default=str))
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, (ImportError, OSError, ValueError)):  # all of ours are; they are written for people
+        return str(error)
+    return (
+        f"Unexpected {type(error).__name__}: {error}\nThis should not happen. `peft-many --debug …` shows where it "
+        "did; please report that."
+    )
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    if not issubclass(category, (DeprecationWarning, FutureWarning)):
+        typer.secho(f"Warning: {message}", err=True, fg="yellow")

@@ -1,0 +1,80 @@
+"""What every export has in common: what is read, the folder that is written, and what is said of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor
+
+from ..plugin.adapter import Adapter
+from ..plugin.card import CARD_NAME
+from ..plugin.partial import PartialFolder, partial_folder
+from ..plugin.stored_delta import KEY_PREFIX
+from ..version import __version__
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported.
+
+    Args:
+        folder (`Path`): Where it is.
+        notes (`list[str]`): What it cannot do that the adapter could; the folder's `README.md` says so too.
+        projector_loss (`dict[str, dict[str, float]]`):
+            By projector and task, how far the one projector of a folded model is from the task's own, as a share of
+            how far training moved that: 0 is the task's own, 1 as far from it as the base model's.
+    """
+
+    folder: Path
+    notes: list[str]
+    projector_loss: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def read_pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """`A`, with the LoRA scaling folded in, and `B` of every layer, in the dtype that they are stored in.
+
+    Raises:
+        UnmergeableAdapterError: They hold NaN or Inf.
+    """
+    found = {}
+    for module in sorted(adapter.pairs):
+        dtype = adapter.files[0].dtype(f"{KEY_PREFIX}{module}.lora_A.weight")
+        delta = adapter.pairs[module].read()
+        found[module] = (delta.A.to(dtype), delta.B.to(dtype))
+    return found
+
+
+@contextmanager
+def new_folder(output: Path, adapter: Adapter, *how: Any) -> Iterator[PartialFolder]:
+    """A folder that becomes `output` when the block ends well."""
+    inputs = [(str(file.path), file.path.stat().st_mtime_ns) for file in adapter.files]
+    key = hashlib.sha256(json.dumps([__version__, inputs, how], default=str).encode()).hexdigest()
+    with partial_folder(output, key) as partial:
+        yield partial
+
+
+def write_card(
+    folder: Path, title: str, adapter: Adapter, base_model: str | None, usage: str, notes: Sequence[str], **data: Any
+) -> None:
+    """Write the model card of an export."""
+    # A folder of the user's own is nobody else's business, and no model that the Hub could link to.
+    known = base_model if base_model is not None and not Path(base_model).exists() else None
+    about = ModelCardData(base_model=known, tags=["continual-learning", "lora", "merge", "peft-many"], **data)
+    rows = "\n".join(
+        f"| {task.name} | {task.provenance['source']} | {task.provenance['revision'] or ''} | {task.weight:g} |"
+        for task in adapter.tasks
+    )
+    said = "\n".join(f"- {note}" for note in notes)
+    text = (
+        f"# {title}\n\nExported by [peft_many](https://pypi.org/project/peft-many) {__version__} "
+        "(MAny, arXiv 2604.14016).\n\n"
+        f"```python\n{usage}```\n\n{said}\n\n| task | source | revision | weight |\n|---|---|---|---|\n{rows}\n"
+    )
+    ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}").save(folder / CARD_NAME)

@@ -1,0 +1,139 @@
+"""A folded model that keeps routing: a transformers model with an adapter inside that holds the projectors alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors.torch import save_file
+from transformers import AutoConfig, PreTrainedModel
+
+from ..plan import AdapterPath
+from ..plugin.adapter import Adapter, read_adapter
+from ..plugin.config import MAnyConfig
+from ..plugin.hub import find_adapter
+from ..plugin.stored_delta import KEY_PREFIX
+from .folding import BaseModel, copy_besides, folded, load_base, model_class
+from .result import Export, new_folder, write_card
+
+_USAGE = """import peft_many
+
+model = peft_many.load_routed_model("this/model")
+"""
+
+
+def export_routed_model(
+    adapter: AdapterPath,
+    output_dir: str | os.PathLike[str],
+    *,
+    base_model: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Export:
+    """Fold a merge into its base model and write one folder with everything, which goes on routing images.
+
+    The LoRAs are in the weights and cost nothing any more; the tasks' projectors and prototypes lie beside them as an
+    adapter without LoRA. [`load_routed_model`] gives the model back. The folder is of no use for merging further.
+
+    Args:
+        adapter (`str`): The folder or Hub id of a merge with routed projectors.
+        output_dir (`str`): The folder to create; it must not exist, or be empty.
+        base_model (`str`, *optional*): Folder or Hub id (`"me/model@revision"`), if the adapter does not say it.
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+
+    Returns:
+        [`Export`]: The folder, and what is lost.
+
+    Raises:
+        ValueError: There is nothing to route, or nobody says which the base model is.
+        UnmergeableAdapterError: The adapter is damaged, or does not fit the base model.
+        FileNotFoundError, FileExistsError, StatisticsError: As in [`merge_adapter_files`].
+    """
+    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    source = find_adapter(adapter, **hub)
+    read = read_adapter(source)
+    if not isinstance(read.config, MAnyConfig) or not read.config.routing:
+        raise ValueError(f"{source.name} routes no projector; `export_model` loses nothing there.")
+    base = BaseModel.of(base_model, read)
+    output = Path(output_dir).expanduser()
+    with new_folder(output, read, "routed", base) as partial:
+        plain = folded(load_base(base, hub), read, {})
+        plain.save_pretrained(partial.folder)
+        _save_projectors(read, read.config, partial.folder)
+        notes = [
+            "Loads with peft_many only. Read as a plain model without it, images would be seen through the base "
+            "model's projector."
+        ]
+        if read.config.gate_lora:
+            notes.append("It has the merged LoRA for all inputs; images choose no task's own any more (`gate_lora`).")
+        if not copy_besides(base, partial.folder, hub):
+            notes.append("No tokenizer or processor was found beside the base model, so none is here.")
+        title = f"A model with {len(read.tasks)} tasks folded in and routed projectors"
+        write_card(partial.folder, title, read, base.name, _USAGE, notes, library_name="peft")
+    return Export(output, notes)
+
+
+def load_routed_model(
+    folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load what [`export_routed_model`] wrote.
+
+    Args:
+        folder (`str`): The folder, or a Hub id that it was uploaded to.
+        revision (`str`, *optional*): On the Hub.
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+        **kwargs (`Any`): `dtype`, `device_map` and others of [`~transformers.PreTrainedModel.from_pretrained`].
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The model in evaluation mode, its projectors routed.
+
+    Raises:
+        ValueError: It is no such export.
+    """
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        place = Path(snapshot_download(str(folder), revision=revision, **hub))
+    if not (place / CONFIG_NAME).is_file() or not (place / "config.json").is_file():
+        raise ValueError(f"'{folder}' is no model that `export_routed_model` wrote.")
+    kind = model_class(AutoConfig.from_pretrained(place), str(folder))
+    # Transformers finds the adapter beside the weights by itself, and puts it in.
+    model: PreTrainedModel = kind.from_pretrained(place, **kwargs)
+    return model.eval()
+
+
+def _save_projectors(adapter: Adapter, config: MAnyConfig, folder: Path) -> None:
+    """The merge's projectors, prototypes and routing as an adapter that has no LoRA layers."""
+    weights = adapter.files[0]
+    names = sorted(config.routing or {})
+    kept = [key for key in sorted(weights) if any(key.startswith(f"{KEY_PREFIX}{name}.") for name in names)]
+    MAnyConfig(
+        target_modules=DUMMY_TARGET_MODULES,
+        modules_to_save=names,
+        projector_modules=list(names),
+        inference_mode=True,
+        # Not the base model's name: an adapter's base is what it is loaded onto where its folder cannot be seen.
+        base_model_name_or_path=None,
+        temperature=config.temperature,
+        router=config.router,
+        top_k=config.top_k,
+        abstain_above=config.abstain_above,
+        tasks=config.tasks,
+        routing=config.routing,
+    ).save_pretrained(folder)
+    save_file({key: weights[key] for key in kept}, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

@@ -1,0 +1,67 @@
+"""Write the reference part of docs/command-line.md from the commands' own help, which the tests compare.
+
+python scripts/document_commands.py
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import typer
+
+from peft_many.commands import app
+
+PAGE = Path(__file__).parents[1] / "docs" / "command-line.md"
+BEGIN = "<!-- made by scripts/document_commands.py -->"
+
+
+def documented() -> str:
+    """The page as it should be: what is written by hand, and every command below it."""
+    by_hand = PAGE.read_text(encoding="utf-8").partition(BEGIN)[0]
+    group = typer.main.get_command(app)
+    return by_hand + BEGIN + "\n" + "".join(_section(name, command) for name, command in group.commands.items())
+
+
+def _section(name: str, command) -> str:
+    text, _, examples = inspect.cleandoc(command.help).partition("[bold]Examples[/bold]")
+    lines = [re.sub(r" *\[dim\](.*?)\[/dim\]", r"  \1", line) for line in examples.splitlines() if line]
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    usage = " ".join(_shown(argument) for argument in arguments)
+    rows = [(f"`{_shown(argument)}`", _help(argument)) for argument in arguments]
+    for option in command.params:
+        if option.param_type_name == "option" and option.name != "help":
+            names = ", ".join(f"`{one}`" for one in (*option.opts, *option.secondary_opts))
+            rows.append((names, _help(option)))
+    table = "\n".join(f"| {names} | {text} |" for names, text in rows)
+    shown = "\n".join(lines)
+    return (
+        f"\n## peft-many {name}\n\n`peft-many {name} {usage}`\n\n{_plain(text).strip()}\n\n```bash\n{shown}\n```\n\n"
+        f"| | |\n|---|---|\n{table}\n"
+    )
+
+
+def _shown(argument) -> str:
+    name = argument.name.upper()
+    several = f"{name}..." if argument.nargs == -1 else name
+    return several if argument.required else f"[{several}]"
+
+
+def _help(parameter) -> str:
+    text = _plain(parameter.help or "").rstrip()
+    if parameter.param_type_name == "option" and parameter.required:
+        return f"{text} Required."
+    default = parameter.default
+    if isinstance(default, (str, int, float, Path)) and not isinstance(default, bool):
+        text += f" default: {default}"
+    return text.replace("|", r"\|")
+
+
+def _plain(text: str) -> str:
+    text = re.sub(r"\[bold\](.*?)\[/bold\]", r"**\1**", text)
+    return re.sub(r"\[dim\](.*?)\[/dim\]", r"\1", text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(documented(), encoding="utf-8")

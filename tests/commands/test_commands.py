@@ -1,0 +1,280 @@
+"""The command line: that it does what the functions behind it do, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import peft_many.demo.run
+from peft_many import (
+    __version__,
+    add_task,
+    export_lora,
+    export_model,
+    export_routed_model,
+    inspect_adapter,
+    merge_adapter_files,
+    merge_report,
+    pool_adapters,
+    remove_task,
+)
+from peft_many.commands import app
+from tests.adapters import STATISTICS, base, files, make
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("plan", "merge", "inspect", "report", "add", "remove", "pool", "export", "bench", "demo")
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("shelf")
+    return {name: make(root / name, seed=seed, task_name=name).folder for seed, name in enumerate("abc")}
+
+
+@pytest.fixture
+def merged(shelf, tmp_path) -> Path:
+    return merge_adapter_files([shelf["a"], shelf["b"]], tmp_path / "merged", progress=False)
+
+
+def run(*words: object, code: int = 0):
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == code, f"{done.output}\n{done.exception!r}"
+    assert "Traceback" not in done.output
+    return done
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_has_help_with_examples(name):
+    told = run(name, "--help").output
+    assert "Examples" in told
+    assert f"peft-many {name}" in told
+    assert name in run("--help").output
+
+
+def test_merge_is_merge_adapter_files(shelf, tmp_path):
+    options = ["--weight", "b=0.5", "--ridge", "1e-3", "--rank", "5", "--router", "gaussian", "--dtype", "bfloat16"]
+    told = run("merge", shelf["a"], shelf["b"], "-o", tmp_path / "1", *options, "--top-k", "1", "--quiet")
+    assert str(tmp_path / "1") in told.stdout.replace("\n", "")
+    merge_adapter_files(
+        [shelf["a"], shelf["b"]],
+        tmp_path / "2",
+        weights={"b": 0.5},
+        ridge=1e-3,
+        rank=5,
+        router="gaussian",
+        dtype=torch.bfloat16,
+        top_k=1,
+        progress=False,
+    )
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    gated = ["--gate-lora", "--temperature", "0.5", "--without", "b", "--device", "cpu", "-q"]
+    run("merge", *shelf.values(), "--output", tmp_path / "3", *gated)
+    chosen = [shelf["a"], shelf["c"]]
+    merge_adapter_files(chosen, tmp_path / "4", gate_lora=True, temperature=0.5, progress=False)
+    assert files(tmp_path / "3") == files(tmp_path / "4")
+    other = ["--method", "ties", "--projectors", "mean", "-q"]
+    run("merge", *chosen, "--output", tmp_path / "4", *other, "--overwrite")
+    merge_adapter_files(chosen, tmp_path / "5", method="ties", projectors="mean", progress=False)
+    assert files(tmp_path / "4") == files(tmp_path / "5")
+
+
+def test_a_recipe_and_what_the_command_line_says_over_it(shelf, tmp_path):
+    recipe = tmp_path / "tasks.yaml"
+    adapters = [{"adapter": str(shelf["a"]), "name": "first"}, str(shelf["b"])]
+    recipe.write_text(json.dumps({"adapters": adapters, "options": {"ridge": 1e-2, "router": "gaussian"}}))
+    run("merge", "--recipe", recipe, "-o", tmp_path / "1", "--ridge", "1e-3", "-q")
+    options = {"task_names": ["first", None], "ridge": 1e-3, "router": "gaussian"}
+    merge_adapter_files([shelf["a"], shelf["b"]], tmp_path / "2", **options, progress=False)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+
+
+def test_plan_says_it_and_writes_nothing(shelf, tmp_path):
+    before = [files(folder) for folder in shelf.values()]
+    told = run("plan", shelf["a"], shelf["b"], "-q").stdout
+    assert "2 tasks to merge" in told
+    assert "14 layers of rank 8, 8 problems to solve" in told.replace("\n", " ")
+    read = json.loads(run("plan", shelf["a"], shelf["b"], "--rank", 3, "--json").stdout)
+    assert read["ranks"] == [3, 3]
+    assert [task["name"] for task in read["tasks"]] == ["a", "b"]
+    assert [files(folder) for folder in shelf.values()] == before
+    failed = run("plan", shelf["a"], tmp_path / "nowhere", "--json", code=1)
+    assert "nowhere" in json.loads(failed.stdout)["problems"][0]
+    assert "nowhere" in run("plan", shelf["a"], tmp_path / "nowhere", "-q", code=1).stderr
+
+
+def test_add_and_remove_are_the_functions(shelf, merged, tmp_path):
+    run("add", merged, shelf["c"], "-o", tmp_path / "1", "--name", "new", "--weight", "new=0.5", "-q")
+    add_task(merged, shelf["c"], tmp_path / "2", task_name="new", weights={"new": 0.5}, progress=False)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    run("remove", tmp_path / "1", "a", "--output", tmp_path / "3", "-q")
+    remove_task(tmp_path / "2", "a", progress=False)
+    assert files(tmp_path / "3") == files(tmp_path / "2")
+    run("remove", tmp_path / "1", "a", "-q")
+    assert files(tmp_path / "1") == files(tmp_path / "3")
+
+
+def test_pool_is_the_function_and_cannot_be_taken_apart(shelf, merged, tmp_path):
+    run("pool", shelf["a"], shelf["b"], "-o", tmp_path / "1", "--name", "ab", "--rank", 3, "--weight", "b=2", "-q")
+    options = {"task_name": "ab", "rank": 3, "weights": {"b": 2.0}}
+    pool_adapters([shelf["a"], shelf["b"]], tmp_path / "2", **options, progress=False)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    assert "ab is a pool of a, b" in run("inspect", tmp_path / "1").stdout
+    run("merge", tmp_path / "1", shelf["c"], "-o", tmp_path / "3", "-q")
+    told = run("remove", tmp_path / "3", "a", "-q", code=1).stderr
+    assert "The task 'a' is part of the pool 'ab'" in told
+    run("remove", tmp_path / "3", "ab", "-q")
+    run("merge", shelf["c"], "-o", tmp_path / "4", "-q")
+    assert files(tmp_path / "3") == files(tmp_path / "4")
+
+
+def test_dry_runs_write_nothing(shelf, merged, tmp_path):
+    before = files(tmp_path)
+    told = run("merge", shelf["a"], shelf["c"], "-o", tmp_path / "new", "--dry-run", "-q").stdout
+    assert "2 tasks to merge" in told
+    assert "3 tasks to merge" in run("add", merged, shelf["c"], "--dry-run", "-q").stdout
+    assert "1 tasks to merge" in run("remove", merged, "a", "--dry-run", "-q").stdout
+    assert "not empty" in run("merge", shelf["a"], "-o", merged, "--dry-run", "-q", code=1).stderr
+    assert "names the task 'x'" in run("remove", merged, "x", "--dry-run", "-q", code=1).stderr
+    assert files(tmp_path) == before
+
+
+def test_inspect_shows_it(merged):
+    told = run("inspect", merged).stdout
+    assert "a merge of 2 tasks" in told
+    found = inspect_adapter(merged)
+    assert found.tasks[0].sha256[:8] in told
+    read = json.loads(run("inspect", merged, "--json").stdout)
+    assert read["tasks"][1]["name"] == "b"
+    assert read["files"][STATISTICS] == (merged / STATISTICS).stat().st_size
+    run("remove", merged, "b", "-q")
+    assert "a merge of 1 task" in run("inspect", merged).stdout
+
+
+def test_report_writes_and_says_it(merged, tmp_path):
+    told = run("report", merged, "-o", tmp_path / "report", "-q").stdout
+    found = merge_report(merged, progress=False)
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == found.to_dict()
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.png", "report.json"}
+    assert all(f"{share:.3f}" in told for share in found.interference.values())
+    assert "'a' and 'b' contradict each other" in told
+    told = run("report", merged, "-o", tmp_path / "2", "--no-conflicts", "-q").stdout
+    assert "contradict" not in told
+
+
+def test_exports_are_the_functions(merged, tmp_path):
+    place = tmp_path / "base"
+    base("llava").save_pretrained(place)
+    before = files(tmp_path)
+    told = run("export", merged, "-f", "model", "-o", tmp_path / "1", "--base-model", place, "--dry-run").stdout
+    assert "a merge of 2 tasks, would be written as model" in told.replace("\n", " ")
+    assert files(tmp_path) == before
+    run("export", merged, "-o", tmp_path / "1")
+    export_lora(merged, tmp_path / "2")
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    more = ["--format", "model", "--base-model", place]
+    told = run("export", merged, *more, "--projector", "a", "-o", tmp_path / "3")
+    done = export_model(merged, tmp_path / "4", base_model=place, projector="a")
+    assert files(tmp_path / "3") == files(tmp_path / "4")
+    assert done.notes[0] in told.stderr
+    read = json.loads(run("export", merged, *more, "-o", tmp_path / "5", "--json").stdout)
+    assert set(read["projector_loss"]["model.multi_modal_projector"]) == {"a", "b"}
+    run("export", merged, "-f", "routed", "--base-model", place, "-o", tmp_path / "6")
+    export_routed_model(merged, tmp_path / "7", base_model=place)
+    assert files(tmp_path / "6") == files(tmp_path / "7")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["merge", "x", "-o", "y"], 1, "There is no folder 'x'"),
+        (["merge", "a", "b"], 2, "--output"),
+        (["merge", "-o", "y"], 2, "Give the adapters here or by --recipe"),
+        (["merge", "a", "--recipe", "r", "-o", "y"], 2, "Give the adapters here or by --recipe"),
+        (["merge", "--recipe", "nowhere.yaml", "-o", "y"], 1, "There is no recipe"),
+        (["merge", "a", "-o", "y", "--weight", "a"], 2, "'a' is not TASK=NUMBER"),
+        (["merge", "a", "-o", "y", "--weight", "a=b"], 2, "'a=b' is not TASK=NUMBER"),
+        (["merge", "a", "-o", "y", "--dtype", "int8"], 2, "none of float32"),
+        (["merge", "a", "-o", "y", "--rank", "0"], 2, "--rank"),
+        (["merge", "a", "-o", "y", "--method", "magic"], 1, "unknown method 'magic'"),
+        (["merge", "a", "-o", "y", "--device", "nonsense"], 1, "cannot compute in float64"),
+        (["remove", "nowhere", "a", "-o", "y"], 1, "There is no folder 'nowhere'"),
+        (["remove", "nowhere", "a"], 1, "no local folder that could be replaced"),
+        (["export", "nowhere", "-o", "y"], 1, "There is no folder 'nowhere'"),
+        (["export", "a", "-o", "y", "-f", "gguf"], 2, "'gguf' is none of lora, model, routed"),
+        (["export", "a", "-o", "y", "--projector", "a"], 2, "Only --format model keeps"),
+        (["export", "a", "-o", "y", "--base-model", "a"], 2, "needs no base model"),
+        (["report", "nowhere", "-o", "y"], 1, "There is no folder 'nowhere'"),
+        (["inspect", "nowhere"], 1, "There is no folder 'nowhere'"),
+        (["magic"], 2, "magic"),
+    ],
+)
+def test_mistakes_end_in_one_message_and_a_code(tmp_path, monkeypatch, words, code, message):
+    monkeypatch.chdir(tmp_path)
+    done = run(*words, code=code)
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_debug_shows_a_traceback(tmp_path, monkeypatch):
+    done = CliRunner().invoke(app, ["--debug", "inspect", "nowhere"])
+    assert isinstance(done.exception, FileNotFoundError)
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("peft_many.commands.inspect.inspect_adapter", fails)
+    told = run("inspect", "x", code=1).stderr
+    assert "Unexpected RuntimeError: a bug" in told
+    assert "please report" in told
+
+
+def test_demo_passes_its_options_on(tmp_path, monkeypatch):
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(peft_many.demo.run, "run", lambda output, **options: asked.update(output=output, **options))
+    assert run("--version").stdout.strip() == __version__
+    run("demo", "--output", tmp_path, "--seed", 3, "--steps", 7, "--tests", 9)
+    assert asked == {"output": tmp_path, "seed": 3, "steps": 7, "tests": 9}
+
+
+def test_tab_completion_knows_the_tasks_of_a_merge(merged, monkeypatch):
+    words = f"peft-many remove {merged} "
+    monkeypatch.setenv("_PEFT_MANY_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", "3")
+    done = CliRunner().invoke(app, [], prog_name="peft-many")
+    assert done.stdout.split() == ["a", "b"]
+    monkeypatch.setenv("COMP_WORDS", "peft-many merge x --router g")
+    monkeypatch.setenv("COMP_CWORD", "4")
+    assert CliRunner().invoke(app, [], prog_name="peft-many").stdout.split() == ["gaussian"]
+
+
+@pytest.mark.slow
+def test_the_real_thing(shelf, tmp_path):
+    """The entry point in a process of its own, progress bars and all."""
+    scripts = re.search(r'^peft-many = "(.*):(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    program = f"from {scripts[1]} import {scripts[2]} as app; app(prog_name='peft-many')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+
+    def call(*words):
+        asked = [sys.executable, "-c", program, *map(str, words)]
+        return subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+
+    done = call("merge", shelf["a"], shelf["b"], "--output", "merged")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The merge: merged\n"
+    assert "Merging 2 tasks: 100%" in done.stderr
+    merge_adapter_files([shelf["a"], shelf["b"]], tmp_path / "expected", progress=False)
+    assert files(tmp_path / "merged") == files(tmp_path / "expected")
+    failed = call("merge", "x", "--output", "y")
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert "There is no folder 'x'" in failed.stderr
+    assert "Traceback" not in failed.stderr

@@ -1,0 +1,133 @@
+"""The exported LoRA: in stock PEFT, in a process that has never heard of this package, with the same outputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+
+from peft_many import export_lora, merge_adapter_files
+from peft_many.exports.lora import SERVED_RANKS
+from peft_many.plugin.adapter import UnmergeableAdapterError
+from tests.adapters import STATISTICS, WEIGHTS, base, distance, files, logits, make
+from tests.exports.shelf import Shelf, text_logits
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("shelf"))
+
+
+STOCK = """
+import sys
+import torch
+from peft import PeftModel
+from transformers import LlavaForConditionalGeneration
+model = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
+tokens = torch.load(sys.argv[3], weights_only=True)
+with torch.no_grad():
+    torch.save(model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits, sys.argv[4])
+assert not any(name.partition(".")[0] == "peft_many" for name in sys.modules), "peft_many was imported"
+assert {layer.r["default"] for layer in model.modules() if hasattr(layer, "lora_A")} == {16}
+"""
+
+
+@pytest.mark.slow
+def test_stock_peft_in_a_process_of_its_own(shelf, tmp_path):
+    merged = shelf.merge("abc", tmp_path / "merged", router="gaussian")
+    exported = export_lora(merged, tmp_path / "lora")
+    tokens = torch.tensor([[1, 5, 9, 30, 31, 44]])
+    torch.save(tokens, tmp_path / "tokens")
+    asked = [sys.executable, "-c", STOCK, shelf.base, exported.folder, tmp_path / "tokens", tmp_path / "logits"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, asked)), capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    model = PeftModel.from_pretrained(base("llava"), merged)
+    with torch.no_grad():
+        expected = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    assert distance(torch.load(tmp_path / "logits"), expected) < 1e-5
+    with model.disable_adapter(), torch.no_grad():
+        assert distance(model(input_ids=tokens).logits, expected) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        ("abc", {}),
+        ("ab", {"gate_lora": True}),
+        ("ab", {"rank": 3}),
+        ("ab", {"dtype": torch.bfloat16}),
+        ("ab", {"method": "ties", "projectors": "mean"}),
+    ],
+)
+def test_outputs_on_text_are_those_of_the_merge(shelf, tmp_path, names, options):
+    merged = shelf.merge(names, tmp_path / "merged", **options)
+    exported = export_lora(merged, tmp_path / "lora")
+    assert sorted(files(exported.folder)) == ["README.md", "adapter_config.json", WEIGHTS]
+    found = text_logits(PeftModel.from_pretrained(base("llava"), exported.folder))
+    expected = text_logits(PeftModel.from_pretrained(base("llava"), merged))
+    assert distance(found, expected) < 1e-5
+    assert ("gate_lora" in " ".join(exported.notes)) == bool(options.get("gate_lora"))
+    config = json.loads((exported.folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["modules_to_save"], config["r"]) == ("LORA", None, config["lora_alpha"])
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["r"] in SERVED_RANKS
+    dtypes = {tensor.dtype for tensor in load_file(exported.folder / WEIGHTS).values()}
+    assert dtypes == {options.get("dtype", torch.float32)}
+    card = (exported.folder / "README.md").read_text()
+    assert all(note in card for note in exported.notes)
+    export_lora(merged, tmp_path / "again")
+    assert files(tmp_path / "again") == files(exported.folder)
+
+
+@pytest.mark.parametrize("family", ["llava", "gpt2"])
+def test_single_adapters_with_scalings_and_patterns(tmp_path, family):
+    targets = ["c_attn", "c_fc"] if family == "gpt2" else r".*language_model.*(q|v|down)_proj"
+    options = {"fan_in_fan_out": True} if family == "gpt2" else {"rank_pattern": {"q_proj": 3}, "use_rslora": True}
+    made = make(tmp_path / "a", family, kind=LoraConfig, target_modules=targets, **options, r=5, lora_alpha=7)
+    (made.folder / STATISTICS).unlink()  # needs none
+    exported = export_lora(made.folder, tmp_path / "lora")
+    found = logits(PeftModel.from_pretrained(base(family), exported.folder), family)
+    assert distance(found, logits(PeftModel.from_pretrained(base(family), made.folder), family)) < 1e-5
+    assert {tensor.shape[0] for key, tensor in load_file(exported.folder / WEIGHTS).items() if "lora_A" in key} == {8}
+
+
+def test_images_are_seen_through_the_base_projector(shelf, tmp_path):
+    merged = shelf.merge("ab", tmp_path / "merged")
+    exported = export_lora(merged, tmp_path / "lora")
+    assert any("images are seen through the base model's projector" in note for note in exported.notes)
+    found = logits(PeftModel.from_pretrained(base("llava"), exported.folder), "llava")
+    assert distance(found, logits(PeftModel.from_pretrained(base("llava"), merged), "llava")) > 1e-3
+
+
+def test_ranks_that_no_server_takes(tmp_path):
+    large = make(tmp_path / "a", "llama", r=300, lora_alpha=1, target_modules=["q_proj"]).folder
+    other = make(tmp_path / "b", "llama", r=300, lora_alpha=1, target_modules=["q_proj"], seed=1).folder
+    assert "rank 320" in export_lora(large, tmp_path / "one").notes[0]
+    merged = merge_adapter_files([large, other], tmp_path / "merged", progress=False)
+    with pytest.raises(UnmergeableAdapterError, match=r"rank 600, and vLLM serves at most 512: merge it again"):
+        export_lora(merged, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_damage_and_places(shelf, tmp_path):
+    merged = shelf.merge("ab", tmp_path / "merged")
+    before = files(tmp_path)
+    with pytest.raises(FileExistsError):
+        export_lora(merged, merged)
+    with pytest.raises(FileNotFoundError):
+        export_lora(tmp_path / "nowhere", tmp_path / "lora")
+    assert files(tmp_path) == before
+    content = bytearray((merged / WEIGHTS).read_bytes())
+    content[-4:] = b"\xff\xff\xff\x7f"  # NaN
+    (merged / WEIGHTS).write_bytes(content)
+    with pytest.raises(UnmergeableAdapterError, match="NaN"):
+        export_lora(merged, tmp_path / "lora")
+    assert not Path(tmp_path / "lora").exists()

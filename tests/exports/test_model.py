@@ -1,0 +1,166 @@
+"""Folded models: reloaded by transformers alone, and compared with the adapter that they were made of."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+
+from peft_many import export_model, merge_adapter_files
+from peft_many.bench.parts import with_parts
+from peft_many.exports.one_projector import benches
+from peft_many.plugin.adapter import UnmergeableAdapterError, read_adapter
+from peft_many.plugin.hub import find_adapter
+from tests.adapters import PROJECTOR, base, distance, files, logits, make
+from tests.exports.shelf import Shelf, text_logits
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("shelf"))
+
+
+def reload(folder):
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model) is LlavaForConditionalGeneration
+    return model.eval()
+
+
+def test_the_projectors_merged(shelf, tmp_path):
+    merged = shelf.merge("abc", tmp_path / "merged")
+    exported = export_model(merged, tmp_path / "model", base_model=shelf.base)
+    assert not any(name.startswith("adapter_") for name in files(exported.folder))
+    model = reload(exported.folder)
+    read = read_adapter(find_adapter(merged))
+    (bench,) = benches(base("llava"), read.tasks)
+    found = model.get_submodule(PROJECTOR).state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in bench.fitted().items())
+    assert exported.projector_loss == {PROJECTOR: bench.loss(found)}
+    routed = PeftModel.from_pretrained(base("llava"), merged)
+    assert distance(text_logits(model), text_logits(routed)) < 1e-5
+    assert distance(logits(model, "llava"), logits(routed, "llava")) > 1e-3
+    loss = exported.projector_loss[PROJECTOR]
+    card = (exported.folder / "README.md").read_text()
+    assert f"a {loss['a']:.0%}, b {loss['b']:.0%}" in card
+    assert "is the least-squares fit to the tasks'" in card
+    assert "LlavaForConditionalGeneration.from_pretrained" in card
+    assert str(tmp_path.parent) not in card  # local paths are nobody's business
+    assert str(shelf.base) not in card
+
+
+def test_projectors_that_cannot_be_fitted_are_averaged(tmp_path):
+    shelf = Shelf(tmp_path, "qwen2_5_vl")  # whose projector makes one token of four patches
+    options = {"weights": [1.0, 3.0, 1.0]}
+    exported = export_model(shelf.merge("abc", tmp_path / "merged", **options), tmp_path / "1", base_model=shelf.base)
+    expected = PeftModel.from_pretrained(
+        base("qwen2_5_vl"), shelf.merge("abc", tmp_path / "mean", projectors="mean", **options)
+    )
+    model = AutoModelForImageTextToText.from_pretrained(exported.folder)
+    assert distance(logits(model, "qwen2_5_vl"), logits(expected, "qwen2_5_vl")) < 1e-5
+    ((name, loss),) = exported.projector_loss.items()
+    assert name.endswith("merger")
+    assert 0 < loss["b"] < loss["a"] < 1.5  # the mean is nearer to the heavier one
+    assert "is the mean of the tasks' by their weights" in exported.notes[0]
+
+
+@pytest.mark.parametrize("task", ["a", "b", "c"])
+def test_a_named_tasks_projector(shelf, tmp_path, task):
+    merged = shelf.merge("abc", tmp_path / "merged")
+    exported = export_model(merged, tmp_path / "model", base_model=shelf.base, projector=task)
+    projectors = shelf.adapters[task] if task != "c" else None  # which trained none: the base model's serves
+    expected = with_parts(lambda: base("llava"), lora=merged, projectors=projectors)
+    assert distance(logits(reload(exported.folder), "llava"), logits(expected, "llava")) < 1e-5
+    loss = exported.projector_loss[PROJECTOR]
+    if task == "c":
+        assert loss == pytest.approx({"a": 1.0, "b": 1.0})
+    else:
+        assert loss[task] < 1e-6
+        assert all(share > 0.5 for name, share in loss.items() if name != task)
+
+
+def test_single_adapters_lose_nothing(shelf, tmp_path):
+    exported = export_model(shelf.adapters["b"], tmp_path / "model", base_model=shelf.base)
+    expected = logits(PeftModel.from_pretrained(base("llava"), shelf.adapters["b"]), "llava")
+    assert distance(logits(reload(exported.folder), "llava"), expected) < 1e-5
+    assert exported.projector_loss[PROJECTOR]["b"] < 1e-6
+    assert "Outputs are the adapter's" in exported.notes[0]
+
+
+def test_gated_and_averaged_merges(shelf, tmp_path):
+    gated = shelf.merge("ab", tmp_path / "gated", gate_lora=True)
+    exported = export_model(gated, tmp_path / "1", base_model=shelf.base)
+    assert "gate_lora" in exported.notes[0]
+    plain = PeftModel.from_pretrained(base("llava"), shelf.merge("ab", tmp_path / "plain"))
+    assert distance(text_logits(reload(exported.folder)), text_logits(plain)) < 1e-5
+    mean = shelf.merge("ab", tmp_path / "mean", projectors="mean")
+    exported = export_model(mean, tmp_path / "2", base_model=shelf.base)
+    expected = logits(PeftModel.from_pretrained(base("llava"), mean), "llava")
+    assert distance(logits(reload(exported.folder), "llava"), expected) < 1e-5
+    with pytest.raises(ValueError, match="is the mean of several tasks' already"):
+        export_model(mean, tmp_path / "3", base_model=shelf.base, projector="a")
+
+
+def test_text_models_and_half_precision(tmp_path):
+    base("llama").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    made = [make(tmp_path / name, "llama", seed=seed, task_name=name).folder for seed, name in enumerate("ab")]
+    merged = merge_adapter_files(made, tmp_path / "merged", progress=False)
+    config = json.loads((merged / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "base")  # as training on a saved model writes it
+    (merged / "adapter_config.json").write_text(json.dumps(config))
+    exported = export_model(merged, tmp_path / "model")
+    assert exported.projector_loss == {}
+    kind = type(base("llama"))
+    model = kind.from_pretrained(exported.folder, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    expected = text_logits(PeftModel.from_pretrained(base("llama"), merged))
+    assert distance(text_logits(model), expected) < 0.05
+    assert distance(text_logits(base("llama")), expected) > 0.2
+
+
+def test_tokenizers_and_processors_come_along(shelf, tmp_path):
+    for name in ("tokenizer.json", "preprocessor_config.json", "chat_template.jinja", "evil.py", "weights.bin"):
+        (shelf.base / name).write_text(name)
+    exported = export_model(shelf.adapters["a"], tmp_path / "1", base_model=shelf.base)
+    found = files(exported.folder)
+    assert found["tokenizer.json"] == b"tokenizer.json"
+    assert {"preprocessor_config.json", "chat_template.jinja"} < set(found)
+    assert not {"evil.py", "weights.bin"} & set(found)
+    assert not any("No tokenizer" in note for note in exported.notes)
+    for name in ("tokenizer.json", "preprocessor_config.json", "chat_template.jinja", "evil.py", "weights.bin"):
+        (shelf.base / name).unlink()
+    assert "No tokenizer" in export_model(shelf.adapters["a"], tmp_path / "2", base_model=shelf.base).notes[-1]
+
+
+def test_mistakes(shelf, tmp_path):
+    merged = shelf.merge("ab", tmp_path / "merged")
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match="does not say which base model"):
+        export_model(merged, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"names the task 'x', but the tasks are 'a', 'b'"):
+        export_model(merged, tmp_path / "model", base_model=shelf.base, projector="x")
+    with pytest.raises(FileNotFoundError, match="The base model 'me/nowhere' cannot be loaded"):
+        export_model(merged, tmp_path / "model", base_model="me/nowhere", local_files_only=True)
+    with pytest.raises(FileExistsError):
+        export_model(merged, merged, base_model=shelf.base)
+    base("qwen2_vl").save_pretrained(shelf.root / "other")
+    with pytest.raises(UnmergeableAdapterError, match="trained on another base model"):
+        export_model(merged, tmp_path / "model", base_model=shelf.root / "other")
+    assert files(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_it_needs_nothing_of_this_package(shelf, tmp_path):
+    exported = export_model(shelf.merge("ab", tmp_path / "merged"), tmp_path / "model", base_model=shelf.base)
+    program = (
+        "import sys; from transformers import AutoModelForImageTextToText as A; A.from_pretrained(sys.argv[1]); "
+        "assert 'peft_many' not in sys.modules"
+    )
+    asked = [sys.executable, "-c", program, str(exported.folder)]
+    done = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,118 @@
+"""Folded models that go on routing: one folder, one call, the outputs of the merge."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForImageTextToText
+
+from peft_many import export_routed_model, load_routed_model, merge_adapter_files
+from peft_many.plugin.adapter import UnmergeableAdapterError
+from peft_many.plugin.projector import ProjectorMixture
+from tests.adapters import base, batches, distance, files, logits, make
+from tests.exports.shelf import Shelf, text_logits
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("shelf"))
+
+
+OPTIONS = {
+    "cosine": {},
+    "gaussian": {"router": "gaussian", "temperature": 0.5, "abstain_above": 2.0},
+    "hard": {"top_k": 1},
+    "half": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("names", ["ab", "abc"])  # c trained no projector: the base model's serves
+def test_the_outputs_are_those_of_the_merge(shelf, tmp_path, names, options):
+    merged = shelf.merge(names, tmp_path / "merged", **options)
+    exported = export_routed_model(merged, tmp_path / "model", base_model=shelf.base)
+    expected = logits(PeftModel.from_pretrained(base("llava"), merged), "llava")
+    by_call = load_routed_model(exported.folder)
+    by_transformers = AutoModelForImageTextToText.from_pretrained(exported.folder).eval()
+    for model in (by_call, by_transformers):
+        assert not any(isinstance(module, LoraLayer) for module in model.modules())
+        assert any(isinstance(module, ProjectorMixture) for module in model.modules())
+        assert distance(logits(model, "llava"), expected) < 1e-5
+    assert distance(logits(base("llava"), "llava"), expected) > 1e-2
+    mean = logits(
+        PeftModel.from_pretrained(base("llava"), shelf.merge(names, tmp_path / "m", projectors="mean")), "llava"
+    )
+    assert distance(mean, expected) > 1e-3
+
+
+def test_it_generates_as_the_merge(shelf, tmp_path):
+    merged = shelf.merge("ab", tmp_path / "merged")
+    model = load_routed_model(export_routed_model(merged, tmp_path / "model", base_model=shelf.base).folder)
+    expected = PeftModel.from_pretrained(base("llava"), merged)
+    batch = batches(model, "llava", seed=50)[0]
+    found = model.generate(**batch, max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, expected.generate(**batch, max_new_tokens=6, do_sample=False))
+
+
+def test_other_dtypes_and_families(tmp_path):
+    made = [make(tmp_path / name, "qwen2_5_vl", seed=seed, task_name=name).folder for seed, name in enumerate("ab")]
+    merged = merge_adapter_files(made, tmp_path / "merged", progress=False)
+    base("qwen2_5_vl").save_pretrained(tmp_path / "base")
+    exported = export_routed_model(merged, tmp_path / "model", base_model=tmp_path / "base")
+    expected = logits(PeftModel.from_pretrained(base("qwen2_5_vl"), merged), "qwen2_5_vl")
+    assert distance(logits(load_routed_model(exported.folder), "qwen2_5_vl"), expected) < 1e-5
+    half = load_routed_model(exported.folder, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert distance(logits(half, "qwen2_5_vl"), expected) < 0.1
+
+
+def test_a_gate_is_left_behind_and_said(shelf, tmp_path):
+    exported = export_routed_model(
+        shelf.merge("ab", tmp_path / "1", gate_lora=True), tmp_path / "2", base_model=shelf.base
+    )
+    assert any("gate_lora" in note for note in exported.notes)
+    expected = PeftModel.from_pretrained(base("llava"), shelf.merge("ab", tmp_path / "3"))
+    model = load_routed_model(exported.folder)
+    assert distance(logits(model, "llava"), logits(expected, "llava")) < 1e-5
+    assert distance(text_logits(model), text_logits(expected)) < 1e-5
+
+
+def test_what_has_nothing_to_route_and_what_is_no_export(shelf, tmp_path):
+    mean = shelf.merge("ab", tmp_path / "mean", projectors="mean")
+    before = files(tmp_path)
+    for adapter in (mean, shelf.adapters["a"]):
+        with pytest.raises(ValueError, match="routes no projector; `export_model` loses nothing there"):
+            export_routed_model(adapter, tmp_path / "model", base_model=shelf.base)
+    for folder in (mean, shelf.base):
+        with pytest.raises(ValueError, match="no model that `export_routed_model` wrote"):
+            load_routed_model(folder)
+    assert files(tmp_path) == before
+
+
+def test_it_is_no_adapter_to_merge(shelf, tmp_path):
+    exported = export_routed_model(shelf.merge("ab", tmp_path / "1"), tmp_path / "2", base_model=shelf.base)
+    with pytest.raises(UnmergeableAdapterError, match="is a merge and has no statistics"):
+        merge_adapter_files([exported.folder, shelf.adapters["c"]], tmp_path / "3", progress=False)
+
+
+@pytest.mark.slow
+def test_one_import_and_one_call_in_a_new_process(shelf, tmp_path):
+    merged = shelf.merge("ab", tmp_path / "merged")
+    exported = export_routed_model(merged, tmp_path / "model", base_model=shelf.base)
+    model = PeftModel.from_pretrained(base("llava"), merged)
+    batch = batches(model, "llava", seed=50)[0]
+    torch.save(batch, tmp_path / "batch")
+    program = (
+        "import sys, torch, peft_many; model = peft_many.load_routed_model(sys.argv[1]); "
+        "batch = torch.load(sys.argv[2]); torch.save(model(**batch).logits.detach(), sys.argv[3])"
+    )
+    asked = [sys.executable, "-c", program, exported.folder, tmp_path / "batch", tmp_path / "logits"]
+    done = subprocess.run(list(map(str, asked)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        assert distance(torch.load(tmp_path / "logits"), model(**batch).logits) < 1e-5
