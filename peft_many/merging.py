@@ -63,8 +63,8 @@ def merge_adapter_sequence(
         model (`torch.nn.Module`):
             The base model, which is wrapped in place as by [`~peft.get_peft_model`]. If merging fails it is untouched.
         adapters (`Sequence[str]`):
-            Local folders and Hub ids (`"me/adapter"`, `"me/adapter@revision"`), merges among them; MANY or LORA
-            adapters that `collect_statistics` was run on, if the method needs that.
+            Local folders and Hub ids (`"me/adapter"`, `"me/adapter@revision"`), merges among them; adapters of type
+            MANY, LORA and others (docs/how-to.md) that `collect_statistics` was run on, if the method needs that.
         adapter_name (`str`, defaults to `"default"`):
             What the merge is called inside the returned model.
         weights (`Sequence[float]`, *optional*):
@@ -145,6 +145,7 @@ def merge_adapter_sequence(
         gate_lora=gate_lora,
         hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
         progress=progress,
+        base=model,
     )
     config = plan.config(statistics=None)
     check_fits_model(config, {key: shape for key, (_, shape) in plan.tensors().items()}, model)

@@ -20,7 +20,8 @@ def test_the_product_of_the_factors_is_the_delta(out, width, true, said):
     delta = of_rank(out, width, true, seed=out + 41 * width)
     found = factored(delta, said)
     rank = min(said, out, width)
-    assert found.A.shape == (rank, width) and found.B.shape == (out, rank)
+    assert found.A.shape == (rank, width)
+    assert found.B.shape == (out, rank)
     assert found.A.dtype == found.B.dtype == torch.float32
     assert (found.dense() - delta).norm() <= 1e-6 * delta.norm()
 
@@ -35,5 +36,6 @@ def test_the_same_delta_gives_the_same_factors():
     delta = of_rank(40, 50, 3, seed=1)
     state = torch.get_rng_state()
     first, second = factored(delta, 3), factored(delta, 3)
-    assert torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
+    assert torch.equal(first.A, second.A)
+    assert torch.equal(first.B, second.B)
     assert torch.equal(torch.get_rng_state(), state)
