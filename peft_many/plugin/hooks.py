@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftWarning
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -214,6 +215,7 @@ def _tokens(inputs: Tensor, masks: Iterable[Tensor]) -> tuple[Tensor, bool]:
 
 
 def _input_width(layer: Any) -> int:
+    layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     return int(layer.in_features if hasattr(layer, "in_features") else layer.nx)  # `Conv1D` has its own name for it
 
 
