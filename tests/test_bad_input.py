@@ -392,6 +392,13 @@ def test_a_layer_that_is_not_linear(good, bad, tmp_path):
     assert_refused(tmp_path, [good["b"], bad], str(bad), LAYER, "no linear layer")
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "q_proj"]])
+def test_an_adapter_on_the_embedding(good, tmp_path, targets):
+    get_peft_model(base("llama"), LoraConfig(r=2, target_modules=targets)).save_pretrained(tmp_path / "embedding")
+    words = str(tmp_path / "embedding"), "embed_tokens.lora_embedding_A", "only linear layers"
+    assert_refused(tmp_path, [good["llama"], tmp_path / "embedding"], *words, family="llama")
+
+
 def test_other_shapes_than_the_other_adapters(good, tmp_path):
     wide = tiny.build("llava")
     wide = type(wide)(wide.config.__class__.from_dict({**wide.config.to_dict(), **WIDER}))

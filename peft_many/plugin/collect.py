@@ -139,7 +139,7 @@ def collect_statistics(
         rank = DEFAULT_RANK
     size = None if rank is None else rank + math.ceil(OVERSAMPLING * rank)
     adapter = weights_of(peft_model, adapter_name, layers)
-    covariances = CovarianceHooks(measured, bystanders, size, share_inputs, encoder, unmasked)
+    covariances = CovarianceHooks(measured, bystanders, size, share_inputs, encoder, unmasked, base)
     prototypes = PrototypeHooks({name: base.get_submodule(name) for name in projectors})
 
     def keep(covariance: Covariance, names: list[str]) -> Covariance:

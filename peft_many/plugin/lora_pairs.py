@@ -27,6 +27,10 @@ def split_pairs(
             halves.setdefault(name.removesuffix(f".lora_{half}.weight"), set()).add(half)
         elif getattr(config, "gate_lora", False) and name.endswith(f".{TASK_WEIGHT}"):
             continue  # the statistics hold every `A_t`
+        elif ".lora_embedding_" in name:
+            raise UnmergeableAdapterError(
+                f"{adapter}: tensor '{name}' is LoRA on an embedding; only linear layers can be merged."
+            )
         elif ".lora_" in name:
             raise UnmergeableAdapterError(
                 f"{adapter}: tensor '{name}' is no plain LoRA weight of a linear layer and cannot be merged."
