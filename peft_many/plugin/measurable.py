@@ -103,8 +103,8 @@ def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
     unsuited = next((name for name, layer in layers.items() if not suited(layer, adapter_name)), None)
     if unsuited is not None:
         raise ValueError(
-            f"Adapter '{adapter_name}' adapts '{unsuited}', which is no linear layer {_kind_of(layers[unsuited])}; only "
-            "linear layers have an input covariance."
+            f"Adapter '{adapter_name}' adapts '{unsuited}', which is no linear layer {_kind_of(layers[unsuited])}; "
+            "only linear layers have an input covariance."
         )
     merged = next((n for n, m in model.named_modules() if set(_merged_into(m)) - {adapter_name}), None)
     if merged is not None:
