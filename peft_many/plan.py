@@ -22,6 +22,7 @@ from .methods import LPM, MergeMethod, as_method
 from .plugin.adapter import Adapter, TaskAdapter, read_adapter
 from .plugin.config import ROUTERS, MAnyConfig
 from .plugin.hub import find_adapter
+from .plugin.key_layouts import with_current_names
 from .plugin.statistics import AdapterStatistics
 from .plugin.stored_delta import KEY_PREFIX, TASK_WEIGHT, UnmergeableAdapterError
 from .plugin.tensor_file import TensorFile
@@ -222,6 +223,7 @@ def plan_merge(
         read_adapter(find_adapter(entry, **hub), task_names[i] if task_names is not None else None, base)
         for i, entry in enumerate(tqdm(entries, desc="Reading adapters", unit="adapter", disable=not progress))
     ]
+    adapters = with_current_names(adapters, base)
     factors = weights if weights is not None else [1.0] * len(adapters)
     tasks = [
         replace(task, weight=factor * task.weight)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftWarning
@@ -30,6 +31,7 @@ from .gated_calls import GateTarget, unwatch_gated_calls, watch_gated_calls
 from .gated_linear import GatedLinear
 from .image_layout import WATCHED_METHODS, unwatch_image_calls, watch_image_calls
 from .layers import hang_on_layers, lora_layers
+from .module_names import names_on
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
 from .statistics import AdapterStatistics
 
@@ -114,11 +116,11 @@ class MAnyModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        adapted = {name.removeprefix("base_model.model.") for name in lora_layers(model, adapter_name)}
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+            model=model, config=config, adapter_name=adapter_name, state_dict=_renamed(state_dict, adapted, model)
         )
         # PEFT ignores keys that match nothing, which leaves an adapter silently untrained.
-        adapted = {name.removeprefix("base_model.model.") for name in lora_layers(model, adapter_name)}
         for key in remapped:
             layer = _layer(key)
             if layer is not None and layer not in adapted:
@@ -187,6 +189,23 @@ def _layer(key: str) -> str | None:
     """The path of the layer that one of LoRA's tensors belongs to; other tensors belong to none."""
     layer, _, rest = key.removeprefix("base_model.model.").rpartition(".lora_")  # modules may be called "lora_..." too
     return layer if f"lora_{rest.partition('.')[0]}" in LoraLayer.adapter_layer_names else None
+
+
+def _renamed(
+    state_dict: dict[str, torch.Tensor], adapted: Collection[str], model: nn.Module
+) -> dict[str, torch.Tensor]:
+    """LoRA tensors under today's names of layers that were called otherwise before transformers v5.
+
+    PEFT does that for its own LORA type only.
+    """
+    names = names_on(model.get_base_model() if isinstance(model, PeftModel) else model)
+    renamed = {}
+    for key, tensor in state_dict.items():
+        layer = _layer(key)
+        if layer is not None and layer not in adapted and (now := names(layer)) is not None:
+            key = key.replace(layer, now, 1)
+        renamed[key] = tensor
+    return renamed
 
 
 def _check_trainable(name: str, projector: nn.Module) -> None:

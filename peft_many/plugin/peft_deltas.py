@@ -17,6 +17,7 @@ from ..algebra.factoring import RankError, factored
 from ..algebra.lpm import LowRankDelta
 from .bare_model import BareLinear, bare_model, dense_delta
 from .fit import features_of_linear, is_linear
+from .module_names import names_on
 from .peft_methods import PeftMethod, described, method_of
 from .statistics import TaskStatistics, same_weights, tensors_fingerprint
 from .stored_delta import KEY_PREFIX, StoredDelta, UnmergeableAdapterError, check_finite
@@ -155,9 +156,12 @@ def _of_model(
 ) -> dict[str, BareLinear]:
     """The layers of a base model that an adapter adapts, in the order of the model."""
     linears: dict[str, BareLinear] = {}
+    names = names_on(base)
+    trained = {names(name): name for name in keys.own}  # under its name of now, that of then
+    if not trained:  # some methods keep everything in tensors that all layers share; then the config says which
+        trained = {name: name for name, _ in base.named_modules() if check_target_module_exists(config, name)}
     for name, module in base.named_modules():
-        # Some methods keep everything in tensors that all layers share; then the config says which these are.
-        if name not in keys.own if keys.own else not check_target_module_exists(config, name):
+        if name not in trained:
             continue
         shape = (features_of_linear(module, 0), features_of_linear(module, 1)) if is_linear(module) else (None, None)
         if shape[0] is None or shape[1] is None:
@@ -166,12 +170,12 @@ def _of_model(
                 f"{type(module).__name__}; only deltas of linear layers can be merged."
             )
         weight = _base_weight(adapter, name, module) if with_weights else None
-        linears[name] = BareLinear((shape[0], shape[1]), weight, isinstance(module, Conv1D))
+        linears[trained[name]] = BareLinear((shape[0], shape[1]), weight, isinstance(module, Conv1D))
     missing = next((name for name in keys.own if name not in linears), None)
     if missing is not None:
         raise UnmergeableAdapterError(
-            f"{adapter}: its layer '{missing}' matches no module of {type(base).__name__}: it was trained on another "
-            "base model."
+            f"{adapter}: the adapter's key '{keys.own[missing][0]}' matches no module of {type(base).__name__}: it "
+            "was trained on another base model."
         )
     return linears
 

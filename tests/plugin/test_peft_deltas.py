@@ -335,7 +335,7 @@ def test_the_merged_rank_is_no_larger_than_the_layer(tmp_path):
 
 
 def test_another_model_is_named(tmp_path):
-    with pytest.raises(UnmergeableAdapterError, match=r"'model\.layers\..*' matches no module of GPT2LMHeadModel"):
+    with pytest.raises(UnmergeableAdapterError, match=r"'base_model\.model\..*' matches no module of GPT2LMHead"):
         merge_adapter_sequence(base("gpt2"), [measured("LOHA", 1).folder], progress=False)
 
 
