@@ -181,13 +181,13 @@ def _of_model(
 
 
 def _base_weight(adapter: str, name: str, module: nn.Module) -> Tensor:
-    weight = module.weight
-    if not isinstance(weight, Tensor) or weight.is_meta:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta:
         raise UnmergeableAdapterError(
             f"{adapter}: its delta depends on the base weight of '{name}', which is not in memory (offloaded?). Merge "
             "on a base model that is loaded whole."
         )
-    if not weight.is_floating_point() or type(weight.data) is not Tensor:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or type(weight.data) is not Tensor:
         raise UnmergeableAdapterError(
             f"{adapter}: its delta depends on the base weight of '{name}', which is quantised. Merge on the base "
             "model as it was before; the merge can be loaded on the quantised one."
