@@ -23,6 +23,7 @@ from .methods import LPM, MergeMethod
 from .plan import ROUTED, AdapterPath, MergePlan, TaskNames, plan_merge
 from .plugin.atomic import writable_place
 from .plugin.fit import check_fits_model, untouched_on_failure
+from .plugin.offloaded import check_dispatched, is_offloaded, load_on_offloaded
 from .plugin.partial import shared_folder
 from .plugin.processes import together
 from .plugin.statistics import AdapterStatistics, check_covariance, weight_fingerprint
@@ -126,9 +127,12 @@ def merge_adapter_sequence(
         UnmergeableAdapterError: An adapter cannot be merged, or does not fit the others, the method or the model.
         AdapterNotFoundError: An adapter is neither a folder nor reachable on the Hub.
         StatisticsError: An adapter's statistics are damaged.
+        ValueError: An argument is impossible, or the model has adapters or weights that were offloaded without a
+            device map.
     """
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model already has adapters; pass the base model (`model.unload()` gives it back).")
+    check_dispatched(model)
     device = _usable(device)
     plan = plan_merge(
         adapters,
@@ -157,6 +161,8 @@ def merge_adapter_sequence(
         records[group[0]] = merged.record
     config.statistics = _merged_statistics(plan, records, in_memory=True)
     config.base_model_name_or_path = None  # which get_peft_model sets to the model's own
+    if is_offloaded(model):
+        return load_on_offloaded(model, config, tensors, adapter_name)
     with untouched_on_failure(model):
         merged_model = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         set_peft_model_state_dict(merged_model, tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)

@@ -157,6 +157,7 @@ def collect_statistics(
             state_kept(peft_model),
             only_active(peft_model, adapter_name),
             torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),  # compiled for one pass and its hooks, it would not pay
             watching_image_calls(base),
             covariances,
             prototypes,

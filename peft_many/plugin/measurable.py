@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.utils import align_module_device
 from peft import get_peft_model_state_dict
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -45,6 +46,11 @@ def weights_of(model: Any, adapter_name: str, layers: Mapping[str, Any]) -> Adap
     # Under the names that they will have in the file.
     saved: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {key if key.startswith("base_model.") else f"{KEY_PREFIX}{key}": value for key, value in saved.items()}
+    away = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
+    if away is not None:
+        raise RuntimeError(
+            f"The adapter's tensor '{away}' is offloaded. Measure it on a model that keeps it in memory."
+        )
     keys = tensor_keys(config, tensors)
     bases = {name: layer.get_base_layer() for name, layer in layers.items()}
     return AdapterWeights(
@@ -57,7 +63,9 @@ def weights_of(model: Any, adapter_name: str, layers: Mapping[str, Any]) -> Adap
 
 def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
     """A layer's LoRA weights as they are now, also where FSDP2 has cut them into shards."""
-    A, B = (part[adapter_name].weight.detach() for part in (layer.lora_A, layer.lora_B))
+    parts = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    with align_module_device(parts[0]), align_module_device(parts[1]):  # where Accelerate has offloaded them
+        A, B = (part.weight.detach() for part in parts)
     A, B = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight for weight in (A, B))
     if A.dim() != 2 or B.dim() != 2 or 0 in (A.numel(), B.numel()):
         raise RuntimeError(
