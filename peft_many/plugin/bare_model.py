@@ -63,17 +63,21 @@ def bare_model(config: PeftConfig, tensors: Mapping[str, Tensor], linears: Mappi
                 parent.add_module(step, nn.Module())
             parent = parent.get_submodule(step)
         parent.add_module(name, linear.build())
+    # PEFT looks into AdaLoRA's weights to cut them to the ranks that are left, so that these must be in memory.
+    later = name_of(config) != "ADALORA"
     with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a user of the adapter would have to know; here nothing is trained
         try:
-            model = get_peft_model(root, _for_bare_layers(config, list(linears)), _ADAPTER, low_cpu_mem_usage=True)
-            loaded = set_peft_model_state_dict(model, dict(tensors), _ADAPTER, low_cpu_mem_usage=True)
+            model = get_peft_model(root, _for_bare_layers(config, list(linears)), _ADAPTER, low_cpu_mem_usage=later)
+            loaded = set_peft_model_state_dict(model, dict(tensors), _ADAPTER, low_cpu_mem_usage=later)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())  # PEFT's and torch's have many lines
             raise ValueError(f"PEFT cannot load it ({type(error).__name__}: {reason})") from error
     if loaded.unexpected_keys:
         raise ValueError(f"its tensor '{loaded.unexpected_keys[0]}' belongs to no part of such an adapter")
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if not later:
+        missing = [name for name in loaded.missing_keys if ".lora_" in name]
     if missing:
         raise ValueError(f"its tensor '{missing[0].replace(f'.{_ADAPTER}', '')}' is missing")
     return model.eval()

@@ -198,14 +198,12 @@ def _renamed(
 
     PEFT does that for its own LORA type only.
     """
+    strange = {key: layer for key in state_dict if (layer := _layer(key)) is not None and layer not in adapted}
+    if not strange:
+        return state_dict
     names = names_on(model.get_base_model() if isinstance(model, PeftModel) else model)
-    renamed = {}
-    for key, tensor in state_dict.items():
-        layer = _layer(key)
-        if layer is not None and layer not in adapted and (now := names(layer)) is not None:
-            key = key.replace(layer, now, 1)
-        renamed[key] = tensor
-    return renamed
+    new = {key: key.replace(layer, names(layer) or layer, 1) for key, layer in strange.items()}
+    return {new.get(key, key): tensor for key, tensor in state_dict.items()}
 
 
 def _check_trainable(name: str, projector: nn.Module) -> None:

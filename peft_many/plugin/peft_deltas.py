@@ -25,7 +25,9 @@ from .tensor_file import TensorFile
 
 # Entries of the largest layer that is believed on the word of a statistics file; real ones have a third of that.
 LARGEST_LAYER = 1 << 31
-LARGEST_RANK = 1 << 16
+# Numbers in configs by which PEFT makes room before it looks at the tensors; real ones are hundreds.
+LARGEST_SIZE = 1 << 14
+_SIZES = ("r", "init_r", "hybrid_r", "num_vectors", "vector_length")
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,10 @@ def deltas_by_peft(
             f"{adapter} {described(config)}: its delta on '{layer}' depends on the base weights. Merge it with "
             "`merge_adapter_sequence`, which has the base model."
         )
-    rank = getattr(config, "r", None)
-    if isinstance(rank, int) and rank > LARGEST_RANK:
-        raise UnmergeableAdapterError(f"{adapter}: its config gives the rank {rank}, which no adapter has.")
+    for name in _SIZES:
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size > LARGEST_SIZE:
+            raise UnmergeableAdapterError(f"{adapter}: its config gives `{name}` as {size}, which no adapter has.")
     linears = (
         _of_statistics(adapter, config, keys, measured)
         if base is None

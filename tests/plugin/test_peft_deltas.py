@@ -308,6 +308,44 @@ def test_sizes_that_no_layer_has(size, tmp_path):
     refused(folder, "by its statistics", f"is {size} x")
 
 
+@pytest.mark.parametrize(("name", "option"), [("VERA", "r"), ("ADALORA", "init_r"), ("VBLORA", "num_vectors")])
+def test_configs_that_would_fill_the_memory(name, option, tmp_path):
+    folder = Path(shutil.copytree(measured(name, 1).folder, tmp_path / "hostile"))
+    config = json.loads((folder / "adapter_config.json").read_text()) | {option: 10**9}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    refused(folder, f"`{option}` as 1000000000")
+
+
+def test_adalora_with_the_ranks_that_training_left(tmp_path):
+    options = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 6, "deltaT": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = get_peft_model(base("llama"), peft.AdaLoraConfig(**options, target_modules=TARGETS))
+        batch = batches(model, "llama", 0)[0]
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_E" in name or "lora_B" in name:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+    for step in range(8):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        model.base_model.update_and_allocate(step)
+    model.eval()
+    collect_statistics(model, [batch], energy=1.0, progress=False)
+    model.save_pretrained(tmp_path / "pruned")
+    ranks = {len(tensor) for key, tensor in load_file(tmp_path / "pruned" / WEIGHTS).items() if "lora_A" in key}
+    assert len(ranks) > 1
+    merged = merge_adapter_sequence(base("llama"), [tmp_path / "pruned"], progress=False)
+    again = PeftModel.from_pretrained(base("llama"), tmp_path / "pruned").eval()
+    torch.testing.assert_close(logits(merged, "llama"), logits(again, "llama"), atol=1e-4, rtol=1e-4)
+
+
+def test_a_tensor_that_adalora_lacks(damaged):
+    def lose(tensors: dict[str, Tensor]) -> None:
+        del tensors[next(key for key in sorted(tensors) if key.endswith("q_proj.lora_E"))]
+
+    refused(damaged("ADALORA", lose), "ADALORA", "q_proj.lora_E")
+
+
 def test_without_statistics_the_base_model_tells_the_sizes(tmp_path):
     folder = Path(shutil.copytree(measured("LOHA", 1).folder, tmp_path / "unmeasured"))
     (folder / STATISTICS).unlink()
