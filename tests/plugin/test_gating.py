@@ -636,13 +636,13 @@ def test_files_hold_what_a_merge_in_memory_has(tmp_path: Path, dtype: torch.dtyp
 def test_an_interrupted_merge_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [making.adapter_folder("llava", task) for task in range(3)]
     whole = merge_adapter_files(folders, tmp_path / "whole", gate_lora=True, progress=False)
-    done, merge_group = [], merging._merge_group
+    done, merge_group = [], merging.merge_group
 
     def stop_after_two(plan: Any, group: Any, device: Any) -> Any:
         done.append(group)
         return merge_group(plan, group, device) if len(done) != 3 else interrupt()
 
-    monkeypatch.setattr(merging, "_merge_group", stop_after_two)
+    monkeypatch.setattr(merging, "merge_group", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         merge_adapter_files(folders, tmp_path / "merged", gate_lora=True, progress=False)
     merge_adapter_files(folders, tmp_path / "merged", gate_lora=True, progress=False)
