@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .config import MAnyConfig
-from .families import PROJECTOR_NAME
 from .hub import AdapterSource
 from .statistics import (
     STATISTICS_NAME,
@@ -294,6 +294,13 @@ def _single_task(
         projectors=projectors,
         source=source.name,
     )
+
+
+# The last path component of a projector, by the names that transformers' families use: there is no model to look at.
+PROJECTOR_NAME = re.compile(
+    r"multi_modal_projector|mm_projector|projector|connector|merger|deepstack_merger_list|aligner|"
+    r"language_projection|vision_projection"
+)
 
 
 def _named_like_projectors(rest: Iterable[str]) -> list[str]:

@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 from .config import MAnyConfig, MAnyPeftType
 from .families import (
     find_projectors,
-    image_encoder_name,
     language_model_linears,
     language_model_name,
     match_projectors,
+    takes_images,
+    where_projectors_are_sought,
 )
 from .gated_calls import GateTarget, unwatch_gated_calls, watch_gated_calls
 from .gated_linear import GatedLinear
@@ -42,7 +43,7 @@ class MAnyModel(LoraModel):
 
     def _prepare_adapter_config(self, peft_config: MAnyConfig, model_config: dict[str, Any]) -> PeftConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:
-            if image_encoder_name(self.model) is not None:
+            if takes_images(self.model):
                 peft_config.target_modules = _targets(self.model, peft_config)
             elif isinstance(self.model, PreTrainedModel) and (
                 model_config.get("model_type") not in self.target_module_mapping
@@ -81,12 +82,10 @@ class MAnyModel(LoraModel):
         """Give the adapter its projectors; how to take them away again goes on the stack `rollback`."""
         if config.projector_modules is None:
             projectors = find_projectors(model)
-            if not projectors and image_encoder_name(model) is not None:
-                warnings.warn(
-                    f"No projector was found in {type(model).__name__}, so only the language model is adapted. Name "
-                    "it by `projector_modules`, or pass `projector_modules=[]` if there is none.",
-                    PeftWarning,
-                    stacklevel=2,
+            if not projectors and takes_images(model):
+                raise ValueError(
+                    f"No projector was found in {type(model).__name__}: {where_projectors_are_sought(model)} "
+                    "Name it by `projector_modules`, or pass `projector_modules=[]` to adapt the language model only."
                 )
         else:
             projectors = match_projectors(model, config.projector_modules)
