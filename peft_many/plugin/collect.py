@@ -24,7 +24,7 @@ from .families import find_projectors, image_encoder_name, language_model_linear
 from .forward import batch_size, device_of, forward, masks_of, only_active, state_kept
 from .gathering import gather_covariances, gather_prototypes
 from .hooks import CovarianceHooks, PrototypeHooks
-from .image_layout import watching_image_calls
+from .image_calls import watching_image_calls
 from .layers import hang_on_layers, lora_layers
 from .processes import current_processes, from_every_process, together
 from .registration import give_statistics

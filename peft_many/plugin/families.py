@@ -32,6 +32,8 @@ def image_encoder_name(model: nn.Module) -> str | None:
 
 def language_model_name(model: nn.Module) -> str | None:
     """The path of the language model inside a multimodal transformers model, `None` if it is not a part of its own."""
+    if exceptional(model).language_model is not None:
+        return exceptional(model).language_model
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     return None if decoder is model else _name_of(model, decoder)
 
@@ -212,7 +214,13 @@ def language_model_linears(model: nn.Module) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether this is a linear layer, be it quantised; attention layers of a `LinearAttention` class are none."""
+    """Whether this is a linear layer, be it quantised; attention layers of a `LinearAttention` class are none.
+
+    Nor are routers of experts that begin as a linear layer and return more than its product (Llama 4).
+    """
+    kind = type(module)
+    if isinstance(module, nn.Linear) and kind.__module__.startswith("transformers.models."):
+        return kind.forward is nn.Linear.forward
     return isinstance(module, (nn.Linear, Conv1D)) or (
         "Linear" in type(module).__name__ and hasattr(module, "in_features")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import warnings
@@ -29,7 +30,7 @@ from .families import (
 )
 from .gated_calls import GateTarget, unwatch_gated_calls, watch_gated_calls
 from .gated_linear import GatedLinear
-from .image_layout import WATCHED_METHODS, unwatch_image_calls, watch_image_calls
+from .image_calls import unwatch_image_calls, watch_image_calls
 from .layers import hang_on_layers, lora_layers
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
 from .statistics import AdapterStatistics
@@ -169,17 +170,30 @@ class MAnyModel(LoraModel):
             if isinstance(model, PreTrainedModel):
                 model.save_pretrained = functools.partial(_refuse_saving, model)
         else:
-            unwatch_image_calls([(module, name) for module in model.modules() for name in WATCHED_METHODS])
+            unwatch_image_calls(list(model.modules()))
         return model
 
 
 def _update_expert_names(config: MAnyConfig, model: nn.Module) -> None:
-    """Let PEFT turn expert names from before transformers v5 into `target_parameters`, which it does for LORA only."""
+    """Let PEFT turn expert names from before transformers v5 into `target_parameters`, which it does for LORA only.
+
+    Names that the model has today stay: experts that all tokens pass have the names that routed ones had.
+    """
+    before, targeted = copy.deepcopy(config), _targeted(config, model)
     config.peft_type = PeftType.LORA
     try:
         convert_peft_config_for_transformers(config, model=model, conversions=None)
     finally:
         config.peft_type = MAnyPeftType.MANY
+    if not targeted <= _targeted(config, model):
+        for name in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+            setattr(config, name, getattr(before, name))
+
+
+def _targeted(config: MAnyConfig, model: nn.Module) -> set[str]:
+    """The linear layers that the config's `target_modules` match, by what they are called in PEFT's eyes."""
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {name for name in names if config.target_modules and check_target_module_exists(config, name)}
 
 
 def _layer(key: str) -> str | None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_sequence
+from peft_many.plugin.image_calls import current_image_call
+from peft_many.plugin.layouts import current_layout, vision_features_of
 from peft_many.plugin.projector import ProjectorMixture, ProjectorWrapper
 from tests.plugin.making import perturb
 
@@ -90,7 +92,7 @@ def check(family: str, folder: Path, load: Callable[[str, Path], str]) -> Findin
 def _check(finding: Finding, folder: Path, load: Callable[[str, Path], str]) -> None:
     family, row = finding.family, row_of(finding.family)
     base = build(family)
-    inputs = Inputs(base, row.inputs, row.tokens)
+    inputs = Inputs(base, row)
     rows = joint_rows(inputs.kind, row.images_per_row)
     batch = inputs(rows)
     require_same(logits(base, batch), one_by_one(base, inputs, rows, batch), "the base model is not")
@@ -117,12 +119,13 @@ def _check(finding: Finding, folder: Path, load: Callable[[str, Path], str]) -> 
     if wrong:
         raise Unmet(wrong)
     finding.reloaded = True
+    finding.note = row.note
 
 
 def joint_inputs(base: PreTrainedModel, family: str) -> Arguments:
     """The joint batch of a family."""
     row = row_of(family)
-    inputs = Inputs(base, row.inputs, row.tokens)
+    inputs = Inputs(base, row)
     return inputs(joint_rows(inputs.kind, row.images_per_row))
 
 
@@ -162,7 +165,7 @@ def require_same(joint: Tensor, alone: Tensor, what: str) -> None:
 def make_task(family: str, task: int, style: int, folder: Path) -> None:
     """Train a step, move the weights on so that tasks differ, measure on images of one style, and save."""
     base, row = build(family), row_of(family)
-    inputs = Inputs(base, row.inputs, row.tokens)
+    inputs = Inputs(base, row)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(task)
         model = get_peft_model(base, MAnyConfig(task_name=f"task-{task}"))
@@ -171,7 +174,7 @@ def make_task(family: str, task: int, style: int, folder: Path) -> None:
     perturb(model, "default", seed=task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experts that no token was sent to
-        collect_statistics(model, batches, progress=False)
+        collect_statistics(model, batches, share_inputs=row.share_inputs, progress=False)
     model.save_pretrained(str(folder))
 
 
@@ -222,7 +225,7 @@ def routed_call(merged: PeftModel, batch: Arguments) -> tuple[Decisions, Tensor]
     for mixture, found in zip(mixtures, seen, strict=True):
         mixture.task_weights = _noting(mixture, found)  # type: ignore[method-assign]
     handle = wrappers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(_shape_of(args, kwargs)), with_kwargs=True
+        lambda module, args, kwargs: shapes.append(_layout_seen(module, args, kwargs)), with_kwargs=True
     )
     try:
         output = logits(merged, batch)
@@ -230,7 +233,7 @@ def routed_call(merged: PeftModel, batch: Arguments) -> tuple[Decisions, Tensor]
         handle.remove()
         for mixture in mixtures:
             del mixture.task_weights
-    return Decisions(seen, shapes[0] if shapes else ""), output
+    return Decisions(seen, max(shapes, key=len, default="")), output
 
 
 def _noting(mixture: ProjectorMixture, found: list[int]) -> Any:
@@ -242,9 +245,22 @@ def _noting(mixture: ProjectorMixture, found: list[int]) -> Any:
     return task_weights
 
 
-def _shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    features = args[0] if args else next(iter(kwargs.values()))
-    return f"{features.dim()}-D"
+def _layout_seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What arrives at a projector, in words."""
+    features, call = vision_features_of(args, kwargs), current_image_call()
+    if not features.is_floating_point():
+        return ""
+    layout = current_layout(features, module)
+    if layout.flat:
+        return "flat patches" if len(layout.lengths) > 1 else "flat patches, a call for each image"
+    kind = "maps of a convolution" if layout.channels_first else "patches"
+    if call is not None and call.encoded is not None:
+        kind = "the vision tower's patches"
+    if layout.leading > 1:
+        return f"padded {kind}"
+    if len(layout.lengths) == 1:
+        return f"{kind}, a call for each image"
+    return kind if layout.lengths.max() == 1 else f"tiles of {kind}"
 
 
 def require_decisions(tasks: list[list[int]], styles: list[int]) -> None:

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .prompts import END, PROMPTS
+from .rows import Row
 from .shrink import BOS, TEXT_TOKENS
 
 Picture = Tensor  # (3, height, width)
 Arguments = dict[str, Any]
 
 PATCH, MERGE, TILE = 4, 2, 16
+UNNAMED = 110  # stands for images where the configuration names no token
 SIDE = 16
 
 
@@ -198,12 +201,17 @@ def local_views(config: Any, rows: list[list[Picture]]) -> Arguments:
     """DeepSeek-OCR: the whole picture, and its tiles apart."""
     tiles = [tiles_of(image) for image in _flat(rows)]
     local = [tile[1:] for tile in tiles]
-    grids = [[image.shape[2] // TILE, image.shape[1] // TILE] for image in _flat(rows)]
     inputs: Arguments = {"pixel_values": torch.stack([tile[0] for tile in tiles])}
     if sum(map(len, local)):
         inputs |= {"pixel_values_local": torch.cat(local), "num_local_patches": list(map(len, local))}
-        inputs |= {"patches_grid": grids}
     return inputs
+
+
+def local_grids(config: Any, rows: list[list[Picture]]) -> Arguments:
+    """Unlimited-OCR: and in how many columns and rows the tiles lie."""
+    grids = [[image.shape[2] // TILE, image.shape[1] // TILE] for image in _flat(rows)]
+    inputs = local_views(config, rows)
+    return inputs | ({"patches_grid": grids} if "pixel_values_local" in inputs else {})
 
 
 def cross_attended(config: Any, rows: list[list[Picture]]) -> Arguments:
@@ -217,6 +225,37 @@ def cross_attended(config: Any, rows: list[list[Picture]]) -> Arguments:
             tiles = torch.stack(torch.split(image, TILE, 2))
             pixels[r, i, : len(tiles)], ids[r, i], mask[r, i, : len(tiles)] = tiles, len(tiles), 1
     return {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
+
+
+def flattened(config: Any, rows: list[list[Picture]]) -> Arguments:
+    """Kosmos-2.5: `(images, patches, 2 + 3 * patch * patch)`, each patch behind its row and column."""
+    found = []
+    for image in _flat(rows):
+        grid = torch.cartesian_prod(*(torch.arange(1, side // PATCH + 1) for side in image.shape[1:]))
+        found.append(torch.cat([grid.float(), patches_of(image, PATCH, 1, 1)], dim=1))
+    return {"flattened_patches": torch.stack(found)}
+
+
+def cropped(config: Any, rows: list[list[Picture]]) -> Arguments:
+    """Phi-4: `(images, 1 + crops, 3, height, width)`, the whole picture first, and masks of patches."""
+    crops = [image.expand(2, -1, -1, -1) for image in _flat(rows)]
+    mask = torch.ones(len(crops), 2, SIDE // PATCH, SIDE // PATCH)
+    sizes = torch.tensor([[SIDE, SIDE] for _ in crops])
+    return {"image_pixel_values": torch.stack(crops), "image_sizes": sizes, "image_attention_mask": mask}
+
+
+def pooled(config: Any, rows: list[list[Picture]]) -> Arguments:
+    """Molmo 2: patches of the whole picture and its tiles, and for each token the patches that make it up."""
+    crops = [crop for image in _flat(rows) for crop in tiles_of(image)]
+    side = SIDE // PATCH
+    of_crop = torch.arange(side * side).reshape(side // 2, 2, side // 2, 2).transpose(1, 2).reshape(-1, 4)
+    pooling = torch.cat([of_crop + i * side * side for i in range(len(crops))])
+    grids = [[side // 2, side // 2, side // 2, side // 2 * (len(tiles_of(image)) - 1)] for image in _flat(rows)]
+    return {
+        "pixel_values": torch.stack([patches_of(crop, PATCH, 1, 1) for crop in crops]),
+        "image_token_pooling": pooling,
+        "image_grids": torch.tensor(grids),
+    }
 
 
 _SQUARE, _WIDE, _TWO, _FOUR = (16, 16), (16, 24), (16, 32), (32, 32)
@@ -242,7 +281,11 @@ KINDS: dict[str, tuple[Callable[[Any, list[list[Picture]]], Arguments], tuple[tu
     "instructed": (instructed, (_SQUARE,)),
     "instructed_video": (instructed_video, (_SQUARE,)),
     "local_views": (local_views, (_SQUARE, _TWO)),
+    "local_grids": (local_grids, (_SQUARE, _TWO)),
     "cross_attended": (cross_attended, (_SQUARE, _TWO)),
+    "flattened": (flattened, (_SQUARE,)),
+    "cropped": (cropped, (_SQUARE,)),
+    "pooled": (pooled, (_SQUARE, _TWO)),
 }
 
 
@@ -263,7 +306,8 @@ def kind_of(model: nn.Module) -> str:
 def image_token(config: Any) -> int:
     """The token that stands for images."""
     names = ("image_token_id", "image_token_index", "image_patch_id", "video_token_id")
-    return int(next(getattr(config, name) for name in names if getattr(config, name, None) is not None))
+    found = (getattr(part, name, None) for part in (config, _vision(config)) for name in names)
+    return next((int(token) for token in found if token is not None), UNNAMED)
 
 
 class Inputs:
@@ -271,17 +315,18 @@ class Inputs:
 
     Args:
         model (`PreTrainedModel`): The base model.
-        kind (`str`, *optional*): A key of `KINDS`.
-        tokens (`int`, *optional*): How many tokens a picture becomes; by default `get_image_features` is asked.
+        row ([`Row`]): What is special about its family.
     """
 
-    def __init__(self, model: Any, kind: str | None = None, tokens: int | None = None) -> None:
+    def __init__(self, model: Any, row: Row) -> None:
         self.config = model.config
-        self.kind = kind or kind_of(model)
+        self.kind = row.inputs or kind_of(model)
+        self.prompt = row.prompt
         self.token = image_token(model.config)
+        self._end = getattr(model.config, "eoi_token_index", None) or END
         self._arguments = set(inspect.signature(type(model).forward).parameters)
         self._owner = next((part for part in (model.base_model, model) if hasattr(part, "get_image_features")), None)
-        self._tokens = tokens
+        self._tokens, self._axes = row.tokens, row.position_axes
         self._counts: dict[torch.Size, int] = {}
 
     def tokens_of(self, image: Picture) -> int:
@@ -302,7 +347,7 @@ class Inputs:
 
     def __call__(self, rows: list[list[Picture]], length: int | None = None) -> Arguments:
         """The arguments of a joint call for rows of pictures."""
-        ids = [self.row(images, number) for number, images in enumerate(rows)]
+        ids = [self.row(images) for images in rows]
         length = max(map(len, ids)) if length is None else length
         filled = [row + [TEXT_TOKENS[(7 * i + 3) % len(TEXT_TOKENS)] for i in range(length - len(row))] for row in ids]
         inputs: Arguments = {"input_ids": torch.tensor(filled)}
@@ -311,16 +356,30 @@ class Inputs:
         for name in ("mm_token_type_ids", "token_type_ids"):
             if name in self._arguments:
                 inputs[name] = is_image
+        if self._axes is not None:
+            inputs["position_ids"] = torch.arange(length).expand(self._axes, len(rows), -1)
+        if "image_embeds_position_mask" in self._arguments:
+            inputs["image_embeds_position_mask"] = is_image
+        if "cross_attention_mask" in self._arguments and any(rows):
+            inputs["cross_attention_mask"] = self._seen_images(rows, is_image)
         if getattr(self.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = inputs["input_ids"][:, -3:]
         if any(rows):
             inputs |= KINDS[self.kind][0](self.config, rows)
         return inputs
 
-    def row(self, images: list[Picture], number: int) -> list[int]:
+    def _seen_images(self, rows: list[list[Picture]], is_image: Tensor) -> Tensor:
+        """Mllama: which images and tiles each token attends to, `(rows, length, images, tiles)`: those before it."""
+        aspects = KINDS[self.kind][0](self.config, rows)
+        begun = is_image.cumsum(1)[..., None] > torch.arange(aspects["aspect_ratio_ids"].shape[1])
+        real = aspects["aspect_ratio_mask"] * (aspects["aspect_ratio_ids"] > 0)[..., None]
+        return (begun[..., None] * real[:, None]).long()
+
+    def row(self, images: list[Picture]) -> list[int]:
         """The token ids of one row, without what fills it up."""
-        prompt = [TEXT_TOKENS[(11 * len(images) + 5 * i + 1) % len(TEXT_TOKENS)] for i in range(3)]
         ids = [BOS]
         for image in images:
-            ids += [*[self.token] * self.tokens_of(image), prompt[0]]
-        return ids + prompt
+            tiles = len(tiles_of(image)) if KINDS[self.kind][0] in (tiled, batched, batched_mask) else 1
+            tile = [self.token] * (self.tokens_of(image) // tiles)
+            ids += PROMPTS[self.prompt]([tile] * tiles, self._end)
+        return [*ids, *(TEXT_TOKENS[(11 * len(images) + 5 * i + 1) % len(TEXT_TOKENS)] for i in range(3))]

@@ -14,16 +14,24 @@ class Row:
 
     Args:
         settings (`dict`): What its shrunk configuration has to say differently, nested as the configuration is.
+        prompt (`str`): How the tokens of an image are laid out (`tests.families.prompts`).
         inputs (`str`, *optional*): How it takes images (`tests.families.inputs`); by default found by its arguments.
         tokens (`int`, *optional*): How many tokens an image becomes; by default its `get_image_features` is asked.
         images_per_row (`str`): `"any"` number of images, or exactly `"one"`.
+        share_inputs (`bool`): Of `collect_statistics`.
+        position_axes (`int`, *optional*): Give position ids of that many axes, counted from 0 in every row.
+        note (`str`): For the table.
         unfit (`str`, *optional*): Why it is not run at all.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
+    prompt: str = "run"
     inputs: str | None = None
     tokens: int | None = None
     images_per_row: str = "any"
+    share_inputs: bool = True
+    position_axes: int | None = None
+    note: str = ""
     unfit: str | None = None
 
 
@@ -101,7 +109,9 @@ _ROWS: dict[str, Row] = {
                 },
             },
             "vision_config": {"max_image_size": 32, "min_image_size": 8},
-        }
+        },
+        position_axes=4,
+        note="given position ids: the model's own number the images through the batch",
     ),
     "janus": Row({"vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "latent_channels": 8}}),
     "llama4": Row(
@@ -112,7 +122,9 @@ _ROWS: dict[str, Row] = {
                 "vision_output_dim": 24,
                 "intermediate_size": 96,
             }
-        }
+        },
+        inputs="tiles",
+        prompt="ended",
     ),
     "mistral_large4": Row({"text_config": {"kv_source_layers": [0, 1], "num_key_value_heads": 4}}),
     "mllama": Row(
@@ -127,9 +139,12 @@ _ROWS: dict[str, Row] = {
             "text_config": {"cross_attention_layers": [1]},
         },
         inputs="cross_attended",
+        images_per_row="one",
+        tokens=1,
     ),
     "molmo2": Row(
         {
+            "image_patch_id": 90,
             "adapter_config": {
                 "vision_feature_layer": [1, 0],
                 "hidden_size": 24,
@@ -139,7 +154,8 @@ _ROWS: dict[str, Row] = {
             },
             "vision_config": {"num_position_embeddings": 16, "head_dim": 8},
             "text_config": {"rope_scaling_layers": [0, 1]},
-        }
+        },
+        inputs="pooled",
     ),
     "muse_spark": Row(
         {
@@ -174,7 +190,7 @@ _ROWS: dict[str, Row] = {
             }
         }
     ),
-    "unlimited_ocr": Row({"vision_config": {"sam_config": _SMALL_SAM}}, inputs="local_views"),
+    "unlimited_ocr": Row({"vision_config": {"sam_config": _SMALL_SAM}}, inputs="local_grids"),
     "chameleon": Row(unfit="images become token ids of a codebook: there is no projector"),
     "emu3": Row(unfit="images become token ids of a codebook: there is no projector"),
     "evolla": Row(unfit="takes proteins, not images"),
@@ -208,23 +224,23 @@ _ROWS: dict[str, Row] = {
                 "model_type": "gemma4_unified_vision",
                 "patch_size": 4,
                 "pooling_kernel_size": 1,
-                "mm_embed_dim": 24,
+                "mm_embed_dim": 32,
                 "mm_posemb_size": 64,
                 "output_proj_dims": 32,
             }
         },
         inputs="placed_patches",
     ),
-    "kimi_k25": Row({"projection_hidden_size": 24}, inputs="patch_images"),
+    "kimi_k25": Row({"projection_hidden_size": 24, "text_config": {"num_key_value_heads": 4}}, inputs="patch_images"),
     "paddleocr_vl": Row({"text_config": _MROPE}, inputs="patch_images"),
     "video_llama_3": Row(inputs="merge_sizes"),
     "inkling2": Row(inputs="token_images"),
-    "granite_docling": Row(inputs="batch_mask"),
+    "granite_docling": Row(inputs="batch_mask", prompt="rows"),
     "deepseek_vl_hybrid": Row({"high_res_vision_config": {**_SMALL_SAM, "image_size": 32}}, inputs="two_resolutions"),
     "fuyu": Row(inputs="patch_rows"),
     "internvl": Row(inputs="tiles"),
-    "aya_vision": Row(inputs="tiles"),
-    "cohere2_vision": Row(inputs="tiles"),
+    "aya_vision": Row(inputs="tiles", prompt="marked"),
+    "cohere2_vision": Row(inputs="tiles", prompt="marked"),
     "qianfan_ocr": Row(inputs="tiles"),
     "got_ocr2": Row(inputs="tiles"),
     "pp_chart2table": Row(inputs="tiles"),
@@ -268,6 +284,32 @@ _ROWS: dict[str, Row] = {
     ),
     "inkling_mm_model": Row(
         unfit="its vision tower ends in the language model's width: there is no projector apart from it"
+    ),
+    "idefics2": Row(prompt="fenced"),
+    "idefics3": Row(prompt="rows"),
+    "smolvlm": Row(prompt="rows"),
+    "t5gemma2": Row(tokens=4, share_inputs=False),
+    "git": Row(inputs="stacked", tokens=0, images_per_row="one"),
+    "kosmos-2": Row(inputs="stacked", tokens=8, images_per_row="one"),
+    "kosmos-2.5": Row({"vision_config": {"patch_embed_hidden_size": 48}}, inputs="flattened", tokens=8),
+    "phi4_multimodal": Row(
+        {
+            "vision_config": {"crop_size": 16},
+            "audio_config": {
+                "nemo_conv_channels": 8,
+                "hidden_size": 24,
+                "num_blocks": 1,
+                "num_attention_heads": 3,
+                "ext_pw_out_channel": 24,
+                "depthwise_separable_out_channel": 24,
+                "intermediate_size": 24,
+            },
+        },
+        inputs="cropped",
+        tokens=13,
+    ),
+    "idefics": Row(
+        unfit="has no projector: its language model attends to the vision tower's output itself, and holds the tower"
     ),
 }
 

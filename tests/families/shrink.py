@@ -34,7 +34,7 @@ _SIZES: dict[str, Any] = {
         ("n_shared_experts", "moe_num_shared_experts", "n_group", "topk_group", "num_nextn_predict_layers"), 1
     ),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "hidden_size_per_layer_input", "laurel_rank"), 8),
-    **dict.fromkeys(("text_hidden_size", "out_hidden_size", "hidden_size_for_lm"), TEXT_WIDTH),
+    **dict.fromkeys(("text_hidden_size", "out_hidden_size", "word_embed_proj_dim"), TEXT_WIDTH),
     **dict.fromkeys(("vision_hidden_size", "encoder_hidden_size"), VISION_WIDTH),
     **dict.fromkeys(
         ("projection_dim", "projector_hidden_size", "projection_hidden_dim", "projection_hidden_size"), 32
