@@ -125,7 +125,7 @@ def _mean_residual(delta: LowRankDelta, tasks: Sequence[Task]) -> float:
 
 def save_plot(path: Path, found: dict[str, Any]) -> None:
     """The error of each state and the residuals, over the number of tasks."""
-    figure, (errors, residuals) = new_figure(1, 2, 11, 4)
+    figure, (errors, residuals) = new_figure(1, 2, 11, 4.4)
     for i, (name, state) in enumerate(found["states"].items()):
         shade = 0.3 + 0.7 * (i + 1) / len(found["states"])
         label = f"{name}: {state['bytes'] / found['bytes_a_task']:.1f} tasks' memory"
@@ -134,8 +134,10 @@ def save_plot(path: Path, found: dict[str, Any]) -> None:
     residuals.plot(found["tasks"], found["at_once"], marker="o", color=OTHERS, label="all tasks kept")
     errors.set_title("pooled delta, off the merge of all tasks")
     residuals.set_title("what each task loses (residual)")
-    errors.legend(frameon=False, fontsize=8)
-    residuals.legend(frameon=False, fontsize=8)
+    handles, names = (
+        one + two for one, two in zip(*(axis.get_legend_handles_labels() for axis in (errors, residuals)))
+    )
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     for axis in (errors, residuals):
         axis.set_xlabel("tasks")
         axis.set_ylim(bottom=0)

@@ -27,6 +27,7 @@ from .plugin.atomic import writable_place
 from .plugin.card import CARD_NAME
 from .plugin.fit import check_fits_model, untouched_on_failure
 from .plugin.hub import ADAPTER_FILES
+from .plugin.offloaded import check_dispatched, is_offloaded, load_on_offloaded
 from .plugin.partial import shared_folder
 from .plugin.processes import together
 from .plugin.statistics import check_covariance, weight_fingerprint
@@ -69,8 +70,8 @@ def merge_adapter_sequence(
         model (`torch.nn.Module`):
             The base model, which is wrapped in place as by [`~peft.get_peft_model`]. If merging fails it is untouched.
         adapters (`Sequence[str]`):
-            Local folders and Hub ids (`"me/adapter"`, `"me/adapter@revision"`), merges among them; MANY or LORA
-            adapters that `collect_statistics` was run on, if the method needs that.
+            Local folders and Hub ids (`"me/adapter"`, `"me/adapter@revision"`), merges among them; adapters of type
+            MANY, LORA and others (docs/how-to.md) that `collect_statistics` was run on, if the method needs that.
         adapter_name (`str`, defaults to `"default"`):
             What the merge is called inside the returned model.
         weights (`Sequence[float]` or `Mapping[str, float]`, *optional*):
@@ -135,9 +136,12 @@ def merge_adapter_sequence(
         UnmergeableAdapterError: An adapter cannot be merged, or does not fit the others, the method or the model.
         AdapterNotFoundError: An adapter is neither a folder nor reachable on the Hub.
         StatisticsError: An adapter's statistics are damaged.
+        ValueError: An argument is impossible, or the model has adapters or weights that were offloaded without a
+            device map.
     """
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model already has adapters; pass the base model (`model.unload()` gives it back).")
+    check_dispatched(model)
     device = usable_device(device)
     plan = plan_merge(
         adapters,
@@ -155,6 +159,7 @@ def merge_adapter_sequence(
         gate_lora=gate_lora,
         hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
         progress=progress,
+        base=model,
     )
     config = plan.config(statistics=None)
     check_fits_model(config, {key: shape for key, (_, shape) in plan.tensors().items()}, model)
@@ -166,6 +171,8 @@ def merge_adapter_sequence(
         records[group[0]] = merged.record
     config.statistics = merged_statistics(plan, records, in_memory=True)
     config.base_model_name_or_path = None  # which get_peft_model sets to the model's own
+    if is_offloaded(model):
+        return load_on_offloaded(model, config, tensors, adapter_name)
     with untouched_on_failure(model):
         merged_model = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         set_peft_model_state_dict(merged_model, tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)

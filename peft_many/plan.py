@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .agreement import check_gate, check_same_base, check_tasks, check_whole_projectors, shared_inputs
+from .algebra.lpm import has_full_rank
 from .algebra.scatter import cost
 from .mean_projectors import average_projectors
 from .methods import LPM, MergeMethod, as_method
 from .plugin.adapter import Adapter, TaskAdapter, read_adapter
 from .plugin.config import ROUTERS, MAnyConfig
 from .plugin.hub import find_adapter
+from .plugin.key_layouts import with_current_names
 from .plugin.statistics import AdapterStatistics
 from .plugin.stored_delta import KEY_PREFIX, TASK_WEIGHT
 from .plugin.tensor_file import TensorFile
@@ -67,9 +69,14 @@ class MergePlan:
         return [file for adapter in self.adapters for file in adapter.files]
 
     def rank_of(self, module: str) -> int:
-        """The rank of a layer's merged delta: `Σ r_t` or what the method makes of it, and what `rank` allows."""
+        """The rank of a layer's merged delta: `Σ r_t` or what the method makes of it, and what `rank` allows.
+
+        Deltas of full rank do not add up to more than that.
+        """
         ranks = [task.deltas[module].rank for task in self.tasks if module in task.deltas]
         whole = sum(ranks) if self.method is None else self.method.rank_of(ranks)
+        if not self.options["gate_lora"] and has_full_rank(ranks, self.shape_of(module)):
+            whole = min(whole, *self.shape_of(module))
         return whole if self.options["rank"] is None else min(whole, self.options["rank"])
 
     def ranks_of(self, module: str) -> list[int]:
@@ -130,7 +137,7 @@ class MergePlan:
             target_modules=_common(configs, "target_modules") if _same_layers(self.adapters) else sorted(ranks),
             modules_to_save=projectors or None,
             projector_modules=list(projectors),
-            fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
+            fan_in_fan_out=any(getattr(config, "fan_in_fan_out", False) for config in configs),
             task_type=_common(configs, "task_type"),
             auto_mapping=_common(configs, "auto_mapping"),
             base_model_name_or_path=_common(configs, "base_model_name_or_path"),
@@ -175,8 +182,11 @@ def plan_merge(
     dtype: torch.dtype = torch.float32,
     hub: Mapping[str, Any],
     progress: bool,
+    base: nn.Module | None = None,
 ) -> MergePlan:
     """Find and read the adapters and check that they can be merged; the arguments are those of merging.
+
+    `base` is the base model, where there is one.
 
     Raises:
         ValueError, UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As merging says.
@@ -214,9 +224,10 @@ def plan_merge(
     if not all(0 <= weight < math.inf for weight in numbers):
         raise ValueError(f"`weights` must be finite and not negative, but they are {numbers}.")
     adapters = [
-        read_adapter(find_adapter(entry, **hub), task_names[i] if task_names is not None else None)
+        read_adapter(find_adapter(entry, **hub), task_names[i] if task_names is not None else None, base)
         for i, entry in enumerate(tqdm(entries, desc="Reading adapters", unit="adapter", disable=not progress))
     ]
+    adapters = with_current_names(adapters, base)
     tasks = weighted_tasks(adapters, weights)
     adapters, tasks = without_tasks(adapters, tasks, without)
     tasks.sort(key=lambda task: task.name)  # so that any order of the list gives the same merge to the bit
@@ -273,7 +284,7 @@ def _first_known(*values: Any) -> Any:
 
 def _common(configs: Iterable[Any], field: str) -> Any:
     """The value that all configs which have one agree on, else `None`."""
-    return _same([value for config in configs if (value := getattr(config, field))])
+    return _same([value for config in configs if (value := getattr(config, field, None))])
 
 
 def _same(values: Sequence[Any]) -> Any:
@@ -285,6 +296,7 @@ def _same_layers(adapters: Sequence[Adapter]) -> bool:
     configs = [adapter.config for adapter in adapters]
     if _common(configs, "target_modules") is None:
         return False
-    if any(config.layers_to_transform is not None or config.exclude_modules for config in configs):
+    fewer = ("layers_to_transform", "exclude_modules")
+    if any(getattr(config, name, None) not in (None, [], set(), "") for config in configs for name in fewer):
         return False  # there the words say less than half of it
     return len({frozenset(task.deltas) for adapter in adapters for task in adapter.tasks}) == 1

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -130,11 +131,13 @@ def recorded(model: PeftModel) -> Iterator[dict[str, list[Tensor]]]:
         rows.setdefault(name, []).append(args[0][masks[0].bool()].double())
 
     handles = [inner.register_forward_pre_hook(note_mask, with_kwargs=True)]
+    adapted = tuple(f"{name}." for name, module in inner.named_modules() if isinstance(module, BaseTunerLayer))
     for name, module in inner.named_modules():
-        linear = isinstance(module, (nn.Linear, Conv1D, LoraLayer)) and ".lora_" not in name
+        linear = isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer))
         if (
             linear
-            and not name.endswith(("base_layer", "lm_head"))
+            and not name.startswith(adapted)
+            and not name.endswith("lm_head")
             and not any(part in name for part in ("vision", "visual", "projector"))
         ):
             handles.append(module.register_forward_pre_hook(functools.partial(note_input, name)))

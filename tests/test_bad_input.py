@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -392,6 +392,13 @@ def test_a_layer_that_is_not_linear(good, bad, tmp_path):
     assert_refused(tmp_path, [good["b"], bad], str(bad), LAYER, "no linear layer")
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "q_proj"]])
+def test_an_adapter_on_the_embedding(good, tmp_path, targets):
+    get_peft_model(base("llama"), LoraConfig(r=2, target_modules=targets)).save_pretrained(tmp_path / "embedding")
+    words = str(tmp_path / "embedding"), "embed_tokens.lora_embedding_A", "only linear layers"
+    assert_refused(tmp_path, [good["llama"], tmp_path / "embedding"], *words, family="llama")
+
+
 def test_other_shapes_than_the_other_adapters(good, tmp_path):
     wide = tiny.build("llava")
     wide = type(wide)(wide.config.__class__.from_dict({**wide.config.to_dict(), **WIDER}))
@@ -526,24 +533,23 @@ OPTIONS = [
 def test_options_whose_effect_is_no_low_rank_delta(good, tmp_path, name, option):
     bad = Path(shutil.copytree(good[name], tmp_path / "bad"))
     edit_config(bad, **option)
-    module = [] if "bias" in option else ["_proj'"]
+    module = [] if {"bias", "alora_invocation_tokens"} & {*option} else ["_proj"]
     assert_refused(tmp_path, [good["b"], bad], str(bad), f"`{next(iter(option))}", *module)
 
 
-def test_a_real_dora_adapter(good, tmp_path):
+def test_a_dora_adapter_whose_config_hides_it(good, tmp_path):
     model = get_peft_model(base("llava"), MAnyConfig(r=2, use_dora=True, task_name="dora"))
     scatter(model, 4)
     collect_statistics(model, batches(model, "llava", 4), progress=False)
     model.save_pretrained(tmp_path / "dora")
-    assert_refused(tmp_path, [good["b"], tmp_path / "dora"], str(tmp_path / "dora"), "`use_dora`", "_proj'")
-    edit_config(tmp_path / "dora", use_dora=False)  # whatever the config says, the tensors are there
+    edit_config(tmp_path / "dora", use_dora=False)
     assert_refused(tmp_path, [good["b"], tmp_path / "dora"], str(tmp_path / "dora"), "lora_magnitude_vector", "_proj")
 
 
 def test_an_adapter_of_another_type(good, tmp_path):
-    model = get_peft_model(base("llava"), LoHaConfig(r=2, target_modules=["q_proj"]))
-    model.save_pretrained(tmp_path / "loha")
-    assert_refused(tmp_path, [good["b"], tmp_path / "loha"], str(tmp_path / "loha"), "LOHA")
+    model = get_peft_model(base("llava"), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    model.save_pretrained(tmp_path / "ia3")
+    assert_refused(tmp_path, [good["b"], tmp_path / "ia3"], str(tmp_path / "ia3"), "IA3", "multiplies activations")
 
 
 def test_an_adapter_that_was_not_measured(good, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,7 +123,8 @@ class LeastSquaresMerge:
                 gets lost in rounding is small beside the tasks' deltas, if not beside the merged one. Without `rank`.
 
         Returns:
-            `dict[str, MergedDelta]`: `A` of shape `(Σ r_t, in)` and `B` of shape `(out, Σ r_t)`, or of lower rank.
+            `dict[str, MergedDelta]`: `A` of shape `(Σ r_t, in)` and `B` of shape `(out, Σ r_t)`, or of lower rank: of
+            full rank at most where a task's delta has that, unless `keep_blocks`.
 
         Raises:
             SingularMergeError: A direction has no energy in any task and there is no ridge.
@@ -152,6 +153,8 @@ class LeastSquaresMerge:
             elif keep_blocks:
                 task_A = torch.cat([blocks[i][2].A.to(self.device) for i in own])
                 merged[name] = rounded_delta(name, A, B, dtype, stacked=True, task_A=task_A)
+            elif has_full_rank([blocks[i][2].A.shape[0] for i in own], (B.shape[0], A.shape[1])) and len(own) > 1:
+                merged[name] = rounded_delta(name, *_without_blocks(A, B), dtype, stacked=False)
             elif rounding_loss(A, B, dtype) > LARGEST_ROUNDING_LOSS[dtype]:  # the blocks are large and cancel
                 merged[name] = rounded_delta(name, *orthonormal(A, B), dtype, stacked=False)
             else:
@@ -175,6 +178,19 @@ def rounded_delta(
             f"the merged '{name}' has entries beyond the range of {dtype}; bfloat16 has that of float32"
         )
     return rounded
+
+
+def has_full_rank(ranks: Sequence[int], shape: tuple[int, int]) -> bool:
+    """Whether a task's delta has the full rank of its layer, of shape `(out, in)`: blocks save nothing then."""
+    return max(ranks) >= min(shape)
+
+
+def _without_blocks(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same delta with the identity for one of its factors."""
+    dense = B.double() @ A
+    if dense.shape[0] < dense.shape[1]:
+        return dense, torch.eye(len(dense), dtype=torch.float64, device=A.device)
+    return torch.eye(dense.shape[1], dtype=torch.float64, device=A.device), dense
 
 
 def _identity(width: int) -> Covariance:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,15 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import MAnyConfig
 from .families import PROJECTOR_NAME
 from .hub import AdapterSource
+from .lora_pairs import split_pairs
+from .peft_deltas import deltas_by_peft
+from .peft_methods import check_options, is_plain_lora, method_of
 from .statistics import (
     STATISTICS_NAME,
     AdapterStatistics,
@@ -28,11 +29,9 @@ from .statistics import (
 )
 from .stored_delta import (
     KEY_PREFIX,
-    TASK_WEIGHT,
     StoredDelta,
     StoredPair,
     UnmergeableAdapterError,
-    check_finite,
     delta_in_merge,
     delta_of_adapter,
 )
@@ -70,21 +69,24 @@ class Adapter:
         config ([`~peft.LoraConfig`]): As saved.
         tasks (`tuple[TaskAdapter, ...]`): One, or those of a merge.
         files (`tuple[TensorFile, ...]`): What everything is mapped from.
-        pairs (`Mapping[str, StoredPair]`): The adapter's own LoRA by layer, in a merge the merged one.
+        pairs (`Mapping[str, StoredPair]`): By layer, the LoRA in the file, in a merge the merged one; none of others.
     """
 
-    config: LoraConfig
+    config: PeftConfig
     tasks: tuple[TaskAdapter, ...]
     files: tuple[TensorFile, ...]
     pairs: Mapping[str, StoredPair]
 
 
-def read_adapter(source: AdapterSource, task_names: str | Sequence[str] | None = None) -> Adapter:
+def read_adapter(
+    source: AdapterSource, task_names: str | Sequence[str] | None = None, base: nn.Module | None = None
+) -> Adapter:
     """Read an adapter with its statistics, if it has any. Only safetensors and JSON are read, nothing is executed.
 
     Args:
         source ([`AdapterSource`]): Where it is.
         task_names (`str` or `Sequence[str]`, *optional*): Overrides the task's name; a list, for each task of a merge.
+        base (`torch.nn.Module`, *optional*): The base model, which the deltas of some PEFT methods depend on.
 
     An adapter without a statistics file is read as one task of which nothing is known; whether the merge can do
     without is for the caller to say.
@@ -93,7 +95,7 @@ def read_adapter(source: AdapterSource, task_names: str | Sequence[str] | None =
         UnmergeableAdapterError: It cannot be merged, be it damaged or not linear.
     """
     try:
-        return _read(source, task_names)
+        return _read(source, task_names, base)
     except (UnmergeableAdapterError, StatisticsError):
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
@@ -101,16 +103,27 @@ def read_adapter(source: AdapterSource, task_names: str | Sequence[str] | None =
         raise UnmergeableAdapterError(f"{source.name} is malformed: {error!r}.") from error
 
 
-def _read(source: AdapterSource, task_names: str | Sequence[str] | None) -> Adapter:
+def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: nn.Module | None) -> Adapter:
     config = _read_config(source)
     weights = _open_weights(source)
-    _check_additive(source, config, weights)
-    measured, statistics = _read_statistics(source, config)
-    pairs, rest = _split_pairs(source, config, weights)
+    layers = (key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in sorted(weights) if ".lora_" in key)
+    try:
+        check_options(config, next(layers, "no layer"))
+    except ValueError as error:
+        raise UnmergeableAdapterError(f"{source.name} {error}") from None
+    files, statistics = _read_statistics(source, config)
+    pairs: dict[str, StoredPair] = {}
     if isinstance(config, MAnyConfig) and config.is_merge:
+        pairs, rest = split_pairs(source.name, config, weights)
         tasks = _tasks_of_merge(source, config, statistics, pairs, rest)
     else:
-        tasks = (_single_task(source, config, statistics, pairs, rest),)
+        measured = _of_one_task(source, statistics)
+        if isinstance(config, LoraConfig) and is_plain_lora(config):
+            pairs, rest = split_pairs(source.name, config, weights)
+            deltas = {name: delta_of_adapter(pair, measured, name, source.name) for name, pair in pairs.items()}
+        else:
+            deltas, rest = deltas_by_peft(source.name, config, weights, measured, base)
+        tasks = (_single_task(source, config, measured, deltas, rest),)
     if task_names is not None:
         names = [task_names] if isinstance(task_names, str) else list(task_names)
         if len(names) != len(tasks):
@@ -120,13 +133,13 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None) -> Adap
         if not isinstance(task.name, str) or not isinstance(task.provenance["sha256"], str):
             raise UnmergeableAdapterError(f"{source.name} is malformed: its tasks lack a name or a hash.")
         _check_statistics_fit(task)
-    files = (weights, *measured)
+    files = [weights, *files]
     for file in files:
         file.release()
-    return Adapter(config, tasks, files, pairs)
+    return Adapter(config, tasks, tuple(files), pairs)
 
 
-def _read_statistics(source: AdapterSource, config: LoraConfig) -> tuple[list[TensorFile], AdapterStatistics]:
+def _read_statistics(source: AdapterSource, config: PeftConfig) -> tuple[list[TensorFile], AdapterStatistics]:
     """The statistics and the file that they are mapped from, if there is one."""
     path = source.folder / STATISTICS_NAME
     if path.is_file():
@@ -140,7 +153,7 @@ def _read_statistics(source: AdapterSource, config: LoraConfig) -> tuple[list[Te
     return [], AdapterStatistics((TaskStatistics(name=None, samples=0, images=0, covariances={}, prototypes={}),))
 
 
-def _read_config(source: AdapterSource) -> LoraConfig:
+def _read_config(source: AdapterSource) -> PeftConfig:
     if not (source.folder / CONFIG_NAME).is_file():
         raise UnmergeableAdapterError(f"{source.name} has no {CONFIG_NAME}: it is no PEFT adapter.")
     try:
@@ -151,9 +164,11 @@ def _read_config(source: AdapterSource) -> LoraConfig:
         # ValueError covers broken JSON and the messages of configs, which are written for people.
         reason = f"{error} is unknown" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} cannot be used: {reason}.") from error
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind not in ("LORA", "MANY"):
-        raise UnmergeableAdapterError(f"{source.name} is of PEFT type {kind}; only LORA and MANY can be merged.")
+    if not is_plain_lora(config):
+        try:
+            method_of(config)
+        except ValueError as error:
+            raise UnmergeableAdapterError(f"{source.name} {error}; it cannot be merged.") from None
     return config
 
 
@@ -175,105 +190,21 @@ def _open_weights(source: AdapterSource) -> TensorFile:
         raise UnmergeableAdapterError(f"{path} is damaged or truncated ({error}).") from None
 
 
-# LoRA options whose effect on a layer is not `scaling * B A`, or that change more than linear layers.
-_UNSUPPORTED_OPTIONS = (
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "megatron_config",
-    "use_qalora",
-)
-# Initialisations that change the base weights: `B A` is then no delta on the original model.
-_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-
-
-def _check_additive(source: AdapterSource, config: LoraConfig, weights: TensorFile) -> None:
-    """Refuse every kind of adapter whose effect is not an additive low-rank delta on linear layers."""
-    layers = (key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in sorted(weights) if ".lora_" in key)
-    layer = next(layers, "no layer")
-    variants = [f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant")]
-    for option in [*variants, *_UNSUPPORTED_OPTIONS]:
-        if getattr(config, option, None):
-            raise UnmergeableAdapterError(
-                f"{source.name} uses `{option}`, so its effect on '{layer}' is no plain low-rank delta and cannot be "
-                "merged."
-            )
-    if config.bias != "none":
-        raise UnmergeableAdapterError(f"{source.name} trains biases (`bias='{config.bias}'`), which cannot be merged.")
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(_MUTATING_INITS):
-        raise UnmergeableAdapterError(
-            f"{source.name} was initialised with `init_lora_weights='{init}'`, which changes the base weights of "
-            f"'{layer}'. Convert it with `path_initial_model_for_weight_conversion` of `save_pretrained` first."
-        )
-
-
-def _split_pairs(
-    source: AdapterSource, config: LoraConfig, weights: TensorFile
-) -> tuple[dict[str, StoredPair], dict[str, Tensor]]:
-    """The LoRA pairs by layer, and all other tensors by key without PEFT's prefix."""
-    halves: dict[str, set[str]] = {}
-    rest: dict[str, Tensor] = {}
-    for key in weights:
-        if not key.startswith(KEY_PREFIX):
-            raise UnmergeableAdapterError(f"{source.name}: tensor '{key}' does not begin with '{KEY_PREFIX}'.")
-        name = key.removeprefix(KEY_PREFIX)
-        half = next((half for half in "AB" if name.endswith(f".lora_{half}.weight")), None)
-        if half is not None:
-            halves.setdefault(name.removesuffix(f".lora_{half}.weight"), set()).add(half)
-        elif getattr(config, "gate_lora", False) and name.endswith(f".{TASK_WEIGHT}"):
-            continue  # the statistics hold every `A_t`
-        elif ".lora_" in name:
-            raise UnmergeableAdapterError(
-                f"{source.name}: tensor '{name}' is no plain LoRA weight of a linear layer and cannot be merged."
-            )
-        else:
-            rest[name] = weights[key]
-            check_finite(rest[name], f"{weights.path}: tensor '{key}'")
-    pairs = {}
-    for module, found in halves.items():
-        if found != {"A", "B"}:
-            raise UnmergeableAdapterError(
-                f"{source.name}: layer '{module}' lacks its lora_{'AB'.strip(*found)} tensor."
-            )
-        pairs[module] = _checked_pair(source, config, weights, module)
-    if not pairs:
-        raise UnmergeableAdapterError(f"{source.name} holds no LoRA weights.")
-    return pairs, rest
-
-
-def _checked_pair(source: AdapterSource, config: LoraConfig, weights: TensorFile, module: str) -> StoredPair:
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    pair = StoredPair(weights, module, scaling)
-    A, B = pair.shape("A"), pair.shape("B")
-    if len(A) != 2 or len(B) != 2:
-        raise UnmergeableAdapterError(f"{source.name}: layer '{module}' is no linear layer (LoRA shape {A}).")
-    if not A[0] == B[1] == rank:
-        raise UnmergeableAdapterError(
-            f"{source.name}: layer '{module}' has LoRA shapes {A} and {B}, but its config says rank {rank}."
-        )
-    if not math.isfinite(scaling):
-        raise UnmergeableAdapterError(
-            f"{source.name}: layer '{module}' has the scaling {scaling} (`lora_alpha` {alpha})."
-        )
-    return pair
-
-
-def _single_task(
-    source: AdapterSource,
-    config: LoraConfig,
-    statistics: AdapterStatistics,
-    pairs: dict[str, StoredPair],
-    rest: dict[str, Tensor],
-) -> TaskAdapter:
+def _of_one_task(source: AdapterSource, statistics: AdapterStatistics) -> TaskStatistics:
     if len(statistics.tasks) != 1:
         raise UnmergeableAdapterError(
             f"{source.name} is no merge, but its statistics hold {len(statistics.tasks)} tasks."
         )
-    measured = statistics.tasks[0]
+    return statistics.tasks[0]
+
+
+def _single_task(
+    source: AdapterSource,
+    config: PeftConfig,
+    measured: TaskStatistics,
+    deltas: Mapping[str, StoredDelta],
+    rest: dict[str, Tensor],
+) -> TaskAdapter:
     projectors: dict[str, dict[str, Tensor]] = {}
     # A plain LoRA adapter does not say which of its modules is a projector; measuring it found out.
     known = getattr(config, "projector_modules", None) or list(measured.prototypes)
@@ -298,13 +229,13 @@ def _single_task(
         weight=measured.weight,  # 1 but of pooled tasks
         provenance=_provenance(source, config),
         statistics=measured,
-        deltas={module: delta_of_adapter(pair, measured, module, source.name) for module, pair in pairs.items()},
+        deltas=deltas,
         projectors=projectors,
         source=source.name,
     )
 
 
-def _provenance(source: AdapterSource, config: LoraConfig) -> dict[str, Any]:
+def _provenance(source: AdapterSource, config: PeftConfig) -> dict[str, Any]:
     """What a merge's config says of where a task came from."""
     about = {"source": source.public_name, "revision": source.revision, "sha256": _sha256(source.folder)}
     pooled = getattr(config, "pooled", None)
@@ -322,10 +253,10 @@ def _named_like_projectors(rest: Iterable[str]) -> list[str]:
     return found
 
 
-def _is_saved_whole(module: str, config: LoraConfig) -> bool:
+def _is_saved_whole(module: str, config: PeftConfig) -> bool:
     """Whether `modules_to_save` names the module or one around it; PEFT compares the ends of paths."""
     around = [module.rsplit(".", levels)[0] for levels in range(module.count(".") + 1)]
-    return any(path.endswith(name) for path in around for name in config.modules_to_save or [])
+    return any(path.endswith(name) for path in around for name in getattr(config, "modules_to_save", None) or [])
 
 
 def _tasks_of_merge(

@@ -10,25 +10,25 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel, send_to_device
 from peft import LoraConfig
-from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftWarning
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..algebra.budget import rank_within
 from ..algebra.covariance import Covariance, eigen_directions
-from ..algebra.lpm import LowRankDelta
 from .config import MAnyConfig
 from .families import find_projectors, image_encoder_name, language_model_linears, text_encoder
 from .forward import batch_size, device_of, forward, masks_of, only_active, state_kept
 from .gathering import gather_covariances, gather_prototypes
 from .hooks import CovarianceHooks, PrototypeHooks
 from .image_layout import watching_image_calls
-from .layers import hang_on_layers, lora_layers
+from .layers import adapted_layers, hang_on_layers
+from .measurable import adapter_to_measure, weights_of
+from .peft_methods import described, is_plain_lora
 from .processes import current_processes, from_every_process, together
 from .registration import give_statistics
-from .statistics import DEFAULT_ENERGY, AdapterStatistics, TaskStatistics, weight_fingerprint
+from .statistics import DEFAULT_ENERGY, AdapterStatistics, TaskStatistics
 
 DEFAULT_RANK = 256
 # A sketch follows this many directions more than it is asked for, as a share; its last ones are inaccurate.
@@ -52,7 +52,7 @@ def collect_statistics(
 ) -> AdapterStatistics:
     """Measure what merging needs, in one forward-only pass over a task's data with the task's own adapter active.
 
-    For every distinct input of the adapter's LoRA layers the covariance (second moment) `C = E[x xᵀ]`, with tokens
+    For every distinct input of the adapter's layers the covariance (second moment) `C = E[x xᵀ]`, with tokens
     masked by the batch's attention mask left out; for every projector the visual prototype, the mean over images of
     the mean-pooled projector input, and the images' covariance about it (docs/method.md; the paper's Low-rank
     Parameter Merging and Cross-modal Projection Merging). The result hangs on the layers
@@ -64,7 +64,8 @@ def collect_statistics(
     the data, all of them get the result of all, and all must make this call.
 
     The model's modes, active adapter, hooks, gradients and the random state are afterwards as before, also if the pass
-    fails. Works on [`MAnyConfig`] and on plain [`~peft.LoraConfig`] adapters.
+    fails. Works on [`MAnyConfig`] and plain [`~peft.LoraConfig`] adapters, and on those of the other PEFT methods that
+    can be merged (docs/how-to.md).
 
     Args:
         model (`torch.nn.Module`):
@@ -88,7 +89,7 @@ def collect_statistics(
         error_budget (`float`, *optional*):
             Choose how many directions to keep, up to `rank`, by the error that a merged delta may have, as a share of
             the size of its outputs, and not by `energy`; 0.05 say. It keeps fewer where no delta reads the input's
-            energy.
+            energy. Of LoRA adapters only.
         forward_fn (`Callable`, *optional*):
             `forward_fn(model, batch)`, for models that are not called as above.
         share_inputs (`bool`, defaults to `True`):
@@ -118,10 +119,15 @@ def collect_statistics(
     state = current_processes() if across_processes else None
     processes = 1 if state is None else state.num_processes
     peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
-    adapter_name = _adapter_to_measure(peft_model, adapter_name)
+    adapter_name = adapter_to_measure(peft_model, adapter_name)
     config = peft_model.peft_config[adapter_name]
     base = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
-    layers = lora_layers(base, adapter_name)
+    layers = adapted_layers(base, adapter_name)
+    if error_budget is not None and not is_plain_lora(config):
+        raise ValueError(
+            f"`error_budget` reads LoRA matrices, but adapter '{adapter_name}' {described(config)}; choose by `rank` "
+            "or `energy`."
+        )
     linears = {name: base.get_submodule(name) for name in language_model_linears(base)}
     measured = layers | {name: linears[name] for name in _further_layers(linears, target_modules)}
     bystanders = {name: layer for name, layer in linears.items() if name not in measured}
@@ -132,8 +138,8 @@ def collect_statistics(
     if rank is None and (share < 1.0 or error_budget is not None):
         rank = DEFAULT_RANK
     size = None if rank is None else rank + math.ceil(OVERSAMPLING * rank)
-    weights = {name: _delta_of(name, layer, adapter_name) for name, layer in layers.items()}
-    covariances = CovarianceHooks(measured, bystanders, size, share_inputs, encoder, unmasked)
+    adapter = weights_of(peft_model, adapter_name, layers)
+    covariances = CovarianceHooks(measured, bystanders, size, share_inputs, encoder, unmasked, base)
     prototypes = PrototypeHooks({name: base.get_submodule(name) for name in projectors})
 
     def keep(covariance: Covariance, names: list[str]) -> Covariance:
@@ -142,7 +148,7 @@ def collect_statistics(
         spectrum = eigen_directions(covariance)
         if error_budget is None:
             return spectrum.truncate(share, rank=rank).in_half_precision()
-        kept = rank_within(spectrum, [weights[name] for name in names if name in weights], error_budget)
+        kept = rank_within(spectrum, [adapter.deltas[name] for name in names if name in adapter.deltas], error_budget)
         return spectrum.keep(min(kept, rank)).in_half_precision()
 
     def measure() -> tuple[int, dict[str, Covariance]]:
@@ -151,6 +157,7 @@ def collect_statistics(
             state_kept(peft_model),
             only_active(peft_model, adapter_name),
             torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),  # compiled for one pass and its hooks, it would not pay
             watching_image_calls(base),
             covariances,
             prototypes,
@@ -183,7 +190,8 @@ def collect_statistics(
         covariances=gather_covariances(found, keep, state is not None),
         prototypes=seen.prototypes,
         spreads=seen.spreads,
-        fingerprints={name: weight_fingerprint(delta.A, delta.B) for name, delta in weights.items()},
+        fingerprints=adapter.fingerprints,
+        shapes=adapter.shapes,
     )
     _warn_of_unseen(task)
     statistics = AdapterStatistics((task,))
@@ -192,49 +200,6 @@ def collect_statistics(
     give_statistics(config, statistics, DEFAULT_ENERGY if energy is None else energy)
     hang_on_layers(base, adapter_name, statistics)
     return statistics
-
-
-def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
-    """A layer's LoRA weights as they are now, also where FSDP2 has cut them into shards."""
-    A, B = (part[adapter_name].weight.detach() for part in (layer.lora_A, layer.lora_B))
-    A, B = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight for weight in (A, B))
-    if A.dim() != 2 or B.dim() != 2 or 0 in (A.numel(), B.numel()):
-        raise RuntimeError(
-            f"The LoRA weights of '{name}' are sharded over processes (their shapes here are {tuple(A.shape)} and "
-            f"{tuple(B.shape)}). Save the adapter, load it on a model that is not sharded, or that FSDP2 shards, and "
-            "measure it there."
-        )
-    return LowRankDelta(A=A, B=B)
-
-
-def _adapter_to_measure(model: Any, adapter_name: str | None) -> str:
-    configs = getattr(model, "peft_config", None)
-    if not configs:
-        raise ValueError(f"{type(model).__name__} has no adapters; wrap it with `get_peft_model` first.")
-    if adapter_name is None:
-        active = model.active_adapters
-        active = active() if callable(active) else active  # transformers has a method, PEFT a property
-        if len(active) != 1:
-            raise ValueError(f"Exactly one adapter is measured at a time, but {active} are active; give adapter_name.")
-        adapter_name = active[0]
-    if adapter_name not in configs:
-        raise ValueError(f"There is no adapter '{adapter_name}'; the model has {sorted(configs)}.")
-    config = configs[adapter_name]
-    if isinstance(config, MAnyConfig) and config.is_merge:
-        raise ValueError(f"Adapter '{adapter_name}' is a merge; it carries the statistics of its tasks already.")
-    layers = lora_layers(model, adapter_name)
-    if not layers:
-        raise ValueError(f"Adapter '{adapter_name}' has no LoRA layers to measure.")
-    unsuited = next((name for name, layer in layers.items() if not _is_linear_lora(layer, adapter_name)), None)
-    if unsuited is not None:
-        raise ValueError(
-            f"Adapter '{adapter_name}' adapts '{unsuited}', which is no linear layer "
-            f"({type(layers[unsuited]).__name__}); only linear layers have an input covariance."
-        )
-    merged = next((n for n, m in model.named_modules() if set(_merged_into(m)) - {adapter_name}), None)
-    if merged is not None:
-        raise ValueError(f"Other adapters are merged into '{merged}'; call `unmerge_adapter()` first.")
-    return adapter_name
 
 
 def _further_layers(names: Iterable[str], target_modules: Sequence[str] | str | None) -> set[str]:
@@ -251,17 +216,6 @@ def _projectors(base: nn.Module, config: Any) -> list[str]:
     """All projectors: tasks that do not train a projector need prototypes too, to be told from those that do."""
     own = getattr(config, "projector_modules", None) or []
     return [*own, *(name for name in find_projectors(base) if name not in own)]
-
-
-def _is_linear_lora(layer: Any, adapter_name: str) -> bool:
-    """Whether the layer computes `base(x) + B A x` of the input that arrives at it."""
-    if isinstance(layer, (MultiheadAttention, ParamWrapper)):
-        return False
-    return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)
-
-
-def _merged_into(module: nn.Module) -> list[str]:
-    return list(module.merged_adapters) if isinstance(module, BaseTunerLayer) else []
 
 
 def _warn_of_unseen(task: TaskStatistics) -> None:

@@ -50,12 +50,15 @@ def check_fits_model(config: MAnyConfig, shapes: Mapping[str, tuple[int, ...]], 
 
 
 def _check_layer(name: str, layer: nn.Module, width: int, height: int, model: nn.Module) -> None:
-    if not (isinstance(layer, (nn.Linear, Conv1D)) or "Linear" in type(layer).__name__):
+    if not is_linear(layer):
         raise UnmergeableAdapterError(
             f"'{name}' is no linear layer in this {type(model).__name__}, but a {type(layer).__name__}: the adapters "
             "were trained on another base model."
         )
-    for side, found, expected in (("input", _features(layer, 1), width), ("output", _features(layer, 0), height)):
+    for side, found, expected in (
+        ("input", features_of_linear(layer, 1), width),
+        ("output", features_of_linear(layer, 0), height),
+    ):
         if found is not None and found != expected:
             raise UnmergeableAdapterError(
                 f"'{name}' has {found} {side} features in this {type(model).__name__}, but {expected} in the "
@@ -63,7 +66,12 @@ def _check_layer(name: str, layer: nn.Module, width: int, height: int, model: nn
             )
 
 
-def _features(layer: nn.Module, side: int) -> int | None:
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is linear: also quantised, or a `Conv1D`."""
+    return isinstance(layer, (nn.Linear, Conv1D)) or "Linear" in type(layer).__name__
+
+
+def features_of_linear(layer: nn.Module, side: int) -> int | None:
     """Input (1) or output (0) features of a linear layer, quantised or a `Conv1D`, where it tells."""
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
         return int(layer.in_features if side else layer.out_features)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftWarning
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ..algebra.covariance import Covariance, CovarianceAccumulator
 from ..algebra.sketch import CovarianceSketch
 from .image_layout import current_layout, features_of
+from .routed_rows import RoutedRows
 
 # Of the text, and of the decoder's text in an encoder-decoder model.
 MASK_NAMES = ("attention_mask", "decoder_attention_mask")
@@ -45,6 +47,7 @@ class CovarianceHooks:
         size (`int`, *optional*): The most directions that are followed of an input; `None` follows all.
         share (`bool`): Whether to look for shared inputs.
         text_encoder (`nn.Module`, *optional*): The text encoder of an encoder-decoder model.
+        model (`nn.Module`, *optional*): What the layers are parts of, to follow padding into mixtures of experts.
         unmasked (`Collection[str]`): Layers whose inputs are no text, so that attention masks mean nothing there.
     """
 
@@ -56,6 +59,7 @@ class CovarianceHooks:
         share: bool = True,
         text_encoder: nn.Module | None = None,
         unmasked: Collection[str] = (),
+        model: nn.Module | None = None,
     ) -> None:
         self.measured = measured
         self.bystanders = bystanders if share else {}
@@ -63,6 +67,8 @@ class CovarianceHooks:
         self.share = share
         self.text_encoder = text_encoder
         self.unmasked = unmasked
+        self._routed = RoutedRows([] if model is None else [name for name in measured if name not in unmasked])
+        self._around = {} if model is None else {path: model.get_submodule(path) for path in self._routed.around}
         # Set before each batch: which positions are tokens, `(rows, length)`; see `MASK_NAMES`.
         self.masks: Mapping[str, Tensor] = {}
         self._encoding = False
@@ -77,6 +83,8 @@ class CovarianceHooks:
     def __enter__(self) -> CovarianceHooks:
         for name, layer in [*self.measured.items(), *self.bystanders.items()]:
             self._handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+        for path, module in self._around.items():
+            self._handles.append(module.register_forward_pre_hook(self._passing(path), with_kwargs=True))
         if self.text_encoder is not None:
             self._handles.append(self.text_encoder.register_forward_pre_hook(self._encoder_begins))
             self._handles.append(self.text_encoder.register_forward_hook(self._encoder_ends))
@@ -86,6 +94,16 @@ class CovarianceHooks:
         for handle in self._handles:
             handle.remove()
         self._arrivals.clear()
+        self._routed.forget()
+
+    def _passing(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = features_of(args, kwargs) if args or kwargs else None
+            masks = [mask for mask in self._masks_of(path, inputs) if not mask.all()]
+            if masks:
+                self._routed.note(path, inputs, _mask_that_fits(inputs, masks))
+
+        return hook
 
     def _encoder_begins(self, *_: object) -> None:
         self._encoding = True
@@ -97,6 +115,7 @@ class CovarianceHooks:
     def end_of_batch(self) -> None:
         """Forget the tensors of this batch, whose identity may be reused in the next."""
         self._arrivals.clear()
+        self._routed.forget()
 
     def result(self) -> dict[str, Covariance]:
         """The covariance of every layer that has one; layers that always shared their input share one object.
@@ -104,6 +123,13 @@ class CovarianceHooks:
         Raises:
             RuntimeError: Two measured layers shared their input in some calls only.
         """
+        if self._routed.searched and not self._routed.recognised:
+            warnings.warn(
+                "No row of padding was found again among the rows that routers sent on, so some of it may have been "
+                "counted. Batches without padding avoid this.",
+                PeftWarning,
+                stacklevel=3,
+            )
         sums: dict[str, Covariance] = {}
         for name in list(self._accumulators):  # each is let go before the next is finished: they are large
             sums[name] = self._accumulators.pop(name).result()
@@ -183,7 +209,12 @@ class CovarianceHooks:
         """The rows of `inputs` that are tokens, shape `(tokens, in)`."""
         masks = self._masks_of(name, inputs)
         rows, masked = _tokens(inputs, masks)
-        if not masked and not self._warned and any(not mask.all() for mask in masks):
+        if masked or all(mask.all() for mask in masks):
+            return rows
+        tokens = self._routed.tokens(name, rows)
+        if tokens is not None:
+            return rows[tokens]
+        if not self._warned:
             self._warned = True
             warnings.warn(
                 f"The input of '{name}', of shape {tuple(inputs.shape)}, fits no attention mask of the batch, so "
@@ -193,7 +224,7 @@ class CovarianceHooks:
             )
         return rows
 
-    def _masks_of(self, name: str, inputs: Tensor) -> Sequence[Tensor]:
+    def _masks_of(self, name: str, inputs: object) -> Sequence[Tensor]:
         """The masks that can belong to an input. In an encoder-decoder, cross-attention reads the encoder's output."""
         if name in self.unmasked:
             return []
@@ -210,14 +241,25 @@ def _tokens(inputs: Tensor, masks: Iterable[Tensor]) -> tuple[Tensor, bool]:
     Not a copy if there is no mask, or all are tokens.
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
+    mask = _mask_that_fits(inputs, masks)
+    if mask is None:
+        return rows, False
+    kept = mask.reshape(-1).to(rows.device)
+    return rows if kept.all() else rows[kept], True
+
+
+def _mask_that_fits(inputs: object, masks: Iterable[Tensor]) -> Tensor | None:
+    """The mask of the rows of an input, `(rows, length, in)` or flattened."""
+    if not isinstance(inputs, Tensor):
+        return None
     for mask in masks:
-        if inputs.shape[:-1] == mask.shape or (inputs.dim() == 2 and len(rows) == mask.numel()):
-            kept = mask.reshape(-1).to(rows.device)
-            return rows if kept.all() else rows[kept], True
-    return rows, False
+        if inputs.shape[:-1] == mask.shape or (inputs.dim() == 2 and len(inputs) == mask.numel()):
+            return mask
+    return None
 
 
 def _input_width(layer: Any) -> int:
+    layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     return int(layer.in_features if hasattr(layer, "in_features") else layer.nx)  # `Conv1D` has its own name for it
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftWarning
@@ -32,6 +33,7 @@ from .gated_linear import GatedLinear
 from .image_layout import WATCHED_METHODS, unwatch_image_calls, watch_image_calls
 from .layers import hang_on_layers, lora_layers
 from .merge_report import MergeReport, report_on
+from .module_names import names_on
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
 from .statistics import AdapterStatistics
 
@@ -116,11 +118,11 @@ class MAnyModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        adapted = {name.removeprefix("base_model.model.") for name in lora_layers(model, adapter_name)}
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+            model=model, config=config, adapter_name=adapter_name, state_dict=_renamed(state_dict, adapted, model)
         )
         # PEFT ignores keys that match nothing, which leaves an adapter silently untrained.
-        adapted = {name.removeprefix("base_model.model.") for name in lora_layers(model, adapter_name)}
         for key in remapped:
             layer = _layer(key)
             if layer is not None and layer not in adapted:
@@ -219,6 +221,21 @@ def _layer(key: str) -> str | None:
     """The path of the layer that one of LoRA's tensors belongs to; other tensors belong to none."""
     layer, _, rest = key.removeprefix("base_model.model.").rpartition(".lora_")  # modules may be called "lora_..." too
     return layer if f"lora_{rest.partition('.')[0]}" in LoraLayer.adapter_layer_names else None
+
+
+def _renamed(
+    state_dict: dict[str, torch.Tensor], adapted: Collection[str], model: nn.Module
+) -> dict[str, torch.Tensor]:
+    """LoRA tensors under today's names of layers that were called otherwise before transformers v5.
+
+    PEFT does that for its own LORA type only.
+    """
+    strange = {key: layer for key in state_dict if (layer := _layer(key)) is not None and layer not in adapted}
+    if not strange:
+        return state_dict
+    names = names_on(model.get_base_model() if isinstance(model, PeftModel) else model)
+    new = {key: key.replace(layer, names(layer) or layer, 1) for key, layer in strange.items()}
+    return {new.get(key, key): tensor for key, tensor in state_dict.items()}
 
 
 def _check_trainable(name: str, projector: nn.Module) -> None:

@@ -6,7 +6,7 @@ import functools
 import warnings
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftWarning
 
@@ -27,12 +27,12 @@ def register() -> None:
 
 
 def give_statistics(
-    config: LoraConfig, statistics: AdapterStatistics | RemoteStatistics | None, energy: float = 1.0
+    config: PeftConfig, statistics: AdapterStatistics | RemoteStatistics | None, energy: float = 1.0
 ) -> None:
-    """Make a config carry statistics, so that saving the adapter saves them too; plain LoRA adapters included."""
+    """Make a config carry statistics, so that saving the adapter saves them too; of any PEFT type."""
     config.statistics = statistics
     if not isinstance(config, MAnyConfig):
-        # A `LoraConfig` has no such hook; this one object gets it, the class does not.
+        # PEFT's configs have no such hook; this one object gets it, the class does not.
         config.energy = energy
         config.save_pretrained = functools.partial(_save_with_statistics, config)
 
@@ -47,21 +47,21 @@ def _let_configs_find_statistics() -> None:
 
     `PeftModel.from_pretrained` asks the config class of the adapter's type, but transformers' `load_adapter` asks the
     base class, so that an override in `MAnyConfig` does not run there, and nothing later on that way knows the folder.
-    Plain LoRA adapters have no class of ours at all. `tests/plugin/test_registration.py` fails when that changes.
+    Adapters of other types have no class of ours at all. `tests/plugin/test_registration.py` fails when that changes.
     """
     original = PeftConfig.from_pretrained.__func__
 
     @functools.wraps(original)
     def from_pretrained(cls: type, pretrained_model_name_or_path: str, subfolder: Any = None, **kwargs: Any) -> Any:
         config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, LoraConfig):
+        if isinstance(config, PeftConfig):
             where = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
             try:
                 statistics = locate_statistics(pretrained_model_name_or_path, subfolder, **where)
             except StatisticsError as error:  # which using the adapter does not need; merging reads them strictly
                 warnings.warn(f"The adapter is loaded without its statistics. {error}", PeftWarning, stacklevel=2)
                 return config
-            # A plain LoRA adapter on the Hub rarely has statistics; asking for them at each save would be rude.
+            # An adapter of another type on the Hub rarely has statistics; asking for them at each save would be rude.
             if isinstance(statistics, AdapterStatistics) or isinstance(config, MAnyConfig):
                 give_statistics(config, statistics)
         return config

@@ -25,6 +25,7 @@ FORMAT_VERSION = 3
 # 1 knew neither scaled factors nor merges of lower rank, 2 no spreads.
 READABLE_VERSIONS = (1, 2, 3)
 DEFAULT_ENERGY = 0.9999
+LARGEST_FINGERPRINTED = 1 << 20
 
 
 class StatisticsError(ValueError):
@@ -49,6 +50,9 @@ class TaskStatistics:
         fingerprints (`Mapping[str, Sequence[float]]`):
             By layer, the `weight_fingerprint` of the adapter's weights when the task was measured (or merged): a later
             training run makes the statistics stale, and this tells.
+        shapes (`Mapping[str, tuple[int, int]]`):
+            `(out, in)` of each adapted layer, in the order of the model, where the adapter is of a PEFT method whose
+            file does not tell.
         weight (`float`): `w_t`; other than 1 only inside a merge.
         deltas (`Mapping[str, torch.Tensor]`):
             Inside a merge, each trained layer's `A_t` with the LoRA scaling folded in, shape `(r_t, in)`.
@@ -63,6 +67,7 @@ class TaskStatistics:
     prototypes: Mapping[str, Tensor]
     spreads: Mapping[str, Covariance] = field(default_factory=dict)
     fingerprints: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     weight: float = 1.0
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
     lora_B: Mapping[str, Tensor] = field(default_factory=dict)
@@ -190,6 +195,7 @@ def _header_of(task: TaskStatistics, groups: Groups) -> dict[str, Any]:
         "covariances": [{"modules": modules, **_about(covariance)} for covariance, modules in groups],
         "projectors": list(task.prototypes),
         "spreads": {name: _about(spread) for name, spread in task.spreads.items()},
+        "shapes": {name: list(shape) for name, shape in task.shapes.items()},
         "deltas": list(task.deltas),
         "lora_B": list(task.lora_B),
         "fingerprints": {name: list(values) for name, values in task.fingerprints.items()},
@@ -216,6 +222,16 @@ def weight_fingerprint(A: Tensor, B: Tensor) -> list[float]:
     moves in second order only. A factor on `A`, such as the LoRA scaling, changes nothing.
     """
     return [B.float().norm().item(), *_components(A), *_components(B)]
+
+
+def tensors_fingerprint(tensors: Sequence[Tensor]) -> list[float]:
+    """As `weight_fingerprint`, of any tensors: the norm of all, and four components of each.
+
+    Of large tensors, which layers share, a part has to do.
+    """
+    parts = [tensor.flatten()[:LARGEST_FINGERPRINTED] for tensor in tensors]
+    norm = math.hypot(*(part.float().norm().item() for part in parts))
+    return [norm, *(component for part in parts for component in _components(part))]
 
 
 def same_weights(one: Sequence[float], two: Sequence[float]) -> bool:
@@ -297,6 +313,7 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         prototypes=prototypes,
         spreads=spreads,
         fingerprints={name: [float(value) for value in print_] for name, print_ in task["fingerprints"].items()},
+        shapes={name: (int(out), int(width)) for name, (out, width) in task.get("shapes", {}).items()},
         deltas={name: read(f"{t}.lora_A.{name}", 2) for name in task["deltas"]},
         lora_B={name: read(f"{t}.lora_B.{name}", 2) for name in task.get("lora_B", [])},
     )
