@@ -53,16 +53,16 @@ def show_preview(preview: MergePreview) -> None:
         )
     console.print(table)
     options = preview.options or {}
-    console.print(_pairs("Options", {name: value for name, value in options.items() if value is not None}))
+    console.print(_pairs("Options", options), highlight=False, soft_wrap=True)
     time = "unknown" if preview.seconds is None else duration(preview.seconds)
     console.print(
         f"{preview.layers} layers of rank {span(preview.ranks)}, {preview.groups} problems to solve; the weights file "
         f"has {size(preview.output_bytes)}. About {size(preview.memory_bytes)} of memory. Time on this machine: "
         f"{time}.",
-        highlight=False,
+        highlight=False, soft_wrap=True,
     )
     for note in preview.notes:
-        console.print(f"• {escape(note)}", highlight=False)
+        console.print(f"• {escape(note)}", highlight=False, soft_wrap=True)
 
 
 def show_inspection(found: AdapterInspection) -> None:
@@ -70,23 +70,24 @@ def show_inspection(found: AdapterInspection) -> None:
     console = Console()
     kind = f"a merge of {len(found.tasks)} tasks" if found.is_merge else "the adapter of one task"
     at = f" at {found.revision}" if found.revision else ""
-    console.print(f"[bold]{escape(found.name)}[/]{at}: {kind} ({found.peft_type})", highlight=False)
+    console.print(f"[bold]{escape(found.name)}[/]{at}: {kind} ({found.peft_type})", highlight=False, soft_wrap=True)
     console.print(
         f"Base model {escape(found.base_model or 'not named')}; {found.layers} layers of rank {span(found.ranks)}, "
         f"{found.parameters:,} parameters, LoRA in {found.dtype}.",
-        highlight=False,
+        highlight=False, soft_wrap=True,
     )
-    console.print(_pairs("Files", {name: size(count) for name, count in found.files.items()}))
+    files = {name: size(count) for name, count in found.files.items()}
+    console.print(_pairs("Files", files), highlight=False, soft_wrap=True)
     if found.options:
-        console.print(_pairs("Options", {name: value for name, value in found.options.items() if value is not None}))
+        console.print(_pairs("Options", found.options), highlight=False, soft_wrap=True)
     for projector, tasks in found.routing.items():
-        console.print(f"Routed projector {projector}: {escape(', '.join(tasks))}", highlight=False)
+        console.print(f"Routed projector {projector}: {escape(', '.join(tasks))}", highlight=False, soft_wrap=True)
     for projector, tasks in found.averaged_projectors.items():
-        console.print(f"Averaged projector {projector}: {escape(', '.join(tasks))}", highlight=False)
+        console.print(f"Averaged projector {projector}: {escape(', '.join(tasks))}", highlight=False, soft_wrap=True)
     console.print(_provenance(found))
     for task in found.tasks:
         if task.pooled:
-            console.print(f"{escape(task.name)} is a pool of {escape(', '.join(task.pooled))}", highlight=False)
+            console.print(f"{escape(task.name)} is a pool of {escape(', '.join(task.pooled))}", highlight=False, soft_wrap=True)
     console.print(_statistics(found))
 
 
@@ -98,7 +99,7 @@ def show_report(report: MergeReport) -> None:
         table.add_row(escape(task), f"{share:.3f}")
     console.print(table)
     for one, two, residual in report.conflicting_pairs():
-        console.print(f"• '{escape(one)}' and '{escape(two)}' contradict each other: {residual:.3f}", highlight=False)
+        console.print(f"• '{escape(one)}' and '{escape(two)}' contradict each other: {residual:.3f}", highlight=False, soft_wrap=True)
 
 
 def _provenance(found: AdapterInspection) -> Table:
@@ -146,4 +147,5 @@ def duration(seconds: float) -> str:
 
 
 def _pairs(title: str, values: dict[str, Any]) -> str:
-    return f"{title}: " + ", ".join(f"{name} {escape(str(value))}" for name, value in values.items())
+    given = {name: value for name, value in values.items() if value is not None}
+    return f"{title}: " + ", ".join(f"{name} {escape(str(value))}" for name, value in given.items())

@@ -62,7 +62,7 @@ def test_every_command_has_help_with_examples(name):
 def test_merge_is_merge_adapter_files(shelf, tmp_path):
     options = ["--weight", "b=0.5", "--ridge", "1e-3", "--rank", "5", "--router", "gaussian", "--dtype", "bfloat16"]
     told = run("merge", shelf["a"], shelf["b"], "-o", tmp_path / "1", *options, "--top-k", "1", "--quiet")
-    assert str(tmp_path / "1") in told.stdout.replace("\n", "")
+    assert told.stdout == f"The merge: {tmp_path / '1'}\n"
     merge_adapter_files(
         [shelf["a"], shelf["b"]],
         tmp_path / "2",
@@ -100,7 +100,7 @@ def test_plan_says_it_and_writes_nothing(shelf, tmp_path):
     before = [files(folder) for folder in shelf.values()]
     told = run("plan", shelf["a"], shelf["b"], "-q").stdout
     assert "2 tasks to merge" in told
-    assert "14 layers of rank 8, 8 problems to solve" in told.replace("\n", " ")
+    assert "14 layers of rank 8, 8 problems to solve" in told
     read = json.loads(run("plan", shelf["a"], shelf["b"], "--rank", 3, "--json").stdout)
     assert read["ranks"] == [3, 3]
     assert [task["name"] for task in read["tasks"]] == ["a", "b"]
@@ -174,7 +174,7 @@ def test_exports_are_the_functions(merged, tmp_path):
     base("llava").save_pretrained(place)
     before = files(tmp_path)
     told = run("export", merged, "-f", "model", "-o", tmp_path / "1", "--base-model", place, "--dry-run").stdout
-    assert "a merge of 2 tasks, would be written as model" in told.replace("\n", " ")
+    assert "a merge of 2 tasks, would be written as model" in told
     assert files(tmp_path) == before
     run("export", merged, "-o", tmp_path / "1")
     export_lora(merged, tmp_path / "2")

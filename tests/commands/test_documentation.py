@@ -38,7 +38,7 @@ def calls():
                     yield pytest.param(words[1:], id=f"{page.name}: {' '.join(words)}")
 
 
-@pytest.mark.parametrize("words", calls())
+@pytest.mark.parametrize("words", list(calls()))
 def test_every_documented_call_is_understood(words):
     group = typer.main.get_command(app)
     command = group.commands[words[0]]

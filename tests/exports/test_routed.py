@@ -9,12 +9,13 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from peft_many import export_routed_model, load_routed_model, merge_adapter_files
 from peft_many.plugin.adapter import UnmergeableAdapterError
 from peft_many.plugin.projector import ProjectorMixture
-from tests.adapters import base, batches, distance, files, logits, make
+from tests.adapters import WEIGHTS, base, batches, distance, files, logits, make
 from tests.exports.shelf import Shelf, text_logits
 
 
@@ -68,6 +69,10 @@ def test_other_dtypes_and_families(tmp_path):
     assert distance(logits(load_routed_model(exported.folder), "qwen2_5_vl"), expected) < 1e-5
     half = load_routed_model(exported.folder, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
+    (mixture,) = (module for module in half.modules() if isinstance(module, ProjectorMixture))
+    stored = load_file(exported.folder / WEIGHTS)
+    (key,) = (key for key in stored if key.endswith(".prototypes"))
+    assert torch.equal(mixture.prototypes, stored[key])  # float32, or they would route differently
     assert distance(logits(half, "qwen2_5_vl"), expected) < 0.1
 
 
