@@ -40,7 +40,7 @@ EXCEPTIONS: dict[str, Exceptional] = {
     # Its projector is a `PreTrainedModel`, as vision towers are.
     "molmo2": Exceptional(projectors=("multi_modal_projector",)),
     # The language model holds the vision tower too.
-    "git": Exceptional(projectors=("visual_projection",), language_model="git.encoder"),
+    "git": Exceptional(projectors=("git.visual_projection",), language_model="git.encoder"),
     "phi4_multimodal": Exceptional(projectors=("img_projection_down",), language_model="model.layers"),
     # A Q-Former reads the tower, in InstructBLIP with the instruction at hand, and the projector reads its queries.
     "blip-2": Exceptional(pools_encoder=True),

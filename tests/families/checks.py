@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,9 +22,11 @@ from peft_many.plugin.layouts import current_layout, vision_features_of
 from peft_many.plugin.projector import ProjectorMixture, ProjectorWrapper
 from tests.plugin.making import perturb
 
-from .inputs import KINDS, Arguments, Inputs, Picture, picture
+from .inputs import Inputs
 from .models import build
+from .pixels import KINDS, Arguments, Picture, picture
 from .rows import row_of
+from .video import NOT_MADE, takes_videos, video_inputs
 
 STYLES = (1, 6)  # of the two tasks: complementary colours
 TEMPERATURE = 0.5  # at which both tasks have a say in each image
@@ -47,7 +50,7 @@ class Finding:
         routed (`bool`): A joint batch of images of different tasks gives the same as one row at a time.
         generated (`bool`): Likewise `generate`.
         reloaded (`bool`): The saved merge gives the same in a new process.
-        video (`str`): `"yes"`, `"no"` or `""` if the family has none.
+        video (`str`): `"yes"` if videos are routed exactly too, and `""` if the family has none.
         note (`str`): What is missing, and why.
     """
 
@@ -113,6 +116,7 @@ def _check(finding: Finding, folder: Path, load: Callable[[str, Path], str]) -> 
     finding.routed = True
     require_generation(merged, inputs, rows, batch)
     finding.generated = True
+    finding.video = check_videos(merged, family)
     merged.save_pretrained(str(folder / "merged"))
     save_file({"logits": joint}, folder / "merged" / EXPECTED)
     wrong = load(family, folder / "merged")
@@ -186,16 +190,22 @@ def task_batches(inputs: Inputs, style: int, images_per_row: str) -> Iterator[Ar
 
 
 def train_a_step(model: nn.Module, batch: Arguments) -> None:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = [parameter.detach().clone() for parameter in trained]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    """A step of training; every projector and the language model have to move."""
+    parts = [module for module in model.modules() if isinstance(module, (ProjectorWrapper, LoraLayer))]
+    if not any(isinstance(part, ProjectorWrapper) for part in parts):
+        raise Unmet("no projector was found")
+    trained = [[parameter for parameter in part.parameters() if parameter.requires_grad] for part in parts]
+    before = [[parameter.detach().clone() for parameter in some] for some in trained]
+    optimizer = torch.optim.AdamW([parameter for some in trained for parameter in some], lr=1e-3, weight_decay=0.0)
     logits_of(model, batch).square().mean().backward()
     optimizer.step()
-    if not any("modules_to_save" in name for name, parameter in model.named_parameters() if parameter.requires_grad):
-        raise Unmet("no projector was found")
-    moved = [not torch.equal(old, new) for old, new in zip(before, trained, strict=True)]
-    if not any(moved):
-        raise Unmet("a training step changes nothing")
+    moved = [
+        any(not torch.equal(old, new) for old, new in zip(olds, news, strict=True))
+        for olds, news in zip(before, trained, strict=True)
+    ]
+    still = [part for part, has_moved in zip(parts, moved, strict=True) if not has_moved]
+    if len(still) == len(parts) or any(isinstance(part, ProjectorWrapper) for part in still):
+        raise Unmet(f"a training step leaves {len(still)} of {len(parts)} adapted modules as they are")
 
 
 def logits_of(model: nn.Module, batch: Arguments) -> Tensor:
@@ -269,6 +279,23 @@ def require_decisions(tasks: list[list[int]], styles: list[int]) -> None:
     for found in tasks:
         if found != wanted:
             raise Unmet(f"{len(wanted)} images of tasks {wanted} were routed to {found}")
+
+
+def check_videos(merged: PeftModel, family: str) -> str:
+    """Whether each video gets one decision and the same jointly as alone: `"yes"`; `""` if there are none."""
+    base, row = merged.get_base_model(), row_of(family)
+    if row.inputs == "instructed_video":
+        return "yes"  # all of its inputs are videos
+    if not takes_videos(base):
+        return ""
+    if family in NOT_MADE:
+        return "not checked"
+    decisions, joint = routed_call(merged, video_inputs(base, list(STYLES), row))
+    if any(len(found) != len(STYLES) for found in decisions.tasks):
+        raise Unmet(f"{len(STYLES)} videos got the decisions {decisions.tasks}")
+    alone = [logits(merged, video_inputs(base, [style], row)) for style in STYLES]
+    require_same(joint, torch.cat(alone), "with videos, routed, it is not")
+    return "yes"
 
 
 def require_generation(merged: PeftModel, inputs: Inputs, rows: list[list[Picture]], batch: Arguments) -> None:

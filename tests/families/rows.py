@@ -20,6 +20,7 @@ class Row:
         images_per_row (`str`): `"any"` number of images, or exactly `"one"`.
         share_inputs (`bool`): Of `collect_statistics`.
         position_axes (`int`, *optional*): Give position ids of that many axes, counted from 0 in every row.
+        video (`str`): How the tokens of a video are laid out (`tests.families.video`).
         note (`str`): For the table.
         unfit (`str`, *optional*): Why it is not run at all.
     """
@@ -31,6 +32,7 @@ class Row:
     images_per_row: str = "any"
     share_inputs: bool = True
     position_axes: int | None = None
+    video: str = "one"
     note: str = ""
     unfit: str | None = None
 
@@ -56,7 +58,7 @@ _SMALL_SAM = {"downsample_channels": [24, 24], "window_size": 2, "global_attn_in
 
 _ROWS: dict[str, Row] = {
     "aria": Row({"projector_patch_to_query_dict": {16: 4}, "max_value_projector_patch_to_query_dict": 4}),
-    "cohere_compass": Row({"text_config": {"rope_parameters": _FULL_ROPE}}),
+    "cohere_compass": Row({"text_config": {"rope_parameters": _FULL_ROPE}}, video="frames"),
     "deepseek_ocr2": Row(
         {
             "vision_config": {"sam_config": _SMALL_SAM},
@@ -86,13 +88,15 @@ _ROWS: dict[str, Row] = {
         }
     ),
     "glm5_next": Row(
-        {"text_config": {"num_key_value_heads": 4, "layer_types": ["linear_attention", "indexed_attention"]}}
+        {"text_config": {"num_key_value_heads": 4, "layer_types": ["linear_attention", "indexed_attention"]}},
+        video="bounded",
     ),
     "granite4_vision": Row(
         {
             "downsample_rate": "1/2",
             "deepstack_layer_map": [[1, 0]],
-            "spatial_target_layers": [0, 0, 1, 1],
+            "spatial_target_layers": [1, 2, 3, 4],
+            "text_config": {"num_hidden_layers": 5},
             "image_grid_pinpoints": _PINPOINTS,
             "vision_config": {"hidden_size": 64, "num_attention_heads": 4},
             "qformer_config": {"hidden_size": 64, "encoder_hidden_size": 64, "num_attention_heads": 1},
@@ -188,7 +192,8 @@ _ROWS: dict[str, Row] = {
                 "indexer_budget": 64,
                 "indexer_compress_ratio": 4,
             }
-        }
+        },
+        video="frames",
     ),
     "unlimited_ocr": Row({"vision_config": {"sam_config": _SMALL_SAM}}, inputs="local_grids"),
     "chameleon": Row(unfit="images become token ids of a codebook: there is no projector"),
@@ -198,11 +203,11 @@ _ROWS: dict[str, Row] = {
     "fast_vlm": Row(unfit="its vision tower is a timm model, and timm is not among the requirements"),
     "gemma3n": Row(unfit="its vision tower is a timm model, and timm is not among the requirements"),
     "perception_lm": Row(unfit="its vision tower is a timm model, and timm is not among the requirements"),
-    "glm4v": Row({"text_config": _MROPE}),
-    "glm46v": Row({"text_config": _MROPE}),
-    "glmga": Row({"text_config": _MROPE}),
-    "glm_ocr": Row({"text_config": _MROPE}),
-    "glm4v_moe": Row({"text_config": _HALF_MROPE | {"head_dim": 16}}),
+    "glm4v": Row({"text_config": _MROPE}, video="bounded"),
+    "glm46v": Row({"text_config": _MROPE}, video="bounded"),
+    "glmga": Row({"text_config": _MROPE}, video="bounded"),
+    "glm_ocr": Row({"text_config": _MROPE}, video="bounded"),
+    "glm4v_moe": Row({"text_config": _HALF_MROPE | {"head_dim": 16}}, video="bounded"),
     "qwen2_5_vl": Row({"text_config": _MROPE, "vision_config": {"window_size": 16}}),
     "qwen2_vl": Row({"text_config": _MROPE, "vision_config": {"embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2}}),
     "blip-2": Row({"image_token_index": 90}, tokens=4, images_per_row="one"),
@@ -311,6 +316,12 @@ _ROWS: dict[str, Row] = {
     "idefics": Row(
         unfit="has no projector: its language model attends to the vision tower's output itself, and holds the tower"
     ),
+    "cosmos3_edge": Row(video="frames"),
+    "cosmos3_omni": Row(video="frames"),
+    "qwen3_5": Row(video="frames"),
+    "qwen3_5_moe": Row(video="frames"),
+    "qwen3_vl": Row(video="frames"),
+    "qwen3_vl_moe": Row(video="frames"),
 }
 
 # The auto class does not list it.

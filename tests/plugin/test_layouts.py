@@ -1,0 +1,81 @@
+"""Which rows belong to which image: told by token ids, by a projector's first layer, and by masks of padding."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from peft_many.plugin.exceptions import EXCEPTIONS
+from peft_many.plugin.image_layout import ImageLayout
+from peft_many.plugin.layouts import current_layout, image_runs
+from tests.families.prompts import END, PROMPTS
+
+IMAGE = 99
+PER_TILE = 3
+
+# The tiles of each image of a row, and how many tokens of text follow it.
+rows = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3)), max_size=5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "family"),
+    [("run", "internvl"), ("marked", "aya_vision"), ("fenced", "idefics2"), ("rows", "idefics3"), ("ended", "llama4")],
+)
+@given(images=rows)
+def test_the_tiles_of_an_image_are_counted_together(prompt: str, family: str, images: list[tuple[int, int]]) -> None:
+    ids = [1]
+    for tiles, text in images:
+        ids += PROMPTS[prompt]([[IMAGE] * PER_TILE] * tiles, END) + [7] * text
+    gap = EXCEPTIONS[family].tile_gap
+    assert gap is not None
+    assert image_runs(ids, IMAGE, gap, END if prompt == "ended" else None) == [PER_TILE * tiles for tiles, _ in images]
+
+
+@pytest.mark.parametrize("line_breaks", [1, 2])
+def test_a_tokenizer_may_join_line_breaks(line_breaks: int) -> None:
+    fence, row, whole, line_break = 50, 51, 52, 53
+    ids = [fence, row, IMAGE, fence, row + 9, IMAGE, *[line_break] * line_breaks, fence, whole, IMAGE, fence]
+    assert image_runs(ids * 2, IMAGE, EXCEPTIONS["idefics3"].tile_gap or 0) == [3, 3]
+
+
+class Late(nn.Module):
+    """A projector whose linear layer is not registered first."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.first = nn.LayerNorm(4), first
+
+
+def test_a_convolutions_map_is_pooled_over_its_places() -> None:
+    features = torch.randn(3, 8, 4, 4)
+    for projector in (nn.Conv2d(8, 2, 1), nn.Linear(8, 2), Late(nn.Linear(8, 2)), nn.Sequential(nn.Conv2d(8, 2, 1))):
+        layout = current_layout(features, projector)
+        torch.testing.assert_close(layout.pool(features), features.mean((2, 3)))
+    channels_last = current_layout(features, nn.Linear(4, 2))
+    torch.testing.assert_close(channels_last.pool(features), features.mean((1, 2)))
+
+
+def test_padding_is_not_pooled_and_is_no_image() -> None:
+    features = torch.randn(2, 3, 5, 4)
+    real = torch.tensor([[True, True, False], [False, False, False]])
+    layout = ImageLayout(torch.tensor([3, 3]), flat=False, leading=2, real=real.reshape(-1))
+    pooled = layout.pool(features)
+    torch.testing.assert_close(pooled[0], features[0, :2].mean((0, 1)))
+    assert not pooled[1].any()
+    assert layout.real_images.tolist() == [True, False]
+
+
+def test_outputs_may_have_other_proportions_than_inputs() -> None:
+    layout = ImageLayout(torch.tensor([1, 2]), flat=False, outputs=ImageLayout(torch.tensor([4, 3]), flat=True))
+    weights, outputs = torch.tensor([0.25, 0.75]), torch.randn(7, 2)
+    mixed = layout.add_weighted(None, outputs, weights, torch.tensor([True, True]))
+    torch.testing.assert_close(mixed, torch.cat([0.25 * outputs[:4], 0.75 * outputs[4:]]))
+    assert not layout.can_cut((torch.randn(3, 5, 6),), {})
+
+
+def test_further_features_of_all_images_are_not_cut_as_if_there_were_one_for_each() -> None:
+    features = torch.randn(2, 5, 6)
+    layout = ImageLayout(torch.tensor([1, 1]), flat=False)
+    assert layout.can_cut((features, [torch.zeros(3), torch.ones(2)]), {})
+    assert not layout.can_cut((features, [torch.randn(2, 5, 6), torch.randn(2, 5, 6)]), {})
