@@ -271,6 +271,4 @@ def main(
 
 
 if __name__ == "__main__":
-    import peft_many  # noqa: F401 - the adapter's type
-
     typer.run(main)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
+import typer.testing
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -117,9 +120,28 @@ def test_what_cannot_be_viewed_is_said(toy, merged, processor):
 
 
 def test_without_gradio_the_page_says_what_to_install(merged, processor, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=r'gradio: pip install "peft-many\[viewer\]"'):
         viewer.launch(merged, processor)
+
+
+def test_from_the_command_line(toy, merged, processor, tmp_path, monkeypatch):
+    app = typer.Typer()
+    app.command()(viewer.main)
+    runner = typer.testing.CliRunner()
+    assert "which tasks a merge takes an image for" in " ".join(runner.invoke(app, ["--help"]).output.split())
+    merged.save_pretrained(tmp_path / "merged")
+    shown: list[dict[str, Any]] = []
+
+    def launch(model: Any, processor: Any, **options: Any) -> None:
+        shown.append({"seen": viewer.resembles(model, processor, picture), **options})
+
+    picture = Image.open(toy / "charts" / "1.png")
+    monkeypatch.setattr(viewer, "launch", launch)
+    done = runner.invoke(app, [str(toy / "model"), str(tmp_path / "merged"), "--port", "7000"])
+    assert done.exit_code == 0, done.output
+    seen = viewer.resembles(merged, processor, picture)
+    assert shown == [{"seen": seen, "max_new_tokens": 64, "server_port": 7000}]
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
