@@ -1,0 +1,239 @@
+"""Every Python snippet of the README and the docs runs, and every command line there is one that parses.
+
+The snippets of a page share one namespace and one folder, where tiny adapters lie under the names that the docs use.
+`base` is the base model, freshly loaded, at the beginning of each snippet.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import typer
+from peft import LoraConfig, PeftConfig, get_peft_model
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import AutoModelForImageTextToText
+
+from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
+from peft_many.commands import app
+from peft_many.metrics import AccuracyMatrix
+from tests.adapters import batches, scatter
+from tests.docs.pages import PAGES, ROOT, commands, folders_written, imported, python_snippets, run, snippets
+from tests.examples import toy
+from tests.examples.scripts import EXAMPLES, script
+from tests.hub_server import StandInHub, talk_to
+from tests.plugin.llava_files import checkpoint
+
+# By folder, the task's name. All are on the Hub too, as me/…
+MEASURED = {"clevr": "clevr", "iconqa": "iconqa", "vizwiz": "vizwiz", "new-task": "new", "charts": "charts"} | {
+    f"task{number}": f"task {number}" for number in (1, 2, 3)
+}
+LOCAL = ("clevr", "task1", "task2", "task3", "merged", "Task4_llava_lora")
+# What all snippets may use without importing it: what the page has imported before, or what stands above on the page.
+OPTIONAL = {"trl"}  # there is no version of it for Python 3.10
+KNOWN = {"merge_adapter_sequence": merge_adapter_sequence, "merge_adapter_files": merge_adapter_files} | {
+    "collect_statistics": collect_statistics,
+    "torch": torch,
+}
+
+
+class Examples(Dataset):
+    """A training set for `Trainer`, of rows that `collate` puts together."""
+
+    def __init__(self, batch: dict[str, torch.Tensor]) -> None:
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        self.rows = [
+            {name: tensor[i] for name, tensor in {**batch, "labels": labels}.items()} for i in range(len(labels))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.rows[index]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """The base model, and adapters under the names that the docs use."""
+    root = tmp_path_factory.mktemp("docs")
+    toy.save_base(root / "base")
+    for seed, (folder, task) in enumerate(MEASURED.items()):
+        save_adapter(root, folder, seed, MAnyConfig(r=4, lora_alpha=8, task_name=task))
+    for seed, folder in enumerate(("plain-lora", "charts-lora", "icons-lora"), start=20):
+        attention = ["q_proj", "k_proj", "v_proj"]
+        save_adapter(
+            root, folder, seed, LoraConfig(r=4, target_modules=attention, modules_to_save=["multi_modal_projector"])
+        )
+    merge_adapter_files([root / name for name in ("clevr", "iconqa", "vizwiz")], root / "merged", progress=False)
+    checkpoint(root / "Task4_llava_lora")
+    return root
+
+
+def load_base(root: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(root / "base")
+
+
+def save_adapter(root: Path, folder: str, seed: int, config: LoraConfig) -> None:
+    torch.manual_seed(seed)
+    base = load_base(root)
+    model = get_peft_model(base, config)
+    scatter(model, seed)
+    if isinstance(config, MAnyConfig):
+        collect_statistics(model, batches(base, "llava", seed), progress=False)
+    model.save_pretrained(root / folder)
+
+
+@pytest.fixture
+def hub(place, tmp_path, monkeypatch):
+    """The stand-in for the Hub with all adapters; the process may write to it."""
+    with StandInHub() as server:
+        talk_to(server, monkeypatch, tmp_path / "hub")
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        for folder in (*MEASURED, "plain-lora", "charts-lora", "merged"):
+            for branch in ("main", "v2"):
+                server.add(f"me/{folder}", place / folder, branch=branch)
+        server.add("you/icons-lora", place / "icons-lora")
+        yield server
+
+
+@pytest.fixture
+def names(place, tmp_path, monkeypatch, hub) -> dict[str, object]:
+    """What the snippets of a page find: adapters in the current folder, and these names."""
+    work = tmp_path / "work"
+    work.mkdir()
+    for folder in LOCAL:
+        shutil.copytree(place / folder, work / folder)
+    monkeypatch.chdir(work)
+    base = load_base(place)
+    loader = [{**batch, "labels": batch["input_ids"]} for batch in batches(base, "llava", 1)]
+    loaders = ("dataloader", "train_dataloader", "dataloader_of_its_task", "clevr_loader", "iconqa_loader")
+    picture = Image.new("RGB", (16, 16), "red")
+    asked, answered = [{"role": "user", "content": "What colour is it ?"}], [{"role": "assistant", "content": "red"}]
+    conversations = datasets.Dataset.from_list([{"images": [picture], "prompt": asked, "completion": answered}] * 4)
+    train_dataset = Examples(batches(base, "llava", 1, rows=8)[0])
+    return {
+        **KNOWN,
+        **dict.fromkeys(loaders, loader),
+        "train_dataset": train_dataset,
+        "collate": lambda rows: {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
+        "conversations": conversations,
+        "processor": toy.processor("llava"),
+        "image": picture,
+        "adapters": ["clevr", "me/iconqa"],
+        "inputs": batches(base, "llava", 2)[0],
+        **{f"seed_{n}": AccuracyMatrix([[90 + n], [80 - n, 70]], tasks=["one", "two"]) for n in (1, 2, 3)},
+    }
+
+
+@pytest.mark.parametrize(
+    "page", [path for path in PAGES if python_snippets(path)], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_snippets_run(page, names, place):
+    for snippet in python_snippets(page):
+        lacking = [name for name in imported(snippet) & OPTIONAL if importlib.util.find_spec(name) is None]
+        if snippet.not_run is not None or lacking:
+            continue
+        for folder in folders_written(snippet):
+            shutil.rmtree(folder, ignore_errors=True)
+        names["base"] = load_base(place)
+        run(snippet, page, names)
+
+
+# ------------------------------------------------------------------------------------------------------ command lines
+
+COMMANDS = [
+    pytest.param(words, id=f"{path.relative_to(ROOT)}: {' '.join(words)}")
+    for path in PAGES
+    for words in commands(path.read_text(encoding="utf-8"), "peft-many")
+]
+
+
+def parse(command: Any, words: list[str], parent: Any = None) -> None:
+    """Read a command line as the program would, without running it.
+
+    Raises:
+        Exception: It has an unknown command or option, lacks an argument, or has one too many.
+    """
+    context = command.context_class(command, info_name=command.name, parent=parent)
+    values, rest, _ = command.make_parser(context).parse_args(list(words))
+    if hasattr(command, "commands"):
+        if rest:
+            assert rest[0] in command.commands, f"There is no command '{rest[0]}'."
+            parse(command.commands[rest[0]], rest[1:], context)
+        return
+    assert not rest, f"'{' '.join(rest)}' is one too many."
+    missing = [param.name for param in command.params if param.required and not values.get(param.name)]
+    assert not missing, f"'{missing[0]}' is missing."
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_command_lines_parse(words):
+    parse(typer.main.get_command(app), words[1:])
+
+
+@pytest.mark.parametrize("wrong", ["bench --quack", "bench much", "brew", "bench --seeds"])
+def test_wrong_command_lines_do_not_parse(wrong):
+    with pytest.raises(Exception, match=r"quack|much|brew|seeds"):
+        parse(typer.main.get_command(app), wrong.split())
+
+
+SCRIPTS = [
+    pytest.param(name, words, id=" ".join(words))
+    for name in ("train_with_trainer", "train_with_accelerate", "merge_from_hub")
+    for start in (("python",), ("accelerate", "launch"))
+    for text in [(EXAMPLES / "README.md").read_text(encoding="utf-8")]
+    for words in commands(text, *start, f"{name}.py")
+]
+
+
+@pytest.mark.parametrize(("name", "words"), SCRIPTS)
+def test_command_lines_of_examples_parse(name, words):
+    place = words.index(f"{name}.py")
+    script(name).arguments_parser().parse_args(words[place + 1 :])
+
+
+# ------------------------------------------------------------------------------------------------------ this harness
+
+
+def test_pages_are_read_as_readers_read_them():
+    page = (
+        "Call `peft-many bench --quick`, or `peft-many plan | merge …`.\n\n"
+        "```python\na = 1\n```\n\n<!-- not run: it would take a week -->\n```python\nb = 2\n```\n\n"
+        "```bash\npeft-many merge a b \\\n  --output c  # here\npeft-many-else\nls | wc\n```\n"
+    )
+    one, two, _ = snippets(page)
+    assert (one.code, one.line, one.not_run) == ("a = 1\n", 4, None)
+    assert (two.code, two.line, two.not_run) == ("b = 2\n", 9, "it would take a week")
+    assert list(commands(page, "peft-many")) == [
+        ["peft-many", "merge", "a", "b", "--output", "c"],
+        ["peft-many", "bench", "--quick"],
+    ]
+
+
+def test_a_snippet_that_fails_shows_its_line(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n```python\nx = 1\nraise KeyError('here')\n```\n")
+    (snippet,) = python_snippets(page)
+    with pytest.raises(KeyError, match="here") as caught:
+        run(snippet, page, {})
+    assert (caught.traceback[-1].lineno, str(caught.traceback[-1].path)) == (4, str(page))  # counted from zero
+
+
+def test_folders_that_a_snippet_writes_are_known():
+    (snippet,) = snippets('```python\nmerge_adapter_files(["a", "b"], "c", rank=2)\nx.save_pretrained("d")\n```\n')
+    assert folders_written(snippet) == ["c"]
+
+
+def test_adapters_of_the_docs_are_what_they_are_called(place):
+    assert [task["name"] for task in PeftConfig.from_pretrained(place / "merged").tasks] == [
+        "clevr",
+        "iconqa",
+        "vizwiz",
+    ]
