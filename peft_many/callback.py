@@ -14,6 +14,8 @@ from .plugin.collect import collect_statistics
 class MAnyCallback(TrainerCallback):
     """Runs `collect_statistics` when `Trainer` has finished training, so that `save_model` saves what merging needs.
 
+    Works in trainers that build on it too, such as TRL's `SFTTrainer`. Checkpoints saved on the way have no statistics.
+
     Args:
         dataloader (`Iterable`, *optional*):
             What to measure on. Defaults to the training dataloader.

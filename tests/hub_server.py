@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub.constants
+import pytest
+
 Tree = dict[str, bytes]
 
 
@@ -80,6 +83,28 @@ class StandInHub:
         """The paths that were asked for with their contents, so far."""
         asked = [path.split("/resolve/") for method, path in self.requests if method == "GET" and "/resolve/" in path]
         return [rest.partition("/")[2] for _, rest in asked]
+
+
+def talk_to(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let huggingface_hub of this process talk to the stand-in, with its cache in the folder and no token."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.file_download.is_xet_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between retries
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(folder / "no token"))
+    connect(monkeypatch, hub.url)
+
+
+def connect(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Let huggingface_hub of this process look for the Hub at another address."""
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
 
 
 class _Handler(BaseHTTPRequestHandler):

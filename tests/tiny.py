@@ -174,7 +174,7 @@ def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Pre
     """A tiny model of the family, with a language modelling head, in evaluation mode; the seed fixes every weight."""
     spec = _FAMILIES[family]
     config = getattr(transformers, f"{spec.prefix}Config")(**spec.config())
-    return _model(getattr(transformers, f"{spec.prefix}ForConditionalGeneration"), config, seed, dtype)
+    return with_random_weights(getattr(transformers, f"{spec.prefix}ForConditionalGeneration"), config, seed, dtype)
 
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {name: partial(build, name) for name in _FAMILIES}
@@ -184,18 +184,20 @@ def build_text(kind: Literal["llama", "gpt2", "t5"], seed: int = 0) -> PreTraine
     """A tiny text-only model: "llama", "gpt2" (whose projections are Conv1D), or "t5" (an encoder and a decoder)."""
     tokens = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "eos_token_id": None}
     if kind == "llama":
-        return _model(transformers.LlamaForCausalLM, transformers.LlamaConfig(**_text()), seed, torch.float32)
+        return with_random_weights(
+            transformers.LlamaForCausalLM, transformers.LlamaConfig(**_text()), seed, torch.float32
+        )
     if kind == "gpt2":
         gpt2 = transformers.GPT2Config(n_embd=TEXT_WIDTH, n_layer=2, n_head=4, n_positions=128, **tokens)
-        return _model(transformers.GPT2LMHeadModel, gpt2, seed, torch.float32)
+        return with_random_weights(transformers.GPT2LMHeadModel, gpt2, seed, torch.float32)
     if kind == "t5":
         shape = {"d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
         t5 = transformers.T5Config(**shape, **tokens, decoder_start_token_id=PAD, tie_word_embeddings=False)
-        return _model(transformers.T5ForConditionalGeneration, t5, seed, torch.float32)
+        return with_random_weights(transformers.T5ForConditionalGeneration, t5, seed, torch.float32)
     raise ValueError(f"unknown kind of text model: {kind!r}")
 
 
-def _model(
+def with_random_weights(
     kind: type[PreTrainedModel], config: transformers.PreTrainedConfig, seed: int, dtype: torch.dtype
 ) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..algebra.spread import centred, shared_metric
 from ..plugin.families import find_projectors
-from ..plugin.image_layout import features_of
+from ..plugin.layouts import features_of
 from .methods import Measurement
 from .model import Collator
 from .training import batches_of

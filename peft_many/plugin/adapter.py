@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .config import MAnyConfig
-from .families import PROJECTOR_NAME
 from .hub import AdapterSource
 from .lora_pairs import split_pairs
 from .peft_deltas import deltas_by_peft
@@ -240,6 +240,13 @@ def _provenance(source: AdapterSource, config: PeftConfig) -> dict[str, Any]:
     about = {"source": source.public_name, "revision": source.revision, "sha256": _sha256(source.folder)}
     pooled = getattr(config, "pooled", None)
     return {**about, "pooled": pooled} if pooled else about
+
+
+# The last path component of a projector, by the names that transformers' families use: there is no model to look at.
+PROJECTOR_NAME = re.compile(
+    r"multi_modal_projector|mm_projector|projector|connector|merger|deepstack_merger_list|aligner|"
+    r"language_projection|vision_projection"
+)
 
 
 def _named_like_projectors(rest: Iterable[str]) -> list[str]:

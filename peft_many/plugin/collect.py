@@ -22,7 +22,7 @@ from .families import find_projectors, image_encoder_name, language_model_linear
 from .forward import batch_size, device_of, forward, masks_of, only_active, state_kept
 from .gathering import gather_covariances, gather_prototypes
 from .hooks import CovarianceHooks, PrototypeHooks
-from .image_layout import watching_image_calls
+from .image_calls import watching_image_calls
 from .layers import adapted_layers, hang_on_layers
 from .measurable import adapter_to_measure, weights_of
 from .peft_methods import described, is_plain_lora

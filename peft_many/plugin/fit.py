@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import MAnyConfig
 from .gated_calls import unwatch_gated_calls
+from .image_calls import unwatch_image_calls
 from .stored_delta import KEY_PREFIX, UnmergeableAdapterError
 
 
@@ -111,6 +112,7 @@ def untouched_on_failure(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         unwatch_gated_calls(model)
+        unwatch_image_calls(list(model.modules()))
         for module, children, attributes in before:
             module._modules.clear()
             module._modules.update(children)

@@ -8,7 +8,6 @@ object, for decoding steps and further turns, and dies with it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .image_layout import WATCHED_METHODS, ImageLayout, current_image_call
+from .image_calls import WATCHED_METHODS, current_image_call
+from .image_layout import ImageLayout
 from .row_weights import Gates, ImageWeights, RowWeights, repeats_of_rows, warn_of_merged
+from .watched import WatchedMethod, unwatch, watch
 
 # The attribute of a cache object that holds the task weights of its rows, by adapter. Copies of a cache take it along.
 CACHE_ATTRIBUTE = "peft_many_row_weights"
@@ -177,15 +178,8 @@ def _length(cache: Any) -> int:
     return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
 
 
-class _WatchedGenerate:
-    """Does what the model's own `generate` does, as one call; an object, so that copies watch themselves."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._own_method())
+class _WatchedGenerate(WatchedMethod):
+    """Does what the model's own `generate` does, as one call."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = {**self.__signature__.bind_partial(*args).arguments, **kwargs}
@@ -194,13 +188,9 @@ class _WatchedGenerate:
             _drop_what_was_read(arguments)
         token = _running.set(_Call(self.module, arguments, _running.get(), False, inherited))
         try:
-            return self._own_method()(*args, **kwargs)
+            return self.own_method()(*args, **kwargs)
         finally:
             _running.reset(token)
-
-    def _own_method(self) -> Callable[..., Any]:
-        method: Callable[..., Any] = type(self.module).generate.__get__(self.module)  # type: ignore[attr-defined]
-        return method
 
 
 def _drop_what_was_read(arguments: dict[str, Any]) -> None:
@@ -226,8 +216,7 @@ def watch_gated_calls(model: nn.Module) -> None:
             module.register_forward_pre_hook(_enter, with_kwargs=True),
             module.register_forward_hook(_leave, with_kwargs=True, always_call=True),
         )
-        if callable(getattr(type(module), "generate", None)) and "generate" not in vars(module):
-            module.generate = _WatchedGenerate(module)
+        watch(module, "generate", _WatchedGenerate)
 
 
 def unwatch_gated_calls(model: nn.Module) -> None:
@@ -236,5 +225,4 @@ def unwatch_gated_calls(model: nn.Module) -> None:
     for module in model.modules():
         for handle in vars(module).pop("gate_hooks", ()):
             handle.remove()
-        if isinstance(vars(module).get("generate"), _WatchedGenerate):
-            del module.generate
+        unwatch(module, "generate", _WatchedGenerate)

@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..algebra.covariance import Covariance, CovarianceAccumulator
 from ..algebra.sketch import CovarianceSketch
-from .image_layout import current_layout, features_of
+from .image_calls import current_image_call
+from .layouts import current_layout, features_of, vision_features_of
 from .routed_rows import RoutedRows
 
 # Of the text, and of the decoder's text in an encoder-decoder model.
@@ -312,7 +313,14 @@ class PrototypeHooks:
     def _hook(self, name: str) -> Any:
         def hook(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             features = features_of(args, kwargs)
-            pooled = current_layout(features).pool(features).cpu()
+            if not features.is_floating_point():
+                return  # ids of tokens that are no part of an image
+            layout, call = current_layout(features, projector), current_image_call()
+            if layout.continues:
+                return  # parts of images that were seen as a whole
+            if call is not None:
+                call.decided[projector] = features.new_empty(0)
+            pooled = layout.pool(vision_features_of(args, kwargs))[layout.real_images.to(features.device)].cpu()
             if not torch.isfinite(pooled).all():
                 raise RuntimeError(f"The vision features at '{name}' hold NaN or Inf.")
             if name not in self._found:

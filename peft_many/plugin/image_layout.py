@@ -1,47 +1,16 @@
-"""Which rows of a projector's input and output belong to which image.
-
-A projector sees vision features without image boundaries. The boundaries stand in the arguments of the model's public
-`get_image_features` (`get_video_features`), which `forward` and `generate` both go through; those calls are watched.
-"""
+"""Which rows of a projector's input and output belong to which image."""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import itertools
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from torch import Tensor
+from transformers.utils import ModelOutput
 
 from ..algebra.routing import pool_segments
-
-WATCHED_METHODS = ("get_image_features", "get_video_features")
-
-
-@dataclass(eq=False)
-class ImageCall:
-    """One call of `get_image_features` or `get_video_features`.
-
-    Args:
-        owner (`torch.nn.Module`): The module it belongs to.
-        arguments (`dict[str, Any]`): By name.
-        modality (`str`): `"image"` or `"video"`.
-        tokens (`list[int]`, *optional*): Once it has returned, how many tokens each image has become, if it says so.
-    """
-
-    owner: nn.Module
-    arguments: dict[str, Any]
-    modality: str
-    tokens: list[int] | None = None
-
-
-# A context variable, so that threads that share one model do not see each other's images.
-_running_call: ContextVar[ImageCall | None] = ContextVar("peft_many_image_call", default=None)
 
 
 @dataclass(frozen=True)
@@ -54,28 +23,58 @@ class ImageLayout:
         lengths (`torch.Tensor`):
             Shape `(images,)`, int64, on the CPU: rows of each image, up to a common factor.
         flat (`bool`):
-            Whether rows are patches, all leading dimensions flattened (`True`), or entries of the first dimension
+            Whether rows are patches, all leading dimensions flattened (`True`), or entries of the first dimensions
             (images or tiles).
+        leading (`int`): If rows are entries, of how many of the first dimensions.
+        channels_first (`bool`): Whether features are maps of a convolution, `(rows, d, height, width)`.
+        real (`torch.Tensor`, *optional*): Shape `(rows,)`, bool, on the CPU: which rows are no padding.
+        outputs ([`ImageLayout`], *optional*):
+            That of the projector's output, where its rows are not in proportion to those of the input.
+        continues (`bool`): Whether these are parts of images that were seen as a whole, so that their task is decided.
     """
 
     lengths: Tensor
     flat: bool
+    leading: int = 1
+    channels_first: bool = False
+    real: Tensor | None = None
+    continues: bool = False
+    outputs: ImageLayout | None = None
 
     def pool(self, features: Tensor) -> Tensor:
-        """Mean-pooled features of each image, shape `(images, d)`, float32; `d` is the features' last dimension."""
+        """Mean-pooled features of each image, shape `(images, d)`, float32; of padding alone, zeros."""
+        if self.channels_first:
+            features = features.flatten(2).transpose(1, 2)
         width = features.shape[-1]
         if self.flat:
             rows = features.reshape(features.shape[:-1].numel(), width)
         else:
-            patches = features.reshape(len(features), features.shape[1:-1].numel(), width)
+            entries = features.shape[: self.leading].numel()
+            patches = features.reshape(entries, features.shape[self.leading : -1].numel(), width)
             rows = patches.mean(1, dtype=torch.float32)
-        return pool_segments(rows, self._rows_of_images(len(rows)).to(rows.device))
+        owners = self._owners(len(rows))
+        if self.real is not None:
+            rows, owners = rows[self.real.to(rows.device)], owners[self.real]
+        counts = torch.bincount(owners, minlength=len(self.lengths))
+        return pool_segments(rows, counts.to(rows.device))
+
+    @property
+    def real_images(self) -> Tensor:
+        """Which images are no padding, shape `(images,)`, bool, on the CPU."""
+        if self.real is None:
+            return torch.ones(len(self.lengths), dtype=torch.bool)
+        return torch.bincount(self._owners(len(self.real))[self.real], minlength=len(self.lengths)) > 0
 
     def can_cut(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether it is clear what of a projector's arguments belongs to which image."""
         features, *further = (*args, *kwargs.values())
-        return self._has_row_dimension(features) and all(
-            _concerns_all_images(value) or _has_entry_per_image(value, len(self.lengths)) for value in further
+        return (
+            self.outputs is None
+            and self._has_row_dimension(features)
+            and all(
+                _concerns_all_images(value) or _has_entry_per_image(value, features, len(self.lengths))
+                for value in further
+            )
         )
 
     def cut(
@@ -90,18 +89,26 @@ class ImageLayout:
         values += [value if _concerns_all_images(value) else _entries(value, images) for value in further]
         return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :]))
 
-    def add_weighted(self, mixed: Tensor | None, outputs: Tensor, weights: Tensor, images: Tensor) -> Tensor:
+    def add_weighted(self, mixed: Any, outputs: Any, weights: Tensor, images: Tensor) -> Any:
         """Add a projector's `outputs` for some of the images, times their weights, to what is mixed for all of them.
 
         Args:
             mixed (`torch.Tensor`, *optional*): Float32, changed in place; `None` begins with zeros.
-            outputs (`torch.Tensor`): What the projector made of the arguments that `cut` gave.
+            outputs (`torch.Tensor`):
+                What the projector made of the arguments that `cut` gave; also lists, tuples and model outputs of
+                tensors, if it was called with all images.
             weights (`torch.Tensor`): Shape `(images,)`, float32, those of the other images included.
             images (`torch.Tensor`): The mask of the images that it was called with.
 
         Raises:
             RuntimeError: It cannot be told which rows of the outputs belong to which image.
         """
+        if outputs is None:
+            return None
+        if self.outputs is not None:
+            return self.outputs.add_weighted(mixed, outputs, weights, images)
+        if not isinstance(outputs, Tensor):
+            return self._add_structure(mixed, outputs, weights, images)
         part = self._only(images)._spread(_entries(weights, images), outputs) * outputs.float()
         if images.all():
             return part if mixed is None else mixed.add_(part)
@@ -118,14 +125,23 @@ class ImageLayout:
             )
         return mixed.index_add_(dimension, rows.to(part.device), part)
 
+    def _add_structure(self, mixed: Any, outputs: Any, weights: Tensor, images: Tensor) -> Any:
+        """`add_weighted` for an output that is no tensor: each part by itself."""
+        if self.flat and isinstance(outputs, (list, tuple)) and len(outputs) == len(images):  # a part for each image
+            parts: list[Any] = [weight * part.float() for weight, part in zip(weights, outputs)]
+            return type(outputs)(parts if mixed is None else [old.add_(new) for old, new in zip(mixed, parts)])
+        olds = [None] * len(outputs) if mixed is None else parts_of(mixed)
+        news = [self.add_weighted(old, new, weights, images) for old, new in zip(olds, parts_of(outputs))]
+        return with_parts(outputs, news)
+
     def _only(self, images: Tensor) -> ImageLayout:
-        return ImageLayout(self.lengths[images], self.flat)
+        return ImageLayout(self.lengths[images], self.flat, self.leading)
 
     def _spread(self, weights: Tensor, outputs: Tensor) -> Tensor:
         """One weight for each image, `(images,)`, brought to a shape that multiplies the projector's `outputs`."""
-        rows = outputs.shape[:-1].numel() if self.flat else len(outputs)
-        weights = weights.repeat_interleave(self._rows_of_images(rows).to(weights.device), output_size=rows)
-        return weights.reshape((*outputs.shape[:-1], 1) if self.flat else (-1, *[1] * (outputs.dim() - 1)))
+        leading = outputs.shape[:-1] if self.flat else outputs.shape[: self.leading]
+        weights = weights[self._owners(leading.numel()).to(weights.device)]
+        return weights.reshape((*leading, *[1] * (outputs.dim() - len(leading))))
 
     @property
     def _row_dimension(self) -> int:
@@ -133,11 +149,15 @@ class ImageLayout:
 
     def _has_row_dimension(self, tensor: Tensor) -> bool:
         """Whether all rows lie along one dimension, so that they can be cut."""
-        return not self.flat or tensor.shape[:-1].numel() == tensor.shape[-2]
+        return tensor.shape[:-1].numel() == tensor.shape[-2] if self.flat else self.leading == 1
 
     def _rows_of(self, images: Tensor, rows: int) -> Tensor:
         """Which of that many rows belong to some of the images, int64, on the CPU."""
-        return images.repeat_interleave(self._rows_of_images(rows)).nonzero()[:, 0]
+        return images[self._owners(rows)].nonzero()[:, 0]
+
+    def _owners(self, rows: int) -> Tensor:
+        """The image that each of that many rows belongs to, int64, on the CPU."""
+        return torch.arange(len(self.lengths)).repeat_interleave(self._rows_of_images(rows))
 
     def _rows_of_images(self, rows: int) -> Tensor:
         """`lengths` scaled to that many rows: mergers turn several patches into one token."""
@@ -149,19 +169,32 @@ class ImageLayout:
         return scaled
 
 
+def parts_of(output: Any) -> list[Any]:
+    """The entries of a list, tuple or model output."""
+    return list(output.values()) if isinstance(output, ModelOutput) else list(output)
+
+
+def with_parts(output: Any, parts: list[Any]) -> Any:
+    """The same kind of list, tuple or model output, of other entries."""
+    return type(output)(**dict(zip(output, parts))) if isinstance(output, ModelOutput) else type(output)(parts)
+
+
 def _concerns_all_images(value: Any) -> bool:
     """Whether a projector's argument is a setting, the same whichever images come with it."""
     return value is None or isinstance(value, (int, float, str)) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
-def _has_entry_per_image(value: Any, images: int) -> bool:
+def _has_entry_per_image(value: Any, features: Tensor, images: int) -> bool:
     """Whether a projector's argument holds a row for each image, such as its height and width.
 
-    Plain numbers do not count as rows: the height and width of a grid that all images share are no two images.
+    Plain numbers do not count as rows: the height and width of a grid that all images share are no two images. Nor do
+    further features, such as those of other layers of the tower.
     """
     if isinstance(value, Tensor):
-        return value.dim() > 1 and len(value) == images
-    return type(value) in (list, tuple) and len(value) == images and not any(map(_concerns_all_images, value))
+        return value.dim() > 1 and len(value) == images and value.shape != features.shape
+    if type(value) not in (list, tuple) or len(value) != images or any(map(_concerns_all_images, value)):
+        return False
+    return not any(isinstance(entry, Tensor) and entry.shape == features.shape for entry in value)
 
 
 def _entries(value: Any, images: Tensor) -> Any:
@@ -169,143 +202,3 @@ def _entries(value: Any, images: Tensor) -> Any:
     if isinstance(value, Tensor):
         return value[images.nonzero()[:, 0].to(value.device)]
     return type(value)(itertools.compress(value, images.tolist()))
-
-
-def _grid_lengths(call: ImageCall) -> Tensor | None:
-    """Qwen-VL and relatives: `(images, 3)` grids of time, height and width in patches."""
-    grid = call.arguments.get("image_grid_thw", call.arguments.get("video_grid_thw"))
-    return None if grid is None else torch.as_tensor(grid).prod(-1)
-
-
-def _tile_lengths(call: ImageCall) -> Tensor | None:
-    """LLaVA-NeXT and relatives: each image is cut into tiles by its size, one entry of the first dimension each."""
-    config, sizes = getattr(call.owner, "config", None), call.arguments.get("image_sizes")
-    pinpoints = getattr(config, "image_grid_pinpoints", None)
-    if sizes is None or pinpoints is None or config is None:
-        return None
-    tiles = [image_size_to_num_patches(size, pinpoints, config.vision_config.image_size) for size in sizes]
-    counts = call.arguments.get("batch_num_images")
-    if counts is not None:  # LLaVA-OneVision cuts an image only if it is the only one of its sample
-        alone = [count == 1 for count in counts for _ in range(count)]
-        tiles = [number if cut else 1 for number, cut in zip(tiles, alone)]
-    return torch.tensor(tiles)
-
-
-def _size_lengths(call: ImageCall) -> Tensor | None:
-    """Pixtral towers (Mistral3, LLaVA with Pixtral): all patches in one row, `(images, 2)` sizes in pixels."""
-    sizes, patch = call.arguments.get("image_sizes"), getattr(call.owner.config, "vision_config", None)
-    if sizes is None or patch is None:
-        return None
-    return (torch.as_tensor(sizes) // patch.patch_size).prod(-1)
-
-
-# A row for each kind of layout: how the call's arguments give the lengths, and whether rows are patches. First match.
-LAYOUTS: tuple[tuple[Callable[[ImageCall], Tensor | None], bool], ...] = (
-    (_grid_lengths, True),
-    (_tile_lengths, False),
-    (_size_lengths, True),
-)
-
-
-def features_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A layer's or projector's input: the first argument, by position or by name."""
-    features: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return features
-
-
-def current_image_call() -> ImageCall | None:
-    """The image call that is running in this thread."""
-    return _running_call.get()
-
-
-def current_layout(features: Tensor) -> ImageLayout:
-    """The layout of the features that arrive at a projector now.
-
-    Raises:
-        RuntimeError: The features are flat patches and no watched call says where images begin.
-    """
-    call = _running_call.get()
-    if call is not None:
-        for lengths_of, flat in LAYOUTS:
-            lengths = lengths_of(call)
-            if lengths is not None:
-                return ImageLayout(lengths.cpu(), flat)
-    if features.dim() < 3:
-        raise RuntimeError(
-            f"The projector got flat vision features of shape {tuple(features.shape)}, and no running call of the "
-            "model's `get_image_features` says where images begin, so they cannot be told apart."
-        )
-    return ImageLayout(torch.ones(len(features), dtype=torch.int64), flat=False)
-
-
-def _token_counts(output: Any) -> list[int] | None:
-    """How many tokens each image has become, from what an image method returned; `None` if it is of another form."""
-    features = getattr(output, "pooler_output", output)
-    if isinstance(features, Tensor) and features.dim() == 3:
-        return [features.shape[1]] * len(features)
-    if isinstance(features, (list, tuple)) and all(isinstance(one, Tensor) for one in features):
-        return [one.shape[:-1].numel() for one in features]
-    return None
-
-
-class _WatchedMethod:
-    """Does what the module's own image method does, and lets `current_layout` know its arguments meanwhile.
-
-    An object that holds its module, not a bound function, so that copies and pickles of a model watch themselves.
-    """
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module = module
-        self.name = name
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._own_method())  # which `generate` reads
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = self.__signature__.bind(*args, **kwargs).arguments
-        arguments.update(arguments.pop("kwargs", {}))
-        outer = _running_call.get()
-        # Some families pass the frames of videos through `get_image_features`.
-        videos = "video" in self.name or (outer is not None and outer.modality == "video")
-        call = ImageCall(self.module, arguments, "video" if videos else "image")
-        token = _running_call.set(call)
-        try:
-            output = self._own_method()(*args, **kwargs)
-        finally:
-            _running_call.reset(token)
-        call.tokens = _token_counts(output)
-        return output
-
-    def _own_method(self) -> Callable[..., Any]:
-        return getattr(type(self.module), self.name).__get__(self.module)
-
-
-def watch_image_calls(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Watch the image methods of every part of the model that has them; returns what was newly watched.
-
-    The methods are set on the instances; the classes stay as they are.
-    """
-    watched = []
-    for module in model.modules():
-        for name in WATCHED_METHODS:
-            if callable(getattr(type(module), name, None)) and name not in module.__dict__:
-                setattr(module, name, _WatchedMethod(module, name))
-                watched.append((module, name))
-    return watched
-
-
-def unwatch_image_calls(watched: list[tuple[nn.Module, str]]) -> None:
-    """Give the modules their own methods back."""
-    for module, name in watched:
-        module.__dict__.pop(name, None)
-
-
-@contextlib.contextmanager
-def watching_image_calls(model: nn.Module) -> Iterator[None]:
-    """Watch for the length of a `with` block; parts that are already watched stay so."""
-    watched = watch_image_calls(model)
-    try:
-        yield
-    finally:
-        unwatch_image_calls(watched)

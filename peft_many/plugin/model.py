@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import warnings
@@ -23,14 +24,15 @@ from ..algebra.lpm import LowRankDelta
 from .config import MAnyConfig, MAnyPeftType
 from .families import (
     find_projectors,
-    image_encoder_name,
     language_model_linears,
     language_model_name,
     match_projectors,
+    takes_images,
+    where_projectors_are_sought,
 )
 from .gated_calls import GateTarget, unwatch_gated_calls, watch_gated_calls
 from .gated_linear import GatedLinear
-from .image_layout import WATCHED_METHODS, unwatch_image_calls, watch_image_calls
+from .image_calls import unwatch_image_calls, watch_image_calls
 from .layers import hang_on_layers, lora_layers
 from .merge_report import MergeReport, report_on
 from .module_names import names_on
@@ -46,7 +48,7 @@ class MAnyModel(LoraModel):
 
     def _prepare_adapter_config(self, peft_config: MAnyConfig, model_config: dict[str, Any]) -> PeftConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:
-            if image_encoder_name(self.model) is not None:
+            if takes_images(self.model):
                 peft_config.target_modules = _targets(self.model, peft_config)
             elif isinstance(self.model, PreTrainedModel) and (
                 model_config.get("model_type") not in self.target_module_mapping
@@ -85,12 +87,10 @@ class MAnyModel(LoraModel):
         """Give the adapter its projectors; how to take them away again goes on the stack `rollback`."""
         if config.projector_modules is None:
             projectors = find_projectors(model)
-            if not projectors and image_encoder_name(model) is not None:
-                warnings.warn(
-                    f"No projector was found in {type(model).__name__}, so only the language model is adapted. Name "
-                    "it by `projector_modules`, or pass `projector_modules=[]` if there is none.",
-                    PeftWarning,
-                    stacklevel=2,
+            if not projectors and takes_images(model):
+                raise ValueError(
+                    f"No projector was found in {type(model).__name__}: {where_projectors_are_sought(model)} "
+                    "Name it by `projector_modules`, or pass `projector_modules=[]` to adapt the language model only."
                 )
         else:
             projectors = match_projectors(model, config.projector_modules)
@@ -204,17 +204,30 @@ class MAnyModel(LoraModel):
             if isinstance(model, PreTrainedModel):
                 model.save_pretrained = functools.partial(_refuse_saving, model)
         else:
-            unwatch_image_calls([(module, name) for module in model.modules() for name in WATCHED_METHODS])
+            unwatch_image_calls(list(model.modules()))
         return model
 
 
 def _update_expert_names(config: MAnyConfig, model: nn.Module) -> None:
-    """Let PEFT turn expert names from before transformers v5 into `target_parameters`, which it does for LORA only."""
+    """Let PEFT turn expert names from before transformers v5 into `target_parameters`, which it does for LORA only.
+
+    Names that the model has today stay: experts that all tokens pass have the names that routed ones had.
+    """
+    before, targeted = copy.deepcopy(config), _targeted(config, model)
     config.peft_type = PeftType.LORA
     try:
         convert_peft_config_for_transformers(config, model=model, conversions=None)
     finally:
         config.peft_type = MAnyPeftType.MANY
+    if not targeted <= _targeted(config, model):
+        for name in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+            setattr(config, name, getattr(before, name))
+
+
+def _targeted(config: MAnyConfig, model: nn.Module) -> set[str]:
+    """The linear layers that the config's `target_modules` match, by what they are called in PEFT's eyes."""
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {name for name in names if config.target_modules and check_target_module_exists(config, name)}
 
 
 def _layer(key: str) -> str | None:

@@ -10,11 +10,14 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from ..algebra.routing import gaussian_weights, routing_weights
 from ..algebra.spread import FeatureMetric
 from .gated_calls import GateTarget, note_images
-from .image_layout import current_layout, features_of
+from .image_calls import current_image_call
+from .image_layout import ImageLayout, parts_of, with_parts
+from .layouts import current_layout, features_of, vision_features_of
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,13 @@ class ProjectorMixture(nn.Module):
             self.register_buffer("directions", torch.zeros(routing.directions, routing.width, device=device))
             self.register_buffer("variances", torch.ones(routing.directions + 1, device=device))
         self.base: nn.Module | None = None
+        self._returns_tensor = True  # until seen
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the projector, with its arguments; tasks without a projector of their own use `self.base`."""
         return self.mix(self.base, *args, **kwargs)
 
-    def mix(self, base: nn.Module | None, *args: Any, **kwargs: Any) -> Tensor:
+    def mix(self, base: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
         """The mixed output for the projector's arguments; the first one holds the vision features."""
         of_tasks = [self.experts[f"task_{t}"] if trained else base for t, trained in enumerate(self.trained)]
         if self.abstain_above is not None:
@@ -84,28 +88,58 @@ class ProjectorMixture(nn.Module):
         if len(experts) == 1 and self.gate is None:
             return _call(experts[0], *args, **kwargs)
         features = features_of(args, kwargs)
-        layout = current_layout(features)
-        by_task = self.task_weights(layout.pool(features))
-        if self.gate is not None:
+        if not features.is_floating_point():  # ids of tokens that are no part of an image, such as those around it
+            return self._uniform(of_tasks, args, kwargs)
+        layout = current_layout(features, self)
+        by_task = self._decide(layout, vision_features_of(args, kwargs))
+        if self.gate is not None and not layout.continues:
             note_images(self.gate, by_task, layout)
         if self.abstain_above is not None:
             # Not one less their sum, whose rounding would send every image through the base model's projector too.
             left = (by_task == 0).all(dim=-1, keepdim=True)
             by_task = torch.cat([by_task, left.to(by_task)], dim=-1)
-        weights = _sums_by_expert(by_task, experts, of_tasks)
+        return self._mix_images(layout, _sums_by_expert(by_task, experts, of_tasks), experts, args, kwargs)
+
+    def _decide(self, layout: ImageLayout, features: Tensor) -> Tensor:
+        """The tasks' weights for each image; of images that were seen as a whole already, those of then."""
+        call = current_image_call()
+        if layout.continues:
+            assert call is not None
+            return call.decided[self]
+        by_task = self.task_weights(layout.pool(features))
+        if call is not None:
+            call.decided[self] = by_task
+        return by_task
+
+    def _mix_images(
+        self,
+        layout: ImageLayout,
+        weights: Tensor,
+        experts: list[nn.Module | None],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """`Σ_e α_e(image) P_e(v)` over the experts that have a weight for an image, `(images, experts)`."""
         carried = (weights != 0).cpu()  # NaN counts, so that broken features stay broken
         busy = carried.any(dim=0).nonzero()[:, 0].tolist()
         if len(busy) < 2:  # none if there are no images
             return _call(experts[busy[0] if busy else 0], *args, **kwargs)
-        if not layout.can_cut(args, kwargs):
+        if not self._returns_tensor or not layout.can_cut(args, kwargs):
             carried = torch.ones_like(carried)
-        mixed: Tensor | None = None
+        mixed: Any = None
         for e in busy:
             some_args, some_kwargs = layout.cut(carried[:, e], args, kwargs)
             output = _call(experts[e], *some_args, **some_kwargs)
+            if self._returns_tensor and not isinstance(output, Tensor):
+                self._returns_tensor = False  # such outputs are mixed with all images in all of them
+                return self._mix_images(layout, weights, experts, args, kwargs)
             mixed = layout.add_weighted(mixed, output, weights[:, e], carried[:, e])
-        assert mixed is not None
-        return mixed.to(features.dtype)
+        return _cast(mixed, features_of(args, kwargs).dtype)
+
+    def _uniform(self, of_tasks: list[nn.Module | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The mean of the tasks' outputs, for inputs that are no images."""
+        outputs = [_call(expert, *args, **kwargs) for expert in of_tasks[: len(self.trained)]]
+        return torch.stack(outputs).mean(0)
 
     def task_weights(self, pooled: Tensor) -> Tensor:
         """What each task counts for each image, `(images, tasks)`, float32; all zero where none is resembled."""
@@ -155,22 +189,30 @@ def _plain_copy(module: nn.Module) -> nn.Module:
     return clone
 
 
-def _call(expert: nn.Module | None, *args: Any, **kwargs: Any) -> Tensor:
+def _call(expert: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
     """Run one expert in its own dtype and return in that of the features."""
     assert expert is not None
     features = features_of(args, kwargs)
+    if not features.is_floating_point():
+        return expert(*args, **kwargs)
     dtype = next((p.dtype for p in expert.parameters() if p.is_floating_point()), features.dtype)
     if args:
         args = (features.to(dtype), *args[1:])
     else:
         kwargs = {**kwargs, next(iter(kwargs)): features.to(dtype)}
-    output = expert(*args, **kwargs)
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"The projector {type(expert).__name__} returns {type(output).__name__}; only projectors that return one "
-            "tensor can be routed. `MAnyConfig(projector_modules=[])` leaves the projector as it is."
-        )
-    return output.to(features.dtype)
+    return _cast(expert(*args, **kwargs), features.dtype)
+
+
+def _cast(output: Any, dtype: torch.dtype) -> Any:
+    """A tensor, or a list, tuple or model output of such, in one dtype."""
+    if output is None or isinstance(output, Tensor):
+        return None if output is None else output.to(dtype)
+    if isinstance(output, (list, tuple, ModelOutput)):
+        return with_parts(output, [_cast(part, dtype) for part in parts_of(output)])
+    raise TypeError(
+        f"A projector returned {type(output).__name__}; only those that return tensors, or lists of tensors, can be "
+        "routed. `MAnyConfig(projector_modules=[])` leaves the projector as it is."
+    )
 
 
 class ProjectorWrapper(ModulesToSaveWrapper):

@@ -13,7 +13,8 @@ from peft.utils import PeftWarning
 from torch import Tensor, nn
 
 from ..algebra.gating import confidence, gates, rows_of_images
-from .image_layout import ImageCall, ImageLayout
+from .image_calls import ImageCall
+from .image_layout import ImageLayout
 
 # The arguments of a model that have a row for each sample.
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")

@@ -37,8 +37,6 @@ PROJECTORS = {
 }
 # Families whose patches all come in one row, without a dimension for images or tiles.
 FLAT = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3")
-# Families whose forward pass does not say which tiles make up an image: every tile counts as an image.
-TILES_ARE_IMAGES = ("internvl", "idefics3", "smolvlm")
 
 
 def perturb(model: nn.Module, adapter: str, seed: int, scale: float = 0.3) -> None:

@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_sequence
 from peft_many.algebra.covariance import CovarianceAccumulator, DenseCovariance, LowRankCovariance
-from peft_many.plugin.image_layout import WATCHED_METHODS
+from peft_many.plugin.image_calls import WATCHED_METHODS
 from peft_many.plugin.layers import lora_layers
 from peft_many.plugin.statistics import STATISTICS_NAME, AdapterStatistics
 from tests import tiny
 from tests.plugin import making
-from tests.plugin.making import PROJECTORS, TILES_ARE_IMAGES, perturb, pictures
+from tests.plugin.making import PROJECTORS, perturb, pictures
 
 family = pytest.mark.parametrize("family", tiny.FAMILIES)
 
@@ -149,8 +149,7 @@ def test_prototypes_are_means_over_images_of_pooled_projector_inputs(family: str
             with recorded(base, [projector]) as seen, torch.no_grad():
                 base(**tiny.batch(base, family, [[image]]))
             (features,) = seen[projector]
-            units = list(features) if family in TILES_ARE_IMAGES else [features]
-            pooled += [unit.double().reshape(-1, unit.shape[-1]).mean(0) for unit in units]
+            pooled.append(features.double().reshape(-1, features.shape[-1]).mean(0))
         expected = torch.stack(pooled).mean(0)
         assert task.prototypes[projector].dtype == torch.float32
         torch.testing.assert_close(task.prototypes[projector].double(), expected, atol=1e-5, rtol=1e-4)

@@ -1,7 +1,10 @@
 """What `MAnyConfig` finds by itself in each family: the language model's linear layers and the projectors."""
 
+import copy
+
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -9,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_many import MAnyConfig, MAnyModel
-from peft_many.plugin.families import language_model_linears
+from peft_many.plugin.families import find_projectors, language_model_linears
 from peft_many.plugin.projector import ProjectorWrapper
 from tests import tiny
 from tests.plugin.making import PROJECTORS
@@ -127,6 +130,46 @@ def test_a_part_of_a_projector_is_no_projector_beside_it() -> None:
     with pytest.raises(ValueError, match=message):
         model.add_adapter("second", MAnyConfig(r=4, projector_modules=["linear_2"]))
     assert wrapped(model) == ["model.multi_modal_projector"]
+
+
+def test_the_place_of_a_projector_counts_and_not_its_name() -> None:
+    base = tiny.build("llava")
+    base.model.from_eye_to_mouth = base.model.multi_modal_projector
+    base.model.from_eye_to_mouth.requires_grad_(False)
+    del base.model.multi_modal_projector
+    base.model.projector_norm = nn.LayerNorm(32)  # no weight matrix
+    base.model.connector = copy.deepcopy(base.model.vision_tower)  # another tower
+    base.score_projector = nn.Linear(32, 2)  # beyond the language model
+    assert find_projectors(base) == ["model.from_eye_to_mouth"]
+
+
+def test_parts_of_a_tower_are_projectors_only_where_none_lies_between() -> None:
+    base = tiny.build("qwen3_vl")
+    assert find_projectors(base) == ["model.visual.merger", "model.visual.deepstack_merger_list.0"]
+    base.model.late = nn.Linear(32, 32)
+    assert find_projectors(base) == ["model.late"]
+
+
+def test_where_no_projector_is_found_the_error_says_what_was_sought_and_names_the_argument() -> None:
+    base = tiny.build("llava")
+    base.model.multi_modal_projector = nn.Identity()
+    before = [(path, type(module)) for path, module in base.named_modules()]
+    with pytest.raises(ValueError, match=r"'model\.vision_tower'.*'model\.language_model'.*`projector_modules"):
+        get_peft_model(base, MAnyConfig(r=4))
+    assert [(path, type(module)) for path, module in base.named_modules()] == before
+    assert wrapped(get_peft_model(base, MAnyConfig(r=4, projector_modules=[]))) == []
+
+
+def test_where_the_language_model_holds_the_tower_the_error_names_the_argument() -> None:
+    config = transformers.IdeficsConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vision_config={"embed_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24},
+    )  # fmt: skip
+    base = transformers.IdeficsForVisionText2Text(config)
+    with pytest.raises(ValueError, match=r"`get_decoder\(\)` gives 'model'.*`target_modules`"):
+        get_peft_model(base, MAnyConfig(r=4, projector_modules=[]))
+    given = MAnyConfig(r=4, projector_modules=[], target_modules=r".*model\.layers.*q_proj")
+    assert adapted(get_peft_model(base, given)) == {"model.layers.0.self_attn.q_proj"}
 
 
 @pytest.mark.parametrize("kind", TEXT_KINDS)

@@ -11,7 +11,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 from peft import PeftConfig, PeftModel
 from peft.utils import PeftWarning
@@ -20,7 +19,7 @@ from peft_many import merge_adapter_files, merge_adapter_sequence
 from peft_many.plugin.adapter import UnmergeableAdapterError
 from peft_many.plugin.hub import AdapterNotFoundError, RemoteStatistics
 from tests.adapters import STATISTICS, WEIGHTS, base, distance, files, logits, make
-from tests.hub_server import StandInHub
+from tests.hub_server import StandInHub, connect, talk_to
 
 ADAPTER_FILES = ["adapter_config.json", WEIGHTS, STATISTICS]
 
@@ -38,17 +37,8 @@ def made(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def hub(made, tmp_path, monkeypatch):
     """The stand-in with four repositories, and huggingface_hub of this process talking to it."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.file_download.is_xet_available", lambda: False)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between retries
-    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
     with StandInHub() as server:
-        connect(monkeypatch, server.url)
+        talk_to(server, monkeypatch, tmp_path)
         server.add("me/one", made["one"])
         server.add("me/two", made["two"])
         server.add("me/two", made["newer"], branch="v2")
@@ -59,13 +49,6 @@ def hub(made, tmp_path, monkeypatch):
         server.add("me/pickle-only", made["one"])
         del server.files("me/pickle-only")[WEIGHTS]
         yield server
-
-
-def connect(monkeypatch, url: str) -> None:
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
 
 
 def assert_not_found(tmp_path: Path, entry: str, *words: str, **options) -> None:

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from peft_many import MAnyConfig, merge_adapter_sequence
 from peft_many.algebra.routing import routing_weights
 from peft_many.plugin import projector as projector_module
-from peft_many.plugin.image_layout import ImageLayout, current_layout, watching_image_calls
+from peft_many.plugin.image_calls import watching_image_calls
+from peft_many.plugin.image_layout import ImageLayout
+from peft_many.plugin.layouts import current_layout
 from peft_many.plugin.projector import ProjectorMixture, ProjectorRouting
 from tests import tiny
 from tests.plugin import making
-from tests.plugin.making import PROJECTORS, STYLES, TILES_ARE_IMAGES
+from tests.plugin.making import PROJECTORS, STYLES
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15, 16, 17, 18]]
 SOFT = 0.5  # a temperature at which every task has a say
@@ -83,11 +85,6 @@ def prototypes(family: str, projector: str, tasks: Sequence[int] = (0, 1, 2)) ->
     return torch.stack([file[f"0.prototype.{projector}"] for file in files])
 
 
-def units(family: str, features: Tensor) -> list[Tensor]:
-    """The vision features of one image, cut into what is routed on its own: tiles in some families."""
-    return list(features[:, None]) if family in TILES_ARE_IMAGES else [features]
-
-
 def expected_weights(features: Tensor, known: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
     """The definition: cosine of pooled features with prototypes, both centred on the prototypes' mean; softmax.
 
@@ -128,12 +125,11 @@ def test_the_mixture_is_that_of_the_definition(family: str, temperature: float, 
             # The base model, one image at a time: no boundaries to be found
             base = making.shared_base(family)
             args, _ = projector_call(base, projector, tiny.batch(base, family, [[image]]))
-            for features in units(family, args[0]):
-                weights = expected_weights(features, known, temperature, top_k)
-                with torch.no_grad():
-                    outputs = [expert(features, *args[1:]).double() for expert in tasks]
-                expected.append(sum(w * out for w, out in zip(weights, outputs, strict=True)).flatten(0, -2))
-                shares.append(weights)
+            weights = expected_weights(args[0], known, temperature, top_k)
+            with torch.no_grad():
+                outputs = [expert(*args).double() for expert in tasks]
+            expected.append(sum(w * out for w, out in zip(weights, outputs, strict=True)).flatten(0, -2))
+            shares.append(weights)
         flat = output.reshape(-1, output.shape[-1]).double()
         torch.testing.assert_close(flat, torch.cat(expected), atol=1e-4, rtol=1e-4)
     if temperature == SOFT and top_k is None:  # else the mixture would be a choice, and this a weaker test
@@ -353,14 +349,11 @@ def test_a_task_without_a_projector_goes_to_the_base_models(family: str) -> None
         tasks = [*experts(family, projector, (0,)), base.get_submodule(projector)]
         for image in (image for row in mixed_rows(family) for image in row):
             args, output = projector_call(merged, projector, tiny.batch(merged, family, [[image]]))
-            expected = []
-            for features in units(family, args[0]):
-                weights = expected_weights(features, known, SOFT)
-                with torch.no_grad():
-                    outputs = [expert(features, *args[1:]).double() for expert in tasks]
-                expected.append(sum(w * out for w, out in zip(weights, outputs, strict=True)).flatten(0, -2))
-            flat = output.reshape(-1, output.shape[-1]).double()
-            torch.testing.assert_close(flat, torch.cat(expected), atol=1e-4, rtol=1e-4)
+            weights = expected_weights(args[0], known, SOFT)
+            with torch.no_grad():
+                outputs = [expert(*args).double() for expert in tasks]
+            expected = sum(w * out for w, out in zip(weights, outputs, strict=True))
+            torch.testing.assert_close(output.double(), expected, atol=1e-4, rtol=1e-4)
     before = logits(merged, inputs)
     torch.testing.assert_close(logits(merged.merge_and_unload(), inputs), before, atol=1e-4, rtol=0)
 
@@ -418,14 +411,52 @@ def test_a_model_may_read_attributes_of_its_projector() -> None:
         plain.model.multi_modal_projector.linear_1  # noqa: B018
 
 
-def test_a_projector_that_returns_no_tensor_says_so() -> None:
-    class Pair(nn.Module):
-        def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-            return features, features
+class Several(nn.Module):
+    """Returns more than one tensor, one of them with all images' tokens in a row."""
 
-    mixture = ProjectorMixture(Pair(), ProjectorRouting(width=6, trained=[True, True], temperature=0.1))
-    with pytest.raises(TypeError, match="Pair returns tuple"):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, list[Tensor], None]:
+        tokens = self.linear(features)
+        return tokens, [tokens.flatten(0, 1) ** 2], None
+
+
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_a_projector_that_returns_several_tensors_is_mixed_in_each(top_k: int | None) -> None:
+    routing = ProjectorRouting(width=6, trained=[True, True], temperature=1.0, top_k=top_k)
+    mixture = ProjectorMixture(Several(), routing)
+    experts = [mixture.experts["task_0"], mixture.experts["task_1"]]
+    nn.init.normal_(experts[1].linear.weight)
+    mixture.prototypes.copy_(torch.eye(6)[:2])
+    features = torch.randn(3, 5, 6) + torch.eye(6)[torch.tensor([0, 1, 0])][:, None]
+    weights = mixture.task_weights(features.mean(1))
+    tokens, (flat,), nothing = mixture(features)
+    outputs = [expert(features) for expert in experts]
+    expected = sum(weights[:, t, None, None] * outputs[t][0] for t in range(2))
+    squares = sum(weights[:, t, None, None] * outputs[t][1][0].unflatten(0, (3, 5)) for t in range(2))
+    torch.testing.assert_close(tokens, expected)
+    torch.testing.assert_close(flat, squares.flatten(0, 1))
+    assert nothing is None
+
+
+def test_a_projector_that_returns_no_tensor_says_so() -> None:
+    class Name(nn.Module):
+        def forward(self, features: Tensor) -> str:
+            return "features"
+
+    mixture = ProjectorMixture(Name(), ProjectorRouting(width=6, trained=[True, True], temperature=0.1))
+    with pytest.raises(TypeError, match="returned str"):
         mixture(torch.randn(2, 5, 6))
+
+
+def test_ids_of_tokens_around_images_get_the_mean_of_all_tasks() -> None:
+    mixture = ProjectorMixture(nn.Embedding(8, 4), ProjectorRouting(width=6, trained=[True, True], temperature=0.1))
+    nn.init.normal_(mixture.experts["task_1"].weight)
+    ids = torch.tensor([3, 5])
+    expected = (mixture.experts["task_0"](ids) + mixture.experts["task_1"](ids)) / 2
+    torch.testing.assert_close(mixture(ids), expected)
 
 
 def test_gradients_flow_to_the_vision_features() -> None:
@@ -507,7 +538,7 @@ def small_mixture(top_k: int | None = 1, template: nn.Module | None = None, trai
 
 def set_layout(monkeypatch: pytest.MonkeyPatch, lengths: Sequence[int], flat: bool = True) -> None:
     layout = ImageLayout(torch.tensor(lengths, dtype=torch.int64), flat)
-    monkeypatch.setattr(projector_module, "current_layout", lambda features: layout)
+    monkeypatch.setattr(projector_module, "current_layout", lambda features, projector: layout)
 
 
 def patches_of(mixture: ProjectorMixture, tasks: Sequence[int], lengths: Sequence[int]) -> Tensor:

@@ -1,0 +1,66 @@
+"""Write a tiny LLaVA and the pictures of three tasks into a folder, to try the other examples on any laptop.
+
+    python toy_data.py toy
+
+makes `toy/model` and, for the tasks charts, scenes and icons, a file of questions such as `toy/charts.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from transformers import CLIPImageProcessor, LlavaProcessor
+
+from peft_many.bench.drawing import CELL, SIZE
+from peft_many.bench.model import MODELS, build_tokenizer
+from peft_many.bench.tasks import TASKS
+
+NAMES = ("charts", "scenes", "icons")
+TEMPLATE = (
+    "<bos> {% for message in messages %}{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}{% endfor %}"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write")
+    parser.add_argument("--examples", type=int, default=512, help="questions of each task")
+    parser.add_argument("--seed", type=int, default=0, help="draws the pictures")
+    args = parser.parse_args(arguments)
+
+    MODELS["llava"].load().save_pretrained(args.folder / "model")
+    tokenizer = build_tokenizer()
+    pictures = CLIPImageProcessor(
+        do_resize=False,
+        do_center_crop=False,
+        size={"height": SIZE, "width": SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=CELL,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLIP's class token, which that strategy leaves out
+        chat_template=TEMPLATE,
+    ).save_pretrained(args.folder / "model")
+    for task in TASKS:
+        if task.name in NAMES:
+            (args.folder / task.name).mkdir(exist_ok=True)
+            with open(args.folder / f"{task.name}.jsonl", "w", encoding="utf-8") as file:
+                for number, example in enumerate(task.examples(args.examples, "train", args.seed)):
+                    name = f"{task.name}/{number}.png"
+                    Image.fromarray(example.image).save(args.folder / name)
+                    row = {"image": name, "question": example.question, "answer": example.answer}
+                    print(json.dumps(row), file=file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""`MAnyCallback` in TRL's `SFTTrainer`, with the trainer's own defaults: pictures by a processor, and packed text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from peft_many import MAnyCallback, MAnyConfig, merge_adapter_sequence
+from tests import tiny
+from tests.examples.scripts import script, write_toy
+
+trl = pytest.importorskip("trl", reason="TRL needs Python 3.11")
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    return write_toy(tmp_path_factory.mktemp("toy"), examples=64)
+
+
+def conversations(toy: Path, task: str) -> datasets.Dataset:
+    """The task's questions in the form that TRL's guides show: messages, and a list of images."""
+    rows = [json.loads(line) for line in (toy / f"{task}.jsonl").read_text().splitlines()]
+    return datasets.Dataset.from_list(
+        [
+            {
+                "images": [Image.open(toy / row["image"])],
+                "prompt": [{"role": "user", "content": row["question"]}],
+                "completion": [{"role": "assistant", "content": f"{row['answer']} <eos>"}],
+            }
+            for row in rows
+        ]
+    )
+
+
+def test_sft_trainer_with_pictures(toy, tmp_path):
+    trainer = trl.SFTTrainer(
+        AutoModelForImageTextToText.from_pretrained(toy / "model"),
+        trl.SFTConfig(
+            output_dir=str(tmp_path / "run"),
+            per_device_train_batch_size=8,
+            num_train_epochs=2,
+            learning_rate=4e-3,
+            logging_steps=4,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+        train_dataset=conversations(toy, "scenes"),
+        processing_class=AutoProcessor.from_pretrained(toy / "model"),
+        peft_config=MAnyConfig(r=4, task_name="scenes"),
+        callbacks=[MAnyCallback(max_samples=32)],
+    )
+    assert trainer.args.bf16, "the trainer's default, which measuring must bear"
+    assert trainer.args.gradient_checkpointing, "another"
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.6 * losses[0], losses
+    after = dict(trainer.model.named_parameters())
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    trainer.save_model(str(tmp_path / "scenes"))
+
+    task = PeftConfig.from_pretrained(tmp_path / "scenes").statistics.tasks[0]
+    assert (task.name, task.samples, task.images) == ("scenes", 32, 32)
+    projector = "model.multi_modal_projector"
+    assert list(task.prototypes) == [projector]
+    data = script("question_data")
+    collate = data.Collator(AutoProcessor.from_pretrained(toy / "model"))
+    batch = collate([data.Questions(toy / "scenes.jsonl")[i] for i in range(4)])
+    base = [AutoModelForImageTextToText.from_pretrained(toy / "model") for _ in range(2)]
+    with torch.no_grad():
+        own = PeftModel.from_pretrained(base[0], tmp_path / "scenes")(**batch).logits
+        merged = merge_adapter_sequence(base[1], [tmp_path / "scenes"], progress=False)(**batch).logits
+    torch.testing.assert_close(merged, own, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft_trainer_with_text(toy, tmp_path, packing):
+    words = "the red circle is there . how many shapes are left ? three"
+    rows = [{"text": " ".join(words.split()[: 4 + i % 8])} for i in range(24)]
+    model = tiny.build_text("llama")
+    tokens = sum(len(row["text"].split()) for row in rows)
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(
+            output_dir=str(tmp_path / "run"),
+            per_device_train_batch_size=4,
+            max_steps=2,
+            max_length=32,
+            packing=packing,
+            bf16=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(toy / "model"),
+        peft_config=MAnyConfig(r=4, task_name="words"),
+        callbacks=[MAnyCallback(max_samples=None)],
+    )
+    trainer.train()
+    task = trainer.model.peft_config["default"].statistics.tasks[0]
+    counted = {covariance.tokens for covariance in task.covariances.values()}
+    # The trainer ends every text by an end-of-sequence token; no padding may be counted.
+    assert counted == {tokens + len(rows)}
+    assert (task.samples < len(rows)) == packing, "packed texts share a row"
