@@ -13,6 +13,7 @@ from .plugin.adapter import Adapter, TaskAdapter, read_adapter
 from .plugin.card import CARD_NAME
 from .plugin.config import MAnyConfig
 from .plugin.hub import ADAPTER_FILES, find_adapter
+from .plugin.stored_delta import KEY_PREFIX
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,13 @@ class AdapterInspection:
     Args:
         name (`str`): What it was asked for by.
         revision (`str`, *optional*): Its commit, if it is on the Hub.
-        peft_type (`str`): `"MANY"` or `"LORA"`.
+        peft_type (`str`): `"MANY"`, `"LORA"` or another PEFT method.
         is_merge (`bool`): Whether it is a merge.
         base_model (`str`, *optional*): As its config says.
         layers (`int`): How many layers it adapts.
         ranks (`tuple[int, int]`): The smallest and largest rank of a layer.
         parameters (`int`): Of everything in its weights file.
-        dtype (`str`): Of its LoRA weights.
+        dtype (`str`): Of its weights, projectors aside.
         files (`dict[str, int]`): Sizes in bytes.
         options (`dict[str, Any]`): Of a merge: method, ridge, router and its options, gate.
         routing (`dict[str, list[str]]`): Of a merge: by routed projector, the tasks that images are sent to.
@@ -123,8 +124,8 @@ def inspect_adapter(
     source = find_adapter(adapter, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     read = read_adapter(source)
     config, weights = read.config, read.files[0]
-    lora_A = [key for key in weights if key.endswith(".lora_A.weight")]
-    ranks = [weights.shape(key)[0] for key in lora_A]
+    pairs = {module: weights.shape(f"{KEY_PREFIX}{module}.lora_A.weight")[0] for module in read.pairs}
+    ranks = list((pairs or {module: delta.rank for module, delta in read.tasks[0].deltas.items()}).values())
     routing = getattr(config, "routing", None) or {}
     return AdapterInspection(
         name=source.name,
@@ -132,10 +133,10 @@ def inspect_adapter(
         peft_type=str(getattr(config.peft_type, "value", config.peft_type)),
         is_merge=bool(getattr(config, "is_merge", False)),
         base_model=config.base_model_name_or_path,
-        layers=len(lora_A),
+        layers=len(ranks),
         ranks=(min(ranks), max(ranks)),
         parameters=sum(math.prod(weights.shape(key)) for key in weights),
-        dtype=str(weights.dtype(lora_A[0])).removeprefix("torch."),
+        dtype=str(weights.dtype(_first_trained(read))).removeprefix("torch."),
         files={
             name: path.stat().st_size
             for name in [*ADAPTER_FILES, CARD_NAME]
@@ -146,6 +147,12 @@ def inspect_adapter(
         averaged_projectors=getattr(config, "averaged_projectors", None) or {},
         tasks=[_inspect_task(task) for task in read.tasks],
     )
+
+
+def _first_trained(adapter: Adapter) -> str:
+    """A tensor that says which dtype the adapter has; not of a projector, which may have another."""
+    projectors = tuple(f"{KEY_PREFIX}{name}." for task in adapter.tasks for name in task.projectors)
+    return next(key for key in sorted(adapter.files[0]) if not key.startswith(projectors))
 
 
 def _options(adapter: Adapter) -> dict[str, Any]:

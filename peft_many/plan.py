@@ -73,10 +73,7 @@ class MergePlan:
 
         Deltas of full rank do not add up to more than that.
         """
-        ranks = [task.deltas[module].rank for task in self.tasks if module in task.deltas]
-        whole = sum(ranks) if self.method is None else self.method.rank_of(ranks)
-        if not self.options["gate_lora"] and has_full_rank(ranks, self.shape_of(module)):
-            whole = min(whole, *self.shape_of(module))
+        whole = whole_rank(self.tasks, module, self.method, self.options["gate_lora"])
         return whole if self.options["rank"] is None else min(whole, self.options["rank"])
 
     def ranks_of(self, module: str) -> list[int]:
@@ -162,6 +159,16 @@ class MergePlan:
             # A set of strings is saved in another order by every process; the same merge should be the same file.
             merged.target_modules = sorted(merged.target_modules)
         return merged
+
+
+def whole_rank(tasks: Sequence[TaskAdapter], module: str, method: MergeMethod | None, gate_lora: bool) -> int:
+    """The rank of a layer's merged delta where no `rank` was asked for."""
+    deltas = [task.deltas[module] for task in tasks if module in task.deltas]
+    ranks = [delta.rank for delta in deltas]
+    whole = sum(ranks) if method is None else method.rank_of(ranks)
+    if not gate_lora and has_full_rank(ranks, deltas[0].shape):
+        whole = min(whole, *deltas[0].shape)
+    return whole
 
 
 def plan_merge(

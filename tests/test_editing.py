@@ -47,6 +47,7 @@ OPTIONS = {
     "low rank": {"rank": 3},
     "half precision": {"dtype": torch.bfloat16},
     "gated": {"gate_lora": True},
+    "high rank": {"rank": 30},
     "ties": {"method": Ties(density=0.4)},
     "robust": {"method": "robust_merge", "rank": 2},
 }

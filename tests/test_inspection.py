@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from peft_many import inspect_adapter, merge_adapter_files, remove_task
 from peft_many.plugin.adapter import UnmergeableAdapterError
 from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, files, make
+from tests.exports.shelf import make_loha
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,8 @@ def test_other_methods_and_plain_adapters(shelf, tmp_path):
     (tmp_path / "p" / STATISTICS).unlink()
     (bare,) = inspect_adapter(tmp_path / "p").tasks
     assert (bare.samples, bare.covariances, bare.covariance_ranks, bare.energy) == (0, 0, None, None)
+    other = inspect_adapter(make_loha(tmp_path / "o"))
+    assert (other.peft_type, other.layers, other.ranks, other.dtype) == ("LOHA", 4, (4, 4), "float32")
     (tmp_path / "p" / WEIGHTS).write_bytes(b"rubbish")
     with pytest.raises(UnmergeableAdapterError, match="damaged or truncated"):
         inspect_adapter(tmp_path / "p")

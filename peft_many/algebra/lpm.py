@@ -146,14 +146,15 @@ class LeastSquaresMerge:
             own = [i for i, (of, _, _) in enumerate(blocks) if of == name]
             B = torch.cat([blocks[i][2].B.to(self.device) for i in own], dim=1)
             A = torch.cat([rows[i] for i in own])
-            if rank is not None and rank < B.shape[1]:
+            is_full = not keep_blocks and has_full_rank([blocks[i][2].A.shape[0] for i in own], (len(B), A.shape[1]))
+            if rank is not None and rank < (min(len(B), *A.shape) if is_full else len(A)):
                 tasks_of = [(blocks[i][1], blocks[i][2].A.to(self.device)) for i in own]
                 moments = torch.cat([parts[t][0] * parts[t][1].product(task_A) for t, task_A in tasks_of])
                 merged[name] = rounded_delta(name, *compress(A, B, moments, rank), dtype, stacked=False)
             elif keep_blocks:
                 task_A = torch.cat([blocks[i][2].A.to(self.device) for i in own])
                 merged[name] = rounded_delta(name, A, B, dtype, stacked=True, task_A=task_A)
-            elif has_full_rank([blocks[i][2].A.shape[0] for i in own], (B.shape[0], A.shape[1])) and len(own) > 1:
+            elif is_full:
                 merged[name] = rounded_delta(name, *_without_blocks(A, B), dtype, stacked=False)
             elif rounding_loss(A, B, dtype) > LARGEST_ROUNDING_LOSS[dtype]:  # the blocks are large and cancel
                 merged[name] = rounded_delta(name, *orthonormal(A, B), dtype, stacked=False)
@@ -181,8 +182,8 @@ def rounded_delta(
 
 
 def has_full_rank(ranks: Sequence[int], shape: tuple[int, int]) -> bool:
-    """Whether a task's delta has the full rank of its layer, of shape `(out, in)`: blocks save nothing then."""
-    return max(ranks) >= min(shape)
+    """Whether one of several deltas has the full rank of its layer, of shape `(out, in)`: blocks save nothing then."""
+    return len(ranks) > 1 and max(ranks) >= min(shape)
 
 
 def _without_blocks(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,8 @@ def show_preview(preview: MergePreview) -> None:
         f"{preview.layers} layers of rank {span(preview.ranks)}, {preview.groups} problems to solve; the weights file "
         f"has {size(preview.output_bytes)}. About {size(preview.memory_bytes)} of memory. Time on this machine: "
         f"{time}.",
-        highlight=False, soft_wrap=True,
+        highlight=False,
+        soft_wrap=True,
     )
     for note in preview.notes:
         console.print(f"• {escape(note)}", highlight=False, soft_wrap=True)
@@ -73,8 +74,9 @@ def show_inspection(found: AdapterInspection) -> None:
     console.print(f"[bold]{escape(found.name)}[/]{at}: {kind} ({found.peft_type})", highlight=False, soft_wrap=True)
     console.print(
         f"Base model {escape(found.base_model or 'not named')}; {found.layers} layers of rank {span(found.ranks)}, "
-        f"{found.parameters:,} parameters, LoRA in {found.dtype}.",
-        highlight=False, soft_wrap=True,
+        f"{found.parameters:,} parameters in {found.dtype}.",
+        highlight=False,
+        soft_wrap=True,
     )
     files = {name: size(count) for name, count in found.files.items()}
     console.print(_pairs("Files", files), highlight=False, soft_wrap=True)
@@ -87,7 +89,9 @@ def show_inspection(found: AdapterInspection) -> None:
     console.print(_provenance(found))
     for task in found.tasks:
         if task.pooled:
-            console.print(f"{escape(task.name)} is a pool of {escape(', '.join(task.pooled))}", highlight=False, soft_wrap=True)
+            console.print(
+                f"{escape(task.name)} is a pool of {escape(', '.join(task.pooled))}", highlight=False, soft_wrap=True
+            )
     console.print(_statistics(found))
 
 
@@ -99,7 +103,11 @@ def show_report(report: MergeReport) -> None:
         table.add_row(escape(task), f"{share:.3f}")
     console.print(table)
     for one, two, residual in report.conflicting_pairs():
-        console.print(f"• '{escape(one)}' and '{escape(two)}' contradict each other: {residual:.3f}", highlight=False, soft_wrap=True)
+        console.print(
+            f"• '{escape(one)}' and '{escape(two)}' contradict each other: {residual:.3f}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _provenance(found: AdapterInspection) -> Table:

@@ -16,7 +16,7 @@ from ..plugin.adapter import Adapter, read_adapter
 from ..plugin.config import MAnyConfig
 from ..plugin.hub import find_adapter
 from ..plugin.stored_delta import KEY_PREFIX, UnmergeableAdapterError
-from .result import Export, new_folder, read_pairs, write_card
+from .result import Export, new_folder, read_pairs, with_names_of, write_card
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for `max_lora_rank`
 
@@ -34,7 +34,7 @@ def export_lora(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Export:
-    """Write the LoRA of a merge or an adapter as a plain PEFT LoRA, which loads without this package.
+    """Write a merge or an adapter as a plain PEFT LoRA, which loads without this package.
 
     Every layer has the same rank, the smallest that vLLM knows and that all fit in (8, 16, 32, 64, 128, 256, 320,
     512), filled up with zeros, and a scaling of one. No base model is loaded. On text the outputs are those of the
@@ -55,7 +55,7 @@ def export_lora(
         AdapterNotFoundError, StatisticsError, FileExistsError: As in [`merge_adapter_files`].
     """
     source = find_adapter(adapter, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    read = read_adapter(source)
+    read = with_names_of(read_adapter(source), None)
     pairs = read_pairs(read)
     largest = max(A.shape[0] for A, _ in pairs.values())
     rank = next((served for served in SERVED_RANKS if served >= largest), None)
@@ -68,7 +68,7 @@ def export_lora(
         r=rank,
         lora_alpha=rank,  # the scaling is folded into the weights
         target_modules=sorted(pairs),
-        fan_in_fan_out=read.config.fan_in_fan_out,
+        fan_in_fan_out=getattr(read.config, "fan_in_fan_out", False),
         task_type=read.config.task_type,
         base_model_name_or_path=read.config.base_model_name_or_path,
         revision=read.config.revision,

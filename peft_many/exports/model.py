@@ -16,7 +16,7 @@ from ..plugin.config import MAnyConfig
 from ..plugin.hub import find_adapter
 from .folding import BaseModel, copy_besides, folded, load_base
 from .one_projector import ProjectorBench, benches
-from .result import Export, new_folder, write_card
+from .result import Export, new_folder, with_names_of, write_card
 
 # Measured with the six tasks of docs/mini-ucit.md, one seed, 150 pictures each.
 _SEEN = (
@@ -77,6 +77,7 @@ def export_model(
     output = Path(output_dir).expanduser()
     with new_folder(output, read, "model", base, projector) as partial:
         model = load_base(base, hub)
+        read = with_names_of(read, model)
         found = [_chosen(bench, read, projector) for bench in benches(model, read.tasks)]
         plain = folded(model, read, {one.name: one.tensors for one in found if one.tensors})
         plain.save_pretrained(partial.folder)

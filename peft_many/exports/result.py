@@ -6,15 +6,16 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..plugin.adapter import Adapter
 from ..plugin.card import CARD_NAME
+from ..plugin.key_layouts import with_current_names
 from ..plugin.partial import PartialFolder, partial_folder
 from ..plugin.stored_delta import KEY_PREFIX
 from ..version import __version__
@@ -37,6 +38,21 @@ class Export:
     projector_loss: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
+def with_names_of(adapter: Adapter, model: nn.Module | None) -> Adapter:
+    """The adapter with its layers called as in the model, or, without one, as transformers calls them today.
+
+    Raises:
+        UnmergeableAdapterError: A layer or projector matches no module of the model.
+    """
+    (named,) = with_current_names([adapter], model)
+    names = {
+        old: new
+        for before, after in zip(adapter.tasks, named.tasks)
+        for old, new in zip(before.deltas, after.deltas, strict=True)
+    }
+    return replace(named, pairs={names[module]: pair for module, pair in adapter.pairs.items()})
+
+
 def read_pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     """`A`, with the LoRA scaling folded in, and `B` of every layer, in the dtype that they are stored in.
 
@@ -45,9 +61,13 @@ def read_pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     """
     found = {}
     for module in sorted(adapter.pairs):
-        dtype = adapter.files[0].dtype(f"{KEY_PREFIX}{module}.lora_A.weight")
-        delta = adapter.pairs[module].read()
+        pair = adapter.pairs[module]
+        dtype = adapter.files[0].dtype(f"{KEY_PREFIX}{pair.module}.lora_A.weight")
+        delta = pair.read()
         found[module] = (delta.A.to(dtype), delta.B.to(dtype))
+    if not found:  # of another PEFT method
+        deltas = adapter.tasks[0].deltas
+        found = {module: (delta.A, delta.B) for module in sorted(deltas) for delta in [deltas[module].read()]}
     return found
 
 

@@ -18,7 +18,7 @@ from ..plugin.config import MAnyConfig
 from ..plugin.hub import find_adapter
 from ..plugin.stored_delta import KEY_PREFIX
 from .folding import BaseModel, copy_besides, folded, load_base, model_class
-from .result import Export, new_folder, write_card
+from .result import Export, new_folder, with_names_of, write_card
 
 _USAGE = """import peft_many
 
@@ -64,7 +64,8 @@ def export_routed_model(
     base = BaseModel.of(base_model, read)
     output = Path(output_dir).expanduser()
     with new_folder(output, read, "routed", base) as partial:
-        plain = folded(load_base(base, hub), read, {})
+        model = load_base(base, hub)
+        plain = folded(model, with_names_of(read, model), {})
         plain.save_pretrained(partial.folder)
         _save_projectors(read, read.config, partial.folder)
         notes = [

@@ -200,3 +200,22 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="width 5"):
         problem.add(narrow, {"layer": LowRankDelta(A=torch.zeros(1, 5), B=torch.zeros(3, 1))})
     assert other.delta.B.shape[0] == 7
+
+
+@pytest.mark.parametrize("rank", [None, 3, 5, 8, 9, 40])
+@pytest.mark.parametrize("ranks", [(9,), (9, 2), (4, 4), (1, 8)])
+def test_ranks_beyond_that_of_the_layer(ranks, rank):
+    """A layer of 8 outputs has no delta of more than that rank; several such are merged to what a layer can have."""
+    generator = torch.Generator().manual_seed(0)
+    problem, wanted = LeastSquaresMerge(1e-4), 0
+    for r in ranks:
+        rows = torch.randn(20, 10, dtype=torch.float64, generator=generator)
+        pair = LowRankDelta(torch.randn(r, 10, generator=generator), torch.randn(8, r, generator=generator))
+        problem.add(DenseCovariance(0.0, 20, rows.T @ rows / 20), {"layer": pair})
+        wanted += r
+    whole = min(wanted, 8) if len(ranks) > 1 and max(ranks) >= 8 else wanted
+    merged = problem.solve(rank)["layer"]
+    assert merged.A.shape[0] == merged.B.shape[1] == (whole if rank is None else min(whole, rank))
+    if rank is None or rank >= 8:
+        exact = problem.solve()["layer"].dense()
+        assert (merged.dense() - exact).norm() < 1e-5 * exact.norm()

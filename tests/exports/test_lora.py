@@ -17,7 +17,7 @@ from peft_many import export_lora, merge_adapter_files
 from peft_many.exports.lora import SERVED_RANKS
 from peft_many.plugin.adapter import UnmergeableAdapterError
 from tests.adapters import STATISTICS, WEIGHTS, base, distance, files, logits, make
-from tests.exports.shelf import Shelf, text_logits
+from tests.exports.shelf import Shelf, make_loha, text_logits
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,14 @@ def test_single_adapters_with_scalings_and_patterns(tmp_path, family):
     assert {tensor.shape[0] for key, tensor in load_file(exported.folder / WEIGHTS).items() if "lora_A" in key} == {8}
 
 
+def test_adapters_of_other_peft_methods(tmp_path):
+    made = make_loha(tmp_path / "a")
+    exported = export_lora(made, tmp_path / "lora")
+    found = logits(PeftModel.from_pretrained(base("llama"), exported.folder), "llama")
+    assert distance(found, logits(PeftModel.from_pretrained(base("llama"), made), "llama")) < 1e-5
+    assert distance(found, logits(base("llama"), "llama")) > 1e-3
+
+
 def test_images_are_seen_through_the_base_projector(shelf, tmp_path):
     merged = shelf.merge("ab", tmp_path / "merged")
     exported = export_lora(merged, tmp_path / "lora")
@@ -108,13 +116,16 @@ def test_images_are_seen_through_the_base_projector(shelf, tmp_path):
 
 
 def test_ranks_that_no_server_takes(tmp_path):
-    large = make(tmp_path / "a", "llama", r=300, lora_alpha=1, target_modules=["q_proj"]).folder
-    other = make(tmp_path / "b", "llama", r=300, lora_alpha=1, target_modules=["q_proj"], seed=1).folder
+    options = {"lora_alpha": 1, "target_modules": ["q_proj"]}
+    large = make(tmp_path / "a", "llama", r=300, **options).folder
     assert "rank 320" in export_lora(large, tmp_path / "one").notes[0]
-    merged = merge_adapter_files([large, other], tmp_path / "merged", progress=False)
+    larger = make(tmp_path / "b", "llama", r=600, **options).folder
     with pytest.raises(UnmergeableAdapterError, match=r"rank 600, and vLLM serves at most 512: merge it again"):
-        export_lora(merged, tmp_path / "lora")
+        export_lora(larger, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+    merged = merge_adapter_files([larger], tmp_path / "merged", rank=512, progress=False)  # as the message says
+    found = logits(PeftModel.from_pretrained(base("llama"), export_lora(merged, tmp_path / "2").folder), "llama")
+    assert distance(found, logits(PeftModel.from_pretrained(base("llama"), larger), "llama")) < 1e-4
 
 
 def test_damage_and_places(shelf, tmp_path):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from peft_many import export_model, merge_adapter_files
+from peft_many import export_lora, export_model, merge_adapter_files
 from peft_many.bench.parts import with_parts
 from peft_many.exports.one_projector import benches
 from peft_many.plugin.adapter import UnmergeableAdapterError, read_adapter
 from peft_many.plugin.hub import find_adapter
-from tests.adapters import PROJECTOR, base, distance, files, logits, make
+from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, base, distance, files, logits, make
 from tests.exports.shelf import Shelf, text_logits
 
 
@@ -121,6 +123,24 @@ def test_text_models_and_half_precision(tmp_path):
     expected = text_logits(PeftModel.from_pretrained(base("llama"), merged))
     assert distance(text_logits(model), expected) < 0.05
     assert distance(text_logits(base("llama")), expected) > 0.2
+
+
+def test_adapters_with_names_from_before_transformers_5(shelf, tmp_path):
+    old = shutil.copytree(shelf.adapters["a"], tmp_path / "old")
+    renamed = {}
+    for key, tensor in load_file(old / WEIGHTS).items():
+        key = key.replace("model.model.language_model.", "model.language_model.model.")
+        renamed[key.replace("model.model.multi_modal_projector.", "model.multi_modal_projector.")] = tensor
+    save_file(renamed, old / WEIGHTS)
+    (old / STATISTICS).unlink()
+    config = json.loads((old / "adapter_config.json").read_text())
+    config["projector_modules"] = config["modules_to_save"] = ["multi_modal_projector"]
+    (old / "adapter_config.json").write_text(json.dumps(config))
+    expected = PeftModel.from_pretrained(base("llava"), shelf.adapters["a"])
+    exported = export_model(old, tmp_path / "model", base_model=shelf.base)
+    assert distance(logits(reload(exported.folder), "llava"), logits(expected, "llava")) < 1e-5
+    plain = PeftModel.from_pretrained(base("llava"), export_lora(old, tmp_path / "lora").folder)
+    assert distance(text_logits(plain), text_logits(expected)) < 1e-5
 
 
 def test_tokenizers_and_processors_come_along(shelf, tmp_path):
