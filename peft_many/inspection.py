@@ -67,13 +67,13 @@ class AdapterInspection:
     Args:
         name (`str`): What it was asked for by.
         revision (`str`, *optional*): Its commit, if it is on the Hub.
-        peft_type (`str`): `"MANY"` or `"LORA"`.
+        peft_type (`str`): `"MANY"`, `"LORA"` or another of PEFT's.
         is_merge (`bool`): Whether it is a merge.
         base_model (`str`, *optional*): As its config says.
         layers (`int`): How many layers it adapts.
         ranks (`tuple[int, int]`): The smallest and largest rank of a layer.
         parameters (`int`): Of everything in its weights file.
-        dtype (`str`): Of its LoRA weights.
+        dtype (`str`): Of its LoRA weights, or its first tensor.
         files (`dict[str, int]`): Sizes in bytes.
         options (`dict[str, Any]`): Of a merge: method, ridge, router and its options, gate.
         routing (`dict[str, list[str]]`): Of a merge: by routed projector, the tasks that images are sent to.
@@ -123,8 +123,9 @@ def inspect_adapter(
     source = find_adapter(adapter, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     read = read_adapter(source)
     config, weights = read.config, read.files[0]
-    lora_A = [key for key in weights if key.endswith(".lora_A.weight")]
-    ranks = [weights.shape(key)[0] for key in lora_A]
+    # Adapters of other PEFT methods store no LoRA; what a merge would take of them is known all the same.
+    ranks = [pair.shape("A")[0] for pair in read.pairs.values()] or [d.rank for d in read.tasks[0].deltas.values()]
+    trained = next((key for key in weights if ".lora_A" in key), next(iter(weights)))
     routing = getattr(config, "routing", None) or {}
     return AdapterInspection(
         name=source.name,
@@ -132,10 +133,10 @@ def inspect_adapter(
         peft_type=str(getattr(config.peft_type, "value", config.peft_type)),
         is_merge=bool(getattr(config, "is_merge", False)),
         base_model=config.base_model_name_or_path,
-        layers=len(lora_A),
+        layers=len(ranks),
         ranks=(min(ranks), max(ranks)),
         parameters=sum(math.prod(weights.shape(key)) for key in weights),
-        dtype=str(weights.dtype(lora_A[0])).removeprefix("torch."),
+        dtype=str(weights.dtype(trained)).removeprefix("torch."),
         files={
             name: path.stat().st_size
             for name in [*ADAPTER_FILES, CARD_NAME]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from peft_many import export_lora, merge_adapter_files
 from peft_many.exports.lora import SERVED_RANKS
 from peft_many.plugin.adapter import UnmergeableAdapterError
-from tests.adapters import STATISTICS, WEIGHTS, base, distance, files, logits, make
+from tests.adapters import STATISTICS, WEIGHTS, base, distance, files, logits, make, make_loha, merged_deltas
 from tests.exports.shelf import Shelf, text_logits
 
 
@@ -37,6 +37,16 @@ with torch.no_grad():
 assert not any(name.partition(".")[0] == "peft_many" for name in sys.modules), "peft_many was imported"
 assert {layer.r["default"] for layer in model.modules() if hasattr(layer, "lora_A")} == {16}
 """
+
+
+def test_an_adapter_of_another_peft_method_becomes_a_lora(tmp_path):
+    made = make_loha(tmp_path / "loha")
+    exported = export_lora(made.folder, tmp_path / "lora")
+    found = merged_deltas(exported.folder)
+    assert found.keys() == made.deltas.keys()
+    assert all(distance(found[layer], delta) < 1e-6 for layer, delta in made.deltas.items())
+    as_lora, as_loha = (PeftModel.from_pretrained(base("llama"), at).eval() for at in (exported.folder, made.folder))
+    torch.testing.assert_close(logits(as_lora, "llama"), logits(as_loha, "llama"), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -107,12 +117,13 @@ def test_images_are_seen_through_the_base_projector(shelf, tmp_path):
     assert distance(found, logits(PeftModel.from_pretrained(base("llava"), merged), "llava")) > 1e-3
 
 
-def test_ranks_that_no_server_takes(tmp_path):
-    large = make(tmp_path / "a", "llama", r=300, lora_alpha=1, target_modules=["q_proj"]).folder
-    other = make(tmp_path / "b", "llama", r=300, lora_alpha=1, target_modules=["q_proj"], seed=1).folder
-    assert "rank 320" in export_lora(large, tmp_path / "one").notes[0]
+def test_ranks_that_no_server_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_many.exports.lora.SERVED_RANKS", (1, 8, 16))  # the tiny layers have no more than 32
+    large = make(tmp_path / "a", "llama", r=12, lora_alpha=1, target_modules=["q_proj"]).folder
+    other = make(tmp_path / "b", "llama", r=12, lora_alpha=1, target_modules=["q_proj"], seed=1).folder
+    assert "rank 16" in export_lora(large, tmp_path / "one").notes[0]
     merged = merge_adapter_files([large, other], tmp_path / "merged", progress=False)
-    with pytest.raises(UnmergeableAdapterError, match=r"rank 600, and vLLM serves at most 512: merge it again"):
+    with pytest.raises(UnmergeableAdapterError, match=r"rank 24, and vLLM serves at most 16: merge it again"):
         export_lora(merged, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
