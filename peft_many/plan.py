@@ -69,14 +69,9 @@ class MergePlan:
         return [file for adapter in self.adapters for file in adapter.files]
 
     def rank_of(self, module: str) -> int:
-        """The rank of a layer's merged delta: `Σ r_t` or what the method makes of it, and what `rank` allows.
-
-        Deltas of full rank do not add up to more than that.
-        """
+        """The rank of a layer's merged delta: what the tasks make up, and what `rank` allows."""
         ranks = [task.deltas[module].rank for task in self.tasks if module in task.deltas]
-        whole = sum(ranks) if self.method is None else self.method.rank_of(ranks)
-        if not self.options["gate_lora"] and has_full_rank(ranks, self.shape_of(module)):
-            whole = min(whole, *self.shape_of(module))
+        whole = whole_rank(ranks, self.shape_of(module), self.method, self.options["gate_lora"])
         return whole if self.options["rank"] is None else min(whole, self.options["rank"])
 
     def ranks_of(self, module: str) -> list[int]:
@@ -162,6 +157,21 @@ class MergePlan:
             # A set of strings is saved in another order by every process; the same merge should be the same file.
             merged.target_modules = sorted(merged.target_modules)
         return merged
+
+
+def whole_rank(ranks: Sequence[int], shape: tuple[int, int], method: MergeMethod | None, gate_lora: bool) -> int:
+    """The rank of a merged delta without a limit: `Σ r_t`, or what the method makes of it.
+
+    Deltas of full rank do not add up to more than that, but where a gate keeps the tasks' blocks.
+
+    Args:
+        ranks (`Sequence[int]`): Of the tasks that trained the layer.
+        shape (`tuple[int, int]`): `(out, in)` of the layer.
+        method ([`MergeMethod`], *optional*): `None` is LPM.
+        gate_lora (`bool`): Whether the merge has a gate.
+    """
+    whole = sum(ranks) if method is None else method.rank_of(ranks)
+    return min(whole, *shape) if has_full_rank(ranks, shape) and not gate_lora else whole
 
 
 def plan_merge(
