@@ -169,11 +169,12 @@ def _method_of(config: MAnyConfig, name: str) -> MergeMethod | None:
         ) from None
 
 
-def _rank_of(adapter: Adapter, method: MergeMethod | None, gate_lora: bool) -> int | None:
+def _rank_of(adapter: Adapter, method: MergeMethod | None, gated: bool) -> int | None:
     """The `rank` that the merge was limited to, told by a layer that has less than what its tasks' make up."""
     weights = adapter.files[0]
     for module in dict.fromkeys(module for task in adapter.tasks for module in task.deltas):
+        deltas = [task.deltas[module] for task in adapter.tasks if module in task.deltas]
         rank = weights.shape(f"{KEY_PREFIX}{module}.lora_A.weight")[0]
-        if rank < whole_rank(adapter.tasks, module, method, gate_lora):
+        if rank < whole_rank([delta.rank for delta in deltas], deltas[0].shape, method, gated):
             return rank
     return None

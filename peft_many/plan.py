@@ -69,11 +69,9 @@ class MergePlan:
         return [file for adapter in self.adapters for file in adapter.files]
 
     def rank_of(self, module: str) -> int:
-        """The rank of a layer's merged delta: `Σ r_t` or what the method makes of it, and what `rank` allows.
-
-        Deltas of full rank do not add up to more than that.
-        """
-        whole = whole_rank(self.tasks, module, self.method, self.options["gate_lora"])
+        """The rank of a layer's merged delta: what the tasks make up, and what `rank` allows."""
+        ranks = [task.deltas[module].rank for task in self.tasks if module in task.deltas]
+        whole = whole_rank(ranks, self.shape_of(module), self.method, self.options["gate_lora"])
         return whole if self.options["rank"] is None else min(whole, self.options["rank"])
 
     def ranks_of(self, module: str) -> list[int]:
@@ -161,14 +159,19 @@ class MergePlan:
         return merged
 
 
-def whole_rank(tasks: Sequence[TaskAdapter], module: str, method: MergeMethod | None, gate_lora: bool) -> int:
-    """The rank of a layer's merged delta where no `rank` was asked for."""
-    deltas = [task.deltas[module] for task in tasks if module in task.deltas]
-    ranks = [delta.rank for delta in deltas]
+def whole_rank(ranks: Sequence[int], shape: tuple[int, int], method: MergeMethod | None, gate_lora: bool) -> int:
+    """The rank of a merged delta without a limit: `Σ r_t`, or what the method makes of it.
+
+    Deltas of full rank do not add up to more than that, but where a gate keeps the tasks' blocks.
+
+    Args:
+        ranks (`Sequence[int]`): Of the tasks that trained the layer.
+        shape (`tuple[int, int]`): `(out, in)` of the layer.
+        method ([`MergeMethod`], *optional*): `None` is LPM.
+        gate_lora (`bool`): Whether the merge has a gate.
+    """
     whole = sum(ranks) if method is None else method.rank_of(ranks)
-    if not gate_lora and has_full_rank(ranks, deltas[0].shape):
-        whole = min(whole, *deltas[0].shape)
-    return whole
+    return min(whole, *shape) if has_full_rank(ranks, shape) and not gate_lora else whole
 
 
 def plan_merge(

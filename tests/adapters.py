@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -89,6 +89,17 @@ def make(
     if not issubclass(kind, MAnyConfig):  # which has no `energy`
         statistics.save(folder, energy=1.0)
     return Made(folder, deltas, {name: torch.cat(parts) for name, parts in inputs.items()})
+
+
+def make_loha(folder: Path, seed: int = 0) -> Made:
+    """A measured adapter of another PEFT method than LoRA, on the tiny Llama; its inputs are not kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = get_peft_model(base("llama"), LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False)).eval()
+    collect_statistics(model, batches(model, "llama", seed), energy=1.0, progress=False)
+    model.save_pretrained(folder)
+    layers = {name: module for name, module in model.get_base_model().named_modules() if name.endswith("q_proj")}
+    return Made(folder, {name: layer.get_delta_weight("default").double() for name, layer in layers.items()}, {})
 
 
 def scatter(model: nn.Module, seed: int) -> None:

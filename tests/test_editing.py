@@ -276,3 +276,18 @@ def test_a_kill_leaves_the_old_merge_or_the_new_one(shelf, tmp_path):
     seen, left = done.stdout.splitlines()
     assert seen == "{False, True}"
     assert left == "['merge', 'timed']"
+
+
+def test_layers_that_can_have_no_larger_rank_are_no_limit(tmp_path):
+    """Deltas of full rank are stored in one of that rank; the other layers keep their tasks' blocks."""
+    options = {"family": "llama", "target_modules": ["q_proj", "up_proj"]}
+    folders = [
+        make(tmp_path / name, seed=seed, r=20, rank_pattern={"q_proj": 32}, **options).folder
+        for seed, name in enumerate("abc")
+    ]
+    first = merge_adapter_files(folders[:2], tmp_path / "first", progress=False)
+    added = add_task(first, folders[2], output_dir=tmp_path / "added", progress=False)
+    at_once = merge_adapter_files(folders, tmp_path / "at_once", progress=False)
+    found, expected = load_file(added / WEIGHTS), load_file(at_once / WEIGHTS)
+    assert {key: tensor.shape for key, tensor in found.items()} == {key: t.shape for key, t in expected.items()}
+    assert {tensor.shape[0] for key, tensor in found.items() if "lora_A" in key} == {32, 60}

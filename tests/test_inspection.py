@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from peft_many import inspect_adapter, merge_adapter_files, remove_task
 from peft_many.plugin.adapter import UnmergeableAdapterError
-from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, files, make
-from tests.exports.shelf import make_loha
+from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, files, make, make_loha
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +42,19 @@ def test_one_adapter(shelf):
     assert task.covariance_bytes == sum(tensor.numel() * tensor.element_size() for tensor in covariances)
     ranks = [len(tensor) for tensor in covariances]
     assert task.covariance_ranks == (min(ranks), max(ranks))
+
+
+def test_an_adapter_of_another_peft_method(tmp_path):
+    found = inspect_adapter(make_loha(tmp_path / "loha").folder)
+    assert (found.peft_type, found.is_merge, found.layers, found.ranks, found.dtype) == (
+        "LOHA",
+        False,
+        2,
+        (4, 4),
+        "float32",
+    )
+    (task,) = found.tasks
+    assert (task.layers, task.ranks, task.covariances) == (2, (4, 4), 2)
 
 
 def test_a_merge_and_what_was_removed_from_it(shelf, tmp_path):
@@ -83,8 +95,6 @@ def test_other_methods_and_plain_adapters(shelf, tmp_path):
     (tmp_path / "p" / STATISTICS).unlink()
     (bare,) = inspect_adapter(tmp_path / "p").tasks
     assert (bare.samples, bare.covariances, bare.covariance_ranks, bare.energy) == (0, 0, None, None)
-    other = inspect_adapter(make_loha(tmp_path / "o"))
-    assert (other.peft_type, other.layers, other.ranks, other.dtype) == ("LOHA", 4, (4, 4), "float32")
     (tmp_path / "p" / WEIGHTS).write_bytes(b"rubbish")
     with pytest.raises(UnmergeableAdapterError, match="damaged or truncated"):
         inspect_adapter(tmp_path / "p")

@@ -126,7 +126,7 @@ def folded(
         projector_modules=list(projectors),
         modules_to_save=list(projectors) or None,
         averaged_projectors={name: [] for name in projectors},  # plain ones, not to be routed
-        fan_in_fan_out=getattr(adapter.config, "fan_in_fan_out", False),
+        fan_in_fan_out=bool(getattr(adapter.config, "fan_in_fan_out", False)),
         inference_mode=True,
     )
     tensors = {}

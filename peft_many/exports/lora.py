@@ -68,7 +68,7 @@ def export_lora(
         r=rank,
         lora_alpha=rank,  # the scaling is folded into the weights
         target_modules=sorted(pairs),
-        fan_in_fan_out=getattr(read.config, "fan_in_fan_out", False),
+        fan_in_fan_out=bool(getattr(read.config, "fan_in_fan_out", False)),
         task_type=read.config.task_type,
         base_model_name_or_path=read.config.base_model_name_or_path,
         revision=read.config.revision,

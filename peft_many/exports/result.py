@@ -56,9 +56,14 @@ def with_names_of(adapter: Adapter, model: nn.Module | None) -> Adapter:
 def read_pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
     """`A`, with the LoRA scaling folded in, and `B` of every layer, in the dtype that they are stored in.
 
+    Adapters of other PEFT methods store none; theirs are factors of the delta, float32.
+
     Raises:
         UnmergeableAdapterError: They hold NaN or Inf.
     """
+    if not adapter.pairs:
+        read = {module: delta.read() for module, delta in sorted(adapter.tasks[0].deltas.items())}
+        return {module: (delta.A, delta.B) for module, delta in read.items()}
     found = {}
     for module in sorted(adapter.pairs):
         pair = adapter.pairs[module]

@@ -5,26 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import LoHaConfig, get_peft_model
 from torch import nn
 
-from peft_many import collect_statistics, merge_adapter_files
+from peft_many import merge_adapter_files
 from tests import tiny
-from tests.adapters import base, batches, make
-
-
-def make_loha(folder: Path) -> Path:
-    """A random adapter of another PEFT method, for a text model."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = LoHaConfig(r=2, alpha=4, target_modules=["q_proj", "down_proj"], init_weights=False)
-        model = get_peft_model(base("llama"), config)
-        statistics = collect_statistics(
-            model, batches(model, "llama", 0), progress=False
-        )  # which note the layers' shapes
-        model.save_pretrained(folder)
-        statistics.save(folder)
-    return folder
+from tests.adapters import base, make
 
 
 class Shelf:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from peft_many import export_lora, merge_adapter_files
 from peft_many.exports.lora import SERVED_RANKS
 from peft_many.plugin.adapter import UnmergeableAdapterError
-from tests.adapters import STATISTICS, WEIGHTS, base, distance, files, logits, make
-from tests.exports.shelf import Shelf, make_loha, text_logits
+from tests.adapters import STATISTICS, WEIGHTS, base, distance, files, logits, make, make_loha, merged_deltas
+from tests.exports.shelf import Shelf, text_logits
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,16 @@ with torch.no_grad():
 assert not any(name.partition(".")[0] == "peft_many" for name in sys.modules), "peft_many was imported"
 assert {layer.r["default"] for layer in model.modules() if hasattr(layer, "lora_A")} == {16}
 """
+
+
+def test_an_adapter_of_another_peft_method_becomes_a_lora(tmp_path):
+    made = make_loha(tmp_path / "loha")
+    exported = export_lora(made.folder, tmp_path / "lora")
+    found = merged_deltas(exported.folder)
+    assert found.keys() == made.deltas.keys()
+    assert all(distance(found[layer], delta) < 1e-6 for layer, delta in made.deltas.items())
+    as_lora, as_loha = (PeftModel.from_pretrained(base("llama"), at).eval() for at in (exported.folder, made.folder))
+    torch.testing.assert_close(logits(as_lora, "llama"), logits(as_loha, "llama"), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -97,14 +107,6 @@ def test_single_adapters_with_scalings_and_patterns(tmp_path, family):
     found = logits(PeftModel.from_pretrained(base(family), exported.folder), family)
     assert distance(found, logits(PeftModel.from_pretrained(base(family), made.folder), family)) < 1e-5
     assert {tensor.shape[0] for key, tensor in load_file(exported.folder / WEIGHTS).items() if "lora_A" in key} == {8}
-
-
-def test_adapters_of_other_peft_methods(tmp_path):
-    made = make_loha(tmp_path / "a")
-    exported = export_lora(made, tmp_path / "lora")
-    found = logits(PeftModel.from_pretrained(base("llama"), exported.folder), "llama")
-    assert distance(found, logits(PeftModel.from_pretrained(base("llama"), made), "llama")) < 1e-5
-    assert distance(found, logits(base("llama"), "llama")) > 1e-3
 
 
 def test_images_are_seen_through_the_base_projector(shelf, tmp_path):
