@@ -64,9 +64,10 @@ def commands(text: str, *starts: str) -> Iterator[list[str]]:
     ]
     prose = _FENCE.sub("", text)
     for line in [*lines, *(found[1] for found in _INLINE.finditer(prose))]:
-        if not line.startswith(" ".join(starts)) or re.search(r"…|\.\.\.|\[|\b[A-Z]{2,}\b", line):
+        command = line.partition(" #")[0]
+        if not command.startswith(" ".join(starts)) or re.search(r"…|\.\.\.|\[|\b[A-Z]{2,}\b", command):
             continue
-        words = shlex.split(line, comments=True)
+        words = shlex.split(command)
         end = next((place for place, word in enumerate(words) if word in _ENDS), len(words))
         if words[: len(starts)] == list(starts):
             yield words[:end]

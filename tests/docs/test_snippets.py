@@ -1,8 +1,8 @@
 """Every Python snippet of the README and the docs runs, and every command line there is one that parses.
 
 The snippets of a page share one namespace and one folder, where tiny adapters lie under the names that the docs use.
-Where sections stand for themselves, each finds these adapters as they were. `base` is the base model, freshly loaded, at
-the beginning of each snippet.
+Where sections stand for themselves, each finds these adapters as they were. `base` is the base model, freshly loaded
+for each snippet.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import typer
@@ -37,9 +36,9 @@ MEASURED = {"clevr": "clevr", "iconqa": "iconqa", "vizwiz": "vizwiz", "new-task"
     folder: folder for folder in ("task1", "task2", "task3", "pool-49", "task-50")
 }
 LOCAL = ("clevr", "task1", "task2", "task3", "pool-49", "task-50", "merged", "old", "Task4_llava_lora")
-# What all snippets may use without importing it: what the page has imported before, or what stands above on the page.
 OF_SECTIONS = {"how-to.md"}  # pages whose sections stand for themselves
 OPTIONAL = {"trl"}  # there is no version of it for Python 3.10
+# What snippets may use without importing it.
 KNOWN = {"merge_adapter_sequence": merge_adapter_sequence, "merge_adapter_files": merge_adapter_files} | {
     "collect_statistics": collect_statistics,
     "torch": torch,
@@ -124,6 +123,14 @@ def hub(place, tmp_path, monkeypatch):
         yield server
 
 
+def conversations(picture: Image.Image) -> Any:
+    """Rows as TRL wants them."""
+    from datasets import Dataset
+
+    asked, answered = [{"role": "user", "content": "What colour is it ?"}], [{"role": "assistant", "content": "red"}]
+    return Dataset.from_list([{"images": [picture], "prompt": asked, "completion": answered}] * 4)
+
+
 @pytest.fixture
 def names(place, tmp_path, monkeypatch, hub) -> dict[str, object]:
     """What the snippets of a page find: adapters in the current folder, and these names."""
@@ -133,15 +140,13 @@ def names(place, tmp_path, monkeypatch, hub) -> dict[str, object]:
     loader = [{**batch, "labels": batch["input_ids"]} for batch in batches(base, "llava", 1)]
     loaders = ("dataloader", "train_dataloader", "dataloader_of_its_task", "clevr_loader", "iconqa_loader")
     picture = Image.new("RGB", (16, 16), "red")
-    asked, answered = [{"role": "user", "content": "What colour is it ?"}], [{"role": "assistant", "content": "red"}]
-    conversations = datasets.Dataset.from_list([{"images": [picture], "prompt": asked, "completion": answered}] * 4)
     train_dataset = Examples(batches(base, "llava", 1, rows=8)[0])
     return {
         **KNOWN,
         **dict.fromkeys(loaders, loader),
         "train_dataset": train_dataset,
         "collate": lambda rows: {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
-        "conversations": conversations,
+        "conversations": conversations(picture) if importlib.util.find_spec("trl") else None,
         "processor": toy.processor("llava"),
         "image": picture,
         "adapters": ["clevr", "me/iconqa"],
