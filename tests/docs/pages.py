@@ -23,18 +23,25 @@ _ENDS = {"|", ">", "&&", ";"}  # of a command
 
 @dataclass(frozen=True)
 class Snippet:
-    """A fenced block: its language, what is in it, the line its text begins at, and why it is not run, if so."""
+    """A fenced block: its language, text, first line, section by number, and why it is not run, if so."""
 
     kind: str
     code: str
     line: int
+    section: int
     not_run: str | None
 
 
 def snippets(text: str) -> list[Snippet]:
     """All fenced blocks of a page that say what they are written in."""
     return [
-        Snippet(found["kind"], found["code"], text.count("\n", 0, found.start("code")) + 1, found["why"])
+        Snippet(
+            found["kind"],
+            found["code"],
+            text.count("\n", 0, found.start("code")) + 1,
+            text.count("\n## ", 0, found.start("code")),
+            found["why"],
+        )
         for found in _FENCE.finditer(text)
     ]
 
@@ -47,7 +54,7 @@ def python_snippets(path: Path) -> list[Snippet]:
 def commands(text: str, *starts: str) -> Iterator[list[str]]:
     """The words of every command line that begins with these words, from shell blocks and in running text.
 
-    Those with an ellipsis or with brackets stand for several commands, and are left out.
+    Those with an ellipsis, brackets or a word in capitals stand for several commands, and are left out.
     """
     lines = [
         line.strip().removeprefix("$ ")
@@ -57,9 +64,10 @@ def commands(text: str, *starts: str) -> Iterator[list[str]]:
     ]
     prose = _FENCE.sub("", text)
     for line in [*lines, *(found[1] for found in _INLINE.finditer(prose))]:
-        if not line.startswith(" ".join(starts)) or "…" in line or "..." in line or "[" in line:
+        command = line.partition(" #")[0]
+        if not command.startswith(" ".join(starts)) or re.search(r"…|\.\.\.|\[|\b[A-Z]{2,}\b", command):
             continue
-        words = shlex.split(line, comments=True)
+        words = shlex.split(command)
         end = next((place for place, word in enumerate(words) if word in _ENDS), len(words))
         if words[: len(starts)] == list(starts):
             yield words[:end]
@@ -72,7 +80,7 @@ def run(snippet: Snippet, page: Path, names: dict[str, object]) -> None:
 
 def folders_written(snippet: Snippet) -> list[str]:
     """The folders that a snippet's calls want to create, and that must not exist before."""
-    places = {"merge_adapter_files": 1, "import_llava_checkpoint": 1}
+    places = {"merge_adapter_files": 1, "pool_adapters": 1, "import_llava_checkpoint": 1}
     found = []
     for node in ast.walk(ast.parse(snippet.code)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in places:

@@ -1,7 +1,8 @@
 """Every Python snippet of the README and the docs runs, and every command line there is one that parses.
 
 The snippets of a page share one namespace and one folder, where tiny adapters lie under the names that the docs use.
-`base` is the base model, freshly loaded, at the beginning of each snippet.
+Where sections stand for themselves, each finds these adapters as they were. `base` is the base model, freshly loaded
+for each snippet.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import typer
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageTextToText
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
 from peft_many.commands import app
 from peft_many.metrics import AccuracyMatrix
-from tests.adapters import batches, scatter
+from tests.adapters import WEIGHTS, batches, scatter
 from tests.docs.pages import PAGES, ROOT, commands, folders_written, imported, python_snippets, run, snippets
 from tests.examples import toy
 from tests.examples.scripts import EXAMPLES, script
@@ -32,11 +33,12 @@ from tests.plugin.llava_files import checkpoint
 
 # By folder, the task's name. All are on the Hub too, as me/…
 MEASURED = {"clevr": "clevr", "iconqa": "iconqa", "vizwiz": "vizwiz", "new-task": "new", "charts": "charts"} | {
-    f"task{number}": f"task {number}" for number in (1, 2, 3)
+    folder: folder for folder in ("task1", "task2", "task3", "pool-49", "task-50")
 }
-LOCAL = ("clevr", "task1", "task2", "task3", "merged", "Task4_llava_lora")
-# What all snippets may use without importing it: what the page has imported before, or what stands above on the page.
+LOCAL = ("clevr", "task1", "task2", "task3", "pool-49", "task-50", "merged", "old", "Task4_llava_lora")
+OF_SECTIONS = {"how-to.md"}  # pages whose sections stand for themselves
 OPTIONAL = {"trl"}  # there is no version of it for Python 3.10
+# What snippets may use without importing it.
 KNOWN = {"merge_adapter_sequence": merge_adapter_sequence, "merge_adapter_files": merge_adapter_files} | {
     "collect_statistics": collect_statistics,
     "torch": torch,
@@ -66,21 +68,39 @@ def place(tmp_path_factory) -> Path:
     toy.save_base(root / "base")
     for seed, (folder, task) in enumerate(MEASURED.items()):
         save_adapter(root, folder, seed, MAnyConfig(r=4, lora_alpha=8, task_name=task))
+    attention = ["q_proj", "k_proj", "v_proj"]
     for seed, folder in enumerate(("plain-lora", "charts-lora", "icons-lora"), start=20):
-        attention = ["q_proj", "k_proj", "v_proj"]
         save_adapter(
             root, folder, seed, LoraConfig(r=4, target_modules=attention, modules_to_save=["multi_modal_projector"])
         )
+    save_adapter(root, "loha", 30, LoHaConfig(r=2, target_modules=attention, init_weights=False))
     merge_adapter_files([root / name for name in ("clevr", "iconqa", "vizwiz")], root / "merged", progress=False)
     checkpoint(root / "Task4_llava_lora")
+    shutil.copytree(root / "plain-lora", root / "old")
+    weights = load_file(root / "old" / WEIGHTS)
+    save_file({before_version_5(name): tensor for name, tensor in weights.items()}, root / "old" / WEIGHTS)
     return root
+
+
+def before_version_5(name: str) -> str:
+    """What transformers called a module of LLaVA before version 5."""
+    name = name.replace("model.model.language_model.", "model.language_model.model.")
+    return name.replace("model.model.multi_modal_projector.", "model.multi_modal_projector.")
+
+
+def lay_out(place: Path) -> None:
+    """Put the adapters into the current folder, and nothing else."""
+    for old in Path().iterdir():
+        shutil.rmtree(old)
+    for folder in LOCAL:
+        shutil.copytree(place / folder, folder)
 
 
 def load_base(root: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(root / "base")
 
 
-def save_adapter(root: Path, folder: str, seed: int, config: LoraConfig) -> None:
+def save_adapter(root: Path, folder: str, seed: int, config: PeftConfig) -> None:
     torch.manual_seed(seed)
     base = load_base(root)
     model = get_peft_model(base, config)
@@ -96,34 +116,37 @@ def hub(place, tmp_path, monkeypatch):
     with StandInHub() as server:
         talk_to(server, monkeypatch, tmp_path / "hub")
         monkeypatch.setenv("HF_TOKEN", server.token)
-        for folder in (*MEASURED, "plain-lora", "charts-lora", "merged"):
+        for folder in (*MEASURED, "plain-lora", "charts-lora", "loha", "merged"):
             for branch in ("main", "v2"):
                 server.add(f"me/{folder}", place / folder, branch=branch)
         server.add("you/icons-lora", place / "icons-lora")
         yield server
 
 
+def conversations(picture: Image.Image) -> Any:
+    """Rows as TRL wants them."""
+    from datasets import Dataset
+
+    asked, answered = [{"role": "user", "content": "What colour is it ?"}], [{"role": "assistant", "content": "red"}]
+    return Dataset.from_list([{"images": [picture], "prompt": asked, "completion": answered}] * 4)
+
+
 @pytest.fixture
 def names(place, tmp_path, monkeypatch, hub) -> dict[str, object]:
     """What the snippets of a page find: adapters in the current folder, and these names."""
-    work = tmp_path / "work"
-    work.mkdir()
-    for folder in LOCAL:
-        shutil.copytree(place / folder, work / folder)
-    monkeypatch.chdir(work)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
     base = load_base(place)
     loader = [{**batch, "labels": batch["input_ids"]} for batch in batches(base, "llava", 1)]
     loaders = ("dataloader", "train_dataloader", "dataloader_of_its_task", "clevr_loader", "iconqa_loader")
     picture = Image.new("RGB", (16, 16), "red")
-    asked, answered = [{"role": "user", "content": "What colour is it ?"}], [{"role": "assistant", "content": "red"}]
-    conversations = datasets.Dataset.from_list([{"images": [picture], "prompt": asked, "completion": answered}] * 4)
     train_dataset = Examples(batches(base, "llava", 1, rows=8)[0])
     return {
         **KNOWN,
         **dict.fromkeys(loaders, loader),
         "train_dataset": train_dataset,
         "collate": lambda rows: {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
-        "conversations": conversations,
+        "conversations": conversations(picture) if importlib.util.find_spec("trl") else None,
         "processor": toy.processor("llava"),
         "image": picture,
         "adapters": ["clevr", "me/iconqa"],
@@ -136,7 +159,10 @@ def names(place, tmp_path, monkeypatch, hub) -> dict[str, object]:
     "page", [path for path in PAGES if python_snippets(path)], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_snippets_run(page, names, place):
-    for snippet in python_snippets(page):
+    found = python_snippets(page)
+    for snippet, before in zip(found, [None, *found]):
+        if before is None or (page.name in OF_SECTIONS and snippet.section != before.section):
+            lay_out(place)
         lacking = [name for name in imported(snippet) & OPTIONAL if importlib.util.find_spec(name) is None]
         if snippet.not_run is not None or lacking:
             continue
@@ -204,7 +230,7 @@ def test_command_lines_of_examples_parse(name, words):
 
 def test_pages_are_read_as_readers_read_them():
     page = (
-        "Call `peft-many bench --quick`, or `peft-many plan | merge …`.\n\n"
+        "Call `peft-many bench --quick`, `peft-many plan | merge …` or `peft-many inspect MERGE`.\n\n"
         "```python\na = 1\n```\n\n<!-- not run: it would take a week -->\n```python\nb = 2\n```\n\n"
         "```bash\npeft-many merge a b \\\n  --output c  # here\npeft-many-else\nls | wc\n```\n"
     )
