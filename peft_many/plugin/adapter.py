@@ -12,13 +12,13 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import Tensor
 
 from .config import MAnyConfig
 from .families import PROJECTOR_NAME
 from .hub import AdapterSource
+from .patterns import MODULE_NAME, ByPattern, check_patterns
 from .statistics import (
     STATISTICS_NAME,
     AdapterStatistics,
@@ -37,6 +37,7 @@ from .stored_delta import (
     delta_of_adapter,
 )
 from .tensor_file import TensorFile
+from .untrusted import LARGEST_CONFIG, check_config
 
 
 @dataclass(frozen=True)
@@ -143,17 +144,20 @@ def _read_statistics(source: AdapterSource, config: LoraConfig) -> tuple[list[Te
 def _read_config(source: AdapterSource) -> LoraConfig:
     if not (source.folder / CONFIG_NAME).is_file():
         raise UnmergeableAdapterError(f"{source.name} has no {CONFIG_NAME}: it is no PEFT adapter.")
+    if (source.folder / CONFIG_NAME).stat().st_size > LARGEST_CONFIG:
+        raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} is larger than {LARGEST_CONFIG >> 20} MiB.")
     try:
         config = PeftConfig.from_pretrained(str(source.folder))
-    except StatisticsError:
+    except (StatisticsError, UnmergeableAdapterError):
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         # ValueError covers broken JSON and the messages of configs, which are written for people.
         reason = f"{error} is unknown" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} cannot be used: {reason}.") from error
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind not in ("LORA", "MANY"):
         raise UnmergeableAdapterError(f"{source.name} is of PEFT type {kind}; only LORA and MANY can be merged.")
+    check_config(config, source.name)
     return config
 
 
@@ -219,6 +223,8 @@ def _split_pairs(
         if not key.startswith(KEY_PREFIX):
             raise UnmergeableAdapterError(f"{source.name}: tensor '{key}' does not begin with '{KEY_PREFIX}'.")
         name = key.removeprefix(KEY_PREFIX)
+        if not MODULE_NAME.fullmatch(name):  # it will be part of patterns, tables and messages
+            raise UnmergeableAdapterError(f"{source.name}: tensor {key!r:.200} is not called as modules are.")
         half = next((half for half in "AB" if name.endswith(f".lora_{half}.weight")), None)
         if half is not None:
             halves.setdefault(name.removesuffix(f".lora_{half}.weight"), set()).add(half)
@@ -231,34 +237,33 @@ def _split_pairs(
         else:
             rest[name] = weights[key]
             check_finite(rest[name], f"{weights.path}: tensor '{key}'")
+    check_patterns(config, list(halves), source.name, only_ranks=True)
+    ranks = ByPattern(config.rank_pattern, config.r)
+    alphas = ByPattern(config.alpha_pattern, config.lora_alpha)
     pairs = {}
     for module, found in halves.items():
         if found != {"A", "B"}:
             raise UnmergeableAdapterError(
                 f"{source.name}: layer '{module}' lacks its lora_{'AB'.strip(*found)} tensor."
             )
-        pairs[module] = _checked_pair(source, config, weights, module)
+        rank, alpha = ranks[module], alphas[module]
+        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        pairs[module] = _checked_pair(source, StoredPair(weights, module, scaling), rank)
     if not pairs:
         raise UnmergeableAdapterError(f"{source.name} holds no LoRA weights.")
     return pairs, rest
 
 
-def _checked_pair(source: AdapterSource, config: LoraConfig, weights: TensorFile, module: str) -> StoredPair:
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    pair = StoredPair(weights, module, scaling)
-    A, B = pair.shape("A"), pair.shape("B")
+def _checked_pair(source: AdapterSource, pair: StoredPair, rank: int) -> StoredPair:
+    A, B, module = pair.shape("A"), pair.shape("B"), pair.module
     if len(A) != 2 or len(B) != 2:
         raise UnmergeableAdapterError(f"{source.name}: layer '{module}' is no linear layer (LoRA shape {A}).")
     if not A[0] == B[1] == rank:
         raise UnmergeableAdapterError(
             f"{source.name}: layer '{module}' has LoRA shapes {A} and {B}, but its config says rank {rank}."
         )
-    if not math.isfinite(scaling):
-        raise UnmergeableAdapterError(
-            f"{source.name}: layer '{module}' has the scaling {scaling} (`lora_alpha` {alpha})."
-        )
+    if 0 in (*A, *B):
+        raise UnmergeableAdapterError(f"{source.name}: layer '{module}' has an empty LoRA, of shapes {A} and {B}.")
     return pair
 
 
@@ -338,9 +343,9 @@ def _tasks_of_merge(
     unstacked = {module for task in statistics.tasks for module in task.lora_B if module in task.deltas}
     tasks = []
     for about, measured in zip(named, statistics.tasks):
-        if not isinstance(about["weight"], (int, float)):
-            raise TypeError(f"the weight of a task is {about['weight']!r}")
         name = f"{source.name}, task '{about['name']}'"
+        if measured.name != about["name"]:
+            raise UnmergeableAdapterError(f"{name}: its statistics are those of '{measured.name}'.")
         deltas = {}
         for module, A in measured.deltas.items():
             disagreement = f"{source.name}: its weights and its statistics disagree on '{module}'."
@@ -357,6 +362,8 @@ def _tasks_of_merge(
         projectors: dict[str, dict[str, Tensor]] = {}
         for projector, routing in (config.routing or {}).items():
             order = [task["name"] for task in routing["tasks"]]
+            if about["name"] in order and len(measured.prototypes.get(projector, ())) != routing["width"]:
+                raise UnmergeableAdapterError(f"{name}: its statistics lack its prototype at '{projector}'.")
             prefix = f"{projector}.experts.task_{order.index(about['name'])}." if about["name"] in order else None
             expert = {k.removeprefix(prefix): v for k, v in rest.items() if prefix and k.startswith(prefix)}
             projectors |= {projector: expert} if expert else {}

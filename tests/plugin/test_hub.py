@@ -19,6 +19,7 @@ from peft.utils import PeftWarning
 from peft_many import merge_adapter_files, merge_adapter_sequence
 from peft_many.plugin.adapter import UnmergeableAdapterError
 from peft_many.plugin.hub import AdapterNotFoundError, RemoteStatistics
+from peft_many.plugin.untrusted import MalformedAdapterError
 from tests.adapters import STATISTICS, WEIGHTS, base, distance, files, logits, make
 from tests.hub_server import StandInHub
 
@@ -327,3 +328,23 @@ def test_in_a_process_with_the_usual_environment(hub, made, tmp_path):
         assert files(tmp_path / "saved")[file] == files(local)[file]
         assert hub.files("me/all")[file] == files(local)[file]
     assert not any(path.endswith((".bin", ".pt")) for path in hub.downloads())
+
+
+# ------------------------------------------------------------------------------------------------------ what to trust
+
+
+def test_what_a_config_on_the_hub_declares_is_checked_before_it_is_allocated(hub, made):
+    tree = hub.files("me/one")
+    tree["adapter_config.json"] = json.dumps({**json.loads(tree["adapter_config.json"]), "r": 10**9}).encode()
+    with pytest.raises(MalformedAdapterError, match=r"me/one: .*rank 1000000000.*rank 4"):
+        PeftModel.from_pretrained(base("llava"), "me/one")
+    del tree[WEIGHTS]  # the pickle beside it is not opened for this
+    with pytest.raises(MalformedAdapterError, match="rank 0"):
+        PeftModel.from_pretrained(base("llava"), "me/one", cache_dir=made["one"].parent / "another cache")
+    assert not any(path.endswith(".bin") for path in hub.downloads())
+
+
+def test_a_merge_on_the_hub_is_loaded_with_one_download(hub, made, tmp_path):
+    hub.add("me/merge", merge_adapter_files([made["one"], made["two"]], tmp_path / "merged", progress=False))
+    PeftModel.from_pretrained(base("llava"), "me/merge")
+    assert hub.downloads().count(WEIGHTS) == 1
