@@ -235,8 +235,9 @@ def config_file(path: Path, random: Random) -> None:
         path.write_bytes(mutate_text(text, random))
         return
     content = json.loads(text)
-    for _ in range(random.choice([1, 1, 1, 2, 3])):
-        (targeted if random.random() < 0.6 else mutate_json)(content, random)
+    ways = random.choices([targeted, mutate_json], [3, 2], k=random.choice([1, 1, 1, 2, 3]))
+    for way in sorted(ways, key=[targeted, mutate_json].index):  # the former knows what the fields hold
+        way(content, random)
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
