@@ -193,6 +193,19 @@ def test_a_hub_that_fails_in_the_middle(hub, tmp_path, monkeypatch):
     merge_adapter_files(["me/one"], tmp_path / "merged", progress=False)
 
 
+@pytest.mark.parametrize("fault", ["drop", "short", "stall", "error"])
+def test_a_download_that_breaks_off(hub, made, tmp_path, monkeypatch, fault):
+    """Once, it is tried again; for good, it is an error, and no half of a file is ever taken for the whole."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    hub.fault, hub.faults_left = fault, 10**6
+    assert_not_found(tmp_path, "me/one")
+    hub.faults_left = 1 if fault != "error" else 0  # which huggingface_hub gives up at, for files
+    merge_adapter_files(["me/one"], tmp_path / "merged", progress=False)
+    merge_adapter_files([made["one"]], tmp_path / "expected", progress=False)
+    assert files(tmp_path / "merged")[WEIGHTS] == files(tmp_path / "expected")[WEIGHTS]
+
+
 def _breaks(hub, commit):
     hub.broken = any("/tree/" in path for _, path in hub.requests)
     return commit
@@ -249,6 +262,16 @@ def test_saving_again_without_network_says_what_is_lost(hub, tmp_path, monkeypat
     with pytest.warns(PeftWarning, match="statistics of 'me/one' cannot be fetched"):
         model.save_pretrained(tmp_path / "saved")
     assert WEIGHTS in files(tmp_path / "saved")
+    assert STATISTICS not in files(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("fault", ["drop", "short", "error"])
+def test_saving_again_when_the_download_breaks_off_says_what_is_lost(hub, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    model = PeftModel.from_pretrained(base("llava"), "me/one")
+    hub.fault, hub.faults_left, hub.faulty = fault, 10**6, STATISTICS
+    with pytest.warns(PeftWarning, match="statistics of 'me/one' cannot be fetched"):
+        model.save_pretrained(tmp_path / "saved")
     assert STATISTICS not in files(tmp_path / "saved")
 
 
