@@ -15,3 +15,7 @@ huggingface_hub.constants.HF_HUB_OFFLINE = True
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=0, help="how many mutated adapters, and kills, to try (0: a few)")

@@ -52,6 +52,10 @@ class StandInHub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self.broken = False  # answer everything with 503
+        self.fault: str | None = None  # what goes wrong while `faulty` is sent: "drop", "short", "stall" or "error"
+        self.faulty = "adapter_model.safetensors"
+        self.faults_left = 0  # how many times
+        self.unstall = threading.Event()
         hub = self
 
         class Handler(_Handler):
@@ -66,6 +70,7 @@ class StandInHub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.unstall.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -192,7 +197,27 @@ class _Handler(BaseHTTPRequestHandler):
         data = repository.commits[commit].get(path)
         if data is None:
             return self._answer(404, {"error": "Entry not found"}, "EntryNotFound", headers)
-        return self._send(200, data, {**headers, "ETag": f'"{_oid(data)}"', "Accept-Ranges": "none"})
+        headers |= {"ETag": f'"{_oid(data)}"', "Accept-Ranges": "none"}
+        if self.command == "GET" and path == self.hub.faulty and self.hub.faults_left > 0:
+            self.hub.faults_left -= 1
+            return self._fail(data, headers)
+        return self._send(200, data, headers)
+
+    def _fail(self, data: bytes, headers: dict[str, str]) -> None:
+        """Send less than was promised, late, or not at all."""
+        if self.hub.fault == "error":
+            return self._answer(500, {"error": "internal error"}, headers=headers)
+        kept = {"drop": 0, "stall": 0, "short": len(data) // 2}[self.hub.fault or ""]
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data[:kept])
+        self.wfile.flush()
+        if self.hub.fault == "stall":
+            self.hub.unstall.wait(60)
+        self.close_connection = True
+        return None
 
     def _answer(
         self, status: int, content: Any, error: str | None = None, headers: dict[str, str] | None = None

@@ -279,7 +279,7 @@ def test_statistics_of_another_training_run(good, bad, tmp_path):
 
 def test_a_scaling_that_is_no_number(good, bad, tmp_path):
     edit_config(bad, lora_alpha=math.nan)
-    assert_refused(tmp_path, [good["b"], bad], str(bad), "scaling nan")
+    assert_refused(tmp_path, [good["b"], bad], str(bad), "`lora_alpha` cannot be nan")
 
 
 @pytest.mark.parametrize("half", ["lora_A", "lora_B"])

@@ -36,6 +36,7 @@ from .stored_delta import (
     delta_of_adapter,
 )
 from .tensor_file import TensorFile
+from .untrusted import LARGEST_CONFIG, check_config
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,13 @@ def _read_statistics(source: AdapterSource, config: PeftConfig) -> tuple[list[Te
 def _read_config(source: AdapterSource) -> PeftConfig:
     if not (source.folder / CONFIG_NAME).is_file():
         raise UnmergeableAdapterError(f"{source.name} has no {CONFIG_NAME}: it is no PEFT adapter.")
+    if (source.folder / CONFIG_NAME).stat().st_size > LARGEST_CONFIG:
+        raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} is larger than {LARGEST_CONFIG >> 20} MiB.")
     try:
         config = PeftConfig.from_pretrained(str(source.folder))
-    except StatisticsError:
+    except (StatisticsError, UnmergeableAdapterError):
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         # ValueError covers broken JSON and the messages of configs, which are written for people.
         reason = f"{error} is unknown" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} cannot be used: {reason}.") from error
@@ -169,6 +172,7 @@ def _read_config(source: AdapterSource) -> PeftConfig:
             method_of(config)
         except ValueError as error:
             raise UnmergeableAdapterError(f"{source.name} {error}; it cannot be merged.") from None
+    check_config(config, source.name)
     return config
 
 
@@ -283,9 +287,9 @@ def _tasks_of_merge(
     unstacked = {module for task in statistics.tasks for module in task.lora_B if module in task.deltas}
     tasks = []
     for about, measured in zip(named, statistics.tasks):
-        if not isinstance(about["weight"], (int, float)):
-            raise TypeError(f"the weight of a task is {about['weight']!r}")
         name = f"{source.name}, task '{about['name']}'"
+        if measured.name != about["name"]:
+            raise UnmergeableAdapterError(f"{name}: its statistics are those of '{measured.name}'.")
         deltas = {}
         for module, A in measured.deltas.items():
             disagreement = f"{source.name}: its weights and its statistics disagree on '{module}'."
@@ -302,6 +306,8 @@ def _tasks_of_merge(
         projectors: dict[str, dict[str, Tensor]] = {}
         for projector, routing in (config.routing or {}).items():
             order = [task["name"] for task in routing["tasks"]]
+            if about["name"] in order and len(measured.prototypes.get(projector, ())) != routing["width"]:
+                raise UnmergeableAdapterError(f"{name}: its statistics lack its prototype at '{projector}'.")
             prefix = f"{projector}.experts.task_{order.index(about['name'])}." if about["name"] in order else None
             expert = {k.removeprefix(prefix): v for k, v in rest.items() if prefix and k.startswith(prefix)}
             projectors |= {projector: expert} if expert else {}

@@ -67,15 +67,20 @@ def _about(
 ) -> str:
     plugin = "[peft_many](https://pypi.org/project/peft-many) (MAny, arXiv 2604.14016)"
     if tasks is None:
-        task = f" for the task “{task_name}”" if task_name else ""
+        task = f" for the task “{_plain(task_name)}”" if task_name else ""
         return f"# A task adapter{task}\n\nTrained with {plugin}, to be merged with others of its kind.\n"
-    cells = [(t["name"], t["source"], t["revision"] or "", f"{t['weight']:g}", t["sha256"][:12]) for t in tasks]
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    cells = [(t["name"], t["source"], t["revision"], f"{t['weight']:g}", t["sha256"][:12]) for t in tasks]
+    rows = "\n".join(f"| {' | '.join(map(_plain, row))} |" for row in cells)
     return (
         f"# A merge of {len(cells)} task adapters\n\nMerged with {plugin}: language-model LoRAs by {_how(method)}, "
         f"projectors {'averaged' if averaged else 'routed per image by visual prototypes'}.\n\n"
         f"| task | source | revision | weight | sha256 |\n|---|---|---|---|---|\n{rows}\n"
     )
+
+
+def _plain(text: str | None) -> str:
+    """A name that an adapter brought along, as text that is no Markdown or HTML of the card's."""
+    return re.sub(r"([\\`|<>\[\]])", r"\\\1", " ".join((text or "").split()))
 
 
 def _how(method: Mapping[str, Any] | None) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.utils import CONFIG_NAME
 
 from .card import update_card
 from .hub import RemoteStatistics
@@ -175,7 +177,10 @@ class MAnyConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the configuration, the statistics if there are any, and what the model card must say of them."""
-        super().save_pretrained(save_directory, **kwargs)
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".", suffix=".partial") as beside:
+            super().save_pretrained(beside, **kwargs)  # PEFT writes in place
+            os.replace(Path(beside, CONFIG_NAME), Path(save_directory, CONFIG_NAME))
         update_card(
             Path(save_directory),
             self.base_model_name_or_path,

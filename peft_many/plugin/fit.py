@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import MAnyConfig
 from .gated_calls import unwatch_gated_calls
 from .image_calls import unwatch_image_calls
+from .patterns import check_patterns
 from .stored_delta import KEY_PREFIX, UnmergeableAdapterError
 
 
@@ -25,6 +26,7 @@ def check_fits_model(config: MAnyConfig, shapes: Mapping[str, tuple[int, ...]], 
     """
     shapes = {key.removeprefix(KEY_PREFIX): shape for key, shape in shapes.items()}
     modules = dict(model.named_modules())
+    check_patterns(config, list(modules), "The merge")  # some are the adapters' own words
     layers = [key.removesuffix(".lora_A.weight") for key in shapes if key.endswith(".lora_A.weight")]
     for layer in layers:
         if layer not in modules:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from .patterns import MODULE_NAME, ByPattern, check_patterns
 from .stored_delta import KEY_PREFIX, TASK_WEIGHT, StoredPair, UnmergeableAdapterError, check_finite
 from .tensor_file import TensorFile
 
@@ -22,6 +22,8 @@ def split_pairs(
         if not key.startswith(KEY_PREFIX):
             raise UnmergeableAdapterError(f"{adapter}: tensor '{key}' does not begin with '{KEY_PREFIX}'.")
         name = key.removeprefix(KEY_PREFIX)
+        if not MODULE_NAME.fullmatch(name):  # it will be part of patterns, tables and messages
+            raise UnmergeableAdapterError(f"{adapter}: tensor {key!r:.200} is not called as modules are.")
         half = next((half for half in "AB" if name.endswith(f".lora_{half}.weight")), None)
         if half is not None:
             halves.setdefault(name.removesuffix(f".lora_{half}.weight"), set()).add(half)
@@ -38,28 +40,29 @@ def split_pairs(
         else:
             rest[name] = weights[key]
             check_finite(rest[name], f"{weights.path}: tensor '{key}'")
+    check_patterns(config, list(halves), adapter, only_ranks=True)
+    ranks = ByPattern(config.rank_pattern, config.r)
+    alphas = ByPattern(config.alpha_pattern, config.lora_alpha)
     pairs = {}
     for module, found in halves.items():
         if found != {"A", "B"}:
             raise UnmergeableAdapterError(f"{adapter}: layer '{module}' lacks its lora_{'AB'.strip(*found)} tensor.")
-        pairs[module] = _checked_pair(adapter, config, weights, module)
+        rank, alpha = ranks[module], alphas[module]
+        scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        pairs[module] = _checked_pair(adapter, StoredPair(weights, module, scaling), rank)
     if not pairs:
         raise UnmergeableAdapterError(f"{adapter} holds no LoRA weights.")
     return pairs, rest
 
 
-def _checked_pair(adapter: str, config: LoraConfig, weights: TensorFile, module: str) -> StoredPair:
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    pair = StoredPair(weights, module, scaling)
-    A, B = pair.shape("A"), pair.shape("B")
+def _checked_pair(adapter: str, pair: StoredPair, rank: int) -> StoredPair:
+    A, B, module = pair.shape("A"), pair.shape("B"), pair.module
     if len(A) != 2 or len(B) != 2:
         raise UnmergeableAdapterError(f"{adapter}: layer '{module}' is no linear layer (LoRA shape {A}).")
     if not A[0] == B[1] == rank:
         raise UnmergeableAdapterError(
             f"{adapter}: layer '{module}' has LoRA shapes {A} and {B}, but its config says rank {rank}."
         )
-    if not math.isfinite(scaling):
-        raise UnmergeableAdapterError(f"{adapter}: layer '{module}' has the scaling {scaling} (`lora_alpha` {alpha}).")
+    if 0 in (*A, *B):
+        raise UnmergeableAdapterError(f"{adapter}: layer '{module}' has an empty LoRA, of shapes {A} and {B}.")
     return pair

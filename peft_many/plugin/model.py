@@ -36,8 +36,10 @@ from .image_calls import unwatch_image_calls, watch_image_calls
 from .layers import hang_on_layers, lora_layers
 from .merge_report import MergeReport, report_on
 from .module_names import names_on
+from .patterns import check_patterns
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
 from .statistics import AdapterStatistics
+from .untrusted import MalformedAdapterError
 
 
 class MAnyModel(LoraModel):
@@ -68,11 +70,21 @@ class MAnyModel(LoraModel):
         If anything fails, the projectors are as before.
         """
         config: MAnyConfig = self.peft_config[adapter_name]
+        source = getattr(config, "loaded_from", None)
+        if source is not None:
+            check_patterns(config, [name for name, _ in model.named_modules()], source)
         if config.target_modules is not None:
             _update_expert_names(config, model)
         with ExitStack() as rollback:
             self._wrap_projectors(model, adapter_name, config, rollback)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            try:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+                if source is None:
+                    raise
+                raise MalformedAdapterError(
+                    f"{source}: adapter_config.json cannot be applied to {type(model).__name__}: {error!r:.300}."
+                ) from error
             if config.gate_lora:
                 _gate_layers(model, adapter_name, config)
             rollback.pop_all()

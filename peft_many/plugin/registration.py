@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftWarning
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftWarning
+from safetensors import SafetensorError
 
 from .config import MAnyConfig, MAnyPeftType
 from .hub import RemoteStatistics, locate_statistics
 from .model import MAnyModel
 from .statistics import AdapterStatistics, StatisticsError
+from .tensor_file import TensorFile
+from .untrusted import MalformedAdapterError, check_backed, check_config
 
 
 def register() -> None:
@@ -53,7 +60,15 @@ def _let_configs_find_statistics() -> None:
 
     @functools.wraps(original)
     def from_pretrained(cls: type, pretrained_model_name_or_path: str, subfolder: Any = None, **kwargs: Any) -> Any:
-        config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+            if not issubclass(cls, MAnyConfig):
+                raise  # as PEFT does
+            source = str(pretrained_model_name_or_path)
+            raise MalformedAdapterError(f"{source}: adapter_config.json cannot be used: {error!r:.300}.") from error
+        if isinstance(config, MAnyConfig):
+            _check_loaded(config, str(pretrained_model_name_or_path), subfolder, kwargs)
         if isinstance(config, PeftConfig):
             where = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
             try:
@@ -71,3 +86,31 @@ def _let_configs_find_statistics() -> None:
         if "from_pretrained" in vars(owner):
             owner.from_pretrained = classmethod(from_pretrained)  # type: ignore[arg-type]
             return
+
+
+def _check_loaded(config: MAnyConfig, source: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a config that nobody in good faith wrote, before PEFT allocates what it asks for."""
+    check_config(config, source)
+    config.loaded_from = source  # no field: what a user makes of it is the user's own
+    folder = Path(source, subfolder or "")
+    path: str | Path | None = folder / SAFETENSORS_WEIGHTS_NAME
+    if not folder.is_dir():
+        try:
+            return check_backed(config, None, source)
+        except MalformedAdapterError:
+            path = _download_weights(source, subfolder, kwargs)
+    try:
+        check_backed(config, TensorFile(Path(path)) if path and Path(path).is_file() else None, source)
+    except SafetensorError as error:
+        raise MalformedAdapterError(f"{path} is damaged or truncated ({error}).") from None
+
+
+def _download_weights(source: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> str | None:
+    """The weights on the Hub that a config speaks of, which PEFT is about to load; `None` if there are none."""
+    where: dict[str, Any] = {key: kwargs.get(key) for key in ("revision", "token", "cache_dir")}
+    try:
+        return hf_hub_download(source, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **where)
+    except LocalEntryNotFoundError:
+        raise  # the Hub cannot be reached
+    except EntryNotFoundError:
+        return None

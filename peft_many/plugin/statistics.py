@@ -240,8 +240,9 @@ def same_weights(one: Sequence[float], two: Sequence[float]) -> bool:
     That moves the eight components by 3e-3 together, whatever the size of the layer, and hardly ever by 7.5e-3;
     training that moves one layer's `A` or `B` by 1 % moves them by 1.3e-2, about.
     """
-    close = abs(one[0] - two[0]) <= 1e-3 * max(one[0], two[0])
-    return close and len(one) == len(two) and math.dist(one[1:], two[1:]) <= 7.5e-3
+    if not len(one) == len(two) > 0:
+        return False
+    return abs(one[0] - two[0]) <= 1e-3 * max(one[0], two[0]) and math.dist(one[1:], two[1:]) <= 7.5e-3
 
 
 def _components(matrix: Tensor) -> list[float]:
@@ -270,7 +271,7 @@ def _read_tasks(file: TensorFile) -> Iterator[TaskStatistics]:
             yield _read_task(file, t, task)
     except StatisticsError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise StatisticsError(f"{file.path} is not a statistics file of format {version}: {error!r}.") from None
 
 
@@ -278,7 +279,7 @@ def _read_header(file: TensorFile) -> tuple[int, list[dict[str, Any]]]:
     try:
         content = json.loads(file.metadata["peft_many"])
         version, tasks = content["version"], content["tasks"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, RecursionError, TypeError, ValueError):
         raise StatisticsError(
             f"{file.path} is not a statistics file of peft_many (its header does not say so)."
         ) from None
@@ -298,9 +299,14 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
     spreads = {
         name: _read_covariance(file, f"{t}.spread.{name}", about) for name, about in task.get("spreads", {}).items()
     }
-    for name, spread in spreads.items():
-        check_covariance(spread, f"{path}: the spread of the images at '{name}'")
     prototypes = {name: read(f"{t}.prototype.{name}", 1) for name in task["projectors"]}
+    for name, spread in spreads.items():
+        if name in prototypes and spread.width != len(prototypes[name]):
+            raise StatisticsError(
+                f"{path}: the spread of the images at '{name}' has width {spread.width}, and their prototype "
+                f"{len(prototypes[name])}."
+            )
+        check_covariance(spread, f"{path}: the spread of the images at '{name}'")
     for name, prototype in prototypes.items():
         if not torch.isfinite(prototype).all():
             raise StatisticsError(f"{path}: tensor '{t}.prototype.{name}' holds NaN or Inf.")

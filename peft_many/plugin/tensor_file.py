@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _DTYPES = {
@@ -53,6 +53,8 @@ class TensorFile(Mapping[str, Tensor]):
             self.metadata: dict[str, str] = checked.metadata() or {}
         with open(path, "rb") as file:
             self._header, self._start = _read_header(file)
+            for key in self._header:
+                _check_extent(key, self.shape(key))
             # Private, so that torch may take it for writable memory; its pages are the file's while nobody writes.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
@@ -138,6 +140,12 @@ class TensorFileWriter:
     def flush(self) -> None:
         """Hand everything written so far to the operating system."""
         self._file.flush()
+
+
+def _check_extent(key: str, shape: tuple[int, ...]) -> None:
+    """The library checks that the data of a tensor is there; an empty one has none, and may have any shape."""
+    if math.prod(shape) == 0 and 8 * math.prod(size for size in shape if size) >= 2**63:
+        raise SafetensorError(f"tensor '{key}' is empty, but of the impossible shape {shape}")
 
 
 def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:

@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from peft import PeftConfig, PeftModel
 from peft.utils import PeftWarning
@@ -18,6 +19,7 @@ from peft.utils import PeftWarning
 from peft_many import merge_adapter_files, merge_adapter_sequence
 from peft_many.plugin.adapter import UnmergeableAdapterError
 from peft_many.plugin.hub import AdapterNotFoundError, RemoteStatistics
+from peft_many.plugin.untrusted import MalformedAdapterError
 from tests.adapters import STATISTICS, WEIGHTS, base, distance, files, logits, make
 from tests.hub_server import StandInHub, connect, talk_to
 
@@ -175,6 +177,19 @@ def test_a_hub_that_fails_in_the_middle(hub, tmp_path, monkeypatch):
     merge_adapter_files(["me/one"], tmp_path / "merged", progress=False)
 
 
+@pytest.mark.parametrize("fault", ["drop", "short", "stall", "error"])
+def test_a_download_that_breaks_off(hub, made, tmp_path, monkeypatch, fault):
+    """Once, it is tried again; for good, it is an error, and no half of a file is ever taken for the whole."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    hub.fault, hub.faults_left = fault, 10**6
+    assert_not_found(tmp_path, "me/one")
+    hub.faults_left = 1 if fault != "error" else 0  # which huggingface_hub gives up at, for files
+    merge_adapter_files(["me/one"], tmp_path / "merged", progress=False)
+    merge_adapter_files([made["one"]], tmp_path / "expected", progress=False)
+    assert files(tmp_path / "merged")[WEIGHTS] == files(tmp_path / "expected")[WEIGHTS]
+
+
 def _breaks(hub, commit):
     hub.broken = any("/tree/" in path for _, path in hub.requests)
     return commit
@@ -231,6 +246,16 @@ def test_saving_again_without_network_says_what_is_lost(hub, tmp_path, monkeypat
     with pytest.warns(PeftWarning, match="statistics of 'me/one' cannot be fetched"):
         model.save_pretrained(tmp_path / "saved")
     assert WEIGHTS in files(tmp_path / "saved")
+    assert STATISTICS not in files(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("fault", ["drop", "short", "error"])
+def test_saving_again_when_the_download_breaks_off_says_what_is_lost(hub, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    model = PeftModel.from_pretrained(base("llava"), "me/one")
+    hub.fault, hub.faults_left, hub.faulty = fault, 10**6, STATISTICS
+    with pytest.warns(PeftWarning, match="statistics of 'me/one' cannot be fetched"):
+        model.save_pretrained(tmp_path / "saved")
     assert STATISTICS not in files(tmp_path / "saved")
 
 
@@ -310,3 +335,23 @@ def test_in_a_process_with_the_usual_environment(hub, made, tmp_path):
         assert files(tmp_path / "saved")[file] == files(local)[file]
         assert hub.files("me/all")[file] == files(local)[file]
     assert not any(path.endswith((".bin", ".pt")) for path in hub.downloads())
+
+
+# ------------------------------------------------------------------------------------------------------ what to trust
+
+
+def test_what_a_config_on_the_hub_declares_is_checked_before_it_is_allocated(hub, made):
+    tree = hub.files("me/one")
+    tree["adapter_config.json"] = json.dumps({**json.loads(tree["adapter_config.json"]), "r": 10**9}).encode()
+    with pytest.raises(MalformedAdapterError, match=r"me/one: .*rank 1000000000.*rank 4"):
+        PeftModel.from_pretrained(base("llava"), "me/one")
+    del tree[WEIGHTS]  # the pickle beside it is not opened for this
+    with pytest.raises(MalformedAdapterError, match="rank 0"):
+        PeftModel.from_pretrained(base("llava"), "me/one", cache_dir=made["one"].parent / "another cache")
+    assert not any(path.endswith(".bin") for path in hub.downloads())
+
+
+def test_a_merge_on_the_hub_is_loaded_with_one_download(hub, made, tmp_path):
+    hub.add("me/merge", merge_adapter_files([made["one"], made["two"]], tmp_path / "merged", progress=False))
+    PeftModel.from_pretrained(base("llava"), "me/merge")
+    assert hub.downloads().count(WEIGHTS) == 1

@@ -1,0 +1,190 @@
+"""Tries mutated adapters in a process of its own, whose memory is limited: `python -m tests.hostile.run FOLDER 0 300`.
+
+Whatever is in the files, using them either works and gives finite numbers, or ends with one of the public errors; in
+bounded time and memory, with nothing imported and nothing written beside the output folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import faulthandler
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from peft_many import merge_adapter_files, merge_adapter_sequence, merge_report
+from peft_many.plugin import patterns
+from peft_many.plugin.statistics import StatisticsError
+from peft_many.plugin.stored_delta import UnmergeableAdapterError
+from peft_many.plugin.tensor_file import TensorFile
+from tests.adapters import base, files
+from tests.hostile.mutations import TRAP, mutate
+
+MEMORY = 768 << 20  # bytes beyond what the process has before the first case
+SECONDS = 30.0
+PUBLIC = (UnmergeableAdapterError, StatisticsError)
+
+
+class TooSlowError(BaseException):
+    """A case took longer than `SECONDS`."""
+
+
+def is_clear(error: BaseException, name: str) -> bool:
+    """Whether users can tell from it what is wrong: one of our types; where PEFT loads, also PEFT's own words."""
+    if isinstance(error, PUBLIC):
+        return "\n" not in str(error) and len(str(error)) > 20
+    if name != "from_pretrained":
+        return False
+    if "size mismatch for" in str(error):
+        return isinstance(error, RuntimeError)
+    if type(error) is ValueError:  # such as "`layers_pattern` cannot be used when `target_modules` is a str."
+        return len(str(error)) > 20
+    called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if "inject_adapter" in called:  # such as "No modules were targeted for adaptation"
+        return isinstance(error, ValueError) and len(str(error)) > 20
+    # PEFT reads the type of the adapter by itself, and whom that leads to is no business of ours.
+    return "_get_peft_type" in called or not any(
+        "peft_many" in f.filename for f in traceback.extract_tb(error.__traceback__)
+    )
+
+
+def merge_files(adapter: Path, good: dict[str, Path], output: Path) -> None:
+    others = [] if adapter.name == "merge" else [good["c"]]
+    merged = merge_adapter_files([adapter, *others], output / "merged", progress=False)
+    assert_finite(merged)
+
+
+def merge_on_base(adapter: Path, good: dict[str, Path], output: Path) -> None:
+    model = copy.deepcopy(BASE)
+    merged = merge_adapter_sequence(
+        model, [adapter, *([] if adapter.name == "merge" else [good["c"]])], progress=False
+    )
+    for name, parameter in merged.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+
+
+def report(adapter: Path, good: dict[str, Path], output: Path) -> None:
+    merge_report(adapter, progress=False)
+
+
+def load(adapter: Path, good: dict[str, Path], output: Path) -> None:
+    PeftModel.from_pretrained(copy.deepcopy(BASE), adapter)
+
+
+def assert_finite(folder: Path) -> None:
+    file = TensorFile(folder / "adapter_model.safetensors")
+    for key in file:
+        assert torch.isfinite(file[key]).all(), key
+
+
+TARGETS: dict[str, tuple[Callable[[Path, dict[str, Path], Path], None], tuple[str, ...]]] = {
+    "merge_adapter_files": (merge_files, ("a", "merge", "lora", "gated")),
+    "merge_adapter_sequence": (merge_on_base, ("a", "merge", "gated")),
+    "merge_report": (report, ("merge", "gated", "gaussian")),
+    "from_pretrained": (load, ("a", "merge", "gated", "gaussian")),
+}
+
+
+def one_case(seed: int, root: Path, good: dict[str, Path]) -> tuple[str, str | None]:
+    """Run a case; returns how it ended, and what was wrong about that."""
+    random = Random(seed)
+    name = random.choice(list(TARGETS))
+    call, kinds = TARGETS[name]
+    kind = random.choice(kinds)
+    sandbox = root / "sandbox"
+    shutil.rmtree(sandbox, ignore_errors=True)
+    (sandbox / "in").mkdir(parents=True)
+    (sandbox / "out").mkdir()
+    adapter = Path(
+        shutil.copytree(good[kind], sandbox / "in" / ("merge" if kind in ("merge", "gated", "gaussian") else kind))
+    )
+    what = mutate(adapter, random)
+    before = files(sandbox / "in")
+    label, wrong = f"{name}({kind}), {what}", None
+    start = time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    faulthandler.dump_traceback_later(4 * SECONDS, exit=True)
+    try:
+        call(adapter, good, sandbox / "out")
+        outcome = "worked"
+    except (TooSlowError, MemoryError):
+        outcome, wrong = "exhausted", traceback.format_exc()
+    except Exception as error:
+        outcome = type(error).__name__
+        if "allocate" in str(error) or not is_clear(error, name):
+            wrong = traceback.format_exc()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+    if TRAP in sys.modules:
+        wrong = f"imported {TRAP}"
+        del sys.modules[TRAP]
+    left = {path.relative_to(sandbox).as_posix() for path in sandbox.rglob("*") if path.is_file()}
+    expected = {f"in/{path}" for path in before}
+    if outcome == "worked" and name == "merge_adapter_files":
+        left = {path for path in left if not path.startswith("out/merged/")}
+    if left != expected or files(sandbox / "in") != before:
+        wrong = f"wrote or removed {sorted(left ^ expected)}"
+    elif {path.name for path in root.iterdir()} - EXPECTED or os.listdir(root / "cwd") != [".seed"]:
+        wrong = f"wrote outside: {list(root.iterdir())}"
+    seconds = time.monotonic() - start
+    return f"{name}: {outcome}", None if wrong is None else f"seed {seed}: {label}, {seconds:.1f} s\n{wrong}"
+
+
+EXPECTED = {"sandbox", "good", "cwd", "modules"}
+BASE: Any = None
+
+
+def main(root: Path, first: int, count: int) -> None:
+    global BASE
+    torch.set_num_threads(1)
+    patterns.SECONDS = 1.0
+    warnings.simplefilter("ignore")
+    sys.path.insert(0, str(root / "modules"))
+    (root / "modules").mkdir(exist_ok=True)
+    (root / "modules" / f"{TRAP}.py").write_text("")
+    (root / "cwd").mkdir(exist_ok=True)
+    os.chdir(root / "cwd")
+    good = {path.name: path for path in (root / "good").iterdir()}
+    BASE = base("llava")
+    for call, kinds in TARGETS.values():  # which also loads whatever is loaded late
+        shutil.rmtree(root / "sandbox", ignore_errors=True)
+        (root / "sandbox").mkdir()
+        call(good[kinds[0]], good, root / "sandbox")
+    signal.signal(signal.SIGALRM, too_slow)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
+    outcomes: Counter[str] = Counter()
+    failures = []
+    started = time.monotonic()
+    for seed in range(first, first + count):
+        (root / "cwd" / ".seed").write_text(str(seed))  # for who wants to know where this process died
+        outcome, wrong = one_case(seed, root, good)
+        outcomes[outcome] += 1
+        if wrong is not None:
+            failures.append(wrong)
+    shutil.rmtree(root / "sandbox", ignore_errors=True)
+    seconds = round(time.monotonic() - started, 1)
+    print(json.dumps({"outcomes": dict(outcomes.most_common()), "failures": failures, "seconds": seconds}))
+
+
+def too_slow(*_: Any) -> None:
+    raise TooSlowError
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
