@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, Union
 from peft import PeftConfig
 
 from .config import MAnyConfig
+from .peft_methods import name_of
 from .stored_delta import UnmergeableAdapterError
 from .tensor_file import TensorFile
 
@@ -58,7 +59,7 @@ class _Method(TypedDict):
     options: dict[str, Any]
 
 
-# Where PEFT's annotations, or those of `MAnyConfig`, are vaguer or narrower than what is used.
+# Where the annotations of `LoraConfig`, or those of `MAnyConfig`, are vaguer or narrower than what is used.
 _HINTS: dict[str, Any] = {
     "lora_alpha": float,
     "rank_pattern": dict[str, int] | None,
@@ -83,15 +84,16 @@ def check_config(config: PeftConfig, source: str) -> None:
         MalformedAdapterError: It does not; the message names the field.
     """
     kind: Any = type(config)
-    hints = {**_hints_of(kind), **_HINTS}
+    hints = {**_hints_of(kind), **(_HINTS if name_of(config) in ("LORA", "MANY") else {})}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name, None)
-        if field.name == "statistics":
+        if field.name == "statistics" or (value is None and field.default is None):  # whatever it is annotated with
             continue
         if (wrong := _nonsense(value)) is not None or not _fits(value, hints[field.name]):
             shown = wrong if wrong is not None else f"{value!s:.80}"
             raise _malformed(source, f"`{field.name}` cannot be {shown}")
     ranks = [getattr(config, "r", 1), *(getattr(config, "rank_pattern", None) or {}).values()]
+    ranks = [rank for rank in ranks if isinstance(rank, int)]  # AdaLoRA's are lists of which directions it kept
     if not all(rank > 0 for rank in ranks):
         raise _malformed(source, f"ranks must be positive, but it has {min(ranks)}")
     if isinstance(config, MAnyConfig):
