@@ -75,7 +75,14 @@ class MAnyModel(LoraModel):
             self._wrap_projectors(model, adapter_name, config, rollback)
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-            except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+            except (
+                ArithmeticError,
+                AttributeError,
+                LookupError,
+                RecursionError,
+                TypeError,
+                NotImplementedError,
+            ) as error:
                 if source is None:
                     raise
                 raise MalformedAdapterError(

@@ -133,7 +133,11 @@ def partial_folder(path: Path, key: str, kept: Collection[str] = ()) -> Iterator
             extra.unlink(missing_ok=True)
         os.chmod(folder, default_mode(0o777))
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder, path)  # An empty folder in the way is replaced, anything else refused.
+        try:
+            os.replace(folder, path)  # An empty folder in the way is replaced, anything else refused.
+        except OSError:
+            writable_place(path)  # which says so if something was put there meanwhile
+            raise
     except Exception:
         lock.release()
         shutil.rmtree(folder, ignore_errors=True)
