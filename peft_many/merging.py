@@ -162,6 +162,7 @@ def merge_adapter_sequence(
         base=model,
     )
     config = plan.config(statistics=None)
+    config.loaded_from = "The merge"  # some of its words are the adapters' own, and are not trusted
     check_fits_model(config, {key: shape for key, (_, shape) in plan.tensors().items()}, model)
     tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in plan.projector_tensors.items()}
     records = {}

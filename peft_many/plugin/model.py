@@ -77,9 +77,18 @@ class MAnyModel(LoraModel):
             _update_expert_names(config, model)
         with ExitStack() as rollback:
             self._wrap_projectors(model, adapter_name, config, rollback)
+            if source is not None:  # with the names of the wrapped projectors, which PEFT goes through next
+                check_patterns(config, [name for name, _ in model.named_modules()], source)
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-            except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+            except (
+                ArithmeticError,
+                AttributeError,
+                LookupError,
+                RecursionError,
+                TypeError,
+                NotImplementedError,
+            ) as error:
                 if source is None:
                     raise
                 raise MalformedAdapterError(

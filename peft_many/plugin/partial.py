@@ -140,7 +140,11 @@ def partial_folder(
             writable_place(path, replaced)  # again: somebody may have put something there
             replace_folder(folder, path)
         else:
-            os.replace(folder, path)  # An empty folder in the way is replaced, anything else refused.
+            try:
+                os.replace(folder, path)  # An empty folder in the way is replaced, anything else refused.
+            except OSError:
+                writable_place(path)  # which says so if something was put there meanwhile
+                raise
     except Exception:
         lock.release()
         shutil.rmtree(folder, ignore_errors=True)

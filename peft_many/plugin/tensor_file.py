@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -49,10 +50,9 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with safe_open(path, framework="pt") as checked:  # header, offsets and length, before any of them is trusted
-            self.metadata: dict[str, str] = checked.metadata() or {}
-        with open(path, "rb") as file:
-            self._header, self._start = _read_header(file)
+        with _opened_and_checked(path) as file:
+            self.metadata: dict[str, str]
+            self._header, self._start, self.metadata = _read_header(file)
             for key in self._header:
                 _check_extent(key, self.shape(key))
             # Private, so that torch may take it for writable memory; its pages are the file's while nobody writes.
@@ -109,7 +109,7 @@ class TensorFileWriter:
 
     def __init__(self, path: Path) -> None:
         with open(path, "rb") as file:  # of its own: read-ahead in the other would be written back over other writers'
-            self._header, self._start = _read_header(file)
+            self._header, self._start, _ = _read_header(file)
         self._file = open(path, "r+b")  # noqa: SIM115  (closed by __exit__)
 
     def __enter__(self) -> TensorFileWriter:
@@ -148,12 +148,27 @@ def _check_extent(key: str, shape: tuple[int, ...]) -> None:
         raise SafetensorError(f"tensor '{key}' is empty, but of the impossible shape {shape}")
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """Dtype, shape and place of each tensor by key, and where the data begins."""
+def _opened_and_checked(path: Path) -> BinaryIO:
+    """The file, after the library has checked its header, offsets and length; the very same one, if it is replaced."""
+    while True:
+        file = open(path, "rb")  # noqa: SIM115  (closed by the caller)
+        try:
+            with safe_open(path, framework="np"):  # which opens it once, other than for torch
+                pass
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int, dict[str, str]]:
+    """Dtype, shape and place of each tensor by key, where the data begins, and the metadata."""
     length = int.from_bytes(file.read(8), "little")
     header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length
+    metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+    return header, 8 + length, metadata
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -19,7 +19,7 @@ import pytest
 from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
 
-from peft_many import merge_adapter_files, merge_report
+from peft_many import merge_adapter_files, merge_adapter_sequence, merge_report
 from peft_many.plugin import patterns
 from peft_many.plugin.stored_delta import UnmergeableAdapterError
 from peft_many.plugin.untrusted import LARGEST_CONFIG, MalformedAdapterError
@@ -148,6 +148,27 @@ def test_regular_expressions_that_never_end(edited, monkeypatch, tmp_path, field
         with pytest.raises(MalformedAdapterError, match="regular expressions"):
             merge_adapter_files([folder], tmp_path / "merged", progress=False)
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("how", ["load", "merge"])
+def test_a_regular_expression_that_ends_until_projectors_are_wrapped(edited, monkeypatch, how):
+    """PEFT goes through longer names than the base model has."""
+    monkeypatch.setattr(patterns, "SECONDS", 1.0)
+    base_names = [name for name, _ in base("llava").named_modules()]
+    longest = max(map(len, base_names))
+    inside = "model.multi_modal_projector.modules_to_save.default.linear_1"
+    assert len(inside) > longest
+    pattern = rf"(?=.{{{longest + 1}}})(\w+\.?)+!"
+    if how == "merge":
+        folder = edited("a", target_modules=f".*language_model.*_proj|{pattern}")
+    else:
+        folder = edited("a", exclude_modules=pattern)
+    calls = {
+        "load": lambda: PeftModel.from_pretrained(base("llava"), folder),
+        "merge": lambda: merge_adapter_sequence(base("llava"), [folder], progress=False),
+    }
+    with pytest.raises(MalformedAdapterError, match="regular expressions"):
+        calls[how]()
 
 
 def test_regular_expressions_that_end_are_fine(edited):
