@@ -35,7 +35,7 @@ from .merge_report import MergeReport, report_on
 from .patterns import check_patterns
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
 from .statistics import AdapterStatistics
-from .untrusted import MalformedAdapterError
+from .untrusted import NONSENSE_ERRORS, MalformedAdapterError
 
 
 class MAnyModel(LoraModel):
@@ -77,14 +77,7 @@ class MAnyModel(LoraModel):
                 check_patterns(config, [name for name, _ in model.named_modules()], source)
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-            except (
-                ArithmeticError,
-                AttributeError,
-                LookupError,
-                RecursionError,
-                TypeError,
-                NotImplementedError,
-            ) as error:
+            except NONSENSE_ERRORS as error:
                 if source is None:
                     raise
                 raise MalformedAdapterError(

@@ -18,6 +18,8 @@ from .tensor_file import TensorFile
 
 # Up to here a config is taken at its word: a LoRA of this rank is smaller than the base model's layers.
 UNBACKED_RANK = 512
+# What Python code raises on values of a kind that it was not written for.
+NONSENSE_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RecursionError, TypeError)
 LARGEST_CONFIG = 16 << 20  # bytes; JSON takes many times its size in memory
 _DEEPEST = 20
 
