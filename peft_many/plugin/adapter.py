@@ -36,7 +36,7 @@ from .stored_delta import (
     delta_of_adapter,
 )
 from .tensor_file import TensorFile
-from .untrusted import LARGEST_CONFIG, check_config
+from .untrusted import LARGEST_CONFIG, NONSENSE_ERRORS, check_config
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def read_adapter(
         return _read(source, task_names, base)
     except (UnmergeableAdapterError, StatisticsError):
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+    except NONSENSE_ERRORS as error:
         # Configs and headers are JSON that anybody may have written; what is in them may have any type.
         raise UnmergeableAdapterError(f"{source.name} is malformed: {error!r}.") from error
 
@@ -163,7 +163,7 @@ def _read_config(source: AdapterSource) -> PeftConfig:
         config = PeftConfig.from_pretrained(str(source.folder))
     except (StatisticsError, UnmergeableAdapterError):
         raise
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (*NONSENSE_ERRORS, ValueError) as error:
         # ValueError covers broken JSON and the messages of configs, which are written for people.
         reason = f"{error} is unknown" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} cannot be used: {reason}.") from error

@@ -39,7 +39,7 @@ from .module_names import names_on
 from .patterns import check_patterns
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
 from .statistics import AdapterStatistics
-from .untrusted import MalformedAdapterError
+from .untrusted import NONSENSE_ERRORS, MalformedAdapterError
 
 
 class MAnyModel(LoraModel):
@@ -81,14 +81,7 @@ class MAnyModel(LoraModel):
                 check_patterns(config, [name for name, _ in model.named_modules()], source)
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-            except (
-                ArithmeticError,
-                AttributeError,
-                LookupError,
-                RecursionError,
-                TypeError,
-                NotImplementedError,
-            ) as error:
+            except NONSENSE_ERRORS as error:
                 if source is None:
                     raise
                 raise MalformedAdapterError(

@@ -113,7 +113,9 @@ def partial_folder(
     path, above = writable_place(path, replaced)
     # Folders of one name may be missing in several places above which the same folder exists.
     key = hashlib.sha256(f"{key} {path}".encode()).hexdigest()[:12]
-    folder = above / f".{path.name}.{key}.partial"
+    name = f".{path.name}.{key}.partial"
+    # A run that was killed after it had made the folders above left it farther up.
+    folder = next((parent for parent in path.parents if os.path.isdir(parent / name)), above) / name
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:

@@ -20,7 +20,7 @@ from .hub import RemoteStatistics, locate_statistics
 from .model import MAnyModel
 from .statistics import AdapterStatistics, StatisticsError
 from .tensor_file import TensorFile
-from .untrusted import MalformedAdapterError, check_backed, check_config
+from .untrusted import NONSENSE_ERRORS, MalformedAdapterError, check_backed, check_config
 
 
 def register() -> None:
@@ -62,7 +62,7 @@ def _let_configs_find_statistics() -> None:
     def from_pretrained(cls: type, pretrained_model_name_or_path: str, subfolder: Any = None, **kwargs: Any) -> Any:
         try:
             config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+        except NONSENSE_ERRORS as error:
             if not issubclass(cls, MAnyConfig):
                 raise  # as PEFT does
             source = str(pretrained_model_name_or_path)

@@ -19,6 +19,8 @@ from .tensor_file import TensorFile
 
 # Up to here a config is taken at its word: a LoRA of this rank is smaller than the base model's layers.
 UNBACKED_RANK = 512
+# What Python code raises on values of a kind that it was not written for.
+NONSENSE_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RecursionError, TypeError)
 LARGEST_CONFIG = 16 << 20  # bytes; JSON takes many times its size in memory
 _DEEPEST = 20
 
@@ -106,6 +108,10 @@ def _check_merge(config: MAnyConfig, source: str) -> None:
         raise _malformed(source, "two of its `tasks` have the same name")
     if config.tasks is None and (config.routing or config.averaged_projectors):
         raise _malformed(source, "it routes projectors, but names no `tasks`")
+    if config.ridge is not None and config.ridge < 0:
+        raise _malformed(source, f"`ridge` cannot be {config.ridge}")
+    if config.abstain_above is not None and (config.abstain_above <= 0 or config.router != "gaussian"):
+        raise _malformed(source, f"`abstain_above` cannot be {config.abstain_above} with the router '{config.router}'")
     for projector, routing in (config.routing or {}).items():
         routed = [task["name"] for task in routing["tasks"]]
         strange = next((name for name in routed if name not in names), None)

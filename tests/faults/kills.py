@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft.peft_model
+from tqdm import tqdm
 
 from peft_many.plugin.tensor_file import TensorFileWriter
 
@@ -100,6 +102,7 @@ def _forked(action: Callable[[], Any], watch: _Watch) -> tuple[int, int]:
     pid = os.fork()
     if pid == 0:
         try:
+            _leave_locks_alone()
             _watch_writers(watch)
             sys.addaudithook(watch.audit)
             action()
@@ -114,10 +117,16 @@ def _forked(action: Callable[[], Any], watch: _Watch) -> tuple[int, int]:
         return status, int(pipe.read() or 0)
 
 
+def _leave_locks_alone() -> None:
+    """tqdm's lock is shared with processes that were forked off; who is killed holding it would stop the others."""
+    tqdm.set_lock(threading.RLock())
+
+
 def killed_after(seconds: float, action: Callable[[], Any]) -> None:
     """Do something in a process that is killed some time after it began, if it is not done by then."""
     pid = os.fork()
     if pid == 0:
+        _leave_locks_alone()
         signal.setitimer(signal.ITIMER_REAL, seconds)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process without a last word
         try:

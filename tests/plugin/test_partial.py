@@ -142,6 +142,18 @@ def test_the_next_call_with_the_same_key_knows_what_was_done(tmp_path, out):
     assert names(tmp_path) == ["out"]
 
 
+def test_it_is_found_again_after_the_folders_above_were_made(tmp_path):
+    """As a run leaves it that is killed between the two."""
+    out = tmp_path / "deep" / "er" / "out"
+    left = interrupt(out, "one")
+    assert left.parent == tmp_path
+    out.parent.mkdir(parents=True)
+    with partial_folder(out, "key", kept=["weights"]) as begun:
+        assert begun.done == {"one": {"of": "one"}}
+    assert names(tmp_path) == ["deep"]
+    assert names(out.parent) == ["out"]
+
+
 def test_all_files_but_the_kept_ones_are_begun_anew(out):
     interrupt(out, "step", left={"weights": "some", "config": "half", ".weights.tmp": "half"})
     with partial_folder(out, "key", kept=["weights"]) as again:
