@@ -48,9 +48,30 @@ class ImageCall:
     decided: dict[nn.Module, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class ModelCall:
+    """One call of `forward` or `generate`.
+
+    Args:
+        owner (`torch.nn.Module`): The module it belongs to.
+        arguments (`Mapping[str, Any]`): By name.
+        is_forward (`bool`): Or else `generate`, which runs `forward` of the same module.
+    """
+
+    owner: nn.Module
+    arguments: Mapping[str, Any]
+    is_forward: bool
+
+    def may_run(self, module: nn.Module) -> bool:
+        """Whether a `forward` of the module can be a part of this call."""
+        if self.owner is module:
+            return not self.is_forward
+        return any(part is module for part in self.owner.modules())
+
+
 # Context variables, so that threads that share one model do not see each other's images.
 _image_call: ContextVar[ImageCall | None] = ContextVar("peft_many_image_call", default=None)
-_model_calls: ContextVar[tuple[tuple[nn.Module, Mapping[str, Any]], ...]] = ContextVar("peft_many_calls", default=())
+_model_calls: ContextVar[tuple[ModelCall, ...]] = ContextVar("peft_many_calls", default=())
 
 
 def current_image_call() -> ImageCall | None:
@@ -61,7 +82,7 @@ def current_image_call() -> ImageCall | None:
 def current_model_call() -> tuple[nn.Module | None, Mapping[str, Any]]:
     """The `forward` or `generate` that is running in this thread: whose, and its arguments by name."""
     calls = _model_calls.get()
-    return calls[-1] if calls else (None, {})
+    return (calls[-1].owner, calls[-1].arguments) if calls else (None, {})
 
 
 class _WatchedImages(WatchedMethod):
@@ -88,7 +109,7 @@ class _WatchedGenerate(WatchedMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = {**self.__signature__.bind_partial(*args).arguments, **kwargs}
-        token = _model_calls.set((*_model_calls.get(), (self.module, arguments)))
+        token = _model_calls.set((*_model_calls.get(), ModelCall(self.module, arguments, is_forward=False)))
         try:
             return self.own_method()(*args, **kwargs)
         finally:
@@ -97,12 +118,15 @@ class _WatchedGenerate(WatchedMethod):
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     arguments = {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs} if args else kwargs
-    _model_calls.set((*_model_calls.get(), (module, arguments)))
+    calls = _model_calls.get()
+    while calls and not calls[-1].may_run(module):  # left behind by one that was interrupted (Ctrl-C)
+        calls = calls[:-1]
+    _model_calls.set((*calls, ModelCall(module, arguments, is_forward=True)))
 
 
 def _leave(module: nn.Module, *_: Any) -> None:
     calls = _model_calls.get()
-    while calls and calls[-1][0] is not module:  # left behind by one that was interrupted
+    while calls and calls[-1].owner is not module:
         calls = calls[:-1]
     _model_calls.set(calls[:-1])
 
