@@ -22,7 +22,7 @@ class CovarianceSketch:
     (in × size) and `Q = X Ω` only `Y = XᵀQ` and `QᵀQ` are summed up, and in the end `C ≈ Y (QᵀQ)⁻¹ Yᵀ`, which is `XᵀX`
     with the tokens projected on the span of `Q`'s columns. Unlike there, `Ω` is not random but comes from the first
     tokens, `Ω = orth(C₁ G)` with `G` Gaussian and `C₁` their second moment, which makes `Y` one step of a subspace
-    iteration. The merged deltas are then within a tenth, often a few per cent, of the best approximation's of its
+    iteration. The merged deltas are then within a sixth, often a few per cent, of the best approximation's of its
     rank, at two matrix products for each token; Frequent Directions and incremental SVD cost ten times as much
     (`benchmarks/sketches.py`).
 
