@@ -64,12 +64,26 @@ def pool_adapters(
             The folder to create; it must not exist, or be empty.
         task_name (`str`, *optional*):
             What to call the pool. Defaults to its tasks' names, joined by `+`; of more than three to their number.
-        weights, task_names, ridge, device, token, cache_dir, local_files_only, progress:
-            As in [`merge_adapter_sequence`].
+        weights (`Sequence[float]`, *optional*):
+            As in [`merge_adapter_sequence`], like all that is not said here.
+        task_names (`Sequence[str]`, *optional*):
+            Names of the tasks, where the adapters do not say or clash.
         rank (`int`, defaults to 128):
             The largest rank of a pooled delta.
         statistics_rank (`int`, defaults to 256):
             The most directions of a pooled covariance, and of the images' spread.
+        ridge (`float`, *optional*):
+            `λ`.
+        device (`str` or `torch.device`, defaults to `"cpu"`):
+            Where to compute.
+        token (`str` or `bool`, *optional*):
+            As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*):
+            Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`):
+            Use only what is in the cache.
+        progress (`bool`, defaults to `True`):
+            Show a progress bar.
 
     Returns:
         `Path`: The folder.
