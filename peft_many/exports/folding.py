@@ -21,6 +21,10 @@ from ..plugin.fit import check_fits_model
 from ..plugin.stored_delta import KEY_PREFIX
 from .result import read_pairs
 
+# Notes on what is lost or missing in every folded model.
+GATE_LOST = "It has the merged LoRA for all inputs; images choose no task's own any more (`gate_lora`)."
+NO_TOKENIZER = "No tokenizer or processor was found beside the base model, so none is here."
+
 # What tokenizers, processors and generation are made of; no weights and no code.
 _BESIDES = (
     "tokenizer*.json",

@@ -14,7 +14,7 @@ from ..plan import AdapterPath
 from ..plugin.adapter import Adapter, read_adapter
 from ..plugin.config import MAnyConfig
 from ..plugin.hub import find_adapter
-from .folding import BaseModel, copy_besides, folded, load_base
+from .folding import GATE_LOST, NO_TOKENIZER, BaseModel, copy_besides, folded, load_base
 from .one_projector import ProjectorBench, benches
 from .result import Export, new_folder, with_names_of, write_card
 
@@ -83,7 +83,7 @@ def export_model(
         plain.save_pretrained(partial.folder)
         notes = _notes(read, found)
         if not copy_besides(base, partial.folder, hub):
-            notes.append("No tokenizer or processor was found beside the base model, so none is here.")
+            notes.append(NO_TOKENIZER)
         title = f"A model with {len(read.tasks)} task{'s' if len(read.tasks) > 1 else ''} folded in"
         usage = _USAGE.format(kind=type(plain).__name__)
         write_card(partial.folder, title, read, base.name, usage, notes, library_name="transformers")
@@ -131,7 +131,7 @@ def _check_task(adapter: Adapter, task_name: str | None) -> None:
 def _notes(adapter: Adapter, projectors: Sequence[_Chosen]) -> list[str]:
     notes = []
     if isinstance(adapter.config, MAnyConfig) and adapter.config.gate_lora:
-        notes.append("It has the merged LoRA for all inputs; images choose no task's own any more (`gate_lora`).")
+        notes.append(GATE_LOST)
     for one in projectors:
         if len(adapter.tasks) > 1 and one.loss:
             shares = ", ".join(f"{task} {share:.0%}" for task, share in one.loss.items())

@@ -70,9 +70,6 @@ def read_pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
         dtype = adapter.files[0].dtype(f"{KEY_PREFIX}{pair.module}.lora_A.weight")
         delta = pair.read()
         found[module] = (delta.A.to(dtype), delta.B.to(dtype))
-    if not found:  # of another PEFT method
-        deltas = adapter.tasks[0].deltas
-        found = {module: (delta.A, delta.B) for module in sorted(deltas) for delta in [deltas[module].read()]}
     return found
 
 

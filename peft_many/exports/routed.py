@@ -17,7 +17,7 @@ from ..plugin.adapter import Adapter, read_adapter
 from ..plugin.config import MAnyConfig
 from ..plugin.hub import find_adapter
 from ..plugin.stored_delta import KEY_PREFIX
-from .folding import BaseModel, copy_besides, folded, load_base, model_class
+from .folding import GATE_LOST, NO_TOKENIZER, BaseModel, copy_besides, folded, load_base, model_class
 from .result import Export, new_folder, with_names_of, write_card
 
 _USAGE = """import peft_many
@@ -73,9 +73,9 @@ def export_routed_model(
             "model's projector."
         ]
         if read.config.gate_lora:
-            notes.append("It has the merged LoRA for all inputs; images choose no task's own any more (`gate_lora`).")
+            notes.append(GATE_LOST)
         if not copy_besides(base, partial.folder, hub):
-            notes.append("No tokenizer or processor was found beside the base model, so none is here.")
+            notes.append(NO_TOKENIZER)
         title = f"A model with {len(read.tasks)} tasks folded in and routed projectors"
         write_card(partial.folder, title, read, base.name, _USAGE, notes, library_name="peft")
     return Export(output, notes)
