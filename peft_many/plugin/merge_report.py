@@ -115,7 +115,7 @@ def report_on(
     Raises:
         StatisticsError: A covariance is none.
     """
-    shape = (len(layers), len(tasks))
+    shape, places = (len(layers), len(tasks)), {layer: place for place, layer in enumerate(layers)}
     residuals, output_ranks, input_ranks = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(3))
     pairs = torch.full((len(layers), len(tasks), len(tasks)), torch.nan, dtype=torch.float64)
     weight_bytes = 0
@@ -126,7 +126,7 @@ def report_on(
                     check_covariance(task.covariances[group[0]], f"'{task.name}': the covariance of '{group[0]}'")
             trained: dict[str, dict[int, LowRankDelta]] = {}
             for layer in group:
-                whole, row = merged(layer), layers.index(layer)
+                whole, row = merged(layer), places[layer]
                 weight_bytes += whole.A.nbytes + whole.B.nbytes
                 trained[layer] = {t: own(t, layer) for t, task in enumerate(tasks) if _is_known(task, layer)}
                 for t, delta in trained[layer].items():
@@ -136,12 +136,11 @@ def report_on(
                 bar.update()
             for t, task in enumerate(tasks):
                 if _is_seen(task, group[0]):
-                    input_ranks[[layers.index(layer) for layer in group], t] = effective_rank_of_inputs(
-                        task.covariances[group[0]]
-                    )
+                    rows = [places[layer] for layer in group]
+                    input_ranks[rows, t] = effective_rank_of_inputs(task.covariances[group[0]])
             for s, t in itertools.combinations(range(len(tasks)), 2) if conflicts else ():
                 for layer, one, two in _losses(group, trained, tasks, (s, t), config):
-                    pairs[layers.index(layer), s, t], pairs[layers.index(layer), t, s] = one, two
+                    pairs[places[layer], s, t], pairs[places[layer], t, s] = one, two
     confusion = {
         projector: _confusion(config, routing, projector, tasks)
         for projector, routing in (config.routing or {}).items()
@@ -207,19 +206,21 @@ def _confusion(
     known = {task.name: task for task in tasks}
     routed = [known[task["name"]] for task in routing["tasks"]]
     prototypes = torch.stack([task.prototypes[projector].float() for task in routed])
-    spreads = [task.spreads[projector] for task in routed if projector in task.spreads]
+    metric = None
+    if config.router == "gaussian":
+        metric = shared_metric([task.spreads[projector] for task in routed if projector in task.spreads])
     generator = torch.Generator().manual_seed(0)
     rows = []
     for task, prototype in zip(routed, prototypes):
         images = prototype[None]  # all that is known of tasks measured on one image, or before spreads were kept
         if projector in task.spreads:
             images = prototype + gaussian_draws(task.spreads[projector], DRAWN_IMAGES, generator).float()
-        if config.router == "gaussian":
-            weights = gaussian_weights(
-                images, prototypes, shared_metric(spreads), config.temperature, config.top_k, config.abstain_above
-            )
-        else:
+        if metric is None:
             weights = routing_weights(images, prototypes, config.temperature, config.top_k)
+        else:
+            weights = gaussian_weights(
+                images, prototypes, metric, config.temperature, config.top_k, config.abstain_above
+            )
         rows.append(weights.mean(0))
     return torch.stack(rows).double()
 

@@ -165,14 +165,17 @@ class MAnyModel(LoraModel):
             raise ValueError(f"Adapter '{name}' was loaded without its statistics, which hold its tasks' own deltas.")
         layers: dict[str, Any] = dict(lora_layers(self.model, name))
 
+        def columns(path: str) -> torch.Tensor:
+            return layers[path].lora_B[name].weight.detach().cpu()
+
         def merged(path: str) -> LowRankDelta:
-            A, B = (part[name].weight.detach().cpu() for part in (layers[path].lora_A, layers[path].lora_B))
-            return LowRankDelta(A=layers[path].scaling[name] * A, B=B)
+            A = layers[path].lora_A[name].weight.detach().cpu()
+            return LowRankDelta(A=layers[path].scaling[name] * A, B=columns(path))
 
         statistics = config.statistics
 
         def own(t: int, path: str) -> LowRankDelta:
-            return statistics.own_delta(t, path, merged(path).B)
+            return statistics.own_delta(t, path, columns(path))
 
         return report_on(config, statistics.tasks, list(layers), merged, own, conflicts=conflicts, progress=progress)
 
