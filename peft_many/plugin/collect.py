@@ -21,12 +21,13 @@ from .config import MAnyConfig
 from .families import find_projectors, image_encoder_name, language_model_linears, text_encoder
 from .forward import batch_size, device_of, forward, masks_of, only_active, state_kept
 from .gathering import gather_covariances, gather_prototypes
-from .hooks import CovarianceHooks, PrototypeHooks
+from .hooks import CovarianceHooks
 from .image_calls import watching_image_calls
 from .layers import adapted_layers, hang_on_layers
 from .measurable import adapter_to_measure, weights_of
 from .peft_methods import described, is_plain_lora
 from .processes import current_processes, from_every_process, together
+from .prototype_hooks import PrototypeHooks
 from .registration import give_statistics
 from .statistics import DEFAULT_ENERGY, AdapterStatistics, TaskStatistics
 

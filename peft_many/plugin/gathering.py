@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..algebra.covariance import Covariance, LowRankCovariance, eigen_directions, mean_covariance
 from ..algebra.spread import centred
-from .hooks import PooledFeatures
 from .processes import from_every_process
+from .prototype_hooks import PooledFeatures
 
 # Directions in which the spread of a task's images is kept.
 LARGEST_SPREAD = 256

@@ -1,4 +1,4 @@
-"""The forward hooks that measure: they see layer inputs and vision features pass by, and sum them up or keep them."""
+"""The forward hooks that measure layers: they see inputs pass by, and sum them up or keep them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..algebra.covariance import Covariance, CovarianceAccumulator
 from ..algebra.sketch import CovarianceSketch
-from .image_calls import current_image_call
-from .layouts import current_layout, features_of, vision_features_of
+from .layouts import features_of
 from .routed_rows import RoutedRows
 
 # Of the text, and of the decoder's text in an encoder-decoder model.
@@ -262,72 +261,6 @@ def _mask_that_fits(inputs: object, masks: Iterable[Tensor]) -> Tensor | None:
 def _input_width(layer: Any) -> int:
     layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     return int(layer.in_features if hasattr(layer, "in_features") else layer.nx)  # `Conv1D` has its own name for it
-
-
-# Images of a task whose features are kept, to see how they differ among themselves; the prototype is of all.
-MOST_KEPT_IMAGES = 1024
-
-
-@dataclass
-class PooledFeatures:
-    """The pooled features of the images that reached one projector.
-
-    Args:
-        total (`torch.Tensor`): Their sum, shape `(d,)`, float64.
-        images (`int`): How many they are.
-        kept (`list[torch.Tensor]`): The first `MOST_KEPT_IMAGES` of them, in parts of shape `(n, d)`, float32.
-    """
-
-    total: Tensor
-    images: int = 0
-    kept: list[Tensor] = field(default_factory=list)
-
-    def add(self, pooled: Tensor) -> None:
-        """Add rows of shape `(n, d)`."""
-        self.total = self.total + pooled.double().sum(0)
-        self.kept.append(pooled[: max(0, MOST_KEPT_IMAGES - self.images)].float())
-        self.images += len(pooled)
-
-
-class PrototypeHooks:
-    """Pools the features of each image at the input of each projector while the `with` block runs."""
-
-    def __init__(self, projectors: Mapping[str, nn.Module]) -> None:
-        self.projectors = projectors
-        self._found: dict[str, PooledFeatures] = {}
-        self._handles: list[RemovableHandle] = []
-
-    def __enter__(self) -> PrototypeHooks:
-        for name, projector in self.projectors.items():
-            self._handles.append(projector.register_forward_pre_hook(self._hook(name), with_kwargs=True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def result(self) -> dict[str, PooledFeatures]:
-        """What each projector that saw an image got."""
-        return dict(self._found)
-
-    def _hook(self, name: str) -> Any:
-        def hook(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            features = features_of(args, kwargs)
-            if not features.is_floating_point():
-                return  # ids of tokens that are no part of an image
-            layout, call = current_layout(features, projector), current_image_call()
-            if layout.continues:
-                return  # parts of images that were seen as a whole
-            if call is not None:
-                call.decided[projector] = features.new_empty(0)
-            pooled = layout.pool(vision_features_of(args, kwargs))[layout.real_images.to(features.device)].cpu()
-            if not torch.isfinite(pooled).all():
-                raise RuntimeError(f"The vision features at '{name}' hold NaN or Inf.")
-            if name not in self._found:
-                self._found[name] = PooledFeatures(torch.zeros(pooled.shape[-1], dtype=torch.float64))
-            self._found[name].add(pooled)
-
-        return hook
 
 
 class _Enough(Exception):  # noqa: N818 - no error

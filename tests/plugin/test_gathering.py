@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_many.algebra.covariance import Covariance, CovarianceAccumulator, LowRankCovariance
 from peft_many.algebra.sketch import CovarianceSketch
 from peft_many.plugin.gathering import ImageStatistics, gather_covariances, gather_prototypes
-from peft_many.plugin.hooks import MOST_KEPT_IMAGES, PooledFeatures
+from peft_many.plugin.prototype_hooks import MOST_KEPT_IMAGES, PooledFeatures
 from tests.algebra.problems import relative_error, seeds
 from tests.plugin.test_partial import in_processes
 

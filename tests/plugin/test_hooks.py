@@ -9,7 +9,8 @@ from peft.utils import PeftWarning
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_many.plugin.hooks import CovarianceHooks, PrototypeHooks
+from peft_many.plugin.hooks import CovarianceHooks
+from peft_many.plugin.prototype_hooks import PrototypeHooks
 
 WIDTH = 6
 
