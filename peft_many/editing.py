@@ -55,17 +55,8 @@ def add_task(
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError, FileExistsError: As in [`merge_adapter_files`].
     """
     hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    return merge_adapter_files(
-        [merge, adapter],
-        _place(merge, output_dir),
-        weights=weights,
-        task_names=None if task_name is None else [None, task_name],
-        overwrite=output_dir is None,
-        **merge_options(merge, **hub),
-        device=device,
-        **hub,
-        progress=progress,
-    )
+    change = {"adapters": [merge, adapter], "task_names": None if task_name is None else [None, task_name]}
+    return _merged_anew(merge, output_dir, change, hub, weights=weights, device=device, progress=progress)
 
 
 def remove_task(
@@ -106,17 +97,8 @@ def remove_task(
         AdapterNotFoundError, StatisticsError, FileExistsError: As in [`merge_adapter_files`].
     """
     hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    return merge_adapter_files(
-        [merge],
-        _place(merge, output_dir),
-        weights=weights,
-        without=[task_name],
-        overwrite=output_dir is None,
-        **merge_options(merge, **hub),
-        device=device,
-        **hub,
-        progress=progress,
-    )
+    change = {"adapters": [merge], "without": [task_name]}
+    return _merged_anew(merge, output_dir, change, hub, weights=weights, device=device, progress=progress)
 
 
 def merge_options(merge: AdapterPath, **hub: Any) -> dict[str, Any]:
@@ -149,6 +131,24 @@ def merge_options(merge: AdapterPath, **hub: Any) -> dict[str, Any]:
     if not config.averaged_projectors:
         options |= {name: getattr(config, name) for name in ("router", "temperature", "top_k", "abstain_above")}
     return options
+
+
+def _merged_anew(
+    merge: AdapterPath,
+    output_dir: str | os.PathLike[str] | None,
+    change: Mapping[str, Any],
+    hub: Mapping[str, Any],
+    **options: Any,
+) -> Path:
+    """Merge again with the options that a merge was made with, in its place or in a new folder."""
+    return merge_adapter_files(
+        **change,
+        output_dir=_place(merge, output_dir),
+        overwrite=output_dir is None,
+        **merge_options(merge, **hub),
+        **options,
+        **hub,
+    )
 
 
 def _place(merge: AdapterPath, output_dir: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
