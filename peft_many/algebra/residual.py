@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .covariance import Covariance, eigen_directions
-from .lpm import LowRankDelta
+from .lpm import LowRankDelta, MergedDelta
 
 
 def output_norm(delta: LowRankDelta, covariance: Covariance) -> float:
-    """`‖ΔW C^½‖_F`, the root mean squared norm of what a delta adds to the layer's outputs; in float64."""
-    A, B = delta.A.double(), delta.B.double()
-    return ((B.T @ B) * (A @ covariance.product(A).T)).sum().clamp(min=0.0).sqrt().item()
+    """`‖ΔW C^½‖_F`, the root mean squared norm of what a delta adds to the layer's outputs."""
+    return covariance.energy(_root(delta.B) @ delta.A.double()) ** 0.5
 
 
 def relative_residual(merged: LowRankDelta, own: LowRankDelta, covariance: Covariance) -> float:
     """`‖(ΔW* − ΔW_t) C_t^½‖ / ‖ΔW_t C_t^½‖`: 0 if the task's own outputs come out, 1 as if its delta were lost.
+
+    Differences are taken in float64; what then comes of them on the inputs is as exact as the covariance is stored.
 
     Args:
         merged ([`LowRankDelta`]): `ΔW*`.
@@ -28,7 +32,40 @@ def relative_residual(merged: LowRankDelta, own: LowRankDelta, covariance: Covar
     """
     difference = LowRankDelta(A=torch.cat([merged.A, own.A]), B=torch.cat([merged.B, -own.B], dim=1))
     whole = output_norm(own, covariance)
-    return output_norm(difference, covariance) / whole if whole > 0 else float("nan")
+    return output_norm(difference, covariance) / whole if whole > 0 else math.nan
+
+
+def relative_residuals(merged: MergedDelta, tasks: Sequence[tuple[LowRankDelta, Covariance | None]]) -> list[float]:
+    """The [`relative_residual`] of every task that trained the layer, in the order in which they were merged.
+
+    Where the merged `B` is the tasks' `[B_1 … B_T]`, a task's difference is one in its block of `A*`, which saves
+    going over all of `B` for every task.
+
+    Args:
+        merged ([`MergedDelta`]): `ΔW*`.
+        tasks (`Sequence[tuple[LowRankDelta, Covariance | None]]`):
+            `ΔW_t` and `C_t` of each; `None`, whose residual is NaN, where no input was measured.
+    """
+    if not merged.stacked:
+        return [math.nan if of is None else relative_residual(merged, own, of) for own, of in tasks]
+    found, start, root, A = [], 0, _root(merged.B), merged.A.double()
+    for own, covariance in tasks:
+        end = start + own.A.shape[0]
+        whole = 0.0 if covariance is None else output_norm(own, covariance)
+        if covariance is None or whole == 0:
+            found.append(math.nan)
+        else:
+            rest = A.clone()
+            rest[start:end] -= own.A.double()
+            found.append(covariance.energy(root @ rest) ** 0.5 / whole)
+        start = end
+    return found
+
+
+def _root(B: Tensor) -> Tensor:
+    """`R` with `Rᵀ R = Bᵀ B`, float64, shape `(r, r)`: outputs `B y` are as long as `R y`."""
+    values, vectors = torch.linalg.eigh(B.double().T @ B.double())
+    return values.clamp(min=0.0).sqrt()[:, None] * vectors.T
 
 
 def effective_rank_of_outputs(delta: LowRankDelta, covariance: Covariance) -> float:

@@ -15,6 +15,7 @@ from peft_many.algebra.residual import (
     effective_rank_of_outputs,
     output_norm,
     relative_residual,
+    relative_residuals,
 )
 from tests.algebra.problems import make_tasks, seeds
 
@@ -38,6 +39,33 @@ def test_residual_is_the_share_of_the_outputs_that_is_off(seed):
         own, found = (task.inputs @ delta.dense().T for delta in (task.delta, merged))
         expected = ((found - own).norm() / own.norm()).item()
         assert relative_residual(merged, task.delta, task.covariance) == pytest.approx(expected, rel=1e-6, abs=1e-8)
+
+
+@given(seeds, st.sampled_from([None, 2]), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_residuals_of_all_tasks_are_those_of_each(seed, rank, dtype):
+    """In blocks, and where a rank or a rounding leaves none."""
+    tasks = make_tasks(seed)
+    merge = LeastSquaresMerge()
+    for task in tasks:
+        merge.add(task.covariance, {"layer": task.delta}, task.weight)
+    merged = merge.solve(rank, dtype)["layer"]
+    found = relative_residuals(merged, [(task.delta, task.covariance) for task in tasks])
+    expected = [relative_residual(merged, task.delta, task.covariance) for task in tasks]
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    unknown = relative_residuals(merged, [(tasks[0].delta, None), *((t.delta, t.covariance) for t in tasks[1:])])
+    assert math.isnan(unknown[0])
+    assert unknown[1:] == found[1:]
+
+
+@given(seeds)
+def test_tasks_with_one_delta_lose_nothing_by_each_other(seed):
+    """Their blocks cancel; so must what is left of them, in float64."""
+    one, other = make_tasks(seed, tasks=2)
+    merge = LeastSquaresMerge()
+    for task in (one, other):
+        merge.add(truncate(task.covariance, 0.9), {"layer": one.delta})
+    merged = merge.solve()["layer"]
+    assert max(relative_residuals(merged, [(one.delta, truncate(t.covariance, 0.9)) for t in (one, other)])) < 1e-6
 
 
 @given(seeds)
