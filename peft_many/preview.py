@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .algebra.routing import gaussian_weights, routing_weights
+from .algebra.routing import task_weights
 from .algebra.scatter import span_is_cheaper
 from .algebra.spread import FeatureMetric
 from .merging import usable_device
@@ -133,7 +133,7 @@ def preview_merge(
         layers=len(ranks),
         groups=len(plan.groups),
         ranks=(min(ranks), max(ranks)),
-        options=_described(plan),
+        options=plan.described_options(),
         projectors={
             **{name: [task["name"] for task in about["tasks"]] for name, about in plan.routing.items()},
             **plan.averaged,
@@ -156,16 +156,6 @@ def _planned(task: Any) -> PlannedTask:
         samples=task.statistics.samples,
         images=task.statistics.images,
     )
-
-
-def _described(plan: MergePlan) -> dict[str, Any]:
-    options = {"method": "lpm" if plan.method is None else plan.method.name}
-    if plan.method is not None:
-        options |= plan.method.describe()["options"]
-    routed = ("router", "temperature", "top_k", "abstain_above")
-    skipped = {*(() if plan.routing else routed), *(() if plan.method is None else ("ridge",))}
-    options |= {name: value for name, value in plan.options.items() if name not in skipped}
-    return {**options, "dtype": str(plan.options["dtype"]).removeprefix("torch.")}
 
 
 def _notes(plan: MergePlan) -> list[str]:
@@ -199,15 +189,12 @@ def _alike(plan: MergePlan) -> list[str]:
     notes = []
     for projector, about in plan.routing.items():
         prototypes = plan.projector_tensors[f"{projector}.prototypes"]
-        temperature = plan.options["temperature"]
+        metric = None
         if "directions" in about:
-            directions, variances = (
-                plan.projector_tensors[f"{projector}.{name}"] for name in ("directions", "variances")
+            metric = FeatureMetric(
+                *(plan.projector_tensors[f"{projector}.{of}"] for of in ("directions", "variances"))
             )
-            metric = FeatureMetric(directions, variances)
-            weights = gaussian_weights(prototypes, prototypes, metric, temperature)
-        else:
-            weights = routing_weights(prototypes, prototypes, temperature)
+        weights = task_weights(prototypes, prototypes, metric, plan.options["temperature"])
         names = [task["name"] for task in about["tasks"]]
         for one, two in (weights.fill_diagonal_(0.0) > _ALIKE).nonzero().tolist():
             notes.append(

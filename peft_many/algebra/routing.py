@@ -28,6 +28,20 @@ def pool_segments(rows: Tensor, lengths: Tensor) -> Tensor:
     return sums / lengths[:, None].clamp(min=1)
 
 
+def task_weights(
+    features: Tensor,
+    prototypes: Tensor,
+    metric: FeatureMetric | None,
+    temperature: float,
+    top_k: int | None = None,
+    abstain_above: float | None = None,
+) -> Tensor:
+    """What each task counts for each image: `gaussian_weights` where there is a metric, else `routing_weights`."""
+    if metric is None:
+        return routing_weights(features, prototypes, temperature, top_k)
+    return gaussian_weights(features, prototypes, metric, temperature, top_k, abstain_above)
+
+
 def routing_weights(features: Tensor, prototypes: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
     """Softmax of the cosine similarities between centred features and centred prototypes, without what is negligible.
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..algebra.lpm import LeastSquaresMerge, LowRankDelta
 from ..algebra.residual import effective_rank_of_inputs, effective_rank_of_outputs, relative_residual
-from ..algebra.routing import gaussian_weights, routing_weights
+from ..algebra.routing import task_weights
 from ..algebra.spread import gaussian_draws, shared_metric
 from .config import MAnyConfig
 from .statistics import TaskStatistics, check_covariance
@@ -215,12 +215,7 @@ def _confusion(
         images = prototype[None]  # all that is known of tasks measured on one image, or before spreads were kept
         if projector in task.spreads:
             images = prototype + gaussian_draws(task.spreads[projector], DRAWN_IMAGES, generator).float()
-        if metric is None:
-            weights = routing_weights(images, prototypes, config.temperature, config.top_k)
-        else:
-            weights = gaussian_weights(
-                images, prototypes, metric, config.temperature, config.top_k, config.abstain_above
-            )
+        weights = task_weights(images, prototypes, metric, config.temperature, config.top_k, config.abstain_above)
         rows.append(weights.mean(0))
     return torch.stack(rows).double()
 

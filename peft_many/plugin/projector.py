@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..algebra.routing import gaussian_weights, routing_weights
+from ..algebra.routing import task_weights
 from ..algebra.spread import FeatureMetric
 from .gated_calls import GateTarget, note_images
 from .image_calls import current_image_call
@@ -144,10 +144,8 @@ class ProjectorMixture(nn.Module):
     def task_weights(self, pooled: Tensor) -> Tensor:
         """What each task counts for each image, `(images, tasks)`, float32; all zero where none is resembled."""
         prototypes = self.prototypes.to(pooled.device)
-        if not self.is_gaussian:
-            return routing_weights(pooled, prototypes, self.temperature, self.top_k)
-        metric = FeatureMetric(self.directions, self.variances)
-        return gaussian_weights(pooled, prototypes, metric, self.temperature, self.top_k, self.abstain_above)
+        metric = FeatureMetric(self.directions, self.variances) if self.is_gaussian else None
+        return task_weights(pooled, prototypes, metric, self.temperature, self.top_k, self.abstain_above)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ProjectorMixture:
         # `.half()` and `.to(dtype)` are meant for weights; rounded prototypes would route differently.
