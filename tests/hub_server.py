@@ -149,6 +149,11 @@ class _Handler(BaseHTTPRequestHandler):
         if repository.gated and not authorised and not (is_api and not rest):
             return self._answer(403, {"error": "Access is restricted"}, "GatedRepo")
         revision = rest[1] if len(rest) > 1 else "main"
+        if is_api and self.command == "POST" and rest[:1] == ["branch"]:
+            if repository.resolve(revision) is not None:
+                return self._answer(409, {"error": "Reference already exists"})
+            repository.branches[revision] = repository.branches["main"]
+            return self._answer(201, {})
         commit = repository.resolve(revision)
         if commit is None:
             return self._answer(404, {"error": f"Invalid rev id: {revision}"}, "RevisionNotFound")
@@ -185,12 +190,19 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             return self._answer(401, {"error": "Invalid credentials"})
         tree = dict(repository.commits[repository.branches[branch]])
+        request = None
+        if "create_pr=1" in urlsplit(self.path).query:
+            request = sum(name.startswith("refs/pr/") for name in repository.branches) + 1
+            branch = f"refs/pr/{request}"
         for line in body.splitlines():
             item = json.loads(line)
             if item["key"] == "file":
                 tree[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
         sha = repository.commit(tree, branch)
-        return self._answer(200, {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha})
+        answer = {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha}
+        if request is not None:
+            answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/{request}"
+        return self._answer(200, answer)
 
     def _file(self, repository: Repository, commit: str, path: str) -> None:
         headers = {"X-Repo-Commit": commit}

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from .config import MAnyConfig, MAnyPeftType
 from .hub import RemoteStatistics, locate_statistics
 from .model import MAnyModel
+from .pushing import keep_cards
 from .statistics import AdapterStatistics, StatisticsError
 from .tensor_file import TensorFile
 from .untrusted import NONSENSE_ERRORS, MalformedAdapterError, check_backed, check_config
@@ -31,6 +32,7 @@ def register() -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING[MAnyPeftType.MANY] = MAnyModel.prefix
     if not hasattr(PeftConfig.from_pretrained, "finds_statistics"):
         _let_configs_find_statistics()
+    keep_cards()
 
 
 def give_statistics(
