@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ class TaskInspection:
         covariance_bytes (`int`): What they take.
         prototypes (`dict[str, int]`): By projector, the width of the visual prototype.
         spreads (`list[str]`): The projectors for which `router="gaussian"` has what it needs.
+        interference (`float`, *optional*): Of a merge's task, what merging costs it (`MergeReport.interference`).
+        datasets (`list[str]`): What it was trained on, where its adapter's model card says so.
     """
 
     name: str
@@ -59,6 +62,8 @@ class TaskInspection:
     covariance_bytes: int
     prototypes: dict[str, int]
     spreads: list[str]
+    interference: float | None
+    datasets: list[str]
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class AdapterInspection:
         routing (`dict[str, list[str]]`): Of a merge: by routed projector, the tasks that images are sent to.
         averaged_projectors (`dict[str, list[str]]`): Of a merge: by averaged projector, the tasks in the mean.
         tasks (`list[TaskInspection]`): Its tasks.
+        operations (`list[dict]`): What was done to make it, as its config records it.
     """
 
     name: str
@@ -96,6 +102,7 @@ class AdapterInspection:
     routing: dict[str, list[str]]
     averaged_projectors: dict[str, list[str]]
     tasks: list[TaskInspection]
+    operations: list[dict[str, Any]]
 
 
 def inspect_adapter(
@@ -127,6 +134,7 @@ def inspect_adapter(
     pairs = {module: weights.shape(f"{KEY_PREFIX}{module}.lora_A.weight")[0] for module in read.pairs}
     ranks = list((pairs or {module: delta.rank for module, delta in read.tasks[0].deltas.items()}).values())
     routing = getattr(config, "routing", None) or {}
+    told = {task["name"]: task for task in getattr(config, "tasks", None) or []}
     return AdapterInspection(
         name=source.name,
         revision=source.revision,
@@ -145,7 +153,8 @@ def inspect_adapter(
         options=_options(read),
         routing={name: [task["name"] for task in about["tasks"]] for name, about in routing.items()},
         averaged_projectors=getattr(config, "averaged_projectors", None) or {},
-        tasks=[_inspect_task(task) for task in read.tasks],
+        tasks=[_inspect_task(task, told.get(task.name, {})) for task in read.tasks],
+        operations=getattr(config, "operations", None) or [],
     )
 
 
@@ -167,7 +176,7 @@ def _options(adapter: Adapter) -> dict[str, Any]:
     return options | {"gate_lora": config.gate_lora}
 
 
-def _inspect_task(task: TaskAdapter) -> TaskInspection:
+def _inspect_task(task: TaskAdapter, told: Mapping[str, Any]) -> TaskInspection:
     measured = task.statistics
     covariances = [covariance for covariance, _ in measured.groups()]
     ranks = [delta.rank for delta in task.deltas.values()]
@@ -192,6 +201,8 @@ def _inspect_task(task: TaskAdapter) -> TaskInspection:
         covariance_bytes=sum(map(_bytes, covariances)),
         prototypes={name: len(prototype) for name, prototype in measured.prototypes.items()},
         spreads=sorted(measured.spreads),
+        interference=told.get("interference"),
+        datasets=task.provenance.get("datasets") or [],
     )
 
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .algebra.lpm import LeastSquaresMerge, MergedDelta, SingularMergeError
 from .by_method import merge_by_method
+from .interference import layer_residuals, mean_residuals
 from .merged_statistics import merged_statistics
 from .methods import LPM, MergeMethod
 from .plan import ROUTED, AdapterPath, MergePlan, TaskNames, plan_merge
@@ -171,6 +172,7 @@ def merge_adapter_sequence(
         tensors |= merged.tensors
         records[group[0]] = merged.record
     config.statistics = merged_statistics(plan, records, in_memory=True)
+    config.tasks = plan.described_tasks(mean_residuals(records.values()))
     config.base_model_name_or_path = None  # which get_peft_model sets to the model's own
     if is_offloaded(model):
         return load_on_offloaded(model, config, tensors, adapter_name)
@@ -278,8 +280,11 @@ def merge_adapter_files(
         if partial.is_first:
             if (output / CARD_NAME).is_file():
                 shutil.copyfile(output / CARD_NAME, partial.folder / CARD_NAME)  # what is not ours in it stays
-            plan.config(statistics=None).save_pretrained(partial.folder)
-            merged_statistics(plan, partial.recorded()).save(partial.folder, energy=1.0, sources=plan.files)
+            records = partial.recorded()
+            config = plan.config(statistics=None)
+            config.tasks = plan.described_tasks(mean_residuals(records.values()))
+            config.save_pretrained(partial.folder)
+            merged_statistics(plan, records).save(partial.folder, energy=1.0, sources=plan.files)
     return output
 
 
@@ -324,6 +329,7 @@ def merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.devic
     record = {
         "stacked": {module: delta.stacked for module, delta in merged.items()},
         "fingerprints": {module: _fingerprints(plan, module, delta) for module, delta in merged.items()},
+        "residuals": {module: layer_residuals(plan, module, delta) for module, delta in merged.items()},
         "checksums": {key: zlib.crc32(bytes_of(tensor)) for key, tensor in tensors.items()},
     }
     for file in plan.files:

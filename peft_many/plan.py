@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .algebra.lpm import has_full_rank
 from .algebra.scatter import cost
 from .mean_projectors import average_projectors
 from .methods import LPM, MergeMethod, as_method
+from .operations import operations_of
 from .plugin.adapter import Adapter, TaskAdapter, read_adapter
 from .plugin.config import ROUTERS, MAnyConfig
 from .plugin.hub import find_adapter
@@ -52,6 +53,7 @@ class MergePlan:
         projector_tensors (`dict[str, torch.Tensor]`): Experts and prototypes, on disk until they are used; or means.
         method ([`MergeMethod`], *optional*): How deltas are merged; `None` is LPM.
         options (`dict[str, Any]`): `ridge`, `router` and its options, `rank`, `gate_lora` and `dtype`.
+        operations (`list[dict]`): For the config: what was done to make the adapters, and this merge.
     """
 
     adapters: Sequence[Adapter]
@@ -62,6 +64,7 @@ class MergePlan:
     projector_tensors: dict[str, Tensor]
     method: MergeMethod | None
     options: dict[str, Any]
+    operations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def files(self) -> list[TensorFile]:
@@ -108,12 +111,30 @@ class MergePlan:
         """A name for this very merge: the same inputs, options and version of the code give the same."""
         files = [(str(file.path), *_identity(file.path)) for file in self.files]
         tasks = [(task.name, task.weight, task.provenance["sha256"]) for task in self.tasks]
-        how = [self._described_method(), self.averaged, self.options]
+        how = [_described(self.method), self.averaged, self.options]
         text = json.dumps([__version__, torch.__version__, files, tasks, how], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def _described_method(self) -> dict[str, Any] | None:
-        return None if self.method is None else self.method.describe()
+    def described_options(self) -> dict[str, Any]:
+        """The method and all options that it or the routing has, as JSON."""
+        described = {"method": LPM if self.method is None else self.method.name}
+        if self.method is not None:
+            described |= self.method.describe()["options"]
+        routed = ("router", "temperature", "top_k", "abstain_above")
+        skipped = {*(() if self.routing else routed), *(() if self.method is None else ("ridge",))}
+        described |= {name: value for name, value in self.options.items() if name not in skipped}
+        return {**described, "dtype": str(self.options["dtype"]).removeprefix("torch.")}
+
+    def described_tasks(self, interference: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+        """For the config: each task, where it comes from, what it was measured on, and what merging costs it."""
+        described = []
+        for task in self.tasks:
+            about = {"name": task.name, "weight": task.weight, **task.provenance}
+            about |= {"samples": task.statistics.samples, "images": task.statistics.images}
+            if interference and task.name in interference:
+                about["interference"] = interference[task.name]
+            described.append(about)
+        return described
 
     def config(self, statistics: AdapterStatistics | None) -> MAnyConfig:
         """The config of the merge."""
@@ -147,10 +168,11 @@ class MergePlan:
             gate_lora=self.options["gate_lora"],
             task_ranks=usual,
             task_rank_pattern={name.replace(".", r"\."): of for name, of in blocks.items() if of != usual},
-            tasks=[{"name": task.name, "weight": task.weight, **task.provenance} for task in self.tasks],
+            tasks=self.described_tasks(),
+            operations=self.operations,
             routing=self.routing or None,
             averaged_projectors=self.averaged or None,
-            method=self._described_method(),
+            method=_described(self.method),
             statistics=statistics,
         )
         if isinstance(merged.target_modules, set):
@@ -237,7 +259,7 @@ def plan_merge(
         read_adapter(find_adapter(entry, **hub), task_names[i] if task_names is not None else None, base)
         for i, entry in enumerate(tqdm(entries, desc="Reading adapters", unit="adapter", disable=not progress))
     ]
-    adapters = with_current_names(adapters, base)
+    adapters = everything = with_current_names(adapters, base)
     tasks = weighted_tasks(adapters, weights)
     adapters, tasks = without_tasks(adapters, tasks, without)
     tasks.sort(key=lambda task: task.name)  # so that any order of the list gives the same merge to the bit
@@ -269,7 +291,12 @@ def plan_merge(
     if options["gate_lora"]:
         check_gate(chosen, routing, rank)
     check_whole_projectors(tasks, [*routing, *averaged])
-    return MergePlan(adapters, tasks, groups, routing, averaged, tensors, chosen, options)
+    plan = MergePlan(adapters, tasks, groups, routing, averaged, tensors, chosen, options)
+    return replace(plan, operations=operations_of(everything, without, plan.described_options()))
+
+
+def _described(method: MergeMethod | None) -> dict[str, Any] | None:
+    return None if method is None else method.describe()
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .algebra.covariance import Covariance, LowRankCovariance, added_covariances, eigen_directions
 from .merging import merge_group
+from .operations import POOL, operation
 from .plan import MEAN, AdapterPath, MergePlan, TaskNames, plan_merge
 from .plugin.adapter import TaskAdapter
 from .plugin.config import MAnyConfig
@@ -142,7 +143,11 @@ def _config_of(plan: MergePlan, name: str, statistics: TaskStatistics) -> MAnyCo
         within = task.provenance.get("pooled")
         pooled += within or [{"name": task.name, "weight": task.weight, **task.provenance}]
     merged = plan.config(statistics=AdapterStatistics((statistics,)))
-    return replace(merged, task_name=name, pooled=pooled, tasks=None, averaged_projectors=None, ridge=None)
+    done = operation(POOL, [task.name for task in plan.tasks], plan.described_options())
+    operations = [*plan.operations[:-1], done]
+    return replace(
+        merged, task_name=name, pooled=pooled, operations=operations, tasks=None, averaged_projectors=None, ridge=None
+    )
 
 
 def _pooled_covariance(tasks: Sequence[TaskAdapter], module: str, rank: int) -> Covariance | None:

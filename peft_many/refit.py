@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from .algebra.lpm import LowRankDelta
 from .algebra.refit import LayerRefit
 from .algebra.scatter import SingularMergeError
+from .operations import REFIT, operation
 from .plugin.config import MAnyConfig
 from .plugin.forward import batch_size, device_of, forward, masks_of, only_active, state_kept
 from .plugin.hooks import LayerCapture, layers_by_input
@@ -136,6 +137,12 @@ def refit_merge(
                 except SingularMergeError as error:
                     raise RuntimeError(f"'{path}' cannot be refitted: {error}.") from None
     config.statistics = _rewritten(statistics, own, pairs)
+    # What merging costs each task was told of the deltas before.
+    config.tasks = [
+        {name: value for name, value in task.items() if name != "interference"} for task in config.tasks or []
+    ]
+    done = operation(REFIT, list(tasks), {"targets": targets, "ridge": ridge, "rank": rank})
+    config.operations = [*(config.operations or []), done]
 
 
 class _Pair:

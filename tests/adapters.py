@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,6 +203,16 @@ def logits(model: nn.Module, family: str, seed: int = 50) -> Tensor:
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its path in there."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def but_operations(folder: Path) -> dict[str, object]:
+    """What is in a merge's files, without the record of what was done to make it; of the card, all but that."""
+    found: dict[str, object] = dict(files(folder))
+    config = json.loads(found["adapter_config.json"])
+    assert config.pop("operations")
+    above, record, below = found["README.md"].decode().partition("What was done")
+    assert record
+    return {**found, "adapter_config.json": config, "README.md": (above, below.partition("```python")[2])}
 
 
 def state_digest(model: nn.Module) -> dict[str, str]:

@@ -10,7 +10,7 @@ import pytest
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from peft_many import inspect_adapter, merge_adapter_files, remove_task
+from peft_many import inspect_adapter, merge_adapter_files, merge_report, remove_task
 from peft_many.plugin.adapter import UnmergeableAdapterError
 from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, files, make, make_loha
 
@@ -76,7 +76,12 @@ def test_a_merge_and_what_was_removed_from_it(shelf, tmp_path):
     }
     assert found.routing == {PROJECTOR: ["a", "b"]}
     single = {name: inspect_adapter(shelf[name]).tasks[0] for name in "ab"}
-    assert found.tasks == [dataclasses.replace(single["a"], weight=2.0), single["b"]]
+    lost = merge_report(merged, conflicts=False, progress=False).interference
+    for task in found.tasks:
+        assert task.interference == pytest.approx(lost[task.name], rel=1e-3)
+    bare = [dataclasses.replace(task, interference=None) for task in found.tasks]
+    assert bare == [dataclasses.replace(single["a"], weight=2.0), single["b"]]
+    assert [(line["operation"], line["tasks"]) for line in found.operations] == [("merge", ["a", "b"])]
     assert json.loads(json.dumps(dataclasses.asdict(found)))["tasks"][1]["sha256"] == single["b"].sha256
     left = inspect_adapter(remove_task(merged, "b", progress=False))
     assert [task.name for task in left.tasks] == ["a"]

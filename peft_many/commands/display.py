@@ -93,6 +93,10 @@ def show_inspection(found: AdapterInspection) -> None:
                 f"{escape(task.name)} is a pool of {escape(', '.join(task.pooled))}", highlight=False, soft_wrap=True
             )
     console.print(_statistics(found))
+    for place, done in enumerate(found.operations, start=1):
+        forgotten = done.get("forgotten", 0)
+        tasks = [*map(str, done["tasks"]), *([f"{forgotten} since forgotten"] if forgotten else [])]
+        console.print(f"{place}. {done['operation']}: {escape(', '.join(tasks))}", highlight=False, soft_wrap=True)
 
 
 def show_report(report: MergeReport) -> None:
@@ -111,7 +115,8 @@ def show_report(report: MergeReport) -> None:
 
 
 def _provenance(found: AdapterInspection) -> Table:
-    table = _table("Tasks", "task", "weight", "from", "revision", "sha256", "layers", "rank", "own projector")
+    columns = ["task", "weight", "from", "revision", "sha256", "layers", "rank", "own projector", "interference"]
+    table = _table("Tasks", *columns)
     for task in found.tasks:
         table.add_row(
             escape(task.name),
@@ -122,6 +127,7 @@ def _provenance(found: AdapterInspection) -> Table:
             str(task.layers),
             span(task.ranks),
             "yes" if task.projectors else "no",
+            "" if task.interference is None else f"{task.interference:.3f}",
         )
     return table
 

@@ -15,11 +15,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .card import data_sets_of
 from .config import MAnyConfig
 from .hub import AdapterSource
 from .lora_pairs import split_pairs
 from .peft_deltas import deltas_by_peft
-from .peft_methods import check_options, is_plain_lora, method_of
+from .peft_methods import check_options, is_plain_lora, method_of, name_of
 from .statistics import (
     STATISTICS_NAME,
     AdapterStatistics,
@@ -241,9 +242,19 @@ def _single_task(
 
 def _provenance(source: AdapterSource, config: PeftConfig) -> dict[str, Any]:
     """What a merge's config says of where a task came from."""
-    about = {"source": source.public_name, "revision": source.revision, "sha256": _sha256(source.folder)}
-    pooled = getattr(config, "pooled", None)
-    return {**about, "pooled": pooled} if pooled else about
+    about: dict[str, Any] = {
+        "source": source.public_name,
+        "revision": source.revision,
+        "sha256": _sha256(source.folder),
+    }
+    options = {name: value for name in _TOLD_OPTIONS if (value := getattr(config, name, None)) not in (None, False)}
+    about["options"] = {"peft_type": name_of(config), **options}
+    more = {"pooled": getattr(config, "pooled", None), "datasets": data_sets_of(source.folder)}
+    return about | {name: value for name, value in more.items() if value}
+
+
+# Of the options that a task's adapter was trained with, those that a merge's config keeps.
+_TOLD_OPTIONS = ("r", "lora_alpha", "use_rslora", "energy")
 
 
 # The last path component of a projector, by the names that transformers' families use: there is no model to look at.
@@ -323,7 +334,7 @@ def _tasks_of_merge(
                 name=about["name"],
                 weight=float(about["weight"]),
                 provenance={key: about.get(key) for key in ("source", "revision", "sha256")}
-                | ({"pooled": about["pooled"]} if about.get("pooled") else {}),
+                | {key: about[key] for key in ("options", "pooled", "datasets") if about.get(key)},
                 statistics=measured,
                 deltas=deltas,
                 projectors=projectors,

@@ -1,48 +1,40 @@
-"""The part of an adapter's model card (`README.md`) that says what it is and how to load it."""
+"""The part of an adapter's model card (`README.md`) that says what it is, where it comes from and how to load it."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 
+from ..version import __version__
 from .atomic import replace_file
+
+if TYPE_CHECKING:  # which writes cards
+    from .config import MAnyConfig
 
 CARD_NAME = "README.md"
 _BEGIN, _END = "<!-- peft_many -->", "<!-- /peft_many -->"
-
-_USAGE = """
-```python
-import peft_many  # pip install peft-many; registers the adapter type MANY
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "this/adapter")
-```
-"""
+_PLUGIN = "[peft_many](https://pypi.org/project/peft-many) (MAny, arXiv 2604.14016)"
+_LARGEST_CARD = 1 << 20  # bytes that are read of somebody else's card
 
 
-def update_card(
-    folder: Path,
-    base_model: str | None,
-    task_name: str | None,
-    tasks: Sequence[Mapping[str, Any]] | None,
-    method: Mapping[str, Any] | None = None,
-    averaged: bool = False,
-) -> None:
+def update_card(folder: Path, config: MAnyConfig, repo_id: str | None = None, subfolder: str | None = None) -> None:
     """Put our part at the top of the folder's model card, or renew it there; all else in the card stays.
 
     Without `import peft_many` PEFT cannot load the adapter, so its card must say so.
 
     Args:
         folder (`Path`): The adapter's folder, with a `README.md` or without.
-        base_model (`str`, *optional*): The base model's name.
-        task_name (`str`, *optional*): The task's name.
-        tasks (`Sequence[Mapping[str, Any]]`, *optional*): Of a merge, what its config says of its tasks.
-        method (`Mapping[str, Any]`, *optional*): Of a merge by another method than LPM, what its config says of it.
-        averaged (`bool`): Whether the projectors of a merge are averaged.
+        config ([`MAnyConfig`]): The adapter's.
+        repo_id (`str`, *optional*): Where on the Hub it goes, for the example; without it the example is of a folder.
+        subfolder (`str`, *optional*): Where in the repository.
     """
     path = folder / CARD_NAME
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
@@ -50,32 +42,127 @@ def update_card(
     if path.is_file() and data.library_name != "peft":
         return  # somebody's README, not an adapter's card
     data.library_name = "peft"
-    data.base_model = base_model or data.base_model
-    tags = {"lora", "peft-many", "continual-learning", *(["merge"] if tasks is not None else [])}
+    data.base_model = config.base_model_name_or_path or data.base_model
+    if data.base_model:
+        data.base_model_relation = "adapter"
+    if config.projector_modules:
+        data.pipeline_tag = data.pipeline_tag or "image-text-to-text"
+    found = [*_listed(data.datasets), *(name for task in config.tasks or [] for name in task.get("datasets", []))]
+    if found:
+        data.datasets = sorted(set(found))
+    tags = {"lora", "peft-many", "continual-learning", *(["merge"] if config.is_merge else [])}
     data.tags = sorted(tags.union(data.tags or []))
     rest = re.sub(f"{_BEGIN}.*?{_END}", "", card.text, flags=re.DOTALL).strip()
-    card.text = f"{_BEGIN}\n{_about(task_name, tasks, method, averaged)}{_USAGE}{_END}\n\n{rest}\n"
+    about = _about_merge(config) if config.is_merge else _about_task(config)
+    parts = [_BEGIN, about, _usage(config, repo_id, subfolder), f"Saved by peft_many {__version__}.", _END]
+    card.text = "\n\n".join(parts) + f"\n\n{rest}\n"
     with replace_file(path) as temporary:
         card.save(temporary)
 
 
-def _about(
-    task_name: str | None,
-    tasks: Sequence[Mapping[str, Any]] | None,
-    method: Mapping[str, Any] | None,
-    averaged: bool,
-) -> str:
-    plugin = "[peft_many](https://pypi.org/project/peft-many) (MAny, arXiv 2604.14016)"
-    if tasks is None:
-        task = f" for the task “{_plain(task_name)}”" if task_name else ""
-        return f"# A task adapter{task}\n\nTrained with {plugin}, to be merged with others of its kind.\n"
-    cells = [(t["name"], t["source"], t["revision"], f"{t['weight']:g}", t["sha256"][:12]) for t in tasks]
-    rows = "\n".join(f"| {' | '.join(map(_plain, row))} |" for row in cells)
+def data_sets_of(folder: Path) -> list[str]:
+    """The data sets that the metadata of an adapter's card names; none if there is no card that can be read."""
+    path = folder / CARD_NAME
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_CARD:
+            return []
+        # A file that anybody may have written; of its metadata only names that the Hub would take are used.
+        named = _listed((metadata_load(path) or {}).get("datasets"))
+    except (OSError, RecursionError, ValueError, yaml.YAMLError):
+        return []
+    return sorted({name for name in named if isinstance(name, str) and _is_repo_id(name)})
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+# --- What it is ------------------------------------------------------------------------------------------------------
+
+
+def _about_task(config: MAnyConfig) -> str:
+    task = f" for the task “{_plain(config.task_name)}”" if config.task_name else ""
+    about = f"# A task adapter{task}\n\nTrained with {_PLUGIN}, to be merged with others of its kind."
+    measured = getattr(config.statistics, "tasks", ())
+    if measured:
+        samples, images = (sum(getattr(task, of) for task in measured) for of in ("samples", "images"))
+        about += f" Its statistics were measured on {samples} samples with {images} images."
+    return about + _pooled(config.pooled or []) + _history(config.operations or [])
+
+
+def _about_merge(config: MAnyConfig) -> str:
+    tasks = config.tasks or []
+    projectors = "averaged" if config.averaged_projectors else "routed per image by visual prototypes"
+    gated = ", chosen among by each row's images" if config.gate_lora else ""
+    parts = [
+        f"# A merge of {len(tasks)} task adapters",
+        f"Merged with {_PLUGIN}: language-model LoRAs by {_how(config.method)}{gated}"
+        + (f", projectors {projectors}." if config.projector_modules else "."),
+        _table_of(tasks),
+    ]
+    if any("interference" in task for task in tasks):
+        parts.append(
+            "Interference is what merging is expected to cost a task, before any evaluation: the share of its LoRA's "
+            "outputs on its own inputs that the merged LoRA changes, `‖(ΔW* − ΔW_t) C_t^½‖ / ‖ΔW_t C_t^½‖`, the mean "
+            "over layers. 0 is as if alone, 1 as if the task's LoRA were lost. It compares merges of the same tasks, "
+            "not tasks."
+        )
     return (
-        f"# A merge of {len(cells)} task adapters\n\nMerged with {plugin}: language-model LoRAs by {_how(method)}, "
-        f"projectors {'averaged' if averaged else 'routed per image by visual prototypes'}.\n\n"
-        f"| task | source | revision | weight | sha256 |\n|---|---|---|---|---|\n{rows}\n"
+        "\n\n".join(parts)
+        + _pooled([inner for task in tasks for inner in task.get("pooled") or []])
+        + _history(config.operations or [])
     )
+
+
+def _table_of(tasks: Sequence[Mapping[str, Any]]) -> str:
+    columns = {
+        "task": lambda task: task["name"],
+        "source": lambda task: task.get("source"),
+        "revision": lambda task: task.get("revision"),
+        "adapter": lambda task: _options(task.get("options") or {}),
+        "weight": lambda task: f"{task['weight']:g}",
+        "samples": lambda task: str(task.get("samples", "")),
+        "images": lambda task: str(task.get("images", "")),
+        "interference": lambda task: f"{task['interference']:.3f}" if "interference" in task else "",
+        "sha256": lambda task: task["sha256"][:12],
+    }
+    rows = [[_plain(cell(task)) for cell in columns.values()] for task in tasks]
+    told = [place for place in range(len(columns)) if any(row[place] for row in rows)]
+    lines = [list(columns), ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line[place] for place in told)} |" for line in lines)
+
+
+def _pooled(tasks: Sequence[Mapping[str, Any]]) -> str:
+    if not tasks:
+        return ""
+    lines = [f"- {_plain(task.get('name'))}, from {_plain(task.get('source'))}" for task in tasks]
+    return "\n\nPooled tasks, which can be neither forgotten nor weighted one by one:\n\n" + "\n".join(lines)
+
+
+def _history(operations: Iterable[Mapping[str, Any]]) -> str:
+    """What was done, a line for each operation."""
+    lines = []
+    for line in operations:
+        forgotten = line.get("forgotten", 0)
+        tasks = [*line["tasks"], *([f"{forgotten} since forgotten"] if forgotten else [])]
+        lines.append(
+            f"1. {_plain(line['operation'])}: {_plain(', '.join(tasks))} ({_plain(_options(line['options']))}; "
+            f"peft_many {_plain(line['peft_many'])})"
+        )
+    return "\n\nWhat was done, in this order:\n\n" + "\n".join(lines) if lines else ""
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    # Sorted, as JSON keeps them: a card must not depend on whether its config was read from a file.
+    return ", ".join(f"{name} {value}" for name, value in sorted(options.items()) if value not in (None, False))
 
 
 def _plain(text: str | None) -> str:
@@ -88,3 +175,37 @@ def _how(method: Mapping[str, Any] | None) -> str:
         return "least squares on input covariances"
     options = ", ".join(f"{name}={value!r}" for name, value in method["options"].items())
     return f"`{method['name']}({options})` ({method['source']})"
+
+
+# --- How to load it --------------------------------------------------------------------------------------------------
+
+
+def _usage(config: MAnyConfig, repo_id: str | None, subfolder: str | None) -> str:
+    kind = _class_of(config)
+    base = config.base_model_name_or_path
+    within = f", subfolder={_quoted(subfolder)}" if subfolder else ""
+    where = f"{_quoted(repo_id)}{within})" if repo_id else '".")  # this folder, or its id on the Hub'
+    lines = [
+        "import peft_many  # pip install peft-many; registers the adapter type MANY",
+        "from peft import PeftModel",
+        *([f"from transformers import {kind}"] if base else []),
+        "",
+        f"base = {kind}.from_pretrained({_quoted(base)})" if base else "base = ...  # what the adapter was trained on",
+        f"model = PeftModel.from_pretrained(base, {where}",
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _quoted(text: str) -> str:
+    """As a Python string, without what could end our part of the card."""
+    return json.dumps(text).replace("<", r"\u003c")
+
+
+def _class_of(config: MAnyConfig) -> str:
+    """The class to load the base model with: the one that PEFT noted down, or the auto class of its kind."""
+    noted = config.auto_mapping or {}
+    name, library = noted.get("base_model_class"), str(noted.get("parent_library"))
+    # Names in a downloaded config are not to become code in a card that people copy from.
+    if isinstance(name, str) and re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) and library.startswith("transformers."):
+        return name
+    return "AutoModelForImageTextToText" if config.projector_modules else "AutoModelForCausalLM"

@@ -64,7 +64,12 @@ class MAnyConfig(LoraConfig):
         task_rank_pattern (`dict[str, list[int]]`, *optional*):
             The layers where it is another, as in `rank_pattern`. Written by merging.
         tasks (`list[dict]`, *optional*):
-            In a merge, the tasks it was made of: name, weight, source, revision and hash. Written by merging.
+            In a merge, the tasks it was made of: name, weight, source, revision, hash and options of the adapter, how
+            many samples and images it was measured on, the data sets that its model card names, and what merging
+            costs it ([`MergeReport`]'s `interference`). Written by merging.
+        operations (`list[dict]`, *optional*):
+            In a merge or pool, what was done to make it, in its order: each operation's tasks and options. Tasks that
+            were forgotten are counted, not named. Written by merging.
         routing (`dict[str, dict]`, *optional*):
             In a merge, for each projector the routed tasks and the width of its prototypes. Written by merging.
         averaged_projectors (`dict[str, list[str]]`, *optional*):
@@ -118,6 +123,9 @@ class MAnyConfig(LoraConfig):
     )
     tasks: list[dict[str, Any]] | None = field(
         default=None, metadata={"help": "The tasks a merge was made of. Written by merging."}
+    )
+    operations: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "What was done to make a merge. Written by merging."}
     )
     routing: dict[str, dict[str, Any]] | None = field(
         default=None, metadata={"help": "The routed projectors of a merge. Written by merging."}
@@ -181,13 +189,6 @@ class MAnyConfig(LoraConfig):
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".", suffix=".partial") as beside:
             super().save_pretrained(beside, **kwargs)  # PEFT writes in place
             os.replace(Path(beside, CONFIG_NAME), Path(save_directory, CONFIG_NAME))
-        update_card(
-            Path(save_directory),
-            self.base_model_name_or_path,
-            self.task_name,
-            self.tasks,
-            method=self.method,
-            averaged=bool(self.averaged_projectors),
-        )
+        update_card(Path(save_directory), self)
         if self.statistics is not None:
             self.statistics.save(save_directory, self.energy)

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftWarning
 
+from .card import CARD_NAME
 from .statistics import STATISTICS_NAME, AdapterStatistics, StatisticsError
 
 # All that merging reads; nothing else is downloaded, pickles least of all.
@@ -149,7 +150,7 @@ def find_adapter(
         folder = snapshot_download(
             repo_id,
             revision=revision or None,
-            allow_patterns=ADAPTER_FILES,
+            allow_patterns=[*ADAPTER_FILES, CARD_NAME],  # the card for what it was trained on
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,

@@ -39,6 +39,18 @@ class _MergedTask(_Merged, total=False):
     source: str | None
     revision: str | None
     pooled: list[dict[str, Any]]
+    samples: int
+    images: int
+    interference: float
+    options: dict[str, Any]
+    datasets: list[str]
+
+
+class _Operation(TypedDict):
+    operation: str
+    tasks: list[str]
+    options: dict[str, Any]
+    peft_many: str
 
 
 class _RoutedTask(TypedDict):
@@ -67,6 +79,7 @@ _HINTS: dict[str, Any] = {
     "rank_pattern": dict[str, int] | None,
     "alpha_pattern": dict[str, float] | None,
     "tasks": list[_MergedTask] | None,
+    "operations": list[_Operation] | None,
     "routing": dict[str, _Routing] | None,
     "method": _Method | None,
     "statistics": Any,
