@@ -48,16 +48,16 @@ def relative_residuals(merged: MergedDelta, tasks: Sequence[tuple[LowRankDelta, 
     """
     if not merged.stacked:
         return [math.nan if of is None else relative_residual(merged, own, of) for own, of in tasks]
-    found, start, root, A = [], 0, _root(merged.B), merged.A.double()
+    found, start, root = [], 0, _root(merged.B)
+    outputs = root @ merged.A.double()
     for own, covariance in tasks:
         end = start + own.A.shape[0]
         whole = 0.0 if covariance is None else output_norm(own, covariance)
         if covariance is None or whole == 0:
             found.append(math.nan)
         else:
-            rest = A.clone()
-            rest[start:end] -= own.A.double()
-            found.append(covariance.energy(root @ rest) ** 0.5 / whole)
+            lost = outputs - root[:, start:end] @ own.A.double()
+            found.append(covariance.energy(lost) ** 0.5 / whole)
         start = end
     return found
 
