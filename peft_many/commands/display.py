@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..inspection import AdapterInspection
+from ..plugin.card import in_words
 from ..preview import MergePreview
 from ..report import MergeReport
 from .running import say_error
@@ -94,9 +95,7 @@ def show_inspection(found: AdapterInspection) -> None:
             )
     console.print(_statistics(found))
     for place, done in enumerate(found.operations, start=1):
-        forgotten = done.get("forgotten", 0)
-        tasks = [*map(str, done["tasks"]), *([f"{forgotten} since forgotten"] if forgotten else [])]
-        console.print(f"{place}. {done['operation']}: {escape(', '.join(tasks))}", highlight=False, soft_wrap=True)
+        console.print(f"{place}. {escape(in_words(done))}", highlight=False, soft_wrap=True)
 
 
 def show_report(report: MergeReport) -> None:

@@ -95,7 +95,7 @@ def write_card(
     )
     said = "\n".join(f"- {note}" for note in notes)
     text = (
-        f"# {title}\n\nExported by [peft_many](https://pypi.org/project/peft-many) {__version__} "
+        f"# {title}\n\nExported by `peft_many` {__version__} "
         "(MAny, arXiv 2604.14016).\n\n"
         f"```python\n{usage}```\n\n{said}\n\n| task | source | revision | weight |\n|---|---|---|---|\n{rows}\n"
     )

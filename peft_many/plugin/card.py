@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # which writes cards
 
 CARD_NAME = "README.md"
 _BEGIN, _END = "<!-- peft_many -->", "<!-- /peft_many -->"
-_PLUGIN = "[peft_many](https://pypi.org/project/peft-many) (MAny, arXiv 2604.14016)"
+_PLUGIN = "`peft_many` (MAny, arXiv 2604.14016)"
 _LARGEST_CARD = 1 << 20  # bytes that are read of somebody else's card
 
 
@@ -112,8 +112,8 @@ def _about_merge(config: MAnyConfig) -> str:
         parts.append(
             "Interference is what merging is expected to cost a task, before any evaluation: the share of its LoRA's "
             "outputs on its own inputs that the merged LoRA changes, `‖(ΔW* − ΔW_t) C_t^½‖ / ‖ΔW_t C_t^½‖`, the mean "
-            "over layers. 0 is as if alone, 1 as if the task's LoRA were lost. It compares merges of the same tasks, "
-            "not tasks."
+            "over layers. 0 is as if alone, 1 as if the task's LoRA were lost. Compare merges of "
+            "the same tasks by it, not tasks."
         )
     return (
         "\n\n".join(parts)
@@ -149,15 +149,18 @@ def _pooled(tasks: Sequence[Mapping[str, Any]]) -> str:
 
 def _history(operations: Iterable[Mapping[str, Any]]) -> str:
     """What was done, a line for each operation."""
-    lines = []
-    for line in operations:
-        forgotten = line.get("forgotten", 0)
-        tasks = [*line["tasks"], *([f"{forgotten} since forgotten"] if forgotten else [])]
-        lines.append(
-            f"1. {_plain(line['operation'])}: {_plain(', '.join(tasks))} ({_plain(_options(line['options']))}; "
-            f"peft_many {_plain(line['peft_many'])})"
-        )
+    lines = [
+        f"1. {_plain(in_words(line))} ({_plain(_options(line['options']))}; peft_many {_plain(line['peft_many'])})"
+        for line in operations
+    ]
     return "\n\nWhat was done, in this order:\n\n" + "\n".join(lines) if lines else ""
+
+
+def in_words(operation: Mapping[str, Any]) -> str:
+    """One operation of those that a config records, and its tasks; as somebody wrote them, not escaped."""
+    forgotten = operation.get("forgotten", 0)
+    tasks = [*operation["tasks"], *([f"{forgotten} since forgotten"] if forgotten else [])]
+    return f"{operation['operation']}: {', '.join(tasks)}"
 
 
 def _options(options: Mapping[str, Any]) -> str:
