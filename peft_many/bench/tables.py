@@ -23,7 +23,7 @@ METRICS = {
 }
 
 
-_IN_TERMINAL = ("FAA", "mean", "of alone", METRICS["caa"], METRICS["ffm_from_learning"])
+_IN_TERMINAL = ("seeds", "FAA", "mean", "of alone", METRICS["caa"], METRICS["ffm_from_learning"])
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,13 @@ class Table:
 
 
 def tables_of(runs: Sequence[Results], methods: Sequence[Measurement]) -> Iterator[Table]:
-    """For one model, all its seeds: a table for each group of methods, in the order of the methods."""
+    """For one model, all its seeds: a table for each group of methods, in the order of the methods.
+
+    Seeds differ much, so where some rows are of fewer seeds than others a column says how many.
+    """
     for group in dict.fromkeys(method.group for method in methods):
         of_group = [method for method in methods if method.group == group]
-        done = [method for method in of_group if all(method.name in run.scores for run in runs)]
+        done = [method for method in of_group if any(method.name in run.scores for run in runs)]
         if done:
             yield _table(runs, group, done)
 
@@ -72,12 +75,15 @@ def final_average(runs: Sequence[Results], method: str) -> list[float]:
 
 def _table(runs: Sequence[Results], group: str, methods: Sequence[Measurement]) -> Table:
     tasks = runs[0].about["tasks"]
+    having = {method.name: [run for run in runs if method.name in run.scores] for method in methods}
+    uneven = any(len(of_method) < len(runs) for of_method in having.values())
     with_matrix = any(isinstance(method, Method) and method.every_stage for method in methods)
     answers = any(isinstance(method, Method) for method in methods)
     bound = answers and all(BOUND in run.scores for run in runs)
     metrics = [name for name in METRICS if name != "faa"] if with_matrix else []
     columns = [
         group,
+        *(["seeds"] if uneven else []),
         *tasks,
         "FAA" if answers else "mean",
         *(["of alone"] if bound else []),
@@ -85,13 +91,15 @@ def _table(runs: Sequence[Results], group: str, methods: Sequence[Measurement]) 
     ]
     rows = []
     for method in methods:
-        finals = [run.final(method.name) for run in runs]
-        cells = [method.name, *(f"{statistics.fmean(final[task] for final in finals):.1f}" for task in tasks)]
-        averages = final_average(runs, method.name)
+        runs_of = having[method.name]
+        finals = [run.final(method.name) for run in runs_of]
+        cells = [method.name, *([str(len(runs_of))] if uneven else [])]
+        cells += [f"{statistics.fmean(final[task] for final in finals):.1f}" for task in tasks]
+        averages = final_average(runs_of, method.name)
         cells.append(_with_spread(averages))
         if bound:
-            cells.append(f"{statistics.fmean(averages) / statistics.fmean(final_average(runs, BOUND)):.0%}")
-        matrices = [matrix for run in runs if (matrix := run.matrix(method.name)) is not None]
+            cells.append(f"{statistics.fmean(averages) / statistics.fmean(final_average(runs_of, BOUND)):.0%}")
+        matrices = [matrix for run in runs_of if (matrix := run.matrix(method.name)) is not None]
         summary = mean_and_spread(matrices) if matrices else {}
         cells += [f"{summary[name].mean:.1f}" if name in summary else "" for name in metrics]
         rows.append(cells)

@@ -16,6 +16,7 @@ from peft_many.bench.prediction import MERGES, predictions
 from peft_many.bench.report import read_results, write_report
 from peft_many.bench.routers import routers
 from peft_many.bench.run import Settings, all_methods, run
+from peft_many.bench.tables import tables_of
 from peft_many.bench.tasks import TASKS
 from peft_many.bench.workshop import Workshop
 from peft_many.commands import app
@@ -162,6 +163,19 @@ def test_the_report_is_made_of_the_results_alone(tmp_path):
     assert "### llava: methods (3 seeds)" in tables
     assert "| λ = 1 | 50.0 |" in tables
     assert (tmp_path / "report" / "llava-forgetting.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_fewer_seeds_say_so(tmp_path):
+    results_of(tmp_path, seeds=3)
+    runs = read_results(tmp_path)["llava"]
+    del runs[0].scores["λ = 1"], runs[2].scores["MAny"]
+    tables = {table.title: table for table in tables_of(runs, list(all_methods()))}
+    assert "seeds" in tables["llava: methods (3 seeds)"].columns
+    rows = {row[0]: row for row in tables["llava: methods (3 seeds)"].rows}
+    assert rows["alone"][1:3] == ["3", "81.0"]
+    assert rows["MAny"][1:3] == ["2", "70.5"]
+    assert "88%" in rows["MAny"]  # of what these two seeds get alone
+    assert tables["llava: ridge (3 seeds)"].rows[0][1] == "2"
 
 
 def test_residuals_and_losses_are_compared_by_rank(tmp_path):
