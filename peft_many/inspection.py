@@ -207,5 +207,7 @@ def _inspect_task(task: TaskAdapter, told: Mapping[str, Any]) -> TaskInspection:
 
 
 def _bytes(covariance: Covariance) -> int:
-    stored = covariance.factor if isinstance(covariance, LowRankCovariance) else getattr(covariance, "matrix", None)
-    return 0 if stored is None else stored.numel() * stored.element_size()
+    if isinstance(covariance, LowRankCovariance):
+        return covariance.factor.nbytes + sum(scale.nbytes for scale in covariance.scales or ())
+    matrix = getattr(covariance, "matrix", None)
+    return 0 if matrix is None else matrix.nbytes

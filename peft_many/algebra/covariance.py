@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .eight_bits import Scales, from_eight_bits, to_eight_bits
+
 
 class InvalidCovarianceError(ValueError):
     """The numbers are no covariance: not finite, not symmetric, or negative in some direction."""
@@ -118,12 +120,14 @@ class LowRankCovariance(Covariance):
     """A covariance of bounded rank plus a remainder: `C = Sᵀ S + ρ I`.
 
     Args:
-        factor (`torch.Tensor`): `S / scale`, shape `(k, in)`, any floating dtype.
+        factor (`torch.Tensor`): `S / scale`, shape `(k, in)`, any floating dtype; or int8 (`in_eight_bits`).
         scale (`float`): A power of two that brings the factor into the range of float16 (`in_half_precision`).
+        scales ([`Scales`], *optional*): Of an int8 factor, what its rows and columns are multiplied by.
     """
 
     factor: Tensor
     scale: float = 1.0
+    scales: Scales | None = None
 
     @property
     def width(self) -> int:
@@ -135,18 +139,25 @@ class LowRankCovariance(Covariance):
 
     @functools.cached_property
     def trace(self) -> float:
-        exact = self.factor if self.factor.dtype == torch.float64 else self.factor.float()
-        return exact.square().sum(dtype=torch.float64).item() * self.scale**2 + self.remainder * self.width
+        return self._stored().square().sum(dtype=torch.float64).item() * self.scale**2 + self.remainder * self.width
 
     def rows(self, device: torch.device | str | None = None) -> Tensor:
         """`S` in float64, shape `(k, in)`."""
-        return self.factor.to(device).double() * self.scale
+        return self._stored(torch.float64, device) * self.scale
+
+    def _stored(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
+        """`S / scale` exactly as it is stored; in float64 if it is stored so and else in float32, or in `dtype`."""
+        exact = dtype or (torch.float64 if self.factor.dtype == torch.float64 else torch.float32)
+        if self.scales is None:
+            return self.factor.to(device, exact)
+        scales = Scales(*(scale.to(device) for scale in self.scales))
+        return from_eight_bits(self.factor.to(device), scales, exact)
 
     def in_half_precision(self) -> LowRankCovariance:
         """The same with a factor in float16, scaled to the upper end of its range; doing it again changes nothing.
 
-        Entries keep 11 bits, over 30 powers of two below the largest one. The remainder makes up for what rounding
-        does to the trace.
+        Entries keep 11 bits, over 30 powers of two below the largest one. The trace is rounded with them: what a
+        large input channel loses is nothing that the remainder could make up for, which all channels have.
         """
         largest = self.factor.abs().max().item() * self.scale if self.factor.numel() else 0.0
         if largest == 0.0 or not math.isfinite(largest):
@@ -155,9 +166,12 @@ class LowRankCovariance(Covariance):
         mantissa, exponent = math.frexp(largest)
         exponent += int(torch.tensor(mantissa, dtype=torch.float64).half().item() == 1.0)
         scale = 2.0 ** (exponent - 15)
-        rounded = replace(self, factor=(self.rows() / scale).half(), scale=scale)
-        missing = (self.trace - rounded.trace) / self.width
-        return replace(rounded, remainder=max(0.0, self.remainder + missing))
+        return replace(self, factor=(self.rows() / scale).half(), scale=scale)
+
+    def in_eight_bits(self) -> LowRankCovariance:
+        """The same with a factor in int8, with scales for its rows and columns."""
+        numbers, scales = to_eight_bits(self.rows())
+        return replace(self, factor=numbers, scale=1.0, scales=scales)
 
     def dense(self) -> Tensor:
         factor = self.rows()
@@ -171,14 +185,18 @@ class LowRankCovariance(Covariance):
 
     def energy(self, rows: Tensor) -> float:
         # Nothing cancels in a sum of squares, so the product is as exact as a factor in float32 is; half the time.
-        exact = torch.float64 if self.factor.dtype == torch.float64 else torch.float32
-        seen = rows.to(exact) @ self.factor.to(rows.device, exact).T
+        factor = self._stored(device=rows.device)
+        seen = rows.to(factor.dtype) @ factor.T
         rest = self.remainder * rows.double().square().sum().item()
         return seen.square().sum(dtype=torch.float64).item() * self.scale**2 + rest
 
     def check(self) -> None:
         if self.factor.dim() != 2:
             raise InvalidCovarianceError(f"its factor has shape {tuple(self.factor.shape)}, not (k, in)")
+        if (self.factor.dtype == torch.int8) != (self.scales is not None):
+            raise InvalidCovarianceError(f"its factor has dtype {self.factor.dtype}; int8, and no other, has scales")
+        if self.scales is not None and [scale.numel() for scale in self.scales] != list(self.factor.shape):
+            raise InvalidCovarianceError("its scales are not one for each row and column of its factor")
         if not 0 < self.scale < math.inf:
             raise InvalidCovarianceError(f"its scale is {self.scale}, not a power of two")
         _check_remainder(self.remainder)

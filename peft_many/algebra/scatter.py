@@ -101,7 +101,7 @@ def _in_span(
     ends = list(itertools.accumulate(part.rank for part in covariances))
     stacked = torch.empty(ends[-1], covariances[0].width, dtype=torch.float64, device=device)
     for end, weight, part in zip(ends, weights, covariances):
-        stacked[end - part.rank : end].copy_(part.factor).mul_(part.scale * weight**0.5)
+        torch.mul(part.rows(device), weight**0.5, out=stacked[end - part.rank : end])
     remainder = sum(weight * part.remainder for weight, part in zip(weights, covariances))
     if remainder <= 0:
         raise SingularMergeError("the tasks' inputs leave directions unseen; merge with `ridge` above 0")

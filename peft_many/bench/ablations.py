@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from .guessed import GuessedCovariances
@@ -19,6 +20,7 @@ TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0)
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 SAMPLES = (8, 32, 128, 512)
 STATISTICS_RANKS = (8, 16, 32, 48, 64, 96)
+EIGHT_BITS_RANKS = (16, 32, 48, 64)
 ENERGIES = (0.9, 0.99, 0.999, 0.9999, 1.0)
 GUESSED_SHARES = (0.1, 0.3, 0.6)
 MERGED_RANKS = (4, 8, 16, 24, 32)
@@ -69,6 +71,9 @@ def ablations() -> Iterator[Method]:
         yield Method(f"{samples} samples", "samples", "", after)
     for rank in STATISTICS_RANKS:
         yield Method(f"rank {rank}", "rank of the statistics", "", partial(_remeasured, key=f"rank={rank}", rank=rank))
+    for rank in EIGHT_BITS_RANKS:
+        after = partial(_remeasured, key=f"rank={rank},int8", rank=rank, dtype=torch.int8)
+        yield Method(f"rank {rank}, int8", "rank of the statistics in eight bits", "", after)
     for energy in ENERGIES:
         after = partial(_remeasured, key=f"energy={energy:g}", energy=energy)
         yield Method(f"energy {energy:g}", "energy of the statistics", "", after)

@@ -46,6 +46,7 @@ def collect_statistics(
     rank: int | None = None,
     energy: float | None = None,
     error_budget: float | None = None,
+    dtype: torch.dtype = torch.float16,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     share_inputs: bool = True,
     across_processes: bool = True,
@@ -91,6 +92,8 @@ def collect_statistics(
             Choose how many directions to keep, up to `rank`, by the error that a merged delta may have, as a share of
             the size of its outputs, and not by `energy`; 0.05 say. It keeps fewer where no delta reads the input's
             energy. Of LoRA adapters only.
+        dtype (`torch.dtype`, defaults to `torch.float16`):
+            What the directions that are kept are stored in: float16, or int8, which takes half (docs/how-to.md).
         forward_fn (`Callable`, *optional*):
             `forward_fn(model, batch)`, for models that are not called as above.
         share_inputs (`bool`, defaults to `True`):
@@ -115,6 +118,8 @@ def collect_statistics(
         raise ValueError(f"`energy` must be in (0, 1], but it is {energy}.")
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` must be at least 1, but it is {rank}.")
+    if dtype not in (torch.float16, torch.int8):
+        raise ValueError(f"`dtype` must be torch.float16 or torch.int8, but it is {dtype}.")
     if error_budget is not None and not error_budget > 0:
         raise ValueError(f"`error_budget` must be positive, but it is {error_budget}.")
     state = current_processes() if across_processes else None
@@ -138,19 +143,25 @@ def collect_statistics(
     share = config.energy if energy is None and isinstance(config, MAnyConfig) else energy or DEFAULT_ENERGY
     if rank is None and (share < 1.0 or error_budget is not None):
         rank = DEFAULT_RANK
+    if rank is None and dtype == torch.int8:
+        raise ValueError(
+            "`energy=1.0` keeps whole matrices in float64; `dtype=torch.int8` needs a `rank` or less energy."
+        )
     size = None if rank is None else rank + math.ceil(OVERSAMPLING * rank)
     adapter = weights_of(peft_model, adapter_name, layers)
     covariances = CovarianceHooks(measured, bystanders, size, share_inputs, encoder, unmasked, base)
     prototypes = PrototypeHooks({name: base.get_submodule(name) for name in projectors})
 
     def keep(covariance: Covariance, names: list[str]) -> Covariance:
-        if rank is None or (error_budget is None and covariance.width <= rank):
+        if rank is None or (error_budget is None and covariance.width <= rank and dtype == torch.float16):
             return covariance  # whole; saving truncates it to the config's energy
         spectrum = eigen_directions(covariance)
         if error_budget is None:
-            return spectrum.truncate(share, rank=rank).in_half_precision()
-        kept = rank_within(spectrum, [adapter.deltas[name] for name in names if name in adapter.deltas], error_budget)
-        return spectrum.keep(min(kept, rank)).in_half_precision()
+            kept = spectrum.truncate(share, rank=rank)
+        else:
+            deltas = [adapter.deltas[name] for name in names if name in adapter.deltas]
+            kept = spectrum.keep(min(rank_within(spectrum, deltas, error_budget), rank))
+        return kept.in_half_precision() if dtype == torch.float16 else kept.in_eight_bits()
 
     def measure() -> tuple[int, dict[str, Covariance]]:
         samples = 0

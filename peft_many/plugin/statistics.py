@@ -16,14 +16,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..algebra.covariance import Covariance, DenseCovariance, InvalidCovarianceError, LowRankCovariance, truncate
+from ..algebra.eight_bits import Scales
 from ..algebra.lpm import LowRankDelta
 from .atomic import replace_file
 from .tensor_file import TensorFile, TensorFileWriter, lay_out
 
 STATISTICS_NAME = "adapter_statistics.safetensors"
-FORMAT_VERSION = 3
-# 1 knew neither scaled factors nor merges of lower rank, 2 no spreads.
-READABLE_VERSIONS = (1, 2, 3)
+FORMAT_VERSION = 4
+# 1 knew neither scaled factors nor merges of lower rank, 2 no spreads, 3 no factors in eight bits.
+READABLE_VERSIONS = (1, 2, 3, 4)
 DEFAULT_ENERGY = 0.9999
 LARGEST_FINGERPRINTED = 1 << 20
 
@@ -210,6 +211,9 @@ def _tensors_of(t: int, task: TaskStatistics, groups: Groups) -> Iterator[tuple[
             yield f"{t}.{key}.matrix", covariance.matrix
         elif isinstance(covariance, LowRankCovariance):
             yield f"{t}.{key}.factor", covariance.factor
+            if covariance.scales is not None:
+                yield f"{t}.{key}.row_scales", covariance.scales.rows
+                yield f"{t}.{key}.column_exponents", covariance.scales.columns
     for kind, tensors in (("prototype", task.prototypes), ("lora_A", task.deltas), ("lora_B", task.lora_B)):
         for name, tensor in tensors.items():
             yield f"{t}.{kind}.{name}", tensor
@@ -329,15 +333,21 @@ def _read_covariance(file: TensorFile, key: str, about: Mapping[str, Any]) -> Co
     read, tokens, remainder = _reader(file), int(about["tokens"]), float(about["remainder"])
     if f"{key}.matrix" in file:
         return DenseCovariance(remainder, tokens, read(f"{key}.matrix", 2))
-    return LowRankCovariance(remainder, tokens, read(f"{key}.factor", 2), float(about.get("scale", 1.0)))
+    scale = float(about.get("scale", 1.0))
+    if f"{key}.row_scales" not in file:
+        return LowRankCovariance(remainder, tokens, read(f"{key}.factor", 2), scale)
+    numbers, columns = read(f"{key}.factor", 2, torch.int8), read(f"{key}.column_exponents", 1, torch.int8)
+    return LowRankCovariance(remainder, tokens, numbers, scale, Scales(read(f"{key}.row_scales", 1), columns))
 
 
-def _reader(file: TensorFile) -> Callable[[str, int], Tensor]:
-    def read(key: str, dimensions: int) -> Tensor:
+def _reader(file: TensorFile) -> Callable[..., Tensor]:
+    def read(key: str, dimensions: int, dtype: torch.dtype | None = None) -> Tensor:
         if key not in file:
             raise StatisticsError(f"{file.path} lacks the tensor '{key}'.")
         tensor = file[key]
-        if not tensor.is_floating_point():
+        if dtype is not None and tensor.dtype != dtype:
+            raise StatisticsError(f"{file.path}: tensor '{key}' has dtype {tensor.dtype}, not {dtype}.")
+        if dtype is None and not tensor.is_floating_point():
             raise StatisticsError(f"{file.path}: tensor '{key}' has dtype {tensor.dtype}, not a floating-point one.")
         if tensor.dim() != dimensions:
             raise StatisticsError(

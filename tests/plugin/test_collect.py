@@ -16,7 +16,7 @@ from peft.utils import AuxiliaryTrainingWrapper, PeftWarning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from peft_many import MAnyConfig, collect_statistics, merge_adapter_sequence
+from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
 from peft_many.algebra.covariance import CovarianceAccumulator, DenseCovariance, LowRankCovariance
 from peft_many.plugin.image_calls import WATCHED_METHODS
 from peft_many.plugin.layers import lora_layers
@@ -705,7 +705,7 @@ def test_wide_inputs_are_sketched_and_narrow_ones_are_whole() -> None:
     for name, covariance in task.covariances.items():
         exact = whole.covariances[name]
         assert covariance.tokens == exact.tokens
-        assert covariance.trace == pytest.approx(exact.trace, rel=1e-4)
+        assert covariance.trace == pytest.approx(exact.trace, rel=1e-3)
         if covariance.width == rank:
             assert isinstance(covariance, DenseCovariance)
             assert torch.equal(covariance.dense(), exact.dense())
@@ -753,6 +753,36 @@ def test_an_error_budget_counts_also_where_the_config_keeps_all_energy() -> None
     (expected,), (found,) = (collect(m, text_batches(), error_budget=0.3).tasks for m in (plain, whole))
     for name, covariance in found.covariances.items():
         assert torch.equal(covariance.factor, expected.covariances[name].factor)
+
+
+def test_eight_bits_are_half_the_bytes_and_as_good_a_merge(tmp_path: Path) -> None:
+    model = adapted("llama")
+    perturb(model, "default", seed=1)
+    (half,) = collect(model, text_batches(count=5), rank=12).tasks
+    (eight,) = collect(model, text_batches(count=5), rank=12, dtype=torch.int8).tasks
+    for name, covariance in eight.covariances.items():
+        assert covariance.factor.dtype == torch.int8
+        assert covariance.remainder == half.covariances[name].remainder
+        error = torch.linalg.matrix_norm(covariance.dense() - half.covariances[name].dense(), 2)
+        assert error < 0.01 * covariance.trace
+    assert sum(c.factor.nbytes for c, _ in eight.groups()) == sum(c.factor.nbytes for c, _ in half.groups()) / 2
+    model.save_pretrained(tmp_path)
+    saved = AdapterStatistics.load(tmp_path / STATISTICS_NAME).tasks[0]
+    merged = merge_adapter_files([tmp_path], tmp_path / "merged", progress=False)
+    for kept in (saved, AdapterStatistics.load(merged / STATISTICS_NAME).tasks[0]):
+        for name, covariance in eight.covariances.items():
+            assert torch.equal(kept.covariances[name].dense(), covariance.dense())
+
+
+def test_narrow_inputs_are_in_eight_bits_too() -> None:
+    (task,) = collect(adapted("llama"), text_batches(), dtype=torch.int8).tasks
+    assert {covariance.factor.dtype for covariance in task.covariances.values()} == {torch.int8}
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": torch.float32}, {"dtype": torch.int8, "energy": 1.0}])
+def test_dtypes_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="`dtype"):
+        collect(adapted("llama"), text_batches(), **wrong)
 
 
 @pytest.mark.parametrize("option", [{"rank": 0}, {"error_budget": 0.0}, {"error_budget": -1.0}, {"energy": 0.0}])
