@@ -178,7 +178,7 @@ def make_task(family: str, task: int, style: int, folder: Path) -> None:
     perturb(model, "default", seed=task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experts that no token was sent to
-        collect_statistics(model, batches, share_inputs=row.share_inputs, progress=False)
+        collect_statistics(model, batches, progress=False)
     model.save_pretrained(str(folder))
 
 

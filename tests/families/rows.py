@@ -18,7 +18,6 @@ class Row:
         inputs (`str`, *optional*): How it takes images (`tests.families.inputs`); by default found by its arguments.
         tokens (`int`, *optional*): How many tokens an image becomes; by default its `get_image_features` is asked.
         images_per_row (`str`): `"any"` number of images, or exactly `"one"`.
-        share_inputs (`bool`): Of `collect_statistics`.
         position_axes (`int`, *optional*): Give position ids of that many axes, counted from 0 in every row.
         video (`str`): How the tokens of a video are laid out (`tests.families.video`).
         note (`str`): For the table.
@@ -30,7 +29,6 @@ class Row:
     inputs: str | None = None
     tokens: int | None = None
     images_per_row: str = "any"
-    share_inputs: bool = True
     position_axes: int | None = None
     video: str = "one"
     note: str = ""
@@ -293,7 +291,7 @@ _ROWS: dict[str, Row] = {
     "idefics2": Row(prompt="fenced"),
     "idefics3": Row(prompt="rows"),
     "smolvlm": Row(prompt="rows"),
-    "t5gemma2": Row(tokens=4, share_inputs=False),
+    "t5gemma2": Row(tokens=4),
     "git": Row(inputs="stacked", tokens=0, images_per_row="one"),
     "kosmos-2": Row(inputs="stacked", tokens=8, images_per_row="one"),
     "kosmos-2.5": Row({"vision_config": {"patch_embed_hidden_size": 48}}, inputs="flattened", tokens=8),
