@@ -90,7 +90,7 @@ class ProjectorMixture(nn.Module):
         features = features_of(args, kwargs)
         if not features.is_floating_point():  # ids of tokens that are no part of an image, such as those around it
             return self._uniform(of_tasks, args, kwargs)
-        layout = current_layout(features, self)
+        layout = current_layout(features, self, kwargs)
         by_task = self._decide(layout, vision_features_of(args, kwargs))
         if self.gate is not None and not layout.continues:
             note_images(self.gate, by_task, layout)
