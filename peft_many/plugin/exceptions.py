@@ -65,6 +65,7 @@ EXCEPTIONS: dict[str, Exceptional] = {
     # All tiles of an image are one run of placeholders,
     "aria": Exceptional(tiles=Tiles(0)),
     "internvl": Exceptional(tiles=Tiles(0)),
+    "perception_lm": Exceptional(tiles=Tiles(0)),
     "qianfan_ocr": Exceptional(tiles=Tiles(0)),
     "got_ocr2": Exceptional(tiles=Tiles(0)),
     # or have a token in between,

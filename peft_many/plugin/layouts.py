@@ -291,9 +291,9 @@ def _new_ids(arguments: Any) -> Tensor | None:
 
 
 def _placeholders(model: nn.Module, modality: str) -> list[int]:
-    """The tokens that may stand for images, or videos: some families have no token of videos' own, and use images'."""
-    config = getattr(model, "config", None)
-    tokens = (getattr(config, f"{kind}_token_{end}", None) for kind in (modality, "image") for end in ("id", "index"))
+    """The tokens that may stand for images, or videos: some families use one token, or one method, for both."""
+    config, kinds = getattr(model, "config", None), (modality, "image", "video")
+    tokens = (getattr(config, f"{kind}_token_{end}", None) for kind in kinds for end in ("id", "index"))
     return [int(token) for token in tokens if token is not None]
 
 

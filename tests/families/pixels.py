@@ -137,6 +137,16 @@ def masked_tiles(config: Any, rows: list[list[Picture]]) -> Arguments:
     return {"pixel_values": padded([*tiles, torch.zeros(3, TILE, TILE)])[:-1], "pixel_mask": mask}
 
 
+def enlarged(config: Any, rows: list[list[Picture]]) -> Arguments:
+    """FastVLM: for a tower that makes a patch of 64 pixels."""
+    return {"pixel_values": nn.functional.interpolate(stacked(config, rows)["pixel_values"], scale_factor=8)}
+
+
+def equal_tiles(config: Any, rows: list[list[Picture]]) -> Arguments:
+    """Perception LM: `(images, tiles, 3, height, width)`."""
+    return {"pixel_values": torch.stack([tiles_of(image) for image in flat(rows)])}
+
+
 def patch_images(config: Any, rows: list[list[Picture]]) -> Arguments:
     """Flat patches that are small pictures, and `(images, 3)` grids."""
     patch = setting(config, ("patch_size",), PATCH)
@@ -288,7 +298,7 @@ def pooled(config: Any, rows: list[list[Picture]]) -> Arguments:
 
 # Which of these ways give the tiles of a picture places of their own in the prompt, and how many it has.
 _CUT: dict[str, Callable[[Picture], Any]] = {
-    **dict.fromkeys(("tiles", "batch", "batch_mask", "masked_tiles", "packed"), tiles_of),
+    **dict.fromkeys(("tiles", "batch", "batch_mask", "masked_tiles", "equal_tiles", "packed"), tiles_of),
     "quarters": quarters,
 }
 
@@ -315,6 +325,8 @@ KINDS: dict[str, tuple[Callable[[Any, list[list[Picture]]], Arguments], tuple[tu
     "tiles": (tiled, (_SQUARE, _TWO)),
     "batch": (batched, (_SQUARE, _TWO)),
     "quarters": (split_in_four, (_SQUARE, _WIDE)),
+    "large": (enlarged, (_SQUARE,)),
+    "equal_tiles": (equal_tiles, (_TWO,)),
     "masked_tiles": (masked_tiles, (_LOW, _TWO)),
     "batch_mask": (batched_mask, (_SQUARE, _TWO)),
     "two_resolutions": (two_resolutions, (_SQUARE,)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,9 @@ class Row:
         position_axes (`int`, *optional*): Give position ids of that many axes, counted from 0 in every row.
         video (`str`): How the tokens of a video are laid out (`tests.families.video`).
         video_unfit (`str`, *optional*): Why videos are not run.
+        requires (`str`, *optional*):
+            A package beside those of the tests, without which it is left out. timm brings torchvision, of which the
+            usual builds cannot be imported beside a torch without CUDA; and once there, transformers imports it.
         note (`str`): For the table.
         unfit (`str`, *optional*): Why it is not run at all.
     """
@@ -33,6 +37,7 @@ class Row:
     position_axes: int | None = None
     video: str = "one"
     video_unfit: str | None = None
+    requires: str | None = None
     note: str = ""
     unfit: str | None = None
 
@@ -55,6 +60,18 @@ _HALF_MROPE = {
     "rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
 }
 _SMALL_SAM = {"downsample_channels": [24, 24], "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 40}
+
+
+def _timm(architecture: str, **arguments: Any) -> dict[str, Any]:
+    """A vision tower of timm's."""
+    return {"model_type": "timm_wrapper", "architecture": architecture, "model_args": arguments}
+
+
+# Of MobileNet: a plain one, and one with an inverted bottleneck.
+_BLOCK = {"out_chs": 8, "stride": 2, "act_layer": None, "exp_ratio": 2.0, "se_ratio": 0.0, "noskip": False}
+_PLAIN = {**_BLOCK, "block_type": "er", "exp_kernel_size": 3, "pw_kernel_size": 1, "force_in_chs": 0}
+_KERNELS = {"dw_kernel_size_start": 0, "dw_kernel_size_mid": 3, "dw_kernel_size_end": 0}
+_BOTTLENECK = {**_BLOCK, **_KERNELS, "block_type": "uir"}
 _MINICPM = Row(
     {"image_token_id": 90, "video_token_id": 91, "insert_layer_id": 0},
     inputs="packed",
@@ -209,9 +226,41 @@ _ROWS: dict[str, Row] = {
     "emu3": Row(unfit="images become token ids of a codebook: there is no projector"),
     "evolla": Row(unfit="takes proteins, not images"),
     "mistral4": Row(unfit="a text model: its class takes no images"),
-    "fast_vlm": Row(unfit="its vision tower is a timm model, and timm is not among the requirements"),
-    "gemma3n": Row(unfit="its vision tower is a timm model, and timm is not among the requirements"),
-    "perception_lm": Row(unfit="its vision tower is a timm model, and timm is not among the requirements"),
+    "fast_vlm": Row(
+        {
+            "vision_config": _timm("fastvit_mci3", layers=[1] * 5, embed_dims=[32] * 5, inference_mode=True)
+            | {"hidden_size": 64}
+        },
+        inputs="large",
+        requires="timm",
+        note="tested with timm at hand, which its vision tower needs",
+    ),
+    "gemma3n": Row(
+        {
+            "vision_config": _timm(
+                "mobilenetv5_300m_enc",
+                block_args=[[_PLAIN], *([dict(_BOTTLENECK)] for _ in range(3))],
+                stem_size=8,
+                msfa_output_resolution=2,
+            )
+            | {"model_type": "gemma3n_vision", "hidden_size": 2048},
+            "vision_soft_tokens_per_image": 4,
+            "text_config": {"intermediate_size": [40, 40], "num_kv_shared_layers": 0},
+        },
+        inputs="stacked",
+        requires="timm",
+        note="tested with timm at hand, which its vision tower needs",
+    ),
+    "perception_lm": Row(
+        {
+            "vision_config": _timm(
+                "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3
+            )
+        },
+        inputs="equal_tiles",
+        requires="timm",
+        note="tested with timm at hand, which its vision tower needs",
+    ),
     "glm4v": Row({"text_config": _MROPE}, video="bounded"),
     "glm46v": Row({"text_config": _MROPE}, video="bounded"),
     "glmga": Row({"text_config": _MROPE}, video="bounded"),
@@ -346,3 +395,9 @@ FAMILIES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) | _M
 
 def row_of(family: str) -> Row:
     return _ROWS.get(family, Row())
+
+
+def is_missing(family: str) -> bool:
+    """Whether a package that the family needs is not installed."""
+    needed = row_of(family).requires
+    return needed is not None and importlib.util.find_spec(needed) is None

@@ -19,16 +19,18 @@ Videos = list[list[Picture]]
 
 
 def takes_videos(model: Any) -> bool:
-    """Whether a model has a method and an argument for videos."""
-    arguments = inspect.signature(type(model).forward).parameters
-    return _owner(model) is not None and "pixel_values_videos" in arguments
+    """Whether a model has an argument for videos."""
+    return "pixel_values_videos" in inspect.signature(type(model).forward).parameters
 
 
 def video_inputs(model: Any, styles: list[int], row: Row) -> Arguments:
     """The arguments of a call with a video of each style, with tokens laid out as the row says."""
     features, layout = _features(model, styles, row), row.video
+    one = _features(model, styles[:1], row)
+    if not hasattr(_owner(model), "get_video_features"):
+        one = {"pixel_values": one["pixel_values_videos"]}
     with torch.no_grad():
-        output = _owner(model).get_video_features(**_features(model, styles[:1], row), return_dict=True).pooler_output
+        output = _method(model)(**one, return_dict=True).pooler_output
     parts = output if isinstance(output, (list, tuple)) else [output]
     frame, further = divmod(sum(part.shape[:-1].numel() for part in parts), FRAMES)
     names = ("video_token_id", "video_token_index", "image_token_id", "image_token_index")[2 * (layout == "bounded") :]
@@ -57,7 +59,7 @@ _LAYOUTS: dict[str, Callable[[Any, list[int], list[int]], list[int]]] = {
 
 def _features(model: Any, styles: list[int], row: Row) -> Arguments:
     videos = [[picture(style, 20 + frame) for frame in range(FRAMES)] for style in styles]
-    arguments = inspect.signature(_owner(model).get_video_features).parameters
+    arguments = inspect.signature(_method(model)).parameters
     way = next((way for name, way in _WAYS.items() if name in arguments), _stacked)
     inputs = way(model, videos)
     if row.inputs == "patch_images":
@@ -81,7 +83,7 @@ def _gridded(model: Any, videos: Videos) -> Arguments:
     patches = torch.cat([patches_of(frame, patch, merge, together) for frames in videos for frame in frames])
     grids = [[FRAMES, frames[0].shape[1] // patch, frames[0].shape[2] // patch] for frames in videos]
     inputs: Arguments = {"pixel_values_videos": patches, "video_grid_thw": torch.tensor(grids)}
-    if "video_merge_sizes" in inspect.signature(_owner(model).get_video_features).parameters:
+    if "video_merge_sizes" in inspect.signature(_method(model)).parameters:
         inputs["video_merge_sizes"] = torch.full((len(grids),), MERGE)
     return inputs
 
@@ -122,5 +124,13 @@ _WAYS: dict[str, Callable[[Any, Videos], Arguments]] = {
 }
 
 
-def _owner(model: Any) -> nn.Module | None:
-    return next((part for part in (model.base_model, model) if hasattr(part, "get_video_features")), None)
+def _owner(model: Any) -> nn.Module:
+    names = ("get_video_features", "get_image_features")
+    return next(part for name in names for part in (model.base_model, model) if hasattr(part, name))
+
+
+def _method(model: Any) -> Callable[..., Any]:
+    """What turns videos into features: of some families the same as for images."""
+    owner: Any = _owner(model)
+    method: Callable[..., Any] = getattr(owner, "get_video_features", None) or owner.get_image_features
+    return method
