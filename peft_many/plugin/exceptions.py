@@ -7,6 +7,21 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """How the tiles of an image, or the frames of a video, stand in the prompt, where nothing says how many they are.
+
+    Args:
+        gap (`int`): The most tokens that stand between two of one image.
+        own_opener (`bool`): Whether the token in front of a tile is another one than in front of an image.
+        number (`int`, *optional*): How many there are of every image that is cut; markers do not tell images apart.
+    """
+
+    gap: int
+    own_opener: bool = False
+    number: int | None = None
+
+
+@dataclass(frozen=True)
 class Exceptional:
     """What is to be known of one family.
 
@@ -16,16 +31,16 @@ class Exceptional:
         pools_encoder (`bool`):
             Whether images are told apart by what the vision tower gives, as the projector reads something else.
         one_by_one (`bool`): Whether the projector is called for each image by itself.
-        tile_gap (`int`, *optional*):
-            Of families that cut images into tiles and do not say how many: the most tokens that stand between the
-            tiles of one image in the prompt.
+        tiles ([`Tiles`], *optional*): Of families that cut images into tiles and do not say how many.
+        frames ([`Tiles`], *optional*): Of families that hand over videos as frames and do not say how many.
     """
 
     projectors: tuple[str, ...] = ()
     language_model: str | None = None
     pools_encoder: bool = False
     one_by_one: bool = False
-    tile_gap: int | None = None
+    tiles: Tiles | None = None
+    frames: Tiles | None = None
 
 
 EXCEPTIONS: dict[str, Exceptional] = {
@@ -48,18 +63,25 @@ EXCEPTIONS: dict[str, Exceptional] = {
     "instructblipvideo": Exceptional(pools_encoder=True),
     "hunyuan_vl": Exceptional(one_by_one=True),
     # All tiles of an image are one run of placeholders,
-    "internvl": Exceptional(tile_gap=0),
-    "qianfan_ocr": Exceptional(tile_gap=0),
-    "got_ocr2": Exceptional(tile_gap=0),
+    "aria": Exceptional(tiles=Tiles(0)),
+    "internvl": Exceptional(tiles=Tiles(0)),
+    "perception_lm": Exceptional(tiles=Tiles(0)),
+    "qianfan_ocr": Exceptional(tiles=Tiles(0)),
+    "got_ocr2": Exceptional(tiles=Tiles(0)),
     # or have a token in between,
-    "aya_vision": Exceptional(tile_gap=1),
-    "cohere2_vision": Exceptional(tile_gap=1),
-    "idefics2": Exceptional(tile_gap=1),
+    "aya_vision": Exceptional(tiles=Tiles(1)),
+    "cohere2_vision": Exceptional(tiles=Tiles(1)),
+    "ovis2": Exceptional(tiles=Tiles(1)),
+    # which between two images is the same one: they are cut into four and the whole, or not at all;
+    "idefics2": Exceptional(tiles=Tiles(1, number=5)),
     # or two, or line breaks more.
-    "llama4": Exceptional(tile_gap=2),
-    "granite_docling": Exceptional(tile_gap=4),
-    "idefics3": Exceptional(tile_gap=4),
-    "smolvlm": Exceptional(tile_gap=4),
+    "llama4": Exceptional(tiles=Tiles(2)),
+    "granite_docling": Exceptional(tiles=Tiles(4)),
+    "idefics3": Exceptional(tiles=Tiles(4)),
+    "smolvlm": Exceptional(tiles=Tiles(4)),
+    "minicpm_ocr": Exceptional(tiles=Tiles(3, own_opener=True), frames=Tiles(3)),
+    "minicpmv4_6": Exceptional(tiles=Tiles(3, own_opener=True), frames=Tiles(3)),
+    "minicpmv4_7": Exceptional(tiles=Tiles(3, own_opener=True), frames=Tiles(3)),
 }
 
 

@@ -15,7 +15,7 @@ from peft.utils import PeftWarning
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..algebra.covariance import Covariance, CovarianceAccumulator
+from ..algebra.covariance import Covariance, CovarianceAccumulator, mean_covariance
 from ..algebra.sketch import CovarianceSketch
 from .layouts import features_of
 from .routed_rows import RoutedRows
@@ -38,7 +38,7 @@ class CovarianceHooks:
     """Accumulates the input covariance of each layer while the `with` block runs; a shared input only once.
 
     Layers share an input if the very same tensor arrives at them in every call. The first measured layer that it
-    arrives at sums it up for all.
+    arrives at sums it up for all; what reads the inputs of two such layers in turn gets the sum of both.
 
     Args:
         measured (`Mapping[str, nn.Module]`): Linear layers by path, each of which gets a covariance.
@@ -118,10 +118,10 @@ class CovarianceHooks:
         self._routed.forget()
 
     def result(self) -> dict[str, Covariance]:
-        """The covariance of every layer that has one; layers that always shared their input share one object.
+        """The covariance of every layer that has one; layers that always got the same inputs share one object.
 
         Raises:
-            RuntimeError: Two measured layers shared their input in some calls only.
+            RuntimeError: A measured layer shared another's input in some of that one's calls only.
         """
         if self._routed.searched and not self._routed.recognised:
             warnings.warn(
@@ -130,33 +130,40 @@ class CovarianceHooks:
                 PeftWarning,
                 stacklevel=3,
             )
-        sums: dict[str, Covariance] = {}
+        parts: dict[str, Covariance] = {}
         for name in list(self._accumulators):  # each is let go before the next is finished: they are large
-            sums[name] = self._accumulators.pop(name).result()
+            parts[name] = self._accumulators.pop(name).result()
+        sums: dict[tuple[str, ...], Covariance] = {}
         found: dict[str, Covariance] = {}
         for name, layer in self.measured.items():
             if self._calls[name] == 0:
                 found[name] = self._accumulator(_input_width(layer), torch.device("cpu")).result()
                 continue
-            leader = self._constant_leader(name)
-            if leader is None:
+            leaders = self._leaders(name)
+            if leaders is None:
                 raise RuntimeError(
                     f"'{name}' shared its input with {sorted(self._led_by[name])} in some calls and not in others; "
                     "call collect_statistics with share_inputs=False."
                 )
-            found[name] = sums[leader]
+            if leaders not in sums:
+                of_leaders = [parts[leader] for leader in leaders]
+                sums[leaders] = of_leaders[0] if len(leaders) == 1 else mean_covariance(of_leaders)
+            found[name] = sums[leaders]
         for name in self.bystanders:
-            leader = self._constant_leader(name)
-            if leader is not None:
-                found[name] = sums[leader]
+            leaders = self._leaders(name)
+            if leaders in sums:
+                found[name] = sums[leaders]
         return found
 
-    def _constant_leader(self, name: str) -> str | None:
-        """The layer that summed up this one's input in each of its calls, and no other input."""
-        leaders = list(self._led_by[name])
-        if len(leaders) != 1 or not self._calls[name] == self._led_by[name][leaders[0]] == self._calls[leaders[0]]:
-            return None
-        return leaders[0]
+    def _leaders(self, name: str) -> tuple[str, ...] | None:
+        """The layers whose sums make up all that arrived at this one, and nothing else; `None` if none do.
+
+        They are several where a layer reads two inputs in turn, of which others read one: keys in attention over
+        decoder and encoder at once read those of the queries, and the encoder's.
+        """
+        led = self._led_by[name]
+        whole = all(times == self._led_by[leader][leader] for leader, times in led.items())
+        return tuple(sorted(led)) if led and whole and led.total() == self._calls[name] else None
 
     def _hook(self, name: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -27,7 +27,11 @@ class ImageLayout:
             (images or tiles).
         leading (`int`): If rows are entries, of how many of the first dimensions.
         channels_first (`bool`): Whether features are maps of a convolution, `(rows, d, height, width)`.
-        real (`torch.Tensor`, *optional*): Shape `(rows,)`, bool, on the CPU: which rows are no padding.
+        real (`torch.Tensor`, *optional*):
+            Shape `(rows,)`, bool, on the CPU: which rows are no padding. Of shape `(rows, patches)`: which patches.
+        parts (`torch.Tensor`, *optional*):
+            Shape `(images,)`, int64, on the CPU: how many entries each image has in an output that is a list. One by
+            default.
         outputs ([`ImageLayout`], *optional*):
             That of the projector's output, where its rows are not in proportion to those of the input.
         continues (`bool`): Whether these are parts of images that were seen as a whole, so that their task is decided.
@@ -38,6 +42,7 @@ class ImageLayout:
     leading: int = 1
     channels_first: bool = False
     real: Tensor | None = None
+    parts: Tensor | None = None
     continues: bool = False
     outputs: ImageLayout | None = None
 
@@ -50,12 +55,13 @@ class ImageLayout:
             rows = features.reshape(features.shape[:-1].numel(), width)
         else:
             entries = features.shape[: self.leading].numel()
-            patches = features.reshape(entries, features.shape[self.leading : -1].numel(), width)
-            rows = patches.mean(1, dtype=torch.float32)
-        owners = self._owners(len(rows))
-        if self.real is not None:
-            rows, owners = rows[self.real.to(rows.device)], owners[self.real]
-        counts = torch.bincount(owners, minlength=len(self.lengths))
+            rows = features.reshape(entries, features.shape[self.leading : -1].numel(), width)
+            if self.real is None or self.real.dim() == 1:
+                rows = rows.mean(1, dtype=torch.float32)
+        if self.real is None:
+            counts = torch.bincount(self._owners(len(rows)), minlength=len(self.lengths))
+        else:
+            rows, counts = rows[self.real.to(rows.device)], self._real_counts(self.real)
         return pool_segments(rows, counts.to(rows.device))
 
     @property
@@ -63,7 +69,12 @@ class ImageLayout:
         """Which images are no padding, shape `(images,)`, bool, on the CPU."""
         if self.real is None:
             return torch.ones(len(self.lengths), dtype=torch.bool)
-        return torch.bincount(self._owners(len(self.real))[self.real], minlength=len(self.lengths)) > 0
+        return self._real_counts(self.real) > 0
+
+    def _real_counts(self, real: Tensor) -> Tensor:
+        """How many rows, or patches, of each image are no padding, int64, on the CPU."""
+        owners = self._owners(len(real)).reshape(-1, *[1] * (real.dim() - 1)).expand_as(real)
+        return torch.bincount(owners[real], minlength=len(self.lengths))
 
     def can_cut(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether it is clear what of a projector's arguments belongs to which image."""
@@ -127,8 +138,9 @@ class ImageLayout:
 
     def _add_structure(self, mixed: Any, outputs: Any, weights: Tensor, images: Tensor) -> Any:
         """`add_weighted` for an output that is no tensor: each part by itself."""
-        if self.flat and isinstance(outputs, (list, tuple)) and len(outputs) == len(images):  # a part for each image
-            parts: list[Any] = [weight * part.float() for weight, part in zip(weights, outputs)]
+        by_part = weights if self.parts is None else weights.repeat_interleave(self.parts.to(weights.device))
+        if self.flat and isinstance(outputs, (list, tuple)) and len(outputs) == len(by_part):
+            parts: list[Any] = [weight * part.float() for weight, part in zip(by_part, outputs)]
             return type(outputs)(parts if mixed is None else [old.add_(new) for old, new in zip(mixed, parts)])
         olds = [None] * len(outputs) if mixed is None else parts_of(mixed)
         news = [self.add_weighted(old, new, weights, images) for old, new in zip(olds, parts_of(outputs))]

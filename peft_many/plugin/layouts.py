@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from .exceptions import exceptional
+from .exceptions import Tiles, exceptional
 from .image_calls import ImageCall, current_image_call, current_model_call
 from .image_layout import ImageLayout
 
@@ -28,29 +28,42 @@ def vision_features_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return features_of(args, kwargs) if call is None or call.encoded is None else call.encoded
 
 
-def current_layout(features: Tensor, projector: nn.Module | None = None) -> ImageLayout:
+def current_layout(
+    features: Tensor, projector: nn.Module | None = None, further: Mapping[str, Any] | None = None
+) -> ImageLayout:
     """The layout of the features that arrive at a projector now.
 
     Args:
         features (`torch.Tensor`): The projector's input.
         projector (`torch.nn.Module`, *optional*): It tells which dimension of a convolution's map holds channels.
+        further (`Mapping[str, Any]`, *optional*): Its arguments by name, of which a mask tells padding of patches.
 
     Raises:
         RuntimeError: The features are flat patches, and nothing says where images begin.
     """
     call = current_image_call()
-    channels_first = _has_channels_first(features, projector)
-    for layout_of in LAYOUTS:
-        layout = layout_of(call, features, projector)
-        if layout is not None:
-            return replace(layout, channels_first=channels_first)
-    if features.dim() < 3:
+    layout = next((found for way in LAYOUTS if (found := way(call, features, projector)) is not None), None)
+    if layout is None and features.dim() < 3:
         raise RuntimeError(
             f"The projector got flat vision features of shape {tuple(features.shape)}, and neither a running call of "
             "the model's `get_image_features` nor the token ids of a running `forward` say where images begin, so "
             "they cannot be told apart."
         )
-    return ImageLayout(torch.ones(len(features), dtype=torch.int64), flat=False, channels_first=channels_first)
+    if layout is None:
+        layout = ImageLayout(torch.ones(len(features), dtype=torch.int64), flat=False)
+    real = layout.real
+    if real is None and not layout.flat and features.dim() == 3:
+        real = _real_patches(features, further or {})
+    return replace(layout, channels_first=_has_channels_first(features, projector), real=real)
+
+
+def _real_patches(features: Tensor, further: Mapping[str, Any]) -> Tensor | None:
+    """Which patches are no padding, `(entries, patches)`, by the projector's mask: Idefics 2 and, inverted, Aria."""
+    for name, marks_padding in (("attention_mask", False), ("attn_mask", True)):
+        mask = further.get(name)
+        if isinstance(mask, Tensor) and not mask.is_floating_point() and mask.shape == features.shape[:2]:
+            return mask.bool().cpu() ^ marks_padding
+    return None
 
 
 def _by_call(call: ImageCall | None, features: Tensor, projector: nn.Module | None) -> ImageLayout | None:
@@ -62,21 +75,40 @@ def _by_call(call: ImageCall | None, features: Tensor, projector: nn.Module | No
 
 def _by_grid(call: ImageCall | None, features: Tensor, projector: nn.Module | None) -> ImageLayout | None:
     """Qwen-VL and relatives: `(images, 2 or 3)` grids of (time,) height and width in patches, all in one row."""
-    for name in ("image_grid_thw", "video_grid_thw", "image_grid_hw", "target_sizes"):
+    for name in ("image_grid_thw", "video_grid_thw", "image_grid_hw"):
         if call is not None and call.arguments.get(name) is not None:
             return ImageLayout(torch.as_tensor(call.arguments[name]).prod(-1).cpu(), flat=True)
     return None
 
 
+def _by_slice(call: ImageCall | None, features: Tensor, projector: nn.Module | None) -> ImageLayout | None:
+    """MiniCPM-V: `(slices, 2)` grids; which slices make up an image, or frames a video, the token ids tell."""
+    sizes = None if call is None else call.arguments.get("target_sizes")
+    if sizes is None:
+        return None
+    slices = torch.as_tensor(sizes).prod(-1).cpu()
+    tokens = _tokens_of_images(call)
+    if tokens is None:
+        return ImageLayout(slices, flat=True)
+    ends, ends_of_slices = tokens.cumsum(0) * slices.sum() // tokens.sum(), slices.cumsum(0)
+    last = torch.searchsorted(ends_of_slices, ends)
+    if not torch.equal(ends_of_slices[last.clamp(max=len(slices) - 1)], ends):
+        return ImageLayout(slices, flat=True)
+    return ImageLayout(tokens, flat=True, parts=torch.diff(last, prepend=last.new_full((1,), -1)))
+
+
 def _by_place(call: ImageCall | None, features: Tensor, projector: nn.Module | None) -> ImageLayout | None:
-    """Gemma 4: `(images, patches, 2)` places of patches, -1 for padding, which flat features are without."""
-    places = None if call is None else call.arguments.get("image_position_ids")
+    """Gemma 4: `(images or frames, patches, 2)` places, -1 for padding, which flat features are without."""
+    arguments = {} if call is None else call.arguments
+    places = next((arguments[n] for n in ("image_position_ids", "video_position_ids") if n in arguments), None)
     if places is None:
         return None
+    frames = arguments.get("num_frames_per_video")
     real = (places != -1).all(-1).cpu()
+    entries = torch.ones(len(real), dtype=torch.int64) if frames is None else torch.as_tensor(frames).cpu()
     if features.dim() == 2:
-        return ImageLayout(real.sum(-1), flat=True)
-    return ImageLayout(torch.full((len(real),), real.shape[1]), flat=False, leading=2, real=real.reshape(-1))
+        return ImageLayout(torch.stack([part.sum() for part in real.split(entries.tolist())]), flat=True)
+    return ImageLayout(entries, flat=False, leading=2, real=real.reshape(-1))
 
 
 def _by_resolution(call: ImageCall | None, features: Tensor, projector: nn.Module | None) -> ImageLayout | None:
@@ -154,27 +186,39 @@ def _by_token(call: ImageCall | None, features: Tensor, projector: nn.Module | N
 
     InternVL puts all tiles of an image into one run, Idefics3 markers in between.
     """
-    model, arguments = current_model_call()
-    gap = exceptional(model).tile_gap
-    if model is None or (gap is None and features.dim() > 2):
-        return None
-    modality = "image" if call is None else call.modality
-    ids, token = _new_ids(arguments), _placeholder(model, modality)
-    if ids is None or token is None:
-        return None
-    end = next((getattr(model.config, name) for name in _ENDS if getattr(model.config, name, None) is not None), None)
-    runs = [run for row in ids.tolist() for run in image_runs(row, token, gap or 0, end)]
-    rows, flat = len(features), features.dim() <= 2
-    lengths = torch.tensor(runs, dtype=torch.int64)
-    if not runs or int((lengths * rows // lengths.sum()).sum()) != rows:
+    flat = features.dim() <= 2
+    lengths = _tokens_of_images(call) if flat or _tiles(call) is not None else None
+    if lengths is None or int((lengths * len(features) // lengths.sum()).sum()) != len(features):
         return None
     return ImageLayout(lengths, flat)
+
+
+def _tiles(call: ImageCall | None) -> Tiles | None:
+    """How tiles or frames stand in the prompt of the model that runs."""
+    row = exceptional(current_model_call()[0])
+    return row.frames if call is not None and call.modality == "video" and row.frames is not None else row.tiles
+
+
+def _tokens_of_images(call: ImageCall | None) -> Tensor | None:
+    """How many placeholder tokens each image has, `(images,)`, int64; `None` if no token ids tell."""
+    model, arguments = current_model_call()
+    ids = _new_ids(arguments)
+    if model is None or ids is None:
+        return None
+    rows, tokens = ids.tolist(), _placeholders(model, "image" if call is None else call.modality)
+    token = next((one for one in tokens if any(one in row for row in rows)), None)
+    if token is None:
+        return None
+    end = next((getattr(model.config, name) for name in _ENDS if getattr(model.config, name, None) is not None), None)
+    runs = [run for row in rows for run in image_runs(row, token, _tiles(call) or Tiles(0), end)]
+    return torch.tensor(runs, dtype=torch.int64)
 
 
 # A row for each way, of which the first that fits counts.
 LAYOUTS: tuple[Callable[[ImageCall | None, Tensor, nn.Module | None], ImageLayout | None], ...] = (
     _by_call,
     _by_grid,
+    _by_slice,
     _by_place,
     _by_resolution,
     _by_size,
@@ -190,41 +234,50 @@ LAYOUTS: tuple[Callable[[ImageCall | None, Tensor, nn.Module | None], ImageLayou
 _ENDS = ("eoi_token_id", "eoi_token_index", "image_end_token_id")
 
 
-def image_runs(ids: list[int], token: int, gap: int, end: int | None = None) -> list[int]:
+def image_runs(ids: list[int], token: int, tiles: Tiles, end: int | None = None) -> list[int]:
     """How many placeholder tokens each image of a row of token ids has.
 
     Args:
         ids (`list[int]`): The row.
         token (`int`): Stands for images.
-        gap (`int`):
-            How many tokens at most stand between the tiles of one image.
+        tiles ([`Tiles`]): How those of one image stand in the row.
         end (`int`, *optional*): Stands behind every image.
 
     Returns:
         `list[int]`: In the order of the images.
     """
-    runs: list[int] = []
-    between: list[int] | None = None
-    for one in ids:
+    images: list[list[int]] = []  # the lengths of runs
+    opener, since = None, -1  # what stands before the first image; where the last run ended
+    for place, one in enumerate(ids):
         if one != token:
-            if between is not None:
-                between.append(one)
-        elif between is not None and len(between) <= gap and _is_inside_image(between, end):
-            runs[-1] += 1
-            between = []
+            continue
+        between = ids[since + 1 : place]
+        if images and not between:
+            images[-1][-1] += 1
+        elif images and len(between) <= tiles.gap and _is_inside_image(between, end, opener):
+            images[-1].append(1)
         else:
-            runs.append(1)
-            between = []
-    return runs
+            images.append([1])
+            opener = between[-1] if tiles.own_opener and len(images) == 1 and between else opener
+        since = place
+    return [sum(part) for runs in images for part in _cut_by_number(runs, tiles.number)]
 
 
-def _is_inside_image(between: list[int], end: int | None) -> bool:
+def _cut_by_number(runs: list[int], number: int | None) -> list[list[int]]:
+    """Tiles of images that are cut into a number of them; if they are no multiple of it, each is an image."""
+    if number is None:
+        return [runs]
+    size = number if len(runs) % number == 0 else 1
+    return [runs[i : i + size] for i in range(0, len(runs), size)]
+
+
+def _is_inside_image(between: list[int], end: int | None, opener: int | None) -> bool:
     """Whether tokens stand between two tiles of one image, and not between two images.
 
     Idefics3 opens a tile by a fence and a marker, and closes an image by a fence, so that between two images there
     are two fences.
     """
-    return end not in between and between.count(between[-2] if len(between) > 1 else -1) < 2
+    return end not in between and between[-1] != opener and between.count(between[-2] if len(between) > 1 else -1) < 2
 
 
 def _new_ids(arguments: Any) -> Tensor | None:
@@ -237,11 +290,11 @@ def _new_ids(arguments: Any) -> Tensor | None:
     return ids[:, read:] if ids.shape[1] > read else ids
 
 
-def _placeholder(model: nn.Module, modality: str) -> int | None:
-    """The token that stands for images, or videos."""
-    config = getattr(model, "config", None)
-    tokens = (getattr(config, f"{kind}_token_{end}", None) for kind in (modality, "image") for end in ("id", "index"))
-    return next((int(token) for token in tokens if token is not None), None)
+def _placeholders(model: nn.Module, modality: str) -> list[int]:
+    """The tokens that may stand for images, or videos: some families use one token, or one method, for both."""
+    config, kinds = getattr(model, "config", None), (modality, "image", "video")
+    tokens = (getattr(config, f"{kind}_token_{end}", None) for kind in kinds for end in ("id", "index"))
+    return [int(token) for token in tokens if token is not None]
 
 
 def _has_channels_first(features: Tensor, projector: nn.Module | None) -> bool:

@@ -6,13 +6,12 @@ import copy
 import functools
 import re
 import warnings
-from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft import LoraConfig, PeftConfig, PeftType
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftWarning
 from peft.utils.other import get_pattern_key
@@ -34,8 +33,8 @@ from .gated_calls import GateTarget, unwatch_gated_calls, watch_gated_calls
 from .gated_linear import GatedLinear
 from .image_calls import unwatch_image_calls, watch_image_calls
 from .layers import hang_on_layers, lora_layers
+from .loaded_keys import require_known, with_current_keys
 from .merge_report import MergeReport, report_on
-from .module_names import names_on
 from .patterns import check_patterns
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
 from .statistics import AdapterStatistics
@@ -47,6 +46,11 @@ class MAnyModel(LoraModel):
 
     See [`~peft.LoraModel`] for the arguments.
     """
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args: Any, **kwargs: Any):
+        # Or else for a single adapter (`inject_adapter_in_model`), as transformers does, which renames by itself.
+        self._is_for_peft_model = isinstance(peft_config, dict)
+        super().__init__(model, peft_config, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: MAnyConfig, model_config: dict[str, Any]) -> PeftConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:
@@ -109,6 +113,10 @@ class MAnyModel(LoraModel):
         else:
             projectors = match_projectors(model, config.projector_modules)
         config.projector_modules = projectors
+        if config.routing:
+            config.routing = {
+                name: routing for old, routing in config.routing.items() for name in match_projectors(model, [old])
+            }
         if projectors:
             # PEFT saves, loads and activates what is named here, and keeps LoRA out of it.
             kept = config.modules_to_save or []
@@ -121,29 +129,30 @@ class MAnyModel(LoraModel):
             if isinstance(module, ProjectorWrapper):
                 rollback.callback(module.delete_adapter, adapter_name, module.active_adapters)
                 module.update(adapter_name, routing=routing)
+                self._note_loading(module, adapter_name, config)
                 continue
             _check_trainable(name, module)
             wrapper = ProjectorWrapper(module, adapter_name, routing=routing)
             wrapper.set_adapter(adapter_name if active else [], inference_mode=config.inference_mode)
             rollback.callback(setattr, parent, child, module)
             setattr(parent, child, wrapper)
+            self._note_loading(wrapper, adapter_name, config)
+
+    def _note_loading(self, wrapper: ProjectorWrapper, adapter_name: str, config: MAnyConfig) -> None:
+        if self._is_for_peft_model and hasattr(config, "loaded_from"):
+            wrapper.looked_up.add(adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        adapted = {name.removeprefix("base_model.model.") for name in lora_layers(model, adapter_name)}
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=_renamed(state_dict, adapted, model)
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=with_current_keys(state_dict, model, adapter_name),
         )
-        # PEFT ignores keys that match nothing, which leaves an adapter silently untrained.
-        for key in remapped:
-            layer = _layer(key)
-            if layer is not None and layer not in adapted:
-                raise ValueError(
-                    f"The adapter's tensor '{key}' matches no module of {type(model).__name__}: it was trained on "
-                    "another base model, or on one whose modules had other names (pass `key_mapping`)."
-                )
+        require_known(remapped, model, adapter_name)  # PEFT ignores other keys, which leaves an adapter untrained
         return remapped
 
     def report(self, adapter_name: str | None = None, *, conflicts: bool = True, progress: bool = True) -> MergeReport:
@@ -245,27 +254,6 @@ def _targeted(config: MAnyConfig, model: nn.Module) -> set[str]:
     """The linear layers that the config's `target_modules` match, by what they are called in PEFT's eyes."""
     names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return {name for name in names if config.target_modules and check_target_module_exists(config, name)}
-
-
-def _layer(key: str) -> str | None:
-    """The path of the layer that one of LoRA's tensors belongs to; other tensors belong to none."""
-    layer, _, rest = key.removeprefix("base_model.model.").rpartition(".lora_")  # modules may be called "lora_..." too
-    return layer if f"lora_{rest.partition('.')[0]}" in LoraLayer.adapter_layer_names else None
-
-
-def _renamed(
-    state_dict: dict[str, torch.Tensor], adapted: Collection[str], model: nn.Module
-) -> dict[str, torch.Tensor]:
-    """LoRA tensors under today's names of layers that were called otherwise before transformers v5.
-
-    PEFT does that for its own LORA type only.
-    """
-    strange = {key: layer for key in state_dict if (layer := _layer(key)) is not None and layer not in adapted}
-    if not strange:
-        return state_dict
-    names = names_on(model.get_base_model() if isinstance(model, PeftModel) else model)
-    new = {key: key.replace(layer, names(layer) or layer, 1) for key, layer in strange.items()}
-    return {new.get(key, key): tensor for key, tensor in state_dict.items()}
 
 
 def _check_trainable(name: str, projector: nn.Module) -> None:

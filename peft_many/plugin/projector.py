@@ -90,7 +90,7 @@ class ProjectorMixture(nn.Module):
         features = features_of(args, kwargs)
         if not features.is_floating_point():  # ids of tokens that are no part of an image, such as those around it
             return self._uniform(of_tasks, args, kwargs)
-        layout = current_layout(features, self)
+        layout = current_layout(features, self, kwargs)
         by_task = self._decide(layout, vision_features_of(args, kwargs))
         if self.gate is not None and not layout.continues:
             note_images(self.gate, by_task, layout)
@@ -220,11 +220,16 @@ class ProjectorWrapper(ModulesToSaveWrapper):
         self, module_to_save: nn.Module, adapter_name: str, routing: ProjectorRouting | None = None, **kwargs: Any
     ) -> None:
         super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, routing=routing, **kwargs)
+        self.looked_up: set[str] = set()
 
     def update(self, adapter_name: str, routing: ProjectorRouting | None = None, **kwargs: Any) -> None:
         if routing is not None and adapter_name not in self.modules_to_save:
             self.modules_to_save[adapter_name] = ProjectorMixture(self.original_module, routing)
         super().update(adapter_name, **kwargs)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """See PEFT's; nothing for adapters whose tensors `MAnyModel` looks up by their names then and now."""
+        return {} if adapter_name in self.looked_up else super().adapter_state_dict_load_map(adapter_name)
 
     def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:
         active = self.modules_to_save[self.active_adapters[0]] if self.active_adapters else None

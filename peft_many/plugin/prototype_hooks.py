@@ -64,7 +64,7 @@ class PrototypeHooks:
             features = features_of(args, kwargs)
             if not features.is_floating_point():
                 return  # ids of tokens that are no part of an image
-            layout, call = current_layout(features, projector), current_image_call()
+            layout, call = current_layout(features, projector, kwargs), current_image_call()
             if layout.continues:
                 return  # parts of images that were seen as a whole
             if call is not None:

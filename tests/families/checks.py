@@ -26,7 +26,7 @@ from .inputs import Inputs
 from .models import build
 from .pixels import KINDS, Arguments, Picture, picture
 from .rows import row_of
-from .video import NOT_MADE, takes_videos, video_inputs
+from .video import takes_videos, video_inputs
 
 STYLES = (1, 6)  # of the two tasks: complementary colours
 TEMPERATURE = 0.5  # at which both tasks have a say in each image
@@ -50,7 +50,7 @@ class Finding:
         routed (`bool`): A joint batch of images of different tasks gives the same as one row at a time.
         generated (`bool`): Likewise `generate`.
         reloaded (`bool`): The saved merge gives the same in a new process.
-        video (`str`): `"yes"` if videos are routed exactly too, and `""` if the family has none.
+        video (`str`): `"yes"` if videos are routed exactly too, `""` if the family has none, or why not.
         note (`str`): What is missing, and why.
     """
 
@@ -178,7 +178,7 @@ def make_task(family: str, task: int, style: int, folder: Path) -> None:
     perturb(model, "default", seed=task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # experts that no token was sent to
-        collect_statistics(model, batches, share_inputs=row.share_inputs, progress=False)
+        collect_statistics(model, batches, progress=False)
     model.save_pretrained(str(folder))
 
 
@@ -282,14 +282,18 @@ def require_decisions(tasks: list[list[int]], styles: list[int]) -> None:
 
 
 def check_videos(merged: PeftModel, family: str) -> str:
-    """Whether each video gets one decision and the same jointly as alone: `"yes"`; `""` if there are none."""
+    """Whether each video gets one decision and the same jointly as alone: `"yes"`, `""` if there are none, or why."""
     base, row = merged.get_base_model(), row_of(family)
     if row.inputs == "instructed_video":
         return "yes"  # all of its inputs are videos
     if not takes_videos(base):
         return ""
-    if family in NOT_MADE:
-        return "not checked"
+    if row.video_unfit is not None:
+        try:
+            logits(build(family), video_inputs(base, list(STYLES), row))
+        except (RuntimeError, TypeError):
+            return f"no: {row.video_unfit}"
+        raise Unmet(f"videos run by now, of which was said: {row.video_unfit}")
     decisions, joint = routed_call(merged, video_inputs(base, list(STYLES), row))
     if any(len(found) != len(STYLES) for found in decisions.tasks):
         raise Unmet(f"{len(STYLES)} videos got the decisions {decisions.tasks}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pixels import KINDS, Arguments, Picture, batched, batched_mask, tiled, tiles_of, vision_settings
+from .pixels import KINDS, Arguments, Picture, tiles_in_prompt, vision_settings
 from .prompts import END, PROMPTS
 from .rows import Row
 from .shrink import BOS, TEXT_TOKENS
@@ -109,7 +109,7 @@ class Inputs:
         """The token ids of one row, without what fills it up."""
         ids = [BOS]
         for image in images:
-            tiles = len(tiles_of(image)) if KINDS[self.kind][0] in (tiled, batched, batched_mask) else 1
+            tiles = tiles_in_prompt(self.kind, image)
             tile = [self.token] * (self.tokens_of(image) // tiles)
             ids += PROMPTS[self.prompt]([tile] * tiles, self._end)
         return [*ids, *(TEXT_TOKENS[(11 * len(images) + 5 * i + 1) % len(TEXT_TOKENS)] for i in range(3))]

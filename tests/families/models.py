@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -15,6 +17,6 @@ from .shrink import merged, shrink
 def build(family: str, seed: int = 0) -> PreTrainedModel:
     """A tiny model of the family in evaluation mode, with random weights that the seed fixes."""
     kind = getattr(transformers, FAMILIES[family])
-    settings = merged(shrink(kind.config_class().to_dict()), row_of(family).settings)
+    settings = merged(shrink(kind.config_class().to_dict()), copy.deepcopy(row_of(family).settings))  # timm changes it
     settings.pop("model_type", None)
     return with_random_weights(kind, kind.config_class(**settings), seed, torch.float32)

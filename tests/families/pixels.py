@@ -82,8 +82,10 @@ def padded(tensors: list[Tensor]) -> Tensor:
 def tiles_of(image: Picture) -> Tensor:
     """The whole picture and then its tiles, or the one tile that it is."""
     crops = [crop for band in torch.split(image, TILE, 1) for crop in torch.split(band, TILE, 2)]
+    if len(crops) == 1:
+        return image[None]
     whole = nn.functional.interpolate(image[None], (TILE, TILE), mode="bilinear")[0]
-    return torch.stack([whole, *crops] if len(crops) > 1 else crops)
+    return torch.stack([whole, *crops])
 
 
 def high_resolution(config: Any, rows: list[list[Picture]]) -> Arguments:
@@ -104,6 +106,45 @@ def batched(config: Any, rows: list[list[Picture]]) -> Arguments:
     pixels = padded(per_row)
     real = torch.stack([torch.arange(pixels.shape[1]) < len(row) for row in per_row])
     return {"pixel_values": pixels, "pixel_attention_mask": real[:, :, None, None].expand(-1, -1, TILE, TILE).long()}
+
+
+def quarters(image: Picture) -> list[Tensor]:
+    """Idefics2: the four quarters of a picture, as large as the whole, and the whole."""
+    size = (image.shape[1], image.shape[2])
+    crops = [crop for band in image.chunk(2, 1) for crop in band.chunk(2, 2)]
+    return [*[nn.functional.interpolate(crop[None], size, mode="bilinear")[0] for crop in crops], image]
+
+
+def split_in_four(config: Any, rows: list[list[Picture]]) -> Arguments:
+    """Idefics2: `(rows, tiles, 3, height, width)`, padded to the largest picture, and masks of pixels."""
+    per_row = [[tile for image in row for tile in quarters(image)] for row in rows]
+    height, width = (max(image.shape[side] for image in flat(rows)) for side in (1, 2))
+    pixels = torch.zeros(len(rows), max(map(len, per_row)), 3, height, width)
+    mask = torch.zeros(pixels.shape[:2] + pixels.shape[3:], dtype=torch.long)
+    for r, tiles in enumerate(per_row):
+        for t, tile in enumerate(tiles):
+            pixels[r, t, :, : tile.shape[1], : tile.shape[2]] = tile
+            mask[r, t, : tile.shape[1], : tile.shape[2]] = 1
+    return {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+
+def masked_tiles(config: Any, rows: list[list[Picture]]) -> Arguments:
+    """Aria: the tiles of all pictures, padded to squares, and masks of pixels."""
+    tiles = [tile for image in flat(rows) for tile in tiles_of(image)]
+    mask = torch.zeros(len(tiles), TILE, TILE, dtype=torch.bool)
+    for one, tile in zip(mask, tiles, strict=True):
+        one[: tile.shape[1], : tile.shape[2]] = True
+    return {"pixel_values": padded([*tiles, torch.zeros(3, TILE, TILE)])[:-1], "pixel_mask": mask}
+
+
+def enlarged(config: Any, rows: list[list[Picture]]) -> Arguments:
+    """FastVLM: for a tower that makes a patch of 64 pixels."""
+    return {"pixel_values": nn.functional.interpolate(stacked(config, rows)["pixel_values"], scale_factor=8)}
+
+
+def equal_tiles(config: Any, rows: list[list[Picture]]) -> Arguments:
+    """Perception LM: `(images, tiles, 3, height, width)`."""
+    return {"pixel_values": torch.stack([tiles_of(image) for image in flat(rows)])}
 
 
 def patch_images(config: Any, rows: list[list[Picture]]) -> Arguments:
@@ -129,9 +170,10 @@ def token_images(config: Any, rows: list[list[Picture]]) -> Arguments:
 
 
 def packed(config: Any, rows: list[list[Picture]]) -> Arguments:
-    """MiniCPM-V: one wide picture of all patches, and `(images, 2)` grids."""
-    patches = torch.cat([patches_of(image, PATCH, 1, 1).reshape(-1, 3, PATCH, PATCH) for image in flat(rows)])
-    sizes = [[image.shape[1] // PATCH, image.shape[2] // PATCH] for image in flat(rows)]
+    """MiniCPM-V: one wide picture of all patches of all slices, and `(slices, 2)` grids."""
+    slices = [tile for image in flat(rows) for tile in tiles_of(image)]
+    patches = torch.cat([patches_of(tile, PATCH, 1, 1).reshape(-1, 3, PATCH, PATCH) for tile in slices])
+    sizes = [[tile.shape[1] // PATCH, tile.shape[2] // PATCH] for tile in slices]
     return {"pixel_values": patches.permute(1, 2, 0, 3).reshape(1, 3, PATCH, -1), "target_sizes": torch.tensor(sizes)}
 
 
@@ -254,7 +296,18 @@ def pooled(config: Any, rows: list[list[Picture]]) -> Arguments:
     }
 
 
-_SQUARE, _WIDE, _TWO, _FOUR = (16, 16), (16, 24), (16, 32), (32, 32)
+# Which of these ways give the tiles of a picture places of their own in the prompt, and how many it has.
+_CUT: dict[str, Callable[[Picture], Any]] = {
+    **dict.fromkeys(("tiles", "batch", "batch_mask", "masked_tiles", "equal_tiles", "packed"), tiles_of),
+    "quarters": quarters,
+}
+
+
+def tiles_in_prompt(kind: str, image: Picture) -> int:
+    return len(_CUT[kind](image)) if kind in _CUT else 1
+
+
+_SQUARE, _WIDE, _TWO, _FOUR, _LOW = (16, 16), (16, 24), (16, 32), (32, 32), (12, 16)
 
 # How pictures are handed over, and the sizes that they may have.
 KINDS: dict[str, tuple[Callable[[Any, list[list[Picture]]], Arguments], tuple[tuple[int, int], ...]]] = {
@@ -271,6 +324,10 @@ KINDS: dict[str, tuple[Callable[[Any, list[list[Picture]]], Arguments], tuple[tu
     "high_resolution": (high_resolution, (_TWO, _FOUR)),
     "tiles": (tiled, (_SQUARE, _TWO)),
     "batch": (batched, (_SQUARE, _TWO)),
+    "quarters": (split_in_four, (_SQUARE, _WIDE)),
+    "large": (enlarged, (_SQUARE,)),
+    "equal_tiles": (equal_tiles, (_TWO,)),
+    "masked_tiles": (masked_tiles, (_LOW, _TWO)),
     "batch_mask": (batched_mask, (_SQUARE, _TWO)),
     "two_resolutions": (two_resolutions, (_SQUARE,)),
     "patch_rows": (patch_rows, (_SQUARE,)),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 # Tokens that stand around images; nothing else has these ids.
 START, END, TILE, BREAK, FENCE, WHOLE, ROW = range(100, 107)
+SLICE, SLICE_END = 120, 121
 
 
 def run(tiles: list[list[int]], end: int) -> list[int]:
@@ -19,8 +20,20 @@ def marked(tiles: list[list[int]], end: int) -> list[int]:
 
 
 def fenced(tiles: list[list[int]], end: int) -> list[int]:
-    """Idefics2: a fence before each tile and after the last; between two images there is text."""
-    return [*[token for tile in tiles for token in (FENCE, *tile)], FENCE, BREAK, BREAK]
+    """Idefics2: a fence before each tile; the one that closes an image is the one that opens the next."""
+    return [token for tile in tiles for token in (FENCE, *tile)]
+
+
+def parted(tiles: list[list[int]], end: int) -> list[int]:
+    """Ovis 2: the whole first, and a token between all of them."""
+    return [START, *[token for tile in tiles for token in (*tile, TILE)][:-1], end]
+
+
+def sliced(tiles: list[list[int]], end: int) -> list[int]:
+    """MiniCPM-V: the whole first; slices have brackets of their own, and a line break after each row."""
+    whole, *slices = tiles
+    ids = [token for one in slices for token in (SLICE, *one, SLICE_END, BREAK)][:-1]
+    return [START, *whole, end, *ids]
 
 
 def rows(tiles: list[list[int]], end: int) -> list[int]:
@@ -40,6 +53,8 @@ PROMPTS: dict[str, Callable[[list[list[int]], int], list[int]]] = {
     "run": run,
     "marked": marked,
     "fenced": fenced,
+    "parted": parted,
+    "sliced": sliced,
     "rows": rows,
     "ended": ended,
 }

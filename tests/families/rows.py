@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,12 @@ class Row:
         inputs (`str`, *optional*): How it takes images (`tests.families.inputs`); by default found by its arguments.
         tokens (`int`, *optional*): How many tokens an image becomes; by default its `get_image_features` is asked.
         images_per_row (`str`): `"any"` number of images, or exactly `"one"`.
-        share_inputs (`bool`): Of `collect_statistics`.
         position_axes (`int`, *optional*): Give position ids of that many axes, counted from 0 in every row.
         video (`str`): How the tokens of a video are laid out (`tests.families.video`).
+        video_unfit (`str`, *optional*): Why videos are not run.
+        requires (`str`, *optional*):
+            A package beside those of the tests, without which it is left out. timm brings torchvision, of which the
+            usual builds cannot be imported beside a torch without CUDA; and once there, transformers imports it.
         note (`str`): For the table.
         unfit (`str`, *optional*): Why it is not run at all.
     """
@@ -30,9 +34,10 @@ class Row:
     inputs: str | None = None
     tokens: int | None = None
     images_per_row: str = "any"
-    share_inputs: bool = True
     position_axes: int | None = None
     video: str = "one"
+    video_unfit: str | None = None
+    requires: str | None = None
     note: str = ""
     unfit: str | None = None
 
@@ -56,8 +61,28 @@ _HALF_MROPE = {
 }
 _SMALL_SAM = {"downsample_channels": [24, 24], "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 40}
 
+
+def _timm(architecture: str, **arguments: Any) -> dict[str, Any]:
+    """A vision tower of timm's."""
+    return {"model_type": "timm_wrapper", "architecture": architecture, "model_args": arguments}
+
+
+# Of MobileNet: a plain one, and one with an inverted bottleneck.
+_BLOCK = {"out_chs": 8, "stride": 2, "act_layer": None, "exp_ratio": 2.0, "se_ratio": 0.0, "noskip": False}
+_PLAIN = {**_BLOCK, "block_type": "er", "exp_kernel_size": 3, "pw_kernel_size": 1, "force_in_chs": 0}
+_KERNELS = {"dw_kernel_size_start": 0, "dw_kernel_size_mid": 3, "dw_kernel_size_end": 0}
+_BOTTLENECK = {**_BLOCK, **_KERNELS, "block_type": "uir"}
+_MINICPM = Row(
+    {"image_token_id": 90, "video_token_id": 91, "insert_layer_id": 0},
+    inputs="packed",
+    prompt="sliced",
+    video="bracketed",
+)
+
 _ROWS: dict[str, Row] = {
-    "aria": Row({"projector_patch_to_query_dict": {16: 4}, "max_value_projector_patch_to_query_dict": 4}),
+    "aria": Row(
+        {"projector_patch_to_query_dict": {16: 4}, "max_value_projector_patch_to_query_dict": 4}, inputs="masked_tiles"
+    ),
     "cohere_compass": Row({"text_config": {"rope_parameters": _FULL_ROPE}}, video="frames"),
     "deepseek_ocr2": Row(
         {
@@ -181,6 +206,7 @@ _ROWS: dict[str, Row] = {
             },
         },
         inputs="grid_hw",
+        video_unfit="the model's own `forward` fails on videos, as of transformers 5.23",
     ),
     "pp_formulanet": Row(unfit="not a language model: its decoder writes formulas from images alone"),
     "qwen4_exp": Row(
@@ -200,9 +226,41 @@ _ROWS: dict[str, Row] = {
     "emu3": Row(unfit="images become token ids of a codebook: there is no projector"),
     "evolla": Row(unfit="takes proteins, not images"),
     "mistral4": Row(unfit="a text model: its class takes no images"),
-    "fast_vlm": Row(unfit="its vision tower is a timm model, and timm is not among the requirements"),
-    "gemma3n": Row(unfit="its vision tower is a timm model, and timm is not among the requirements"),
-    "perception_lm": Row(unfit="its vision tower is a timm model, and timm is not among the requirements"),
+    "fast_vlm": Row(
+        {
+            "vision_config": _timm("fastvit_mci3", layers=[1] * 5, embed_dims=[32] * 5, inference_mode=True)
+            | {"hidden_size": 64}
+        },
+        inputs="large",
+        requires="timm",
+        note="tested with timm at hand, which its vision tower needs",
+    ),
+    "gemma3n": Row(
+        {
+            "vision_config": _timm(
+                "mobilenetv5_300m_enc",
+                block_args=[[_PLAIN], *([dict(_BOTTLENECK)] for _ in range(3))],
+                stem_size=8,
+                msfa_output_resolution=2,
+            )
+            | {"model_type": "gemma3n_vision", "hidden_size": 2048},
+            "vision_soft_tokens_per_image": 4,
+            "text_config": {"intermediate_size": [40, 40], "num_kv_shared_layers": 0},
+        },
+        inputs="stacked",
+        requires="timm",
+        note="tested with timm at hand, which its vision tower needs",
+    ),
+    "perception_lm": Row(
+        {
+            "vision_config": _timm(
+                "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3
+            )
+        },
+        inputs="equal_tiles",
+        requires="timm",
+        note="tested with timm at hand, which its vision tower needs",
+    ),
     "glm4v": Row({"text_config": _MROPE}, video="bounded"),
     "glm46v": Row({"text_config": _MROPE}, video="bounded"),
     "glmga": Row({"text_config": _MROPE}, video="bounded"),
@@ -213,9 +271,9 @@ _ROWS: dict[str, Row] = {
     "blip-2": Row({"image_token_index": 90}, tokens=4, images_per_row="one"),
     "instructblip": Row({"image_token_index": 90}, inputs="instructed", tokens=4, images_per_row="one"),
     "instructblipvideo": Row({"video_token_index": 90}, inputs="instructed_video", tokens=8, images_per_row="one"),
-    "minicpm_ocr": Row({"image_token_id": 90, "video_token_id": 91, "insert_layer_id": 0}, inputs="packed"),
-    "minicpmv4_6": Row({"image_token_id": 90, "video_token_id": 91, "insert_layer_id": 0}, inputs="packed"),
-    "minicpmv4_7": Row({"image_token_id": 90, "video_token_id": 91, "insert_layer_id": 0}, inputs="packed"),
+    "minicpm_ocr": _MINICPM,
+    "minicpmv4_6": _MINICPM,
+    "minicpmv4_7": _MINICPM,
     "llava": Row(inputs="stacked"),
     "vipllava": Row({"vision_feature_layer": [-1, -2]}, inputs="stacked"),
     "llava_next": Row({"image_grid_pinpoints": _PINPOINTS}),
@@ -236,7 +294,11 @@ _ROWS: dict[str, Row] = {
         },
         inputs="placed_patches",
     ),
-    "kimi_k25": Row({"projection_hidden_size": 24, "text_config": {"num_key_value_heads": 4}}, inputs="patch_images"),
+    "kimi_k25": Row(
+        {"projection_hidden_size": 24, "text_config": {"num_key_value_heads": 4}},
+        inputs="patch_images",
+        video_unfit="the model's own `get_video_features` fails on several frames, as of transformers 5.23",
+    ),
     "paddleocr_vl": Row({"text_config": _MROPE}, inputs="patch_images"),
     "video_llama_3": Row(inputs="merge_sizes"),
     "inkling2": Row(inputs="token_images"),
@@ -246,6 +308,7 @@ _ROWS: dict[str, Row] = {
     "internvl": Row(inputs="tiles"),
     "aya_vision": Row(inputs="tiles", prompt="marked"),
     "cohere2_vision": Row(inputs="tiles", prompt="marked"),
+    "ovis2": Row(inputs="tiles", prompt="parted"),
     "qianfan_ocr": Row(inputs="tiles"),
     "got_ocr2": Row(inputs="tiles"),
     "pp_chart2table": Row(inputs="tiles"),
@@ -290,10 +353,10 @@ _ROWS: dict[str, Row] = {
     "inkling_mm_model": Row(
         unfit="its vision tower ends in the language model's width: there is no projector apart from it"
     ),
-    "idefics2": Row(prompt="fenced"),
+    "idefics2": Row(inputs="quarters", prompt="fenced"),
     "idefics3": Row(prompt="rows"),
     "smolvlm": Row(prompt="rows"),
-    "t5gemma2": Row(tokens=4, share_inputs=False),
+    "t5gemma2": Row(tokens=4),
     "git": Row(inputs="stacked", tokens=0, images_per_row="one"),
     "kosmos-2": Row(inputs="stacked", tokens=8, images_per_row="one"),
     "kosmos-2.5": Row({"vision_config": {"patch_embed_hidden_size": 48}}, inputs="flattened", tokens=8),
@@ -332,3 +395,9 @@ FAMILIES: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) | _M
 
 def row_of(family: str) -> Row:
     return _ROWS.get(family, Row())
+
+
+def is_missing(family: str) -> bool:
+    """Whether a package that the family needs is not installed."""
+    needed = row_of(family).requires
+    return needed is not None and importlib.util.find_spec(needed) is None

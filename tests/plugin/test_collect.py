@@ -463,16 +463,17 @@ def test_nan_activations_are_an_error() -> None:
 class Assorted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.conv, self.line = nn.Embedding(10, 8), nn.Conv1d(8, 8, 1), nn.Linear(8, 8)
+        self.table, self.line = nn.Embedding(10, 8), nn.Linear(8, 8)
+        self.conv, self.map = nn.Conv1d(8, 8, 1), nn.Conv2d(8, 8, 1)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, ids: Tensor, factor: Tensor | None = None) -> Tensor:
         hidden: Tensor = self.line(self.table(ids) * (1 if factor is None else factor))
-        hidden = self.conv(hidden.transpose(1, 2)).transpose(1, 2)
+        hidden = self.map(self.conv(hidden.transpose(1, 2))[..., None])[..., 0].transpose(1, 2)
         return self.attention(hidden, hidden, hidden)[0]
 
 
-@pytest.mark.parametrize("name", ["table", "conv", "attention"])
+@pytest.mark.parametrize("name", ["table", "conv", "map", "attention"])
 def test_only_linear_layers_have_an_input_covariance(name: str) -> None:
     model = get_peft_model(Assorted(), LoraConfig(target_modules=["line", name]))
     with pytest.raises(ValueError, match=rf"adapts '[\w.]*{name}', which is no linear layer .*only linear layers"):

@@ -124,6 +124,42 @@ def test_an_unadapted_layer_that_also_sees_other_inputs_is_left_out() -> None:
     assert set(hooked(Block(twice), [inputs(2, 3)], measured="q")) == {"q"}
 
 
+def merged_attention(block: Block, hidden: Tensor) -> None:
+    encoded = hidden[:, :1] + 1
+    block.q(hidden), block.k(hidden), block.v(hidden), block.k(encoded), block.v(encoded)
+
+
+def test_a_layer_that_reads_the_inputs_of_two_gets_the_sum_of_both() -> None:
+    batches = [inputs(2, 3), inputs(1, 5, seed=1)]
+    found = hooked(Block(merged_attention), batches)
+    assert found["k"] is found["v"]
+    assert (found["q"].tokens, found["k"].tokens) == (2 * 3 + 5, 2 * 3 + 5 + 2 + 1)
+    torch.testing.assert_close(found["q"].matrix, second_moment(*batches))
+    torch.testing.assert_close(found["k"].matrix, second_moment(*batches, *(batch[:, :1] + 1 for batch in batches)))
+
+
+def test_sums_of_two_inputs_are_what_turning_sharing_off_gives() -> None:
+    batches = [inputs(2, 3), inputs(1, 5, seed=1)]
+    apart = hooked(Block(merged_attention), batches, share=False)
+    for size in (None, 4):
+        found = hooked(Block(merged_attention), batches, size=size)
+        for name, covariance in apart.items():
+            assert found[name].tokens == covariance.tokens
+            assert found[name].trace == pytest.approx(covariance.trace)
+            if size is None:
+                torch.testing.assert_close(found[name].dense(), covariance.dense())
+
+
+def test_an_unadapted_layer_that_reads_the_inputs_of_two_comes_along_only_if_an_adapted_one_does() -> None:
+    assert set(hooked(Block(merged_attention), [inputs(2, 3)], measured="qk")) == {"q", "k", "v"}
+
+    def both(block: Block, hidden: Tensor) -> None:
+        other = hidden + 1
+        block.q(hidden), block.k(other), block.v(hidden), block.v(other)
+
+    assert set(hooked(Block(both), [inputs(2, 3)], measured="qk")) == {"q", "k"}
+
+
 def test_layers_that_share_in_some_calls_only_are_an_error_that_says_what_to_do() -> None:
     calls = []
 

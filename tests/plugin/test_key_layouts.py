@@ -114,7 +114,29 @@ def test_an_old_adapter_without_a_projector_loads(tmp_path):
     assert torch.equal(outputs(loaded, "llava"), outputs(expected, "llava"))
 
 
-def test_an_old_adapter_with_a_projector_loads_by_a_key_mapping_as_documented(made):
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_an_old_adapter_with_a_projector_loads(made, family):
+    expected = PeftModel.from_pretrained(base(family), made[family, "a"]).eval()
+    loaded = PeftModel.from_pretrained(base(family), made[family, "old a"]).eval()
+    assert torch.equal(outputs(loaded, family), outputs(expected, family))
+    loaded.load_adapter(made[family, "old b"], "second")
+    expected.load_adapter(made[family, "b"], "second")
+    for model in (loaded, expected):
+        model.set_adapter("second")
+    assert torch.equal(outputs(loaded, family), outputs(expected, family))
+    by_transformers = base(family)
+    by_transformers.load_adapter(str(made[family, "old b"]))
+    assert torch.equal(outputs(by_transformers.eval(), family), outputs(expected, family))
+
+
+def test_an_old_merge_loads(made, tmp_path):
+    merged = merge_adapter_files([made["llava", "a"], made["llava", "b"]], tmp_path / "merged", progress=False)
+    old = aged(merged, tmp_path / "old", LLAVA)
+    loaded, expected = (PeftModel.from_pretrained(base("llava"), folder).eval() for folder in (old, merged))
+    assert torch.equal(outputs(loaded, "llava"), outputs(expected, "llava"))
+
+
+def test_an_old_adapter_loads_by_a_key_mapping_too(made):
     mapping = {
         r"^language_model\.model\.": "model.language_model.",
         r"^multi_modal_projector\.": "model.multi_modal_projector.",
@@ -122,6 +144,30 @@ def test_an_old_adapter_with_a_projector_loads_by_a_key_mapping_as_documented(ma
     loaded = PeftModel.from_pretrained(base("llava"), made["llava", "old a"], key_mapping=mapping).eval()
     expected = PeftModel.from_pretrained(base("llava"), made["llava", "a"]).eval()
     assert torch.equal(outputs(loaded, "llava"), outputs(expected, "llava"))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            {r"\.multi_modal_projector\.": ".bridge."},
+            "trained the projector 'model.multi_modal_projector', but has no",
+        ),
+        ({r"\.q_proj\.": ".query."}, r"tensor '.*\.query\.lora_.*' matches no module"),
+    ],
+)
+def test_loading_names_a_key_that_matches_nothing_and_the_argument_that_helps(made, tmp_path, names, words):
+    strange = aged(made["llava", "a"], tmp_path / "strange", names)
+    with pytest.raises(ValueError, match=f"(?s){words}.*key_mapping"):
+        PeftModel.from_pretrained(base("llava"), strange)
+
+
+def test_a_key_beside_layers_and_projectors_that_matches_nothing_is_an_error(made, tmp_path):
+    folder = shutil.copytree(made["llava", "a"], tmp_path / "more")
+    more = {"base_model.model.model.resampler.weight": torch.zeros(2, 2)}
+    save_file(load_file(folder / WEIGHTS) | more, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"'base_model\.model\.model\.resampler\.weight' matches no module"):
+        PeftModel.from_pretrained(base("llava"), folder)
 
 
 def test_a_merge_of_one_renews_an_old_adapter(made, tmp_path):

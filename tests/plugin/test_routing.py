@@ -538,7 +538,7 @@ def small_mixture(top_k: int | None = 1, template: nn.Module | None = None, trai
 
 def set_layout(monkeypatch: pytest.MonkeyPatch, lengths: Sequence[int], flat: bool = True) -> None:
     layout = ImageLayout(torch.tensor(lengths, dtype=torch.int64), flat)
-    monkeypatch.setattr(projector_module, "current_layout", lambda features, projector: layout)
+    monkeypatch.setattr(projector_module, "current_layout", lambda *_: layout)
 
 
 def patches_of(mixture: ProjectorMixture, tasks: Sequence[int], lengths: Sequence[int]) -> Tensor:
