@@ -295,11 +295,11 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
     path, read = file.path, _reader(file)
     covariances: dict[str, Covariance] = {}
     for g, group in enumerate(task["covariances"]):
-        covariances |= dict.fromkeys(group["modules"], _read_covariance(file, f"{t}.covariance.{g}", group))
+        covariances |= dict.fromkeys(_names(group["modules"]), _read_covariance(file, f"{t}.covariance.{g}", group))
     spreads = {
         name: _read_covariance(file, f"{t}.spread.{name}", about) for name, about in task.get("spreads", {}).items()
     }
-    prototypes = {name: read(f"{t}.prototype.{name}", 1) for name in task["projectors"]}
+    prototypes = {name: read(f"{t}.prototype.{name}", 1) for name in _names(task["projectors"])}
     for name, spread in spreads.items():
         if name in prototypes and spread.width != len(prototypes[name]):
             raise StatisticsError(
@@ -320,9 +320,17 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         spreads=spreads,
         fingerprints={name: [float(value) for value in print_] for name, print_ in task["fingerprints"].items()},
         shapes={name: (int(out), int(width)) for name, (out, width) in task.get("shapes", {}).items()},
-        deltas={name: read(f"{t}.lora_A.{name}", 2) for name in task["deltas"]},
-        lora_B={name: read(f"{t}.lora_B.{name}", 2) for name in task.get("lora_B", [])},
+        deltas={name: read(f"{t}.lora_A.{name}", 2) for name in _names(task["deltas"])},
+        lora_B={name: read(f"{t}.lora_B.{name}", 2) for name in _names(task.get("lora_B", []))},
     )
+
+
+def _names(names: Any) -> list[str]:
+    """Names of modules, and nothing else that JSON could hold in their place."""
+    strange = [name for name in names if not isinstance(name, str)]
+    if strange:
+        raise TypeError(f"a module is called {strange[0]!r:.40}")
+    return list(names)
 
 
 def _read_covariance(file: TensorFile, key: str, about: Mapping[str, Any]) -> Covariance:

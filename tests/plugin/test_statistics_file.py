@@ -274,6 +274,8 @@ def test_a_prototype_that_is_not_finite(path, bad):
         lambda header: header["tasks"][0]["covariances"][0].update(tokens="many"),
         lambda header: header["tasks"][0]["covariances"][0].pop("remainder"),
         lambda header: header["tasks"][0].update(fingerprints=[1, 2]),
+        lambda header: header["tasks"][0]["covariances"][0].update(modules=[None]),
+        lambda header: header["tasks"][0].update(projectors=[1.5]),
         lambda header: header["tasks"][0].update(weight=None),
         lambda header: header.update(tasks=7),
         lambda header: header.update(tasks=["x"]),
