@@ -18,6 +18,7 @@ from torch import Tensor
 from ..algebra.covariance import Covariance, DenseCovariance, InvalidCovarianceError, LowRankCovariance, truncate
 from ..algebra.lpm import LowRankDelta
 from .atomic import replace_file
+from .file_errors import AdapterFileError
 from .tensor_file import TensorFile, TensorFileWriter, lay_out
 
 STATISTICS_NAME = "adapter_statistics.safetensors"
@@ -28,7 +29,7 @@ DEFAULT_ENERGY = 0.9999
 LARGEST_FINGERPRINTED = 1 << 20
 
 
-class StatisticsError(ValueError):
+class StatisticsError(AdapterFileError):
     """A statistics file cannot be used; the message says which one, which tensor and why."""
 
 
