@@ -108,3 +108,19 @@ def test_a_disk_that_is_full(tmp_path, export, size):
     status, _ = _forked(attempt, _Watch(tmp_path, -1, False))
     assert status == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, export, monkeypatch):
+    """It is found out before a model is loaded; the tests may run as root, whom no mode stops."""
+
+    def denied(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/some/.temporary.name")
+
+    def loaded(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("peft_many.plugin.partial.Path.mkdir", denied)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", loaded)
+    with pytest.raises(OSError, match=r"exported' cannot be created: '.*': Permission denied"):
+        export(tmp_path / "exported")
+    assert list(tmp_path.iterdir()) == []
