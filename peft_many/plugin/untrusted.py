@@ -194,7 +194,8 @@ def check_projectors_are_there(keys: Collection[str], expected: Mapping[str, Col
     renamed = any(key not in known and ".lora_" not in key for key in keys)
     for projector, of_one in expected.items():
         missing = [key for key in of_one if key not in keys]
-        if keys and missing and not (renamed and len(missing) == len(of_one)):
+        has_some = any(f".{projector}." in f".{key}" for key in keys)
+        if keys and missing and (has_some or not renamed):
             raise MalformedAdapterError(
                 f"{source}: adapter_model.safetensors lacks the tensor '{missing[0]}' of the projector '{projector}', "
                 "which its config says is trained: the file is incomplete; save or download the adapter again."

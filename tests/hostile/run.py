@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+import peft_many
 from peft_many import export_lora, inspect_adapter, merge_adapter_files, merge_adapter_sequence, merge_report
 from peft_many.plugin import patterns
 from peft_many.plugin.statistics import StatisticsError
@@ -39,6 +40,7 @@ from tests.hostile.mutations import TRAP, mutate
 
 MEMORY = 768 << 20  # bytes beyond what the process has before the first case
 SECONDS = 30.0
+PACKAGE = Path(peft_many.__file__).parent
 PUBLIC = (UnmergeableAdapterError, StatisticsError)
 
 
@@ -58,13 +60,12 @@ def is_clear(error: BaseException, name: str) -> bool:
         return isinstance(error, RuntimeError)
     if type(error) is ValueError:  # such as "`layers_pattern` cannot be used when `target_modules` is a str."
         return len(str(error)) > 20
-    called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if "inject_adapter" in called:  # such as "No modules were targeted for adaptation"
-        return isinstance(error, ValueError) and len(str(error)) > 20
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [Path(frame.filename).relative_to(PACKAGE) for frame in frames if PACKAGE in Path(frame.filename).parents]
+    if Path("plugin/model.py") in ours:
+        return isinstance(error, ValueError) and len(str(error)) > 20  # such as "No modules were targeted"
     # PEFT reads the type of the adapter by itself, and whom that leads to is no business of ours.
-    return "_get_peft_type" in called or not any(
-        "peft_many" in f.filename for f in traceback.extract_tb(error.__traceback__)
-    )
+    return not ours or any(frame.name == "_get_peft_type" for frame in frames)
 
 
 def merge_files(adapter: Path, good: dict[str, Path], output: Path) -> None:

@@ -93,6 +93,8 @@ def test_which_names_count_as_missing():
     check_projectors_are_there(whole, expected, "me/x")
     check_projectors_are_there((), expected, "me/x")
     check_projectors_are_there({"p.w", "p.b", "renamed.w"}, expected, "me/x")
+    with pytest.raises(MalformedAdapterError, match=r"'p\.w' of the projector 'p'"):  # those of a merge, not of a task
+        check_projectors_are_there({"p.experts.task_0.w", "q.w"}, expected, "me/x")
     for gone in ("p.w", "p.b", "q.w"):
         with pytest.raises(MalformedAdapterError, match=f"me/x: .*'{gone}' of the projector '{gone[0]}'"):
             check_projectors_are_there(whole - {gone}, expected, "me/x")
