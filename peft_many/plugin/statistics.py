@@ -311,9 +311,12 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
     for name, prototype in prototypes.items():
         if not torch.isfinite(prototype).all():
             raise StatisticsError(f"{path}: tensor '{t}.prototype.{name}' holds NaN or Inf.")
+    weight = float(task["weight"])
+    if not 0 <= weight < math.inf:
+        raise StatisticsError(f"{path}: a task's weight is {weight}; weights must be finite and not negative.")
     return TaskStatistics(
         name=task["name"],
-        weight=float(task["weight"]),
+        weight=weight,
         samples=int(task["samples"]),
         images=int(task["images"]),
         covariances=covariances,

@@ -288,6 +288,14 @@ def test_a_damaged_header(path, damage):
     assert_refused(path, f"not a statistics file of format {FORMAT_VERSION}")
 
 
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, "-inf"])
+def test_a_weight_that_is_none(path, weight):
+    header = header_of(path)
+    header["tasks"][0]["weight"] = weight
+    rewrite(path, header=header)
+    assert_refused(path, "weights must be finite and not negative")
+
+
 def asymmetric(matrix: Tensor) -> Tensor:
     matrix[0, 1] += 1.0
     return matrix
