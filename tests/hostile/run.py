@@ -2,7 +2,7 @@
 
 Whatever is in the files, using them either works and gives finite numbers, or ends with one of the public errors; in
 bounded time and memory, with nothing imported or started and nothing written beside the output folder. Most cases read
-and merge files alone, which takes milliseconds; every seventh puts an adapter on a model.
+and merge files alone, which takes milliseconds; every tenth puts an adapter on a model.
 """
 
 from __future__ import annotations
@@ -115,12 +115,12 @@ class Target:
 
 
 TARGETS = {
-    "merge_adapter_files": Target(merge_files, 40, ("a", "merge", "lora", "gated")),
+    "merge_adapter_files": Target(merge_files, 45, ("a", "merge", "lora", "gated")),
     "merge_report": Target(report, 15, ("merge", "gated", "gaussian")),
     "inspect_adapter": Target(inspect, 15, ("a", "merge", "lora", "gated", "gaussian")),
     "export_lora": Target(export, 15, ("a", "merge", "lora", "gated")),
-    "merge_adapter_sequence": Target(merge_on_base, 5, ("a", "merge", "gated")),
-    "from_pretrained": Target(load, 10, ("a", "merge", "gated", "gaussian")),
+    "merge_adapter_sequence": Target(merge_on_base, 3, ("a", "merge", "gated")),
+    "from_pretrained": Target(load, 7, ("a", "merge", "gated", "gaussian")),
 }
 
 
@@ -200,7 +200,8 @@ def one_case(seed: int, root: Path, good: dict[str, Path], guard: Guard) -> tupl
     label, wrong = f"{name}({kind}), {what}", None
     start = time.monotonic()
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    faulthandler.dump_traceback_later(4 * SECONDS, exit=True)
+    if seed % 20 == 0:  # what hangs outside of Python; a thread is started each time, which takes as long as a case
+        faulthandler.dump_traceback_later(4 * SECONDS, exit=True)
     guard.watching = True
     try:
         TARGETS[name].call(adapter, good, sandbox / "out")
@@ -214,7 +215,6 @@ def one_case(seed: int, root: Path, good: dict[str, Path], guard: Guard) -> tupl
     finally:
         guard.watching = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
     if guard.seen:
         wrong = "; ".join(guard.seen)
         guard.seen.clear()
@@ -267,6 +267,7 @@ def main(root: Path, first: int, count: int) -> None:
         outcomes[outcome] += 1
         if wrong is not None:
             failures.append(wrong)
+    faulthandler.cancel_dump_traceback_later()
     shutil.rmtree(root / "sandbox", ignore_errors=True)
     seconds = round(time.monotonic() - started, 1)
     print(json.dumps({"outcomes": dict(outcomes.most_common()), "failures": failures, "seconds": seconds}))
