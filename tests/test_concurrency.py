@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from peft_many import merge_adapter_files, merge_adapter_sequence
-from peft_many.plugin.statistics import AdapterStatistics
+from peft_many import add_task, merge_adapter_files, merge_adapter_sequence, remove_task
+from peft_many.plugin.hub import AdapterNotFoundError
+from peft_many.plugin.statistics import AdapterStatistics, StatisticsError
+from peft_many.plugin.stored_delta import UnmergeableAdapterError
 from tests import tiny
-from tests.adapters import STATISTICS, base, files, make
+from tests.adapters import STATISTICS, WEIGHTS, base, files, make
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,40 @@ def test_a_reader_during_a_writer(good, tmp_path):
         assert task.covariances[key].trace == traces[task.name]
         seen.add(task.name)
     assert seen == {"a", "b"}
+
+
+def test_a_reader_while_a_merge_is_replaced_in_place(good, tmp_path):
+    """Tasks come and go in the folder that is read: what is made of it is one merge or the other, or an error."""
+    folder = merge_adapter_files([good[name] for name in "ab"], tmp_path / "merge", progress=False)
+    states = {}
+    for names in ("ab", "abc"):
+        whole = merge_adapter_files([good[name] for name in names], tmp_path / names, progress=False)
+        states[names] = copied(whole, tmp_path / "out")
+
+    def write() -> None:
+        for _ in range(8):
+            add_task(folder, good["c"], progress=False)
+            remove_task(folder, "c", progress=False)
+
+    pid, seen, refused = started(write), set(), 0
+    until = time.monotonic() + 120
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        assert time.monotonic() < until
+        try:
+            found = copied(folder, tmp_path / "out")
+        except (UnmergeableAdapterError, StatisticsError, AdapterNotFoundError):
+            refused += 1
+            continue
+        seen.update(names for names, expected in states.items() if found == expected)
+        assert found in states.values()
+    assert seen == {"ab", "abc"}
+
+
+def copied(merge: Path, output: Path) -> dict[str, bytes]:
+    """The tensors of a merge of a merge alone, which are its own."""
+    shutil.rmtree(output, ignore_errors=True)
+    found = files(merge_adapter_files([merge], output, progress=False))
+    return {name: found[name] for name in (WEIGHTS, STATISTICS)}
 
 
 @pytest.mark.parametrize("gate_lora", [False, True])

@@ -8,13 +8,16 @@ import os
 import resource
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from peft import get_peft_model
+import torch
+from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_many import MAnyConfig, collect_statistics, merge_adapter_sequence
+from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
 from tests.adapters import base, batches, make, scatter, state_digest
 
 CYCLES = 1000
@@ -104,20 +107,77 @@ def test_delete_adapter_leaves_no_trace(tmp_path):
         assert set(model.peft_config) == {"default"}
 
 
+def survivors() -> Counter[str]:
+    """How many tensors, modules and objects of this package there are in this process."""
+    gc.collect()
+    kinds = Counter(map(type, gc.get_objects()))  # not by `isinstance`, which asks lazy modules for attributes
+    return Counter(
+        {
+            f"{kind.__module__}.{kind.__qualname__}": count
+            for kind, count in kinds.items()
+            if issubclass(kind, (torch.Tensor, nn.Module)) or str(kind.__module__).startswith("peft_many")
+        }
+    )
+
+
+@pytest.fixture(params=["task", "gated", "gaussian"])
+def another(tmp_path, request) -> Callable[[PeftModel], None]:
+    """Gives a model with an adapter "default" another one, and runs it on images."""
+    options = {"gated": {"gate_lora": True}, "gaussian": {"router": "gaussian"}}.get(request.param, {})
+    folders = [make(tmp_path / name, seed=seed).folder for seed, name in enumerate("ab")]
+    merged = merge_adapter_files(folders, tmp_path / "merged", progress=False, **options)
+
+    def give(model: PeftModel) -> None:
+        shown = batches(model, "llava", 0)
+        if request.param == "task":
+            model.add_adapter("other", MAnyConfig(r=2))
+            model.set_adapter("other")
+            collect_statistics(model, shown, adapter_name="other", progress=False)
+        else:
+            model.load_adapter(merged, "other")
+            model.set_adapter("other")
+        for batch in shown:
+            model(**batch)
+
+    return give
+
+
+@pytest.mark.parametrize("end", ["unload", "delete_adapter"])
+def test_nothing_stays_in_memory(another, end):
+    """Not one tensor, module or object of ours, however often adapters came, saw images, and went."""
+    plain = base("llava")
+    model = get_peft_model(plain, MAnyConfig(r=2))
+    before: Counter[str] = Counter()
+    for cycle in range(3):
+        another(model)
+        if end == "unload":
+            plain = model.unload()
+            model = get_peft_model(plain, MAnyConfig(r=2))
+        else:
+            model.set_adapter("default")
+            model.delete_adapter("other")
+        before = before if cycle else survivors()
+    assert survivors() - before == Counter()
+
+
 SAVE_AND_MERGE = """
 import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from peft import LoraConfig
-from peft_many import merge_adapter_files, merge_report
-from tests.adapters import make
+from peft_many import export_lora, export_model, export_routed_model, merge_adapter_files, merge_report
+from tests.adapters import base, make
 root = Path(sys.argv[1])
 made = [make(root / name, seed=seed, task_name=name, energy=0.99).folder for seed, name in enumerate("ab")]
 make(root / "lora", seed=3, kind=LoraConfig, target_modules=["v_proj", "q_proj"], modules_to_save=None)
 for name, options in {"plain": {}, "gated": {"gate_lora": True}, "gaussian": {"router": "gaussian"}, "low": {"rank": 3}}.items():
     merge_adapter_files(made, root / name, progress=False, **options)
 merge_adapter_files(made, root / "ties", method="ties", projectors="mean", progress=False)
+base("llava").save_pretrained(root / "base")
+export_lora(root / "plain", root / "exported lora")
+export_model(root / "plain", root / "exported model", base_model=root / "base")
+export_routed_model(root / "plain", root / "exported routed", base_model=root / "base")
 (root / "report.txt").write_text(repr(merge_report(root / "plain", progress=False).to_dict()))
 """  # noqa: E501
 

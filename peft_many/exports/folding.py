@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -18,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..plugin.adapter import Adapter
 from ..plugin.config import MAnyConfig
 from ..plugin.fit import check_fits_model
+from ..plugin.hub import TRANSPORT_ERROR
 from ..plugin.stored_delta import KEY_PREFIX
 from .result import read_pairs
 
@@ -147,13 +149,22 @@ def folded(
 
 
 def copy_besides(base: BaseModel, folder: Path, hub: Mapping[str, Any]) -> bool:
-    """Copy the base model's tokenizer and processor files; whether there were any."""
+    """Copy the base model's tokenizer and processor files; whether there were any.
+
+    Raises:
+        FileNotFoundError: The Hub did not give them.
+    """
     source = Path(base.name)
     if not source.is_dir():
         try:
             found_at = snapshot_download(base.name, revision=base.revision, allow_patterns=list(_BESIDES), **hub)
-        except OSError:
+        except LocalEntryNotFoundError:  # the model is from a cache that has nothing else of it
             return False
+        except (OSError, TRANSPORT_ERROR) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise FileNotFoundError(
+                f"The tokenizer of the base model '{base.name}' cannot be fetched: {reason}; try again."
+            ) from None
         source = Path(found_at)
     found = [path for pattern in _BESIDES for path in source.glob(pattern) if path.is_file()]
     for path in found:

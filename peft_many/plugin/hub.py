@@ -26,7 +26,7 @@ from .statistics import STATISTICS_NAME, AdapterStatistics, StatisticsError
 # All that merging reads; nothing else is downloaded, pickles least of all.
 ADAPTER_FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STATISTICS_NAME]
 # A connection that breaks off, or a file that comes short: httpx's error, or httpx2's, as huggingface_hub has it.
-_TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 class AdapterNotFoundError(FileNotFoundError):
@@ -95,7 +95,7 @@ class RemoteStatistics:
         try:
             path = hf_hub_download(**self.where, token=self._token)
             AdapterStatistics.load(path).save(folder, energy=1.0)
-        except (EntryNotFoundError, _TRANSPORT_ERROR, StatisticsError) as error:
+        except (EntryNotFoundError, TRANSPORT_ERROR, StatisticsError) as error:
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 return  # the adapter has none
             # Not an error: the model being saved may have been trained for hours since.
@@ -173,7 +173,7 @@ def find_adapter(
         ) from None
     except HfHubHTTPError as error:
         raise AdapterNotFoundError(f"The Hub did not give '{entry}': {_first_line(error)}") from None
-    except _TRANSPORT_ERROR as error:
+    except TRANSPORT_ERROR as error:
         raise AdapterNotFoundError(
             f"The connection to the Hub broke off while '{entry}' was downloaded ({_first_line(error)}); try again."
         ) from None

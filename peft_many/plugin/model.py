@@ -38,7 +38,8 @@ from .merge_report import MergeReport, report_on
 from .patterns import check_patterns
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
 from .statistics import AdapterStatistics
-from .untrusted import NONSENSE_ERRORS, MalformedAdapterError
+from .stored_delta import KEY_PREFIX
+from .untrusted import NONSENSE_ERRORS, MalformedAdapterError, check_projectors_are_there
 
 
 class MAnyModel(LoraModel):
@@ -83,6 +84,9 @@ class MAnyModel(LoraModel):
             self._wrap_projectors(model, adapter_name, config, rollback)
             if source is not None:  # with the names of the wrapped projectors, which PEFT goes through next
                 check_patterns(config, [name for name, _ in model.named_modules()], source)
+                check_projectors_are_there(
+                    getattr(config, "loaded_keys", ()), _projector_keys(model, adapter_name, config), source
+                )
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             except NONSENSE_ERRORS as error:
@@ -132,6 +136,8 @@ class MAnyModel(LoraModel):
                 self._note_loading(module, adapter_name, config)
                 continue
             _check_trainable(name, module)
+            for parameter in module.parameters():
+                rollback.callback(parameter.requires_grad_, parameter.requires_grad)
             wrapper = ProjectorWrapper(module, adapter_name, routing=routing)
             wrapper.set_adapter(adapter_name if active else [], inference_mode=config.inference_mode)
             rollback.callback(setattr, parent, child, module)
@@ -290,6 +296,15 @@ def _targets(model: PreTrainedModel, config: MAnyConfig) -> str | set[str]:
     decoder = language_model_name(model) or ""
     pattern = rf"{re.escape(decoder)}\..*\b(?:{'|'.join(sorted(map(re.escape, last)))})"
     return pattern if wanted == {name for name in names if re.fullmatch(pattern, name)} else wanted
+
+
+def _projector_keys(model: nn.Module, adapter_name: str, config: MAnyConfig) -> dict[str, list[str]]:
+    """By projector of an adapter, what its tensors are called in its weights file."""
+    wrappers: dict[str, Any] = {name: model.get_submodule(name) for name in config.projector_modules or []}
+    return {
+        name: [f"{KEY_PREFIX}{name}.{key}" for key in wrapper.adapter_state_dict_load_map(adapter_name)]
+        for name, wrapper in wrappers.items()
+    }
 
 
 def _gate_layers(model: nn.Module, adapter_name: str, config: MAnyConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Mapping
@@ -93,18 +94,25 @@ def _let_configs_find_statistics() -> None:
 def _check_loaded(config: MAnyConfig, source: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> None:
     """Refuse a config that nobody in good faith wrote, before PEFT allocates what it asks for."""
     check_config(config, source)
-    config.loaded_from = source  # no field: what a user makes of it is the user's own
+    config.loaded_from = source  # no fields: what a user makes of it is the user's own
     folder = Path(source, subfolder or "")
     path: str | Path | None = folder / SAFETENSORS_WEIGHTS_NAME
     if not folder.is_dir():
+        path = None
         try:
-            return check_backed(config, None, source)
-        except MalformedAdapterError:
+            check_backed(config, None, source)
+        except MalformedAdapterError:  # unless its weights, which PEFT is about to load, say so too
             path = _download_weights(source, subfolder, kwargs)
+        else:
+            if config.modules_to_save:
+                with contextlib.suppress(LocalEntryNotFoundError):  # a config can be read where the Hub is away
+                    path = _download_weights(source, subfolder, kwargs)
     try:
-        check_backed(config, TensorFile(Path(path)) if path and Path(path).is_file() else None, source)
+        weights = TensorFile(Path(path)) if path and Path(path).is_file() else None
+        check_backed(config, weights, source)
     except SafetensorError as error:
         raise MalformedAdapterError(f"{path} is damaged or truncated ({error}).") from None
+    config.loaded_keys = frozenset(weights or ())
 
 
 def _download_weights(source: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> str | None:

@@ -19,6 +19,7 @@ from ..algebra.covariance import Covariance, DenseCovariance, InvalidCovarianceE
 from ..algebra.eight_bits import Scales
 from ..algebra.lpm import LowRankDelta
 from .atomic import replace_file
+from .file_errors import AdapterFileError
 from .tensor_file import TensorFile, TensorFileWriter, lay_out
 
 STATISTICS_NAME = "adapter_statistics.safetensors"
@@ -29,7 +30,7 @@ DEFAULT_ENERGY = 0.9999
 LARGEST_FINGERPRINTED = 1 << 20
 
 
-class StatisticsError(ValueError):
+class StatisticsError(AdapterFileError):
     """A statistics file cannot be used; the message says which one, which tensor and why."""
 
 
@@ -299,11 +300,11 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
     path, read = file.path, _reader(file)
     covariances: dict[str, Covariance] = {}
     for g, group in enumerate(task["covariances"]):
-        covariances |= dict.fromkeys(group["modules"], _read_covariance(file, f"{t}.covariance.{g}", group))
+        covariances |= dict.fromkeys(_names(group["modules"]), _read_covariance(file, f"{t}.covariance.{g}", group))
     spreads = {
         name: _read_covariance(file, f"{t}.spread.{name}", about) for name, about in task.get("spreads", {}).items()
     }
-    prototypes = {name: read(f"{t}.prototype.{name}", 1) for name in task["projectors"]}
+    prototypes = {name: read(f"{t}.prototype.{name}", 1) for name in _names(task["projectors"])}
     for name, spread in spreads.items():
         if name in prototypes and spread.width != len(prototypes[name]):
             raise StatisticsError(
@@ -314,9 +315,12 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
     for name, prototype in prototypes.items():
         if not torch.isfinite(prototype).all():
             raise StatisticsError(f"{path}: tensor '{t}.prototype.{name}' holds NaN or Inf.")
+    weight = float(task["weight"])
+    if not 0 <= weight < math.inf:
+        raise StatisticsError(f"{path}: a task's weight is {weight}; weights must be finite and not negative.")
     return TaskStatistics(
         name=task["name"],
-        weight=float(task["weight"]),
+        weight=weight,
         samples=int(task["samples"]),
         images=int(task["images"]),
         covariances=covariances,
@@ -324,9 +328,17 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         spreads=spreads,
         fingerprints={name: [float(value) for value in print_] for name, print_ in task["fingerprints"].items()},
         shapes={name: (int(out), int(width)) for name, (out, width) in task.get("shapes", {}).items()},
-        deltas={name: read(f"{t}.lora_A.{name}", 2) for name in task["deltas"]},
-        lora_B={name: read(f"{t}.lora_B.{name}", 2) for name in task.get("lora_B", [])},
+        deltas={name: read(f"{t}.lora_A.{name}", 2) for name in _names(task["deltas"])},
+        lora_B={name: read(f"{t}.lora_B.{name}", 2) for name in _names(task.get("lora_B", []))},
     )
+
+
+def _names(names: Any) -> list[str]:
+    """Names of modules, and nothing else that JSON could hold in their place."""
+    strange = [name for name in names if not isinstance(name, str)]
+    if strange:
+        raise TypeError(f"a module is called {strange[0]!r:.40}")
+    return list(names)
 
 
 def _read_covariance(file: TensorFile, key: str, about: Mapping[str, Any]) -> Covariance:

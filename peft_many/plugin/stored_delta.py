@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.lpm import LowRankDelta
+from .file_errors import AdapterFileError
 from .statistics import TaskStatistics, same_weights, weight_fingerprint
 from .tensor_file import TensorFile
 
@@ -16,7 +17,7 @@ KEY_PREFIX = "base_model.model."
 TASK_WEIGHT = "lora_A.task_weight"  # of a layer of a merge with `gate_lora`: the tasks' own `A_t`, stacked
 
 
-class UnmergeableAdapterError(ValueError):
+class UnmergeableAdapterError(AdapterFileError):
     """An adapter cannot be merged; the message says which, where and why."""
 
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_many.algebra.covariance import (
-    Covariance,
     CovarianceAccumulator,
     CovarianceSum,
     DenseCovariance,
@@ -17,31 +16,6 @@ from peft_many.algebra.covariance import (
     truncate,
 )
 from tests.algebra.problems import make_tasks, relative_error, seeds
-
-
-def examples(seed: int) -> dict[str, Covariance]:
-    """One covariance of each representation."""
-    dense = make_tasks(seed, tasks=1)[0].covariance
-    low_rank = truncate(dense, 0.9, torch.float64)
-    return {
-        "dense": dense,
-        "dense with ridge": dense.with_ridge(0.1),
-        "low rank": low_rank,
-        "sum": CovarianceSum(remainder=0.0, tokens=80, parts=((0.5, dense), (2.0, low_rank))),
-    }
-
-
-@given(seeds)
-def test_every_representation_agrees_with_its_dense_form(seed):
-    for covariance in examples(seed).values():
-        matrix = covariance.dense()
-        assert matrix.dtype == torch.float64
-        assert matrix.shape == (covariance.width, covariance.width)
-        assert math.isclose(covariance.trace, matrix.trace().item(), rel_tol=1e-12)
-        ridged = covariance.with_ridge(0.01).dense()
-        expected = matrix + 0.01 * matrix.diagonal().mean() * torch.eye(covariance.width, dtype=torch.float64)
-        assert relative_error(ridged, expected) < 1e-12
-        covariance.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

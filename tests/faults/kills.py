@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import peft.peft_model
+import transformers.modeling_utils
 from tqdm import tqdm
 
+import peft_many.exports.lora
+import peft_many.exports.routed
 from peft_many.plugin.tensor_file import TensorFileWriter
 
 _WRITING = os.O_WRONLY | os.O_RDWR
@@ -53,8 +56,17 @@ def _tear(path: str, flags: int) -> None:
         Path(path).write_bytes(b'{"half": [1, 2')
 
 
+# Whoever writes a safetensors file by a call into Rust, which is no event for Python.
+_SAVERS = (
+    (peft.peft_model, "safe_save_file"),
+    (transformers.modeling_utils, "safe_save_file"),
+    (peft_many.exports.lora, "save_file"),
+    (peft_many.exports.routed, "save_file"),
+)
+
+
 def _watch_writers(watch: _Watch) -> None:
-    write, save = TensorFileWriter.write, peft.peft_model.safe_save_file
+    write = TensorFileWriter.write
 
     def torn_write(self: TensorFileWriter, key: str, tensor: Any) -> None:
         def tear() -> None:
@@ -66,6 +78,12 @@ def _watch_writers(watch: _Watch) -> None:
         watch.note(tear)
         write(self, key, tensor)
 
+    TensorFileWriter.write = torn_write  # type: ignore[method-assign]
+    for module, name in _SAVERS:
+        setattr(module, name, _torn(getattr(module, name), watch))
+
+
+def _torn(save: Callable[..., None], watch: _Watch) -> Callable[..., None]:
     def torn_save(tensors: Any, path: Any, *args: Any, **kwargs: Any) -> None:
         def tear() -> None:
             save(tensors, path, *args, **kwargs)
@@ -74,8 +92,7 @@ def _watch_writers(watch: _Watch) -> None:
         watch.note(tear)
         save(tensors, path, *args, **kwargs)
 
-    TensorFileWriter.write = torn_write  # type: ignore[method-assign]
-    peft.peft_model.safe_save_file = torn_save
+    return torn_save
 
 
 def killed_at(operation: int, action: Callable[[], Any], root: Path, *, torn: bool = False) -> bool:

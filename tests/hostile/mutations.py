@@ -41,6 +41,7 @@ TEXTS += [
     "many",
     "MANY",
     "LORA",
+    "\x1b[2J",
     "{0}",
     "%s",
     "default",
@@ -114,11 +115,19 @@ def mutate_json(content: Any, random: Random) -> None:
         holder[path[-1]] = value(random)
 
 
+def many(random: Random) -> int:
+    """A length; seldom one that takes a second to go through."""
+    return random.choice([2, 3, 300]) if random.random() < 0.95 else 50_000
+
+
 def targeted(config: dict[str, Any], random: Random) -> None:
     """What somebody would try who knows what the fields are for."""
     huge = random.choice([10**6, 10**8, 10**9, 2**40])
     layers = [".*", "q_proj", r"model\.language_model\.layers\.0\.self_attn\.q_proj", "layers.0.mlp.up_proj"]
-    routing = config.get("routing") or {"model.multi_modal_projector": {"width": 24, "tasks": []}}
+    routing, tasks = config.get("routing"), config.get("tasks")
+    if not isinstance(routing, dict) or not all(isinstance(about, dict) for about in routing.values()) or not routing:
+        routing = {"model.multi_modal_projector": {"width": 24, "tasks": []}}
+    one_task = tasks[:1] if isinstance(tasks, list) else [{}]
     name = next(iter(routing))
 
     def routed(**changes: Any) -> None:
@@ -143,9 +152,9 @@ def targeted(config: dict[str, Any], random: Random) -> None:
         lambda: routed(width=huge),
         lambda: routed(directions=huge),
         lambda: routed(directions=random.choice(NUMBERS)),
-        lambda: routed(tasks=[{"name": str(t), "trained": True} for t in range(random.choice([3, 2000, 50_000]))]),
+        lambda: routed(tasks=[{"name": str(t), "trained": True} for t in range(many(random))]),
         lambda: routed(tasks=random.choice([[], None, [{}], [[]], {"name": 1}])),
-        lambda: config.update(tasks=(config.get("tasks") or [{}])[:1] * random.choice([2, 1000, 50_000])),
+        lambda: config.update(tasks=one_task * many(random)),
         lambda: config.update(task_ranks=[huge] * 2, gate_lora=True),
         lambda: config.update(
             task_ranks=random.choice([[0, 8], [-8, 16], [1] * 8, [8.0], [True] * 8, []]), gate_lora=True
@@ -154,7 +163,7 @@ def targeted(config: dict[str, Any], random: Random) -> None:
         lambda: config.update(megatron_core=TRAP),
         lambda: config.update(auto_mapping={"base_model_class": "Model", "parent_library": TRAP}, task_type=None),
         lambda: config.update(auto_mapping=value(random)),
-        lambda: config.update(layer_replication=[[0, 2]] * random.choice([2, 10**5])),
+        lambda: config.update(layer_replication=[[0, 2]] * many(random)),
         lambda: config.update(layer_replication=[[0, huge]]),
         lambda: config.update(trainable_token_indices=random.choice([[0, 1], [10**9], {"embed_tokens": [3]}])),
         lambda: config.update(init_lora_weights=random.choice(TEXTS)),

@@ -12,7 +12,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,17 @@ from tests.adapters import WEIGHTS, base, state_digest
 from tests.hostile.good import make_good
 from tests.hostile.mutations import CONFIG, TRAP
 
-CASES = 250
+CASES = 500
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile")
-    (folder / "good").mkdir()
-    make_good(folder / "good")
-    return folder
+def root() -> Iterator[Path]:
+    in_memory = Path("/dev/shm")  # where there is such a thing, as each case makes and removes a few files
+    with tempfile.TemporaryDirectory(dir=in_memory if os.access(in_memory, os.W_OK) else None) as name:
+        folder = Path(name)
+        (folder / "good").mkdir()
+        make_good(folder / "good")
+        yield folder
 
 
 @pytest.fixture
@@ -68,8 +72,8 @@ def run_cases(root: Path, first: int, count: int) -> dict[str, Any]:
 def test_mutated_adapters(root, request):
     count = max(CASES, request.config.getoption("--fuzz"))
     found: dict[str, int] = {}
-    for first in range(0, count, 2000):
-        result = run_cases(root, first, min(2000, count - first))
+    for first in range(0, count, 5000):
+        result = run_cases(root, first, min(5000, count - first))
         assert not result["failures"], "\n\n".join(result["failures"][:5])
         for outcome, times in result["outcomes"].items():
             found[outcome] = found.get(outcome, 0) + times
@@ -161,7 +165,7 @@ def test_a_regular_expression_that_ends_until_projectors_are_wrapped(edited, mon
     assert len(inside) > longest
     pattern = rf"(?=.{{{longest + 1}}})(\w+\.?)+!"
     if how == "merge":
-        folder = edited("a", target_modules=f".*language_model.*_proj|{pattern}")
+        folder = edited("a", target_modules=rf".*language_model.*layers\.0\..*(q|v|down)_proj|{pattern}")
     else:
         folder = edited("a", exclude_modules=pattern)
     calls = {

@@ -293,6 +293,8 @@ def test_a_prototype_that_is_not_finite(path, bad):
         lambda header: header["tasks"][0]["covariances"][0].update(tokens="many"),
         lambda header: header["tasks"][0]["covariances"][0].pop("remainder"),
         lambda header: header["tasks"][0].update(fingerprints=[1, 2]),
+        lambda header: header["tasks"][0]["covariances"][0].update(modules=[None]),
+        lambda header: header["tasks"][0].update(projectors=[1.5]),
         lambda header: header["tasks"][0].update(weight=None),
         lambda header: header.update(tasks=7),
         lambda header: header.update(tasks=["x"]),
@@ -303,6 +305,14 @@ def test_a_damaged_header(path, damage):
     damage(header)
     rewrite(path, header=header)
     assert_refused(path, f"not a statistics file of format {FORMAT_VERSION}")
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, "-inf"])
+def test_a_weight_that_is_none(path, weight):
+    header = header_of(path)
+    header["tasks"][0]["weight"] = weight
+    rewrite(path, header=header)
+    assert_refused(path, "weights must be finite and not negative")
 
 
 def asymmetric(matrix: Tensor) -> Tensor:
