@@ -139,7 +139,8 @@ class LowRankCovariance(Covariance):
 
     @functools.cached_property
     def trace(self) -> float:
-        return self._stored().square().sum(dtype=torch.float64).item() * self.scale**2 + self.remainder * self.width
+        squared = self.scale * self.scale  # infinite where `scale**2` is an OverflowError
+        return self._stored().square().sum(dtype=torch.float64).item() * squared + self.remainder * self.width
 
     def rows(self, device: torch.device | str | None = None) -> Tensor:
         """`S` in float64, shape `(k, in)`."""

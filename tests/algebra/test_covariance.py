@@ -83,6 +83,7 @@ BAD = {
     "remainder is -1.0": LowRankCovariance(remainder=-1.0, tokens=1, factor=torch.ones(1, 2)),
     "remainder is nan": LowRankCovariance(remainder=math.nan, tokens=1, factor=torch.ones(1, 2)),
     "holds NaN or Inf": LowRankCovariance(remainder=0.0, tokens=1, factor=torch.tensor([[math.inf, 0.0]])),
+    "it holds NaN or Inf": LowRankCovariance(remainder=0.0, tokens=1, factor=torch.ones(1, 2), scale=1e308),
     "factor has shape": LowRankCovariance(remainder=0.0, tokens=1, factor=torch.ones(2)),
 }
 
