@@ -81,7 +81,7 @@ def check(family: str, folder: Path, load: Callable[[str, Path], str]) -> Findin
         finding.note = row.unfit
         if row.text_only:
             require_text_only(family)
-            finding.note += "; `projector_modules=[]` merges its language model alone"
+            finding.note += "; `projector_modules=[]` adapts its language model alone"
         return finding
     try:
         _check(finding, folder, load)

@@ -235,7 +235,7 @@ _ROWS: dict[str, Row] = {
         text_only=True,
     ),
     "evolla": Row(unfit="takes proteins, not images; `MAnyConfig()` adapts all of its linear layers"),
-    "mistral4": Row(unfit="a text model: its class takes no images, and `MAnyConfig()` merges all of it by LPM"),
+    "mistral4": Row(unfit="a text model, which takes no images; `MAnyConfig()` adapts all of its linear layers"),
     "fast_vlm": Row(
         {
             "vision_config": _timm("fastvit_mci3", layers=[1] * 5, embed_dims=[32] * 5, inference_mode=True)
@@ -400,7 +400,7 @@ _ROWS: dict[str, Row] = {
         inputs="attended",
         tokens=1,
         images_per_row="one",
-        note="with `use_resampler`, as its checkpoints; without, it has no projector",
+        note="with `use_resampler`; without, it has no projector",
     ),
     "cosmos3_edge": Row(video="frames"),
     "cosmos3_omni": Row(video="frames"),
