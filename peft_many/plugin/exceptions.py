@@ -13,7 +13,9 @@ class Tiles:
     Args:
         gap (`int`): The most tokens that stand between two of one image.
         own_opener (`bool`): Whether the token in front of a tile is another one than in front of an image.
-        number (`int`, *optional*): How many there are of every image that is cut; markers do not tell images apart.
+        number (`int`, *optional*):
+            How many there are of every image that is cut, if markers do not tell images apart. As many images that are
+            not cut, with no text in between, would be taken for one.
     """
 
     gap: int
@@ -26,7 +28,8 @@ class Exceptional:
     """What is to be known of one family.
 
     Args:
-        projectors (`tuple[str, ...]`): The projectors, by the end of their paths; empty if their place tells them.
+        projectors (`tuple[str, ...]`):
+            The projectors, by the end of their paths; empty if their place tells them. `-1` is the last of a list.
         language_model (`str`, *optional*): The language model, by its path, if `get_decoder()` gives more than that.
         pools_encoder (`bool`):
             Whether images are told apart by what the vision tower gives, as the projector reads something else.
@@ -56,6 +59,7 @@ EXCEPTIONS: dict[str, Exceptional] = {
     "molmo2": Exceptional(projectors=("multi_modal_projector",)),
     # The language model holds the vision tower too.
     "git": Exceptional(projectors=("git.visual_projection",), language_model="git.encoder"),
+    "idefics": Exceptional(projectors=("perceiver_resampler",), language_model="model.layers"),
     "phi4_multimodal": Exceptional(projectors=("img_projection_down",), language_model="model.layers"),
     # A Q-Former reads the tower, in InstructBLIP with the instruction at hand, and the projector reads its queries.
     "blip-2": Exceptional(pools_encoder=True),
@@ -64,6 +68,8 @@ EXCEPTIONS: dict[str, Exceptional] = {
     "hunyuan_vl": Exceptional(one_by_one=True),
     # All tiles of an image are one run of placeholders,
     "aria": Exceptional(tiles=Tiles(0)),
+    # (of Inkling each token is a tile, and the last layer of its tower is what projects)
+    "inkling_mm_model": Exceptional(projectors=("vision_tower.encoder_layers.-1",), tiles=Tiles(0)),
     "internvl": Exceptional(tiles=Tiles(0)),
     "perception_lm": Exceptional(tiles=Tiles(0)),
     "qianfan_ocr": Exceptional(tiles=Tiles(0)),

@@ -57,7 +57,8 @@ def find_projectors(model: nn.Module) -> list[str]:
         return []
     named = exceptional(model).projectors
     if named:
-        return [name for name, _ in model.named_modules() if any(_ends(name, end) for end in named)]
+        paths = [(name, _from_the_end(model, name)) for name, _ in model.named_modules()]
+        return [name for name, other in paths if any(_ends(name, end) or _ends(other, end) for end in named)]
     encoder, language_model = image_encoder_name(model), language_model_name(model)
     if language_model is None or _is_inside(encoder, language_model):
         return []
@@ -148,6 +149,13 @@ def _last_width(module: nn.Module) -> int | None:
 
 def _is_inside(name: str | None, outer: str) -> bool:
     return name is not None and f"{name}.".startswith(f"{outer}.")
+
+
+def _from_the_end(model: nn.Module, name: str) -> str:
+    """The path of a module, with `-1` for the number of the last one of a list."""
+    holder, _, number = name.rpartition(".")
+    is_last = number.isdigit() and int(number) == len(list(model.get_submodule(holder).children())) - 1
+    return f"{holder}.-1" if is_last else name
 
 
 def _ends(name: str, end: str) -> bool:

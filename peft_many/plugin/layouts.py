@@ -170,6 +170,15 @@ def _by_aspect(call: ImageCall | None, features: Tensor, projector: nn.Module | 
     return ImageLayout(torch.full((images,), tiles), flat=False, leading=3, real=real)
 
 
+def _by_sight(call: ImageCall | None, features: Tensor, projector: nn.Module | None) -> ImageLayout | None:
+    """IDEFICS: `(rows, images)` pictures, filled up with some that no token attends to."""
+    pixels, mask = (current_model_call()[1].get(name) for name in ("pixel_values", "image_attention_mask"))
+    if mask is None or mask.dim() != 3 or pixels is None or len(features) != pixels.shape[:2].numel():
+        return None
+    seen = mask.bool().any(1).reshape(-1).cpu()
+    return ImageLayout(torch.ones(len(seen), dtype=torch.int64), flat=False, real=seen)
+
+
 def _by_pooling(call: ImageCall | None, features: Tensor, projector: nn.Module | None) -> ImageLayout | None:
     """Molmo 2: `(tokens, pooled)` indices of the patches that make up a token, and how many tokens an image has."""
     pooling, grids = (None if call is None else call.arguments.get(n) for n in ("image_token_pooling", "image_grids"))
@@ -225,6 +234,7 @@ LAYOUTS: tuple[Callable[[ImageCall | None, Tensor, nn.Module | None], ImageLayou
     _by_view,
     _by_frames,
     _by_aspect,
+    _by_sight,
     _by_pooling,
     _by_token,
 )

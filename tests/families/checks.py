@@ -79,6 +79,9 @@ def check(family: str, folder: Path, load: Callable[[str, Path], str]) -> Findin
     row = row_of(family)
     if row.unfit is not None:
         finding.note = row.unfit
+        if row.text_only:
+            require_text_only(family)
+            finding.note += "; `projector_modules=[]` adapts its language model alone"
         return finding
     try:
         _check(finding, folder, load)
@@ -90,6 +93,18 @@ def check(family: str, folder: Path, load: Callable[[str, Path], str]) -> Findin
             f"{type(error).__name__} in {Path(last.filename).name}: {str(error).partition(chr(10))[0][:160]}"
         )
     return finding
+
+
+def require_text_only(family: str) -> None:
+    """A family without a projector is refused by default; the argument that the message names adapts the rest."""
+    try:
+        get_peft_model(build(family), MAnyConfig())
+    except ValueError as error:
+        if "projector_modules=[]" not in str(error):
+            raise
+    else:
+        raise Unmet("by now a projector is found")
+    get_peft_model(build(family), MAnyConfig(projector_modules=[]))
 
 
 def _check(finding: Finding, folder: Path, load: Callable[[str, Path], str]) -> None:

@@ -92,6 +92,8 @@ class Inputs:
             inputs["image_embeds_position_mask"] = is_image
         if "cross_attention_mask" in self._arguments and any(rows):
             inputs["cross_attention_mask"] = self._seen_images(rows, is_image)
+        if "image_attention_mask" in self._arguments:
+            inputs["image_attention_mask"] = (is_image.cumsum(1) > 0).long()[..., None]
         if getattr(self.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = inputs["input_ids"][:, -3:]
         if any(rows):

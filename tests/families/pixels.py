@@ -169,6 +169,13 @@ def token_images(config: Any, rows: list[list[Picture]]) -> Arguments:
     return {"pixel_values": torch.cat(tokens), "image_grid_thw": torch.tensor(grids)}
 
 
+def patch_blocks(config: Any, rows: list[list[Picture]]) -> Arguments:
+    """Inkling: `(patches, frames, height, width, 3)`, each patch a token."""
+    blocks = [patches_of(image, PATCH, 1, 1).reshape(-1, 3, PATCH, PATCH).movedim(1, -1) for image in flat(rows)]
+    frames = vision_settings(config).temporal_patch_size
+    return {"pixel_values": torch.cat(blocks)[:, None].expand(-1, frames, -1, -1, -1)}
+
+
 def packed(config: Any, rows: list[list[Picture]]) -> Arguments:
     """MiniCPM-V: one wide picture of all patches of all slices, and `(slices, 2)` grids."""
     slices = [tile for image in flat(rows) for tile in tiles_of(image)]
@@ -265,6 +272,11 @@ def cross_attended(config: Any, rows: list[list[Picture]]) -> Arguments:
     return {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
 
 
+def attended(config: Any, rows: list[list[Picture]]) -> Arguments:
+    """IDEFICS: `(rows, images, 3, height, width)`."""
+    return {"pixel_values": torch.stack([torch.stack(row) for row in rows])}
+
+
 def flattened(config: Any, rows: list[list[Picture]]) -> Arguments:
     """Kosmos-2.5: `(images, patches, 2 + 3 * patch * patch)`, each patch behind its row and column."""
     found = []
@@ -316,6 +328,7 @@ KINDS: dict[str, tuple[Callable[[Any, list[list[Picture]]], Arguments], tuple[tu
     "patch_images": (patch_images, (_SQUARE, _WIDE)),
     "merge_sizes": (with_merge_sizes, (_SQUARE, _WIDE)),
     "token_images": (token_images, (_SQUARE, _WIDE)),
+    "patch_blocks": (patch_blocks, (_SQUARE, _WIDE)),
     "packed": (packed, (_SQUARE, _TWO)),
     "grid_hw": (grid_hw, (_SQUARE, _WIDE)),
     "padded_patches": (padded_patches, (_SQUARE, _WIDE)),
@@ -336,6 +349,7 @@ KINDS: dict[str, tuple[Callable[[Any, list[list[Picture]]], Arguments], tuple[tu
     "local_views": (local_views, (_SQUARE, _TWO)),
     "local_grids": (local_grids, (_SQUARE, _TWO)),
     "cross_attended": (cross_attended, (_SQUARE, _TWO)),
+    "attended": (attended, (_SQUARE,)),
     "flattened": (flattened, (_SQUARE,)),
     "cropped": (cropped, (_SQUARE,)),
     "pooled": (pooled, (_SQUARE, _TWO)),

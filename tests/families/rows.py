@@ -26,7 +26,8 @@ class Row:
             A package beside those of the tests, without which it is left out. timm brings torchvision, of which the
             usual builds cannot be imported beside a torch without CUDA; and once there, transformers imports it.
         note (`str`): For the table.
-        unfit (`str`, *optional*): Why it is not run at all.
+        unfit (`str`, *optional*): Why it is not routed.
+        text_only (`bool`): If so, whether `MAnyConfig(projector_modules=[])` adapts its language model.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class Row:
     requires: str | None = None
     note: str = ""
     unfit: str | None = None
+    text_only: bool = False
 
 
 _FULL_ROPE = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
@@ -222,10 +224,18 @@ _ROWS: dict[str, Row] = {
         video="frames",
     ),
     "unlimited_ocr": Row({"vision_config": {"sam_config": _SMALL_SAM}}, inputs="local_grids"),
-    "chameleon": Row(unfit="images become token ids of a codebook: there is no projector"),
-    "emu3": Row(unfit="images become token ids of a codebook: there is no projector"),
-    "evolla": Row(unfit="takes proteins, not images"),
-    "mistral4": Row(unfit="a text model: its class takes no images"),
+    "chameleon": Row(
+        {"vocabulary_map": {"<image>": 90}},
+        unfit="images become token ids of a codebook, which are embedded as words are: there is no projector",
+        text_only=True,
+    ),
+    "emu3": Row(
+        {"vocabulary_map": {"<image>": 90}},
+        unfit="images become token ids of a codebook, which are embedded as words are: there is no projector",
+        text_only=True,
+    ),
+    "evolla": Row(unfit="takes proteins, not images; `MAnyConfig()` adapts all of its linear layers"),
+    "mistral4": Row(unfit="a text model, which takes no images; `MAnyConfig()` adapts all of its linear layers"),
     "fast_vlm": Row(
         {
             "vision_config": _timm("fastvit_mci3", layers=[1] * 5, embed_dims=[32] * 5, inference_mode=True)
@@ -279,7 +289,10 @@ _ROWS: dict[str, Row] = {
     "llava_next": Row({"image_grid_pinpoints": _PINPOINTS}),
     "llava_next_video": Row({"image_grid_pinpoints": _PINPOINTS}),
     "llava_onevision": Row({"image_grid_pinpoints": _PINPOINTS}),
-    "lfm2_vl": Row(inputs="padded_patches"),
+    "lfm2_vl": Row(
+        inputs="padded_patches",
+        note="tiles of an image (`do_image_splitting`) are routed one by one: each is projected in a call of its own",
+    ),
     "gemma4": Row({"vision_config": {"model_type": "gemma4_vision", **_GEMMA4_VISION}}, inputs="placed_patches"),
     "gemma4_unified": Row(
         {
@@ -329,10 +342,15 @@ _ROWS: dict[str, Row] = {
         }
     ),
     "pi0": Row(unfit="a robot's policy: it writes actions, not text"),
-    "blip": Row(unfit="has no projector: its decoder attends to the vision tower's output itself"),
-    "pix2struct": Row(unfit="has no projector: its decoder attends to the vision encoder's output itself"),
-    "vision-encoder-decoder": Row(unfit="has no projector: its decoder attends to the vision encoder's output itself"),
-    "udop": Row(unfit="has no vision tower: an encoder reads patches and words alike"),
+    "blip": Row(unfit="has no projector: its decoder attends to the vision tower's output itself", text_only=True),
+    "pix2struct": Row(
+        unfit="has no projector: its decoder attends to the vision encoder's output itself", text_only=True
+    ),
+    "vision-encoder-decoder": Row(
+        unfit="has a projector, `enc_to_dec_proj`, only if encoder and decoder differ in width, and is not run here",
+        text_only=True,
+    ),
+    "udop": Row(unfit="has no vision tower: an encoder reads patches and words alike", text_only=True),
     "lfm3_vl": Row({"text_config": {"layer_types": ["conv", "full_attention"]}}),
     "qwen2_5_omni_thinker": Row(
         {
@@ -350,9 +368,7 @@ _ROWS: dict[str, Row] = {
             "vision_config": {"num_position_embeddings": 16},
         }
     ),
-    "inkling_mm_model": Row(
-        unfit="its vision tower ends in the language model's width: there is no projector apart from it"
-    ),
+    "inkling_mm_model": Row(inputs="patch_blocks"),
     "idefics2": Row(inputs="quarters", prompt="fenced"),
     "idefics3": Row(prompt="rows"),
     "smolvlm": Row(prompt="rows"),
@@ -377,7 +393,14 @@ _ROWS: dict[str, Row] = {
         tokens=13,
     ),
     "idefics": Row(
-        unfit="has no projector: its language model attends to the vision tower's output itself, and holds the tower"
+        {
+            "use_resampler": True,
+            "perceiver_config": {"use_resampler": True, "resampler_depth": 2, "resampler_n_heads": 3},
+        },
+        inputs="attended",
+        tokens=1,
+        images_per_row="one",
+        note="with `use_resampler`; without, it has no projector",
     ),
     "cosmos3_edge": Row(video="frames"),
     "cosmos3_omni": Row(video="frames"),

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_many import MAnyConfig, MAnyModel
+from peft_many.plugin.exceptions import EXCEPTIONS
 from peft_many.plugin.families import find_projectors, language_model_linears
 from peft_many.plugin.projector import ProjectorWrapper
 from tests import tiny
+from tests.families.models import build
 from tests.plugin.making import PROJECTORS
 
 LANGUAGE_MODEL = dict.fromkeys(tiny.FAMILIES, "model.language_model.") | {
@@ -150,6 +152,25 @@ def test_parts_of_a_tower_are_projectors_only_where_none_lies_between() -> None:
     assert find_projectors(base) == ["model.late"]
 
 
+@pytest.mark.parametrize(("width", "projectors"), [(24, ["enc_to_dec_proj"]), (32, [])])
+def test_what_joins_an_encoder_and_a_decoder_of_different_widths_is_a_projector(
+    width: int, projectors: list[str]
+) -> None:
+    small = {"num_hidden_layers": 1, "intermediate_size": 40, "num_attention_heads": 4}
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(hidden_size=width, image_size=16, patch_size=4, **small),
+        transformers.BertConfig(hidden_size=32, vocab_size=64, **small),
+    )
+    assert find_projectors(transformers.VisionEncoderDecoderModel(config)) == projectors
+
+
+def test_a_member_at_the_end_of_a_list_may_be_a_projector() -> None:
+    base = build("inkling_mm_model")
+    assert find_projectors(base) == ["model.vision_tower.encoder_layers.1"]
+    base.model.vision_tower.encoder_layers.append(nn.Linear(32, 32))
+    assert find_projectors(base) == ["model.vision_tower.encoder_layers.2"]
+
+
 def test_where_no_projector_is_found_the_error_says_what_was_sought_and_names_the_argument() -> None:
     base = tiny.build("llava")
     base.model.multi_modal_projector = nn.Identity()
@@ -160,7 +181,10 @@ def test_where_no_projector_is_found_the_error_says_what_was_sought_and_names_th
     assert wrapped(get_peft_model(base, MAnyConfig(r=4, projector_modules=[]))) == []
 
 
-def test_where_the_language_model_holds_the_tower_the_error_names_the_argument() -> None:
+def test_where_the_language_model_holds_the_tower_the_error_names_the_argument(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(EXCEPTIONS, "idefics")  # as if it were a family that nothing is known of
     config = transformers.IdeficsConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         vision_config={"embed_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24},

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from peft_many.plugin import layouts
 from peft_many.plugin.exceptions import EXCEPTIONS, Tiles
 from peft_many.plugin.image_layout import ImageLayout
 from peft_many.plugin.layouts import current_layout, image_runs
@@ -119,3 +120,15 @@ def test_a_list_may_hold_several_entries_of_each_image() -> None:
     mixed = layout.add_weighted(None, outputs, weights, torch.tensor([True, True]))
     for one, weight, output in zip(mixed, (0.25, 0.25, 0.75), outputs, strict=True):
         torch.testing.assert_close(one, weight * output)
+
+
+def test_pictures_that_no_token_attends_to_are_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """IDEFICS fills rows up with empty pictures."""
+    mask = torch.zeros(2, 5, 2, dtype=torch.long)
+    mask[0, 1:], mask[1, 3:, 0] = 1, 1
+    arguments = {"pixel_values": torch.zeros(2, 2, 3, 8, 8), "image_attention_mask": mask}
+    monkeypatch.setattr(layouts, "current_model_call", lambda: (nn.Identity(), arguments))
+    features = torch.randn(4, 6, 3)
+    layout = current_layout(features)
+    assert layout.real_images.tolist() == [True, True, True, False]
+    torch.testing.assert_close(layout.pool(features)[:3], features[:3].mean(1))
