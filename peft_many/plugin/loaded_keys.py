@@ -5,8 +5,7 @@ PEFT renames layers for its own LORA type only, and of projectors it requires th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -53,6 +52,22 @@ def with_current_keys(state_dict: Mapping[str, Tensor], model: nn.Module, adapte
     return renamed
 
 
+def current_projector_keys(keys: Iterable[str], base: nn.Module, projectors: Collection[str]) -> set[str]:
+    """The keys of a weights file, those of projectors under today's names.
+
+    Args:
+        keys (`Iterable[str]`): As they are in the file.
+        base (`torch.nn.Module`): The base model.
+        projectors (`Collection[str]`): The names of the adapter's projectors in it.
+    """
+    names, found = names_on(base), set()
+    for key in keys:
+        path = key.removeprefix(_PREFIX)
+        projector, rest = (None, path) if _layer(key) is not None else _projector_of(path, projectors, names)
+        found.add(key if projector is None else f"{_PREFIX}{projector}.{rest}")
+    return found
+
+
 def require_known(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> None:
     """Refuse tensors that belong to no part of the model.
 
@@ -80,7 +95,7 @@ def _layer(key: str) -> str | None:
     return layer if f"lora_{rest.partition('.')[0]}" in LoraLayer.adapter_layer_names else None
 
 
-def _projector_of(path: str, projectors: Mapping[str, Any], names: Names) -> tuple[str | None, str]:
+def _projector_of(path: str, projectors: Collection[str], names: Names) -> tuple[str | None, str]:
     """The projector that a tensor's path lies in, by its name then or now, and the rest of the path."""
     parts = path.split(".")
     for length in range(len(parts) - 1, 0, -1):

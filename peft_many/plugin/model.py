@@ -33,7 +33,7 @@ from .gated_calls import GateTarget, unwatch_gated_calls, watch_gated_calls
 from .gated_linear import GatedLinear
 from .image_calls import unwatch_image_calls, watch_image_calls
 from .layers import hang_on_layers, lora_layers
-from .loaded_keys import require_known, with_current_keys
+from .loaded_keys import current_projector_keys, require_known, with_current_keys
 from .merge_report import MergeReport, report_on
 from .patterns import check_patterns
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
@@ -84,9 +84,10 @@ class MAnyModel(LoraModel):
             self._wrap_projectors(model, adapter_name, config, rollback)
             if source is not None:  # with the names of the wrapped projectors, which PEFT goes through next
                 check_patterns(config, [name for name, _ in model.named_modules()], source)
-                check_projectors_are_there(
-                    getattr(config, "loaded_keys", ()), _projector_keys(model, adapter_name, config), source
+                keys = current_projector_keys(
+                    getattr(config, "loaded_keys", ()), model, config.projector_modules or ()
                 )
+                check_projectors_are_there(keys, _projector_keys(model, adapter_name, config), source)
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             except NONSENSE_ERRORS as error:
@@ -302,7 +303,7 @@ def _projector_keys(model: nn.Module, adapter_name: str, config: MAnyConfig) -> 
     """By projector of an adapter, what its tensors are called in its weights file."""
     wrappers: dict[str, Any] = {name: model.get_submodule(name) for name in config.projector_modules or []}
     return {
-        name: [f"{KEY_PREFIX}{name}.{key}" for key in wrapper.adapter_state_dict_load_map(adapter_name)]
+        name: [f"{KEY_PREFIX}{name}.{key}" for key in wrapper.modules_to_save[adapter_name].state_dict()]
         for name, wrapper in wrappers.items()
     }
 
