@@ -35,6 +35,10 @@ def _inverse(matrix: Tensor, **_: Any) -> int:
     return 2 * matrix.numel() * matrix.shape[-1]
 
 
+def _eigh(matrix: Tensor, *_: Any, **__: Any) -> int:
+    return 9 * matrix.numel() * matrix.shape[-1]
+
+
 # What PyTorch's own counter leaves out; leading terms, batches included.
 _FORMULAS: Mapping[Any, Callable[..., int]] = {
     aten.addmm_: _product_in_place,
@@ -43,6 +47,7 @@ _FORMULAS: Mapping[Any, Callable[..., int]] = {
     aten.cholesky_solve: _cholesky_solve,
     aten.linalg_solve_triangular: _triangular,
     aten.linalg_inv_ex: _inverse,
+    aten._linalg_eigh: _eigh,
 }
 
 

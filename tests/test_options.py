@@ -29,6 +29,7 @@ from tests.adapters import (
     Made,
     base,
     batches,
+    but_operations,
     distance,
     effective_deltas,
     files,
@@ -182,10 +183,10 @@ def test_plain_svd_is_clearly_worse(shelf, tmp_path):
 
 def test_enough_rank_changes_no_byte(shelf, tmp_path):
     tasks = [shelf(name) for name in "abc"]
-    whole = files(merge(tmp_path / "whole", tasks))
-    assert files(merge(tmp_path / "12", tasks, rank=12)) == whole
-    assert files(merge(tmp_path / "1000", tasks, rank=1000)) == whole
-    assert files(merge(tmp_path / "11", tasks, rank=11)) != whole
+    whole = but_operations(merge(tmp_path / "whole", tasks))
+    assert but_operations(merge(tmp_path / "12", tasks, rank=12)) == whole
+    assert but_operations(merge(tmp_path / "1000", tasks, rank=1000)) == whole
+    assert but_operations(merge(tmp_path / "11", tasks, rank=11)) != whole
     assert stored_in_B(tmp_path / "12") == set()
     # Three tasks of q_proj have rank 9 together, and that layer is as it was.
     assert stored_in_B(tmp_path / "11") == {layer for layer in tasks[0].deltas if not layer.endswith("q_proj")}
@@ -208,12 +209,12 @@ def test_a_merge_of_lower_rank_is_merged_further_as_if_it_were_none(shelf, tmp_p
     a, b, c = (shelf(name) for name in "abc")
     first = merge(tmp_path / "first", [a, b], rank=rank, weights=[1.0, 0.5])
     weights = {"weights": [1.0, 0.5, 2.0]}
-    at_once = files(merge(tmp_path / "at once", [a, b, c], **weights))
-    assert files(merge(tmp_path / "further", [first, c], weights=[1.0, 2.0])) == at_once
-    limited = files(merge(tmp_path / "limited at once", [a, b, c], rank=3, **weights))
-    assert files(merge(tmp_path / "limited", [c, first], rank=3, weights=[2.0, 1.0])) == limited
+    at_once = but_operations(merge(tmp_path / "at once", [a, b, c], **weights))
+    assert but_operations(merge(tmp_path / "further", [first, c], weights=[1.0, 2.0])) == at_once
+    limited = but_operations(merge(tmp_path / "limited at once", [a, b, c], rank=3, **weights))
+    assert but_operations(merge(tmp_path / "limited", [c, first], rank=3, weights=[2.0, 1.0])) == limited
     again = merge(tmp_path / "again", [merge(tmp_path / "of one", [first], rank=2)])
-    assert files(again) == files(merge(tmp_path / "a and b", [a, b], weights=[1.0, 0.5]))
+    assert but_operations(again) == but_operations(merge(tmp_path / "a and b", [a, b], weights=[1.0, 0.5]))
 
 
 def test_a_merge_of_lower_rank_is_saved_and_loaded(shelf, tmp_path):
@@ -521,7 +522,7 @@ def test_what_is_stored_otherwise_is_merged_further(shelf, tmp_path, name):
     first = merge(tmp_path / "first", tasks[:2], ridge=ridge)
     assert stored_in_B(first)
     at_once = merge(tmp_path / "at once", tasks, ridge=ridge)
-    assert files(merge(tmp_path / "further", [first, tasks[2]])) == files(at_once)
+    assert but_operations(merge(tmp_path / "further", [first, tasks[2]])) == but_operations(at_once)
     for layer, found in merged_deltas(at_once).items():
         assert distance(found, reference(tasks, layer, ridge, [1.0] * 3)) < 1e-5, layer
     PeftModel.from_pretrained(base("llama"), first).save_pretrained(tmp_path / "loaded")
