@@ -154,7 +154,7 @@ class Suite:
         with (self.work / f"{config}.log").open("a") as log:
             code = subprocess.run(command, cwd=self.root, env=environment, stdout=log, stderr=log).returncode
         if code not in (0, 1, 5) or not results.exists():
-            sys.exit(f"pytest ended with {code}; see {self.work / f'{config}.log'}")
+            sys.exit(f"pytest ended with {code}:\n{(self.work / f'{config}.log').read_text()[-3000:]}")
         outcome: Results = json.loads(results.read_text())
         return outcome
 
@@ -166,31 +166,26 @@ def compare(suite: Suite, parts: list[str]) -> bool:
     seconds: dict[str, float] = collections.Counter()
     for test, result in many.items():
         seconds[_part(test)] += result["seconds"]
-    # Without the passing ones instead of the failing ones: tests that are not even collected must not be lost.
+    print("With LoraConfig, what did not pass ...", flush=True)
+    # It leaves out what passed instead of naming what failed: tests that were not even collected must not be lost.
     lora = suite.run("LoraConfig", parts, but=[test for test in many if _passed(many, test)])
-    suspects = [test for test in lora if _passed(lora, test) and lora[test]["made_config"]]
-    print(f"With LoraConfig pass {len(suspects)} of those that do not pass; with MAnyConfig again ...", flush=True)
+    failing = [test for test in lora if _passed(lora, test) and lora[test]["made_config"]]
+    suspects = [test for test in failing if _exception(test, many) is None]
     if suspects:
+        print(f"With MAnyConfig again, {len(suspects)} tests that pass with LoraConfig ...", flush=True)
         many |= suite.run("MAnyConfig", sorted({_part(test) for test in suspects}), jobs=1, only=suspects)
 
     passing = [test for test in many if _passed(many, test) and many[test]["made_config"]]
-    failing = [test for test in suspects if not _passed(many, test)]
     if not passing:
-        sys.exit(f"No test passed with MAnyConfig; see {suite.work / 'MAnyConfig.log'}")
-    excused: dict[str, int] = collections.Counter()
-    differences = 0
+        sys.exit("No test passed with MAnyConfig.")
+    failing = [test for test in failing if not _passed(many, test)]
+    excused = collections.Counter(_exception(test, many) for test in failing)
     for test in failing:
-        why = many.get(test, {"why": "It is not collected."})["why"]
-        applies = (p for p, (text, _) in EXCEPTIONS.items() if fnmatch.fnmatchcase(test, p) and text in why)
-        pattern = next(applies, None)
-        if pattern is None:
-            differences += 1
-            print(f"DIFFERENT: {test}\n{why}")
-        else:
-            excused[pattern] += 1
-    count = collections.Counter(map(_part, passing)), collections.Counter(map(_part, failing))
+        if _exception(test, many) is None:
+            print(f"DIFFERENT: {test}\n{_why(test, many)}")
+    passed, failed = collections.Counter(map(_part, passing)), collections.Counter(map(_part, failing))
     for part in parts:
-        print(f"{part:35} {count[0][part]:5} pass, {count[1][part]:3} with LoraConfig only; {seconds[part]:5.0f} s")
+        print(f"{part:35} {passed[part]:5} pass, {failed[part]:3} with LoraConfig only; {seconds[part]:5.0f} s")
     unneeded = 0
     for pattern, (_, reason) in EXCEPTIONS.items():
         if excused[pattern]:
@@ -198,9 +193,23 @@ def compare(suite: Suite, parts: list[str]) -> bool:
         elif any(fnmatch.fnmatchcase(test, pattern) for test in passing + failing):
             unneeded += 1
             print(f"no longer needed as an exception: {pattern}")
-    total = len(passing) + len(failing)
-    print(f"Of {total} tests {differences} fail with MAnyConfig, pass with LoraConfig and are no exceptions.")
-    return not differences and not unneeded
+    print(
+        f"{len(passing)} pass with MAnyConfig. With LoraConfig only pass {len(failing)}, "
+        f"and {excused[None]} of these are no exceptions."
+    )
+    return not excused[None] and not unneeded
+
+
+def _why(test: str, results: Results) -> str:
+    return results[test]["why"] if test in results else "The test is not collected."
+
+
+def _exception(test: str, results: Results) -> str | None:
+    """The pattern among `EXCEPTIONS` that explains why the test fails."""
+    applies = (
+        p for p, (text, _) in EXCEPTIONS.items() if fnmatch.fnmatchcase(test, p) and text in _why(test, results)
+    )
+    return next(applies, None)
 
 
 def _passed(results: Results, test: str) -> bool:
