@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,11 +13,18 @@ from transformers.pytorch_utils import Conv1D
 
 from .exceptions import exceptional
 
+# What the arguments of `forward` that take images are called in transformers: `pixel_values`, `flattened_patches`, ...
+_WORDS_FOR_IMAGES = ("pixel", "image", "patch")
+
 
 def takes_images(model: nn.Module) -> bool:
     """Whether it is a transformers model that reads text and images, or videos."""
     modalities = model.input_modalities if isinstance(model, PreTrainedModel) else ()
-    return "text" in modalities and ("image" in modalities or "video" in modalities)
+    if "text" not in modalities or not ("image" in modalities or "video" in modalities):
+        return False
+    # The text-only models of a family (`Llama4ForCausalLM`) inherit what the family as a whole reads.
+    arguments = " ".join(inspect.signature(type(model).forward).parameters)
+    return "vision_config" in model.config.sub_configs or any(word in arguments for word in _WORDS_FOR_IMAGES)
 
 
 def image_encoder_name(model: nn.Module) -> str | None:

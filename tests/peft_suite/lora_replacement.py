@@ -1,7 +1,8 @@
 """A pytest plugin that `run.py` loads into PEFT's tests: offline, and with `MAnyConfig` as `LoraConfig` if asked for.
 
-The environment says what to do: `PEFT_SUITE_REPLACE=1` replaces `LoraConfig`; `PEFT_SUITE_ONLY` names a JSON file with
-the ids of the tests to run (by default all that concern LoRA); `PEFT_SUITE_RESULTS` names the file for the results.
+The environment says what to do: `PEFT_SUITE_REPLACE=1` replaces `LoraConfig`; of the tests that concern LoRA,
+`PEFT_SUITE_ONLY` names a JSON file with the ids of those to run, or `PEFT_SUITE_BUT` one with those not to run;
+`PEFT_SUITE_RESULTS` names the file for the results.
 """
 
 from __future__ import annotations
@@ -94,11 +95,11 @@ def _concerns_lora(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "PEFT_SUITE_ONLY" in os.environ:
-        only = set(json.loads(Path(os.environ["PEFT_SUITE_ONLY"]).read_text()))
-        items[:] = [item for item in items if _id(item.nodeid) in only]
-    else:
-        items[:] = [item for item in items if _concerns_lora(item)]
+    items[:] = [item for item in items if _concerns_lora(item)]
+    for variable, wanted in (("PEFT_SUITE_ONLY", True), ("PEFT_SUITE_BUT", False)):
+        if variable in os.environ:
+            named = set(json.loads(Path(os.environ[variable]).read_text()))
+            items[:] = [item for item in items if (_id(item.nodeid) in named) == wanted]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -118,7 +119,10 @@ _results: dict[str, dict[str, Any]] = {}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    result = _results.setdefault(_id(report.nodeid), {"outcome": "passed", "made_config": False, "why": ""})
+    result = _results.setdefault(
+        _id(report.nodeid), {"outcome": "passed", "made_config": False, "why": "", "seconds": 0.0}
+    )
+    result["seconds"] += report.duration
     result["made_config"] |= ("made_config", True) in report.user_properties
     if report.outcome != "passed":
         result["outcome"] = report.outcome

@@ -205,6 +205,24 @@ def test_text_models_get_what_lora_would_adapt_and_no_projector(kind: str) -> No
     assert model.peft_config["default"].projector_modules == []
 
 
+@pytest.mark.parametrize("kind", ["Gemma3", "Llama4"])
+def test_text_models_of_families_that_take_images_have_no_projector(kind: str) -> None:
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    if kind == "Llama4":
+        sizes |= {"num_local_experts": 2, "intermediate_size_mlp": 32}
+    config = getattr(transformers, f"{kind}TextConfig")(vocab_size=64, num_key_value_heads=1, pad_token_id=0, **sizes)
+    model = get_peft_model(getattr(transformers, f"{kind}ForCausalLM")(config), MAnyConfig(r=4))
+    assert model.peft_config["default"].projector_modules == []
+    assert len(adapted(model)) >= 4
+    assert wrapped(model) == []
+
+
 @pytest.mark.parametrize("kind", TEXT_KINDS)
 def test_text_models_that_lora_has_no_default_for_get_all_linear_layers_but_the_head(
     kind: str, monkeypatch: pytest.MonkeyPatch
