@@ -76,9 +76,11 @@ def require_known(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_na
     """
     adapted = _adapted(model, adapter_name)
     there = {key.removeprefix(_PREFIX) for key in model.state_dict()}
+    there |= {key.replace(f".{adapter_name}.", ".", 1) for key in there}  # PEFT adds the name where it does not stand
     for key in state_dict:
-        layer = _layer(key)
-        if layer not in adapted if layer is not None else key.removeprefix(_PREFIX) not in there:
+        path = key.removeprefix(_PREFIX)
+        # LoRA's variants have parts of their own beside `lora_A`, on layers that they adapt.
+        if path not in there and path.rpartition(".lora_")[0] not in adapted:
             raise ValueError(
                 f"The adapter's tensor '{key}' matches no module of {type(model).__name__}: it was trained on "
                 "another base model, or on one whose modules had other names (pass `key_mapping`)."
