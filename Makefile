@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types docs build clean
+# What CI runs of PEFT's own tests; `python tests/peft_suite/run.py` runs all parts that concern LoRA.
+PEFT_PARTS := test_config test_custom_models test_decoder_models test_lora_variants test_low_level_api
+
+.PHONY: demo test peft-suite lint types docs build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m peft_many.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto
+
+peft-suite: $(VENV)/.dev
+	$(BIN)/python tests/peft_suite/run.py --parts $(PEFT_PARTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

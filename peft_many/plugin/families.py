@@ -19,12 +19,15 @@ _WORDS_FOR_IMAGES = ("pixel", "image", "patch")
 
 def takes_images(model: nn.Module) -> bool:
     """Whether it is a transformers model that reads text and images, or videos."""
-    modalities = model.input_modalities if isinstance(model, PreTrainedModel) else ()
-    if "text" not in modalities or not ("image" in modalities or "video" in modalities):
+    if not isinstance(model, PreTrainedModel):
         return False
-    # The text-only models of a family (`Llama4ForCausalLM`) inherit what the family as a whole reads.
+    if "vision_config" in model.config.sub_configs:  # in transformers 5.19 not every family claims what it reads
+        return True
+    claimed = model.input_modalities
+    # The text-only models of a family (`Llama4ForCausalLM`) inherit the claim of the family as a whole.
     arguments = " ".join(inspect.signature(type(model).forward).parameters)
-    return "vision_config" in model.config.sub_configs or any(word in arguments for word in _WORDS_FOR_IMAGES)
+    reads_images = any(word in arguments for word in _WORDS_FOR_IMAGES)
+    return "text" in claimed and ("image" in claimed or "video" in claimed) and reads_images
 
 
 def image_encoder_name(model: nn.Module) -> str | None:

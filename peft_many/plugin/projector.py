@@ -111,7 +111,7 @@ class ProjectorMixture(nn.Module):
             call.decided[self] = by_task
         return by_task
 
-    @torch.compiler.disable(recursive=False)  # data choose the expert, which torch 2.7 cannot put in a graph
+    @torch.compiler.disable(recursive=False)  # data choose the expert, which torch 2.8 cannot put in a graph
     def _mix_images(
         self,
         layout: ImageLayout,
