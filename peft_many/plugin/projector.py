@@ -111,7 +111,8 @@ class ProjectorMixture(nn.Module):
             call.decided[self] = by_task
         return by_task
 
-    @torch.compiler.disable(recursive=False)  # data choose the expert, which torch 2.8 cannot put in a graph
+    # Data choose the expert, which torch 2.8 cannot put in a graph.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def _mix_images(
         self,
         layout: ImageLayout,
