@@ -19,12 +19,10 @@ IS_OLDER = Version(transformers.__version__) < Version("5.21")
 OTHERWISE_IN_OLDER = {
     "cohere_compass",
     "fuyu",
-    "glm5_next",
     "granite4_vision",
     "minimax_m3_vl",
     "qwen2_5_omni_thinker",
     "qwen3_omni_moe_thinker",
-    "qwen4_exp",
     "video_llava",
     "vipllava",
 }
