@@ -23,19 +23,20 @@ main = accelerator.is_main_process
 
 def die(*_: object) -> None:
     if not main:
+        print("dying", flush=True)
         os.kill(os.getpid(), signal.SIGKILL if what != "stall" else signal.SIGSTOP)
 
 
 if what == "merge":
     import peft_many.merging
 
-    real = peft_many.merging._merge_group
+    real = peft_many.merging.merge_group
 
     def merge_group(*args, **kwargs):
         die()
         return real(*args, **kwargs)
 
-    peft_many.merging._merge_group = merge_group
+    peft_many.merging.merge_group = merge_group
     merge_adapter_files([f"{folder}/a", f"{folder}/b"], f"{folder}/merged", progress=False)
 else:
     torch.manual_seed(0)

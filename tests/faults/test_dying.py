@@ -39,8 +39,11 @@ def test_a_process_that_dies_ends_the_other(tmp_path, what):
         for process in both:
             process.kill()
             process.wait()
+        said = both[1].stdout.read()
+        for process in both:
             for pipe in (process.stdout, process.stderr):
                 pipe.close()
+    assert b"dying" in said
     assert both[0].returncode not in (0, -9), err.decode()[-3000:]
     assert b"done" not in out
     assert b"Error" in err
