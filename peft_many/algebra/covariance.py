@@ -160,14 +160,15 @@ class LowRankCovariance(Covariance):
         Entries keep 11 bits, over 30 powers of two below the largest one. The trace is rounded with them: what a
         large input channel loses is nothing that the remainder could make up for, which all channels have.
         """
-        largest = self.factor.abs().max().item() * self.scale if self.factor.numel() else 0.0
+        rows = self.rows()
+        largest = rows.abs().max().item() if rows.numel() else 0.0
         if largest == 0.0 or not math.isfinite(largest):
-            return replace(self, factor=self.factor.half())
+            return replace(self, factor=self.factor.half(), scales=None)
         # The largest entry as float16 will round it, so that rounding up to the next power of two counts already.
         mantissa, exponent = math.frexp(largest)
         exponent += int(torch.tensor(mantissa, dtype=torch.float64).half().item() == 1.0)
         scale = 2.0 ** (exponent - 15)
-        return replace(self, factor=(self.rows() / scale).half(), scale=scale)
+        return replace(self, factor=(rows / scale).half(), scale=scale, scales=None)
 
     def in_eight_bits(self) -> LowRankCovariance:
         """The same with a factor in int8, with scales for its rows and columns."""

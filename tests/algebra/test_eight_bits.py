@@ -72,6 +72,9 @@ def test_all_forms_of_one_covariance_agree(seed):
     torch.testing.assert_close(eight.product(rows), rows @ dense)
     assert eight.energy(rows) == pytest.approx((rows @ dense @ rows.T).trace().item(), rel=1e-5)
     assert eight.trace == pytest.approx(dense.trace().item(), rel=1e-6)
+    half = eight.in_half_precision()
+    half.check()
+    torch.testing.assert_close(half.dense(), dense, rtol=0, atol=2e-3 * eight.trace)
 
 
 @pytest.mark.parametrize("wrong", ["no scales", "too few", "of floats", "not finite"])
