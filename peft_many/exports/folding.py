@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..plugin.adapter import Adapter
 from ..plugin.config import MAnyConfig
 from ..plugin.fit import check_fits_model
-from ..plugin.hub import TRANSPORT_ERROR
+from ..plugin.hub import TRANSPORT_ERROR, first_line
 from ..plugin.stored_delta import KEY_PREFIX
 from .result import read_pairs
 
@@ -161,9 +161,8 @@ def copy_besides(base: BaseModel, folder: Path, hub: Mapping[str, Any]) -> bool:
         except LocalEntryNotFoundError:  # the model is from a cache that has nothing else of it
             return False
         except (OSError, TRANSPORT_ERROR) as error:
-            reason = str(error).strip().partition("\n")[0]
             raise FileNotFoundError(
-                f"The tokenizer of the base model '{base.name}' cannot be fetched: {reason}; try again."
+                f"The tokenizer of the base model '{base.name}' cannot be fetched: {first_line(error)}; try again."
             ) from None
         source = Path(found_at)
     found = [path for pattern in _BESIDES for path in source.glob(pattern) if path.is_file()]

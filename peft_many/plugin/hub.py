@@ -101,7 +101,7 @@ class RemoteStatistics:
             # Not an error: the model being saved may have been trained for hours since.
             warnings.warn(
                 f"The statistics of '{self.where['repo_id']}' cannot be fetched, so it is saved without them; to "
-                f"merge it, put its {STATISTICS_NAME} into '{folder}'. ({_first_line(error)})",
+                f"merge it, put its {STATISTICS_NAME} into '{folder}'. ({first_line(error)})",
                 PeftWarning,
                 stacklevel=2,
             )
@@ -172,13 +172,14 @@ def find_adapter(
             f"There is no folder '{entry}', and the Hub cannot be reached for '{repo_id}', which is not in the cache."
         ) from None
     except HfHubHTTPError as error:
-        raise AdapterNotFoundError(f"The Hub did not give '{entry}': {_first_line(error)}") from None
+        raise AdapterNotFoundError(f"The Hub did not give '{entry}': {first_line(error)}") from None
     except TRANSPORT_ERROR as error:
         raise AdapterNotFoundError(
-            f"The connection to the Hub broke off while '{entry}' was downloaded ({_first_line(error)}); try again."
+            f"The connection to the Hub broke off while '{entry}' was downloaded ({first_line(error)}); try again."
         ) from None
     return AdapterSource(folder=Path(folder), name=repo_id, revision=Path(folder).name)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of the Hub says, without the requests' ids below."""
     return str(error).strip().partition("\n")[0]

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from .layers import lora_layers
 from .module_names import Names, names_on
 from .projector import ProjectorWrapper
-
-_PREFIX = "base_model.model."
+from .stored_delta import KEY_PREFIX
 
 
 def with_current_keys(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -34,19 +33,19 @@ def with_current_keys(state_dict: Mapping[str, Tensor], model: nn.Module, adapte
     of_adapter = f"modules_to_save.{adapter_name}."
     renamed: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
-        layer, path = _layer(key), key.removeprefix(_PREFIX)
+        layer, path = _layer(key), key.removeprefix(KEY_PREFIX)
         if layer is None:
             projector, rest = _projector_of(path, projectors, names)
-            stored = key if projector is None else f"{_PREFIX}{projector}.{of_adapter}{rest}"
+            stored = key if projector is None else f"{KEY_PREFIX}{projector}.{of_adapter}{rest}"
         else:
             stored = key if layer in adapted else key.replace(layer, names(layer) or layer, 1)
         renamed[stored] = tensor
     for name, wrapper in projectors.items():
         wrapper.looked_up.discard(adapter_name)
         for rest in wrapper.modules_to_save[adapter_name].state_dict():
-            if f"{_PREFIX}{name}.{of_adapter}{rest}" not in renamed:
+            if f"{KEY_PREFIX}{name}.{of_adapter}{rest}" not in renamed:
                 raise ValueError(
-                    f"The adapter trained the projector '{name}', but has no tensor '{_PREFIX}{name}.{rest}': it "
+                    f"The adapter trained the projector '{name}', but has no tensor '{KEY_PREFIX}{name}.{rest}': it "
                     "is not whole, or the projector had another name when it was saved (pass `key_mapping`)."
                 )
     return renamed
@@ -62,9 +61,9 @@ def current_projector_keys(keys: Iterable[str], base: nn.Module, projectors: Col
     """
     names, found = names_on(base), set()
     for key in keys:
-        path = key.removeprefix(_PREFIX)
+        path = key.removeprefix(KEY_PREFIX)
         projector, rest = (None, path) if _layer(key) is not None else _projector_of(path, projectors, names)
-        found.add(key if projector is None else f"{_PREFIX}{projector}.{rest}")
+        found.add(key if projector is None else f"{KEY_PREFIX}{projector}.{rest}")
     return found
 
 
@@ -75,10 +74,10 @@ def require_known(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_na
         ValueError: Its message names the tensor.
     """
     adapted = _adapted(model, adapter_name)
-    there = {key.removeprefix(_PREFIX) for key in model.state_dict()}
+    there = {key.removeprefix(KEY_PREFIX) for key in model.state_dict()}
     there |= {key.replace(f".{adapter_name}.", ".", 1) for key in there}  # PEFT adds the name where it does not stand
     for key in state_dict:
-        path = key.removeprefix(_PREFIX)
+        path = key.removeprefix(KEY_PREFIX)
         # LoRA's variants have parts of their own beside `lora_A`, on layers that they adapt.
         if path not in there and path.rpartition(".lora_")[0] not in adapted:
             raise ValueError(
@@ -88,12 +87,12 @@ def require_known(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_na
 
 
 def _adapted(model: nn.Module, adapter_name: str) -> set[str]:
-    return {name.removeprefix(_PREFIX) for name in lora_layers(model, adapter_name)}
+    return {name.removeprefix(KEY_PREFIX) for name in lora_layers(model, adapter_name)}
 
 
 def _layer(key: str) -> str | None:
     """The path of the layer that one of LoRA's tensors belongs to; other tensors belong to none."""
-    layer, _, rest = key.removeprefix(_PREFIX).rpartition(".lora_")  # modules may be called "lora_..." too
+    layer, _, rest = key.removeprefix(KEY_PREFIX).rpartition(".lora_")  # modules may be called "lora_..." too
     return layer if f"lora_{rest.partition('.')[0]}" in LoraLayer.adapter_layer_names else None
 
 
