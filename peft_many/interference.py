@@ -6,17 +6,24 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .algebra.lpm import MergedDelta
+from .algebra.covariance import Covariance
+from .algebra.lpm import LowRankDelta, MergedDelta
 from .algebra.residual import relative_residuals
 from .plan import MergePlan
+from .plugin.adapter import TaskAdapter
 
 
 def layer_residuals(plan: MergePlan, module: str, merged: MergedDelta) -> dict[str, float]:
     """By task that trained a layer, [`relative_residuals`]; without those whose inputs nobody measured there."""
     tasks = [task for task in plan.tasks if module in task.deltas]
-    known = [(task.deltas[module].read(), task.statistics.covariances.get(module)) for task in tasks]
-    found = relative_residuals(merged, known)
+    found = relative_residuals(merged, [_measured(task, module) for task in tasks])
     return {task.name: residual for task, residual in zip(tasks, found) if not math.isnan(residual)}
+
+
+def _measured(task: TaskAdapter, module: str) -> tuple[LowRankDelta, Covariance | None]:
+    """What merging has checked already."""
+    delta = task.deltas[module]
+    return LowRankDelta(A=delta.rows(), B=delta.columns()), task.statistics.covariances.get(module)
 
 
 def mean_residuals(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:

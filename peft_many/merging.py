@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,9 +281,7 @@ def merge_adapter_files(
             if (output / CARD_NAME).is_file():
                 shutil.copyfile(output / CARD_NAME, partial.folder / CARD_NAME)  # what is not ours in it stays
             records = partial.recorded()
-            config = plan.config(statistics=None)
-            config.tasks = plan.described_tasks(mean_residuals(records.values()))
-            config.save_pretrained(partial.folder)
+            plan.config(statistics=None, interference=mean_residuals(records.values())).save_pretrained(partial.folder)
             merged_statistics(plan, records).save(partial.folder, energy=1.0, sources=plan.files)
     return output
 
@@ -313,28 +311,41 @@ class MergedGroup:
 
 def merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> MergedGroup:
     """Merge layers that share their input; what was read for it is given back."""
-    try:
-        if plan.method is None:
-            merged = _merge_by_lpm(plan, group, device)
-        else:
-            merged = merge_by_method(plan, plan.method, group, device)
-    except (SingularMergeError, OverflowError) as error:
-        raise UnmergeableAdapterError(f"'{group[0]}' cannot be merged: {error}.") from None
-    tensors = {}
-    for module, delta in merged.items():
-        for half, tensor in (("A", delta.A), ("B", delta.B)):
-            tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor.contiguous()
-        if delta.task_A is not None:
-            tensors[f"{KEY_PREFIX}{module}.{TASK_WEIGHT}"] = delta.task_A.contiguous()
+    merged = merged_deltas(plan, group, device)
+    tensors = tensors_of(merged)
     record = {
         "stacked": {module: delta.stacked for module, delta in merged.items()},
         "fingerprints": {module: _fingerprints(plan, module, delta) for module, delta in merged.items()},
         "residuals": {module: layer_residuals(plan, module, delta) for module, delta in merged.items()},
         "checksums": {key: zlib.crc32(bytes_of(tensor)) for key, tensor in tensors.items()},
     }
-    for file in plan.files:
-        file.release()
+    plan.release()
     return MergedGroup(tensors, record)
+
+
+def merged_deltas(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:
+    """The merged delta of each layer of a group.
+
+    Raises:
+        UnmergeableAdapterError: There is none.
+    """
+    try:
+        if plan.method is None:
+            return _merge_by_lpm(plan, group, device)
+        return merge_by_method(plan, plan.method, group, device)
+    except (SingularMergeError, OverflowError) as error:
+        raise UnmergeableAdapterError(f"'{group[0]}' cannot be merged: {error}.") from None
+
+
+def tensors_of(merged: Mapping[str, MergedDelta]) -> dict[str, Tensor]:
+    """Merged deltas, by layer, as a weights file holds them."""
+    tensors = {}
+    for module, delta in merged.items():
+        for half, tensor in (("A", delta.A), ("B", delta.B)):
+            tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor.contiguous()
+        if delta.task_A is not None:
+            tensors[f"{KEY_PREFIX}{module}.{TASK_WEIGHT}"] = delta.task_A.contiguous()
+    return tensors
 
 
 def _merge_by_lpm(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:

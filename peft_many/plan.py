@@ -71,6 +71,11 @@ class MergePlan:
         """The files that weights and statistics are mapped from."""
         return [file for adapter in self.adapters for file in adapter.files]
 
+    def release(self) -> None:
+        """Give back the memory of what was read of the files so far."""
+        for file in self.files:
+            file.release()
+
     def rank_of(self, module: str) -> int:
         """The rank of a layer's merged delta: what the tasks make up, and what `rank` allows."""
         ranks = [task.deltas[module].rank for task in self.tasks if module in task.deltas]
@@ -136,8 +141,10 @@ class MergePlan:
             described.append(about)
         return described
 
-    def config(self, statistics: AdapterStatistics | None) -> MAnyConfig:
-        """The config of the merge."""
+    def config(
+        self, statistics: AdapterStatistics | None, interference: Mapping[str, float] | None = None
+    ) -> MAnyConfig:
+        """The config of the merge; `interference` is for `described_tasks`."""
         configs = [adapter.config for adapter in self.adapters]
         ranks = {module: self.rank_of(module) for group in self.groups for module in group}
         rank = max(ranks.values(), key=list(ranks.values()).count)
@@ -168,7 +175,7 @@ class MergePlan:
             gate_lora=self.options["gate_lora"],
             task_ranks=usual,
             task_rank_pattern={name.replace(".", r"\."): of for name, of in blocks.items() if of != usual},
-            tasks=self.described_tasks(),
+            tasks=self.described_tasks(interference),
             operations=self.operations,
             routing=self.routing or None,
             averaged_projectors=self.averaged or None,

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .algebra.covariance import Covariance, LowRankCovariance, added_covariances, eigen_directions
-from .merging import merge_group
+from .merging import merged_deltas, tensors_of
 from .operations import POOL, operation
 from .plan import MEAN, AdapterPath, MergePlan, TaskNames, plan_merge
 from .plugin.adapter import TaskAdapter
@@ -110,7 +110,8 @@ def pool_adapters(
     covariances: dict[str, Covariance] = {}
     fingerprints: dict[str, list[float]] = {}
     for group in tqdm(plan.groups, desc=f"Pooling {len(plan.tasks)} tasks", unit="input", disable=not progress):
-        tensors |= merge_group(plan, group, device).tensors
+        tensors |= tensors_of(merged_deltas(plan, group, device))
+        plan.release()
         for module in group:
             A, B = (tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] for half in "AB")
             fingerprints[module] = weight_fingerprint(A, B)
