@@ -25,6 +25,14 @@ class Shelf:
         self.base = root / "base"
         base(family).save_pretrained(self.base)
 
+    @classmethod
+    def with_merge(cls, root: Path) -> Shelf:
+        """With a merge of two adapters in `merged`, and a tokenizer beside the base model."""
+        shelf = cls(root)
+        shelf.merge("ab", root / "merged")
+        (shelf.base / "tokenizer.json").write_text("{}")
+        return shelf
+
     def merge(self, names: str, output: Path, **options) -> Path:
         return merge_adapter_files([self.adapters[name] for name in names], output, progress=False, **options)
 

@@ -27,10 +27,7 @@ from tests.faults.test_kills import places
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory) -> Shelf:
-    shelf = Shelf(tmp_path_factory.mktemp("shelf"))
-    shelf.merge("ab", shelf.root / "merged")
-    (shelf.base / "tokenizer.json").write_text("{}")
-    return shelf
+    return Shelf.with_merge(tmp_path_factory.mktemp("shelf"))
 
 
 @pytest.fixture(params=["lora", "lora by command", "model", "routed"])
