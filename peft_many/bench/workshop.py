@@ -59,7 +59,9 @@ class Workshop:
 
     def base(self) -> PreTrainedModel:
         """A fresh base model."""
-        return self.tiny.load(self.weights)
+        model = self.tiny.load(self.weights)
+        model.name_or_path = f"mini-ucit/{self.tiny.name}"  # adapters name it; its folder may be another one tomorrow
+        return model
 
     def questions(self, task: Task) -> list[Example]:
         """The task's test pictures."""

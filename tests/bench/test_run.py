@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from typer.testing import CliRunner
 
 from peft_many.bench.ablations import ablations
@@ -56,6 +56,10 @@ def test_parts_are_those_of_the_adapters(shop):
     other = PeftModel.from_pretrained(shop.base(), two).get_base_model().get_submodule(layer)
     expected = delta + other.get_delta_weight("default")
     torch.testing.assert_close(both.get_base_model().get_submodule(layer).get_delta_weight("default"), expected)
+
+
+def test_adapters_name_the_model_not_its_folder(shop):
+    assert PeftConfig.from_pretrained(shop.alone(FEW[0])).base_model_name_or_path == "mini-ucit/llava"
 
 
 def test_an_adapter_is_made_once_and_whole(shop):
