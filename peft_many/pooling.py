@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .algebra.covariance import Covariance, LowRankCovariance, added_covariances, eigen_directions
-from .merging import merged_deltas, tensors_of
+from .merged_group import merged_deltas, tensors_of
 from .operations import POOL, operation
 from .plan import MEAN, AdapterPath, MergePlan, TaskNames, plan_merge
 from .plugin.adapter import TaskAdapter

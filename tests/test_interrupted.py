@@ -44,7 +44,7 @@ def test_an_interrupted_save(good, tmp_path, monkeypatch, step, error):
         "statistics": "peft_many.plugin.statistics.lay_out",
         "config": "peft_many.plugin.config.MAnyConfig.save_pretrained",
         "rename": "peft_many.plugin.partial.os.replace",
-        "solve": "peft_many.merging.LeastSquaresMerge.solve",
+        "solve": "peft_many.algebra.lpm.LeastSquaresMerge.solve",
     }[step]
 
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -128,13 +128,13 @@ def kill_after(steps: int, output: Path, adapters: list[Path]) -> None:
 def solved(monkeypatch) -> list[int]:
     """Counts the groups that are merged from now on."""
     calls: list[int] = []
-    real = peft_many.merging.LeastSquaresMerge.solve
+    real = peft_many.algebra.lpm.LeastSquaresMerge.solve
 
     def count(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("peft_many.merging.LeastSquaresMerge.solve", count)
+    monkeypatch.setattr("peft_many.algebra.lpm.LeastSquaresMerge.solve", count)
     return calls
 
 
