@@ -19,6 +19,8 @@ IS_OLDER = Version(transformers.__version__) < Version("5.21")
 OTHERWISE_IN_OLDER = {
     "cohere_compass",
     "fuyu",
+    "gemma4",
+    "gemma4_unified",
     "granite4_vision",
     "minimax_m3_vl",
     "qwen2_5_omni_thinker",
@@ -36,6 +38,8 @@ def load() -> Iterator[Callable[[str, Path], str]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_is_right(family: str, load: Callable[[str, Path], str], tmp_path: Path) -> None:
+    if IS_OLDER and family == "vision-encoder-decoder":
+        pytest.skip(f"transformers {transformers.__version__} has no config of it without its parts")
     if is_missing(family):
         pytest.skip(f"needs {row_of(family).requires}")
     with warnings.catch_warnings():
