@@ -21,9 +21,10 @@ from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from peft_many.algebra.covariance import LowRankCovariance, added_covariances, eigen_directions
+from peft_many.algebra.covariance import LowRankCovariance, added_covariances
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
 from peft_many.algebra.residual import output_norm, relative_residual
+from peft_many.algebra.spectrum import eigen_directions
 
 
 @dataclass(frozen=True)

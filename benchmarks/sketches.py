@@ -23,9 +23,10 @@ from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from peft_many.algebra.covariance import Covariance, CovarianceAccumulator, LowRankCovariance, Spectrum, truncate
+from peft_many.algebra.covariance import Covariance, CovarianceAccumulator, LowRankCovariance
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
 from peft_many.algebra.sketch import CovarianceSketch
+from peft_many.algebra.spectrum import Spectrum, truncate
 
 TASKS = 3
 

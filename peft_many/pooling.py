@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .algebra.covariance import Covariance, LowRankCovariance, added_covariances, eigen_directions
+from .algebra.covariance import Covariance, LowRankCovariance, added_covariances
+from .algebra.spectrum import eigen_directions
 from .merged_group import merged_deltas, tensors_of
 from .operations import POOL, operation
 from .plan import MEAN, AdapterPath, MergePlan, TaskNames, plan_merge

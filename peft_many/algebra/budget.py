@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .covariance import Spectrum
 from .lpm import LowRankDelta
+from .spectrum import Spectrum
 
 
 def rank_within(spectrum: Spectrum, deltas: Sequence[LowRankDelta], error: float) -> int:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .covariance import Covariance, eigen_directions
+from .covariance import Covariance
 from .lpm import LowRankDelta, MergedDelta
+from .spectrum import eigen_directions
 
 
 def output_norm(delta: LowRankDelta, covariance: Covariance) -> float:

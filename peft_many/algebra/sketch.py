@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .covariance import LowRankCovariance, Spectrum, eigen_directions
+from .covariance import LowRankCovariance
+from .spectrum import Spectrum, eigen_directions
 
 # Features that are multiplied at a time: their copies in float32 then stay in the cache, which halves the cost.
 _BLOCK = 2048

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .covariance import Covariance, DenseCovariance, LowRankCovariance, Spectrum, eigen_directions, mean_covariance
+from .covariance import Covariance, DenseCovariance, LowRankCovariance, mean_covariance
+from .spectrum import Spectrum, eigen_directions
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..algebra.budget import rank_within
-from ..algebra.covariance import Covariance, eigen_directions
+from ..algebra.covariance import Covariance
+from ..algebra.spectrum import eigen_directions
 from .config import MAnyConfig
 from .families import find_projectors, image_encoder_name, language_model_linears, text_encoder
 from .forward import batch_size, device_of, forward, masks_of, only_active, state_kept

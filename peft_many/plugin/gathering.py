@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.covariance import Covariance, LowRankCovariance, eigen_directions, mean_covariance
+from ..algebra.covariance import Covariance, LowRankCovariance, mean_covariance
+from ..algebra.spectrum import eigen_directions
 from ..algebra.spread import centred
 from .processes import from_every_process
 from .prototype_hooks import PooledFeatures

@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..algebra.covariance import Covariance, DenseCovariance, InvalidCovarianceError, LowRankCovariance, truncate
+from ..algebra.covariance import Covariance, DenseCovariance, InvalidCovarianceError, LowRankCovariance
 from ..algebra.eight_bits import Scales
 from ..algebra.lpm import LowRankDelta
+from ..algebra.spectrum import truncate
 from .atomic import replace_file
 from .file_errors import AdapterFileError
 from .tensor_file import TensorFile, TensorFileWriter, lay_out

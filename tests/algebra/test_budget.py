@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_many.algebra.budget import rank_within
-from peft_many.algebra.covariance import DenseCovariance, Spectrum, eigen_directions
+from peft_many.algebra.covariance import DenseCovariance
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
+from peft_many.algebra.spectrum import Spectrum, eigen_directions
 from tests.algebra.problems import seeds
 from tests.algebra.test_sketch import WIDTH, exact, inputs
 

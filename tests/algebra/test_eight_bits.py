@@ -5,14 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_many.algebra.covariance import (
-    CovarianceAccumulator,
-    InvalidCovarianceError,
-    LowRankCovariance,
-    truncate,
-)
+from peft_many.algebra.covariance import CovarianceAccumulator, InvalidCovarianceError, LowRankCovariance
 from peft_many.algebra.eight_bits import Scales, from_eight_bits, to_eight_bits
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
+from peft_many.algebra.spectrum import truncate
 from tests.algebra.problems import make_tasks, seeds
 
 

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_many.algebra.covariance import DenseCovariance, truncate
+from peft_many.algebra.covariance import DenseCovariance
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta, SingularMergeError
+from peft_many.algebra.spectrum import truncate
 from tests.algebra.problems import Task, make_tasks, objective, optimum, relative_error, seeds
 
 RIDGE = 1e-4

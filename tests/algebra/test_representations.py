@@ -11,9 +11,9 @@ from peft_many.algebra.covariance import (
     CovarianceSum,
     DenseCovariance,
     LowRankCovariance,
-    truncate,
 )
 from peft_many.algebra.sketch import CovarianceSketch
+from peft_many.algebra.spectrum import truncate
 from tests.algebra.properties import MergingProperties
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_many.algebra.covariance import LowRankCovariance, truncate
+from peft_many.algebra.covariance import LowRankCovariance
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
 from peft_many.algebra.residual import (
     effective_rank,
@@ -17,6 +17,7 @@ from peft_many.algebra.residual import (
     relative_residual,
     relative_residuals,
 )
+from peft_many.algebra.spectrum import truncate
 from tests.algebra.problems import make_tasks, seeds
 
 

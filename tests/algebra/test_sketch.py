@@ -5,16 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_many.algebra.covariance import (
-    CovarianceAccumulator,
-    DenseCovariance,
-    LowRankCovariance,
-    eigen_directions,
-    mean_covariance,
-    truncate,
-)
+from peft_many.algebra.covariance import CovarianceAccumulator, DenseCovariance, LowRankCovariance, mean_covariance
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
 from peft_many.algebra.sketch import CovarianceSketch
+from peft_many.algebra.spectrum import eigen_directions, truncate
 from tests.algebra.problems import relative_error, seeds
 
 WIDTH = 96

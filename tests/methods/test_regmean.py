@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_many.algebra.covariance import DenseCovariance, LowRankCovariance, truncate
+from peft_many.algebra.covariance import DenseCovariance, LowRankCovariance
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
 from peft_many.algebra.scatter import SingularMergeError
+from peft_many.algebra.spectrum import truncate
 from peft_many.methods import LayerTask, RegMean
 from tests.methods.layers import dense, layer_tasks, relative_error, seeds
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_many import merge_adapter_files
-from peft_many.algebra.covariance import CovarianceAccumulator, DenseCovariance, LowRankCovariance, truncate
+from peft_many.algebra.covariance import CovarianceAccumulator, DenseCovariance, LowRankCovariance
+from peft_many.algebra.spectrum import truncate
 from peft_many.plugin.statistics import (
     FORMAT_VERSION,
     STATISTICS_NAME,
