@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .exceptions import exceptional
 from .families import takes_images
-from .watched import WatchedMethod, unwatch, watch
+from .watched import WatchedMethod, unwatch, watch, watch_replica
 
 WATCHED_METHODS = ("get_image_features", "get_video_features")
 _HOOKS = "image_hooks"
@@ -117,6 +117,7 @@ class _WatchedGenerate(WatchedMethod):
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    watch_replica(module)
     arguments = {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs} if args else kwargs
     calls = _model_calls.get()
     while calls and not calls[-1].may_run(module):  # left behind by one that was interrupted (Ctrl-C)

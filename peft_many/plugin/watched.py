@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,12 @@ class WatchedMethod:
     def own_method(self) -> Callable[..., Any]:
         """The next watcher, or the class's method."""
         return self.inner or getattr(type(self.module), self.name).__get__(self.module)
+
+    def of(self, module: nn.Module) -> WatchedMethod:
+        """The same for another module."""
+        other = copy.copy(self)
+        other.module, other.inner = module, self.inner and self.inner.of(module)
+        return other
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.own_method()(*args, **kwargs)
@@ -54,6 +61,18 @@ def unwatch(module: nn.Module, name: str, watcher: type[WatchedMethod]) -> None:
         while around.inner is not found:
             around = around.inner
         around.inner = found.inner
+
+
+def watch_replica(module: nn.Module) -> None:
+    """If this is a shallow copy, such as `nn.DataParallel` makes for each GPU, have its parts watch themselves."""
+    if any(method.module is not module for method in _watchers(module).values()):
+        for part in module.modules():
+            for name, method in _watchers(part).items():
+                setattr(part, name, method.of(part))
+
+
+def _watchers(module: nn.Module) -> dict[str, WatchedMethod]:
+    return {name: method for name, method in vars(module).items() if isinstance(method, WatchedMethod)}
 
 
 def _find(module: nn.Module, name: str, watcher: type[WatchedMethod]) -> WatchedMethod | None:
