@@ -131,7 +131,8 @@ class Guard:
         allowed (`Path`): The folder that may be written to.
     """
 
-    _STARTS = ("os.system", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class", "ctypes.dlopen")
+    _STARTS = ("os.system", "os.exec", "socket.connect", "pickle.find_class", "ctypes.dlopen")
+    _RUNS = ("subprocess.Popen", "os.posix_spawn")  # how `subprocess` starts programs, the latter since Python 3.13
     _MOVES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.symlink", "os.link")
 
     def __init__(self, allowed: Path) -> None:
@@ -152,7 +153,7 @@ class Guard:
                 return
             if not all(self._is_inside(path) for path in arguments if isinstance(path, (str, bytes, os.PathLike))):
                 self.seen.append(f"{event} {arguments}")
-        elif event in self._STARTS or (event == "subprocess.Popen" and patterns._TRIAL not in arguments[1]):
+        elif event in self._STARTS or (event in self._RUNS and patterns._TRIAL not in arguments[1]):
             self.seen.append(f"{event} {arguments}")
 
     def _is_inside(self, path: Any) -> bool:
