@@ -62,6 +62,12 @@ def _trained_backwards(shop: Workshop, stage: int) -> Answerer:
 
 def ablations() -> Iterator[Method]:
     """Every ablation; the group says what is changed."""
+    yield from numbers()
+    yield from choices()
+
+
+def numbers() -> Iterator[Method]:
+    """Those that change one number, step by step."""
     for tau in TEMPERATURES:
         yield Method(f"τ = {tau:g}", "temperature", "", partial(_with_options, temperature=tau))
     for ridge in RIDGES:
@@ -85,6 +91,10 @@ def ablations() -> Iterator[Method]:
     for rank in MERGED_RANKS:
         after = partial(refitted, targets="outputs", router="gaussian", rank=rank)
         yield Method(f"refit, rank {rank}", "rank of the refit", "", after)
+
+
+def choices() -> Iterator[Method]:
+    """All others."""
     yield Method("measured on the base model", "what is measured", "", _on_base)
     for share in GUESSED_SHARES:
         for of, what in (("delta", "ΔWᵀΔW"), ("A", "AᵀA")):

@@ -69,7 +69,7 @@ def forgetting(runs: Sequence[Results], methods: Sequence[Method]) -> Figure | N
 
 
 def ablations(runs: Sequence[Results], methods: Sequence[Method]) -> Figure | None:
-    """FAA by value of each option, with its spread over seeds; the line is MAny as it comes."""
+    """FAA by the value of each number, with its spread over seeds; the dotted line is MAny as it comes."""
     groups: dict[str, list[Method]] = {}
     for method in methods:
         if all(method.name in run.scores for run in runs):

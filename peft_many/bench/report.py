@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from ..page_parts import STYLE, embedded
 from ..plugin.atomic import replace_file
 from . import pictures
+from .ablations import numbers
 from .methods import BEYOND, MAIN, METHODS, Measurement, Method
 from .model import MODELS
-from .prediction import ACCURACY
 from .run import RESULTS_NAME, Results, all_methods
 from .tables import METRICS, Table, tables_of
 
@@ -114,11 +114,10 @@ def summary_of(runs: Sequence[Results]) -> list[Table]:
 def _pictures(runs: Sequence[Results], measurements: Sequence[Measurement]) -> dict[str, Figure]:
     methods = [one for one in measurements if isinstance(one, Method)]
     main = [method for method in methods if method.group in (MAIN, BEYOND)]
-    others = [method for method in methods if method.name not in METHODS and method.group != ACCURACY]
     drawn = {
         "accuracy matrices": pictures.matrices(runs, main),
         "forgetting": pictures.forgetting(runs, main),
-        "ablations": pictures.ablations(runs, others),
+        "ablations": pictures.ablations(runs, list(numbers())),
         "residuals": pictures.residuals(runs),
     }
     return {title: figure for title, figure in drawn.items() if figure is not None}
