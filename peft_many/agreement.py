@@ -15,9 +15,10 @@ def check_tasks(tasks: Sequence[TaskAdapter]) -> None:
     by_hash: dict[str, TaskAdapter] = {}
     by_name: dict[str, TaskAdapter] = {}
     for task in tasks:
-        same = by_hash.setdefault(task.provenance["sha256"], task)
-        if same is not task:
-            raise UnmergeableAdapterError(f"The same adapter is given twice: {same.source} and {task.source}.")
+        for adapter in (task.provenance, *(task.provenance.get("pooled") or ())):
+            same = by_hash.setdefault(adapter["sha256"], task)
+            if same is not task:
+                raise UnmergeableAdapterError(f"The same adapter is given twice: {same.source} and {task.source}.")
         same = by_name.setdefault(task.name, task)
         if same is not task:
             raise UnmergeableAdapterError(

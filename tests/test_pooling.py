@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from peft_many import merge_adapter_files, pool_adapters
 from peft_many.plugin.statistics import AdapterStatistics
+from peft_many.plugin.stored_delta import UnmergeableAdapterError
 from tests import adapters
 from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, distance, merged_deltas
 
@@ -136,3 +137,13 @@ def test_ranks_must_be_positive(folders, tmp_path, option, value):
     with pytest.raises(ValueError, match=f"`{option}` must be at least 1"):
         pool([folders["a"]], tmp_path / "pool", **{option: value})
     assert not (tmp_path / "pool").exists()
+
+
+def test_what_is_in_a_pool_already_is_not_given_again(folders, tmp_path):
+    first = pool([folders["a"], folders["b"]], tmp_path / "first")
+    second = pool([first, folders["c"]], tmp_path / "second")
+    for given in ([first, folders["a"]], [folders["c"], second], [first, second]):
+        with pytest.raises(UnmergeableAdapterError, match="The same adapter is given twice"):
+            merge(given, tmp_path / "merged", projectors="mean")
+        with pytest.raises(UnmergeableAdapterError, match="The same adapter is given twice"):
+            pool(given, tmp_path / "pooled", task_name="all")
