@@ -11,6 +11,7 @@ import torch
 
 from .merging import merge_adapter_files
 from .methods import LPM, METHODS, MergeMethod
+from .operations import REFIT
 from .plan import MEAN, ROUTED, AdapterPath, TaskNames, whole_rank
 from .plugin.adapter import Adapter, read_adapter
 from .plugin.config import MAnyConfig
@@ -122,7 +123,7 @@ def merge_options(merge: AdapterPath, **hub: Any) -> dict[str, Any]:
     options: dict[str, Any] = {
         "method": method or LPM,
         "projectors": MEAN if config.averaged_projectors else ROUTED,
-        "rank": _rank_of(adapter, method, config.gate_lora),
+        "rank": _rank_of(adapter, method, config),
         "dtype": adapter.files[0].dtype(f"{KEY_PREFIX}{next(iter(adapter.tasks[0].deltas))}.lora_A.weight"),
         "gate_lora": config.gate_lora,
     }
@@ -169,12 +170,16 @@ def _method_of(config: MAnyConfig, name: str) -> MergeMethod | None:
         ) from None
 
 
-def _rank_of(adapter: Adapter, method: MergeMethod | None, gated: bool) -> int | None:
-    """The `rank` that the merge was limited to, told by a layer that has less than what its tasks' make up."""
+def _rank_of(adapter: Adapter, method: MergeMethod | None, config: MAnyConfig) -> int | None:
+    """The `rank` that the merge was limited to, told by a layer that has less than what its tasks' make up.
+
+    If it has not come to bear yet, only the record of operations knows it.
+    """
     weights = adapter.files[0]
     for module in dict.fromkeys(module for task in adapter.tasks for module in task.deltas):
         deltas = [task.deltas[module] for task in adapter.tasks if module in task.deltas]
         rank = weights.shape(f"{KEY_PREFIX}{module}.lora_A.weight")[0]
-        if rank < whole_rank([delta.rank for delta in deltas], deltas[0].shape, method, gated):
+        if rank < whole_rank([delta.rank for delta in deltas], deltas[0].shape, method, config.gate_lora):
             return rank
-    return None
+    merging = [line for line in config.operations or () if line["operation"] != REFIT]
+    return merging[-1]["options"].get("rank") if merging else None

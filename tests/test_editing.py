@@ -279,6 +279,18 @@ def test_a_kill_leaves_the_old_merge_or_the_new_one(shelf, tmp_path):
     assert left == "['merge', 'timed']"
 
 
+@pytest.mark.parametrize("rank", [6, 8])
+def test_a_limit_that_did_not_bite_yet_is_kept(shelf, tmp_path, rank):
+    """No layer tells it; a merge that was made for a server must not outgrow it."""
+    first = merge(shelf, "a b", tmp_path / "first", rank=rank)
+    added = add_task(first, shelf["c"], tmp_path / "added", progress=False)
+    expected = merge(shelf, "a b c", tmp_path / "expected", rank=rank)
+    assert but_operations(added) == but_operations(expected)
+    left = remove_task(added, "c", tmp_path / "left", progress=False)
+    again = add_task(left, shelf["c"], tmp_path / "again", progress=False)
+    assert but_operations(again) == but_operations(expected)
+
+
 def test_layers_that_can_have_no_larger_rank_are_no_limit(tmp_path):
     """Deltas of full rank are stored in one of that rank; the other layers keep their tasks' blocks."""
     options = {"family": "llama", "target_modules": ["q_proj", "up_proj"]}
