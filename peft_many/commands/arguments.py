@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +92,7 @@ def merge_arguments(
         raise typer.BadParameter("Give the adapters here or by --recipe, one of the two.")
     arguments: dict[str, Any] = read_recipe(recipe) if recipe is not None else {"adapters": adapters}
     if weight:
-        arguments["weights"] = weights_by_task(weight)
+        arguments["weights"] = {**_weights_of(arguments), **(weights_by_task(weight) or {})}
     if without:
         arguments["without"] = without
     if dtype is not None:
@@ -100,6 +100,17 @@ def merge_arguments(
             raise typer.BadParameter(f"'{dtype}' is none of {', '.join(DTYPES)}.", param_hint="--dtype")
         arguments["dtype"] = DTYPES[dtype]
     return arguments | {name: value for name, value in options.items() if value is not None}
+
+
+def _weights_of(recipe: Mapping[str, Any]) -> Mapping[str, float]:
+    weights = recipe.get("weights") or {}
+    if not isinstance(weights, Mapping):
+        raise typer.BadParameter(
+            "The recipe gives weights by adapter, and --weight one by task; give the recipe's by task too, under "
+            "`options: weights`.",
+            param_hint="--weight",
+        )
+    return weights
 
 
 def weights_by_task(given: list[str] | None) -> dict[str, float] | None:

@@ -96,6 +96,19 @@ def test_a_recipe_and_what_the_command_line_says_over_it(shelf, tmp_path):
     assert files(tmp_path / "1") == files(tmp_path / "2")
 
 
+def test_weights_of_the_command_line_replace_one_by_one_those_of_a_recipe(shelf, tmp_path):
+    recipe = tmp_path / "tasks.yaml"
+    adapters = [str(shelf["a"]), str(shelf["b"])]
+    recipe.write_text(json.dumps({"adapters": adapters, "options": {"weights": {"a": 2, "b": 3}}}))
+    run("merge", "--recipe", recipe, "-o", tmp_path / "1", "--weight", "a=0.5", "-q")
+    merge_adapter_files(adapters, tmp_path / "2", weights=[0.5, 3.0], progress=False)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    recipe.write_text(json.dumps({"adapters": [{"adapter": one, "weight": 3} for one in adapters]}))
+    refused = run("merge", "--recipe", recipe, "-o", tmp_path / "3", "--weight", "a=0.5", "-q", code=2)
+    assert "gives weights by adapter" in " ".join(refused.stderr.replace("│", " ").split())
+    assert not (tmp_path / "3").exists()
+
+
 def test_plan_says_it_and_writes_nothing(shelf, tmp_path):
     before = [files(folder) for folder in shelf.values()]
     told = run("plan", shelf["a"], shelf["b"], "-q").stdout
