@@ -136,6 +136,8 @@ class MergePlan:
         for task in self.tasks:
             about = {"name": task.name, "weight": task.weight, **task.provenance}
             about |= {"samples": task.statistics.samples, "images": task.statistics.images}
+            if task.weight == 0 and task.projectors:
+                about["projectors_left_out"] = sorted(task.projectors)
             if interference and task.name in interference:
                 about["interference"] = interference[task.name]
             described.append(about)

@@ -167,7 +167,8 @@ def _notes(plan: MergePlan) -> list[str]:
         missing = [module for module in layers if module not in task.deltas]
         silent = [module for module in missing if module not in task.statistics.covariances]
         if task.weight == 0:
-            notes.append(f"'{task.name}' has weight 0: it is kept, and has no say.")
+            kept = "its LoRA is kept, its projector is not" if task.projectors else "it is kept"
+            notes.append(f"'{task.name}' has weight 0: {kept}, and it has no say.")
         if missing:
             note = f"'{task.name}' did not train {len(missing)} of {len(layers)} layers ('{missing[0]}', …)"
             note += "; its delta counts as zero there."

@@ -19,7 +19,8 @@ def weighted_tasks(adapters: Sequence[Adapter], weights: TaskWeights) -> list[Ta
 
     Raises:
         ValueError: There is no task of that name, or it is part of a pool.
-        UnmergeableAdapterError: A mean of projectors would have to be taken again with other weights.
+        UnmergeableAdapterError: A mean of projectors would have to be taken again with other weights, or a task had
+            the weight 0 when its projector would have been written.
     """
     if isinstance(weights, Mapping):
         _check_known(weights, adapters, "`weights`")
@@ -28,6 +29,7 @@ def weighted_tasks(adapters: Sequence[Adapter], weights: TaskWeights) -> list[Ta
             for adapter in adapters
         ]
         for adapter, weighted in zip(adapters, tasks):
+            _check_projectors_are_kept(weighted)
             _check_same_mean(adapter, weighted)
         return [task for weighted in tasks for task in weighted]
     factors = weights if weights is not None else [1.0] * len(adapters)
@@ -98,6 +100,16 @@ def _check_known(names: Sequence[str] | Mapping[str, float], adapters: Sequence[
                     "apart: its tasks can be neither forgotten nor weighted one by one."
                 )
         raise ValueError(f"{option} names the task '{unknown}', but the tasks are {', '.join(map(repr, known))}.")
+
+
+def _check_projectors_are_kept(weighted: Sequence[TaskAdapter]) -> None:
+    for task in weighted:
+        left_out = task.provenance.get("projectors_left_out")
+        if task.weight > 0 and left_out:
+            raise UnmergeableAdapterError(
+                f"{task.source} had the weight 0, so its projector '{left_out[0]}' was not kept, and it can get no "
+                "other weight. Remove the task and merge its own adapter with the rest."
+            )
 
 
 def _check_same_mean(adapter: Adapter, weighted: Sequence[TaskAdapter]) -> None:

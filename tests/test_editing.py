@@ -291,6 +291,25 @@ def test_a_limit_that_did_not_bite_yet_is_kept(shelf, tmp_path, rank):
     assert but_operations(again) == but_operations(expected)
 
 
+@pytest.mark.parametrize("projectors", ["routed", "mean"])
+def test_a_task_of_weight_zero_gets_no_other(shelf, tmp_path, projectors):
+    """Its projector was not written, without which it would be another task; one that trained none may."""
+    zero = merge(shelf, "a b", tmp_path / "zero", weights=[0.0, 1.0], projectors=projectors)
+    further = merge_adapter_files([zero, shelf["c"]], tmp_path / "more", projectors=projectors, progress=False)
+    for folder in (zero, further):
+        with pytest.raises(UnmergeableAdapterError, match=r"task 'a' had the weight 0, so its projector .* not kept"):
+            add_task(folder, shelf["blind"], tmp_path / "added", weights={"a": 1.0}, progress=False)
+    left = remove_task(further, "a", tmp_path / "left", progress=False) if projectors == "routed" else None
+    if left is not None:
+        again = add_task(left, shelf["a"], tmp_path / "again", progress=False)
+        assert but_operations(again) == but_operations(merge(shelf, "a b c", tmp_path / "whole"))
+    blind = merge(shelf, "a blind", tmp_path / "blind", weights=[1.0, 0.0], projectors=projectors)
+    options = {"weights": {"blind": 1.0}, "projectors": projectors, "progress": False}
+    heard = merge_adapter_files([blind], tmp_path / "heard", **options)
+    expected = merge(shelf, "a blind", tmp_path / "both", projectors=projectors)
+    assert but_operations(heard) == but_operations(expected)
+
+
 def test_layers_that_can_have_no_larger_rank_are_no_limit(tmp_path):
     """Deltas of full rank are stored in one of that rank; the other layers keep their tasks' blocks."""
     options = {"family": "llama", "target_modules": ["q_proj", "up_proj"]}

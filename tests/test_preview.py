@@ -78,7 +78,7 @@ def test_it_notes_what_may_surprise(shelf):
     hot = "\n".join(preview_merge([shelf["a"], shelf["b"]], temperature=2.0, progress=False).notes)
     assert "Images of 'a' look like those of 'b' at 'model.multi_modal_projector': the mean image" in hot
     light = preview_merge([shelf["a"], shelf["b"]], weights={"b": 0.0}, router="gaussian", progress=False).notes
-    assert "'b' has weight 0: it is kept, and has no say." in light
+    assert "'b' has weight 0: its LoRA is kept, its projector is not, and it has no say." in light
 
 
 def test_every_adapters_problem_is_told(shelf, tmp_path):

@@ -122,6 +122,8 @@ def _check_task(adapter: Adapter, task_name: str | None) -> None:
     names = [task.name for task in adapter.tasks]
     if task_name is not None and task_name not in names:
         raise ValueError(f"`projector` names the task '{task_name}', but the tasks are {', '.join(map(repr, names))}.")
+    if any(task.name == task_name and task.provenance.get("projectors_left_out") for task in adapter.tasks):
+        raise ValueError(f"'{task_name}' had the weight 0 in this merge, so its projector was not kept.")
     averaged = getattr(adapter.config, "averaged_projectors", None) or {}
     mean = next((name for name, tasks in averaged.items() if len(tasks) > 1), None)
     if task_name is not None and mean is not None:

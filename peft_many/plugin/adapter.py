@@ -257,6 +257,10 @@ def _provenance(source: AdapterSource, config: PeftConfig) -> dict[str, Any]:
 _TOLD_OPTIONS = ("r", "lora_alpha", "use_rslora", "energy")
 
 
+# What a merge of a merge repeats of its tasks, if they have it.
+_KEPT_OF_TASKS = ("options", "pooled", "datasets", "projectors_left_out")
+
+
 # The last path component of a projector, by the names that transformers' families use: there is no model to look at.
 PROJECTOR_NAME = re.compile(
     r"multi_modal_projector|mm_projector|projector|connector|merger|deepstack_merger_list|aligner|"
@@ -334,7 +338,7 @@ def _tasks_of_merge(
                 name=about["name"],
                 weight=float(about["weight"]),
                 provenance={key: about.get(key) for key in ("source", "revision", "sha256")}
-                | {key: about[key] for key in ("options", "pooled", "datasets") if about.get(key)},
+                | {key: about[key] for key in _KEPT_OF_TASKS if about.get(key)},
                 statistics=measured,
                 deltas=deltas,
                 projectors=projectors,

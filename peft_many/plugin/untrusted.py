@@ -44,6 +44,7 @@ class _MergedTask(_Merged, total=False):
     interference: float
     options: dict[str, Any]
     datasets: list[str]
+    projectors_left_out: list[str]
 
 
 class _Operation(TypedDict):

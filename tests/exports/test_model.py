@@ -184,3 +184,11 @@ def test_it_needs_nothing_of_this_package(shelf, tmp_path):
     asked = [sys.executable, "-c", program, str(exported.folder)]
     done = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_projector_of_a_task_whose_weight_was_zero(shelf, tmp_path):
+    merged = merge_adapter_files(
+        [shelf.adapters["a"], shelf.adapters["b"]], tmp_path / "merged", weights=[0, 1], progress=False
+    )
+    with pytest.raises(ValueError, match="'a' had the weight 0 in this merge, so its projector was not kept"):
+        export_model(merged, tmp_path / "model", base_model=shelf.base, projector="a")
