@@ -244,8 +244,9 @@ def plan_merge(
         raise ValueError(f"`ridge` is an option of LPM; the method '{chosen.name}' has none.")
     routing_options = {"router": router, "temperature": temperature, "top_k": top_k, "abstain_above": abstain_above}
     given = [f"`{name}`" for name, value in routing_options.items() if value is not None]
-    if projectors == MEAN and given:
-        raise ValueError(f"{given[0]} is an option of routed projectors, not of `projectors='{MEAN}'`.")
+    if projectors == MEAN and (given or gate_lora):
+        option = given[0] if given else "`gate_lora`"
+        raise ValueError(f"{option} is an option of routed projectors, not of `projectors='{MEAN}'`.")
     if router is not None and router not in ROUTERS:
         raise ValueError(f"`router` must be one of {', '.join(map(repr, ROUTERS))}, but it is {router!r}.")
     if abstain_above is not None and not 0 < abstain_above < math.inf:
@@ -278,16 +279,19 @@ def plan_merge(
     merges = [
         adapter.config for adapter in adapters if isinstance(adapter.config, MAnyConfig) and adapter.config.tasks
     ]
+    can_gate = chosen is None and projectors == ROUTED
     options = {
         "ridge": _first_known(ridge, _agreed(merges, "ridge"), DEFAULT_RIDGE) if chosen is None else None,
         "router": _first_known(router, _agreed(merges, "router"), DEFAULT_ROUTER),
         "top_k": _first_known(top_k, _agreed(merges, "top_k")),
-        "abstain_above": _first_known(abstain_above, _agreed(merges, "abstain_above")),
         "rank": rank,
-        "gate_lora": _first_known(gate_lora, _agreed(merges, "gate_lora"), False),
+        "gate_lora": _first_known(gate_lora, _agreed(merges, "gate_lora") if can_gate else None, False),
         "dtype": dtype,
     }
-    options["temperature"] = _temperature(temperature, merges, options["router"])
+    by_router = {"temperature": temperature, "abstain_above": abstain_above}
+    if _agreed(merges, "router") == options["router"]:  # distances of one are nothing to another
+        by_router = {name: _first_known(value, _agreed(merges, name)) for name, value in by_router.items()}
+    options |= {**by_router, "temperature": _first_known(by_router["temperature"], ROUTERS[options["router"]])}
     if options["abstain_above"] is not None and options["router"] != "gaussian":
         raise ValueError("`abstain_above` is a distance of `router='gaussian'`; cosines know none.")
     groups = shared_inputs(tasks)
@@ -311,12 +315,6 @@ def _described(method: MergeMethod | None) -> dict[str, Any] | None:
 def _identity(path: Path) -> tuple[int, int]:
     about = path.stat()
     return about.st_size, about.st_mtime_ns
-
-
-def _temperature(given: float | None, merges: Sequence[MAnyConfig], router: str) -> float:
-    """The one given, that of the merges if they route alike, or the router's default."""
-    agreed = _agreed(merges, "temperature") if _agreed(merges, "router") == router else None
-    return _first_known(given, agreed, ROUTERS[router])
 
 
 def _agreed(merges: Sequence[MAnyConfig], option: str) -> Any:

@@ -103,6 +103,7 @@ def pool_adapters(
         projectors=MEAN,
         ridge=ridge,
         rank=rank,
+        gate_lora=False,
         hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
         progress=progress,
     )

@@ -310,6 +310,19 @@ def test_a_task_of_weight_zero_gets_no_other(shelf, tmp_path, projectors):
     assert but_operations(heard) == but_operations(expected)
 
 
+def test_options_of_merges_that_the_new_one_cannot_have_are_not_its_own(shelf, tmp_path):
+    gated = merge(shelf, "a b", tmp_path / "gated", gate_lora=True)
+    for options in ({"projectors": "mean"}, {"method": "average"}):
+        found = merge_adapter_files([gated, shelf["c"]], tmp_path / "found", overwrite=True, progress=False, **options)
+        expected = merge(shelf, "a b c", tmp_path / "expected", overwrite=True, **options)
+        assert but_operations(found) == but_operations(expected)
+    with pytest.raises(ValueError, match="`gate_lora` is an option of routed projectors"):
+        merge(shelf, "a b", tmp_path / "wrong", projectors="mean", gate_lora=True)
+    shy = merge(shelf, "a b", tmp_path / "shy", router="gaussian", temperature=0.5, abstain_above=3.0)
+    found = merge_adapter_files([shy, shelf["c"]], tmp_path / "cosine", router="cosine", progress=False)
+    assert but_operations(found) == but_operations(merge(shelf, "a b c", tmp_path / "plain"))
+
+
 def test_layers_that_can_have_no_larger_rank_are_no_limit(tmp_path):
     """Deltas of full rank are stored in one of that rank; the other layers keep their tasks' blocks."""
     options = {"family": "llama", "target_modules": ["q_proj", "up_proj"]}

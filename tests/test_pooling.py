@@ -147,3 +147,11 @@ def test_what_is_in_a_pool_already_is_not_given_again(folders, tmp_path):
             merge(given, tmp_path / "merged", projectors="mean")
         with pytest.raises(UnmergeableAdapterError, match="The same adapter is given twice"):
             pool(given, tmp_path / "pooled", task_name="all")
+
+
+def test_merges_with_a_gate_can_be_pooled(made, folders, tmp_path):
+    gated = merge([folders["a"], folders["b"]], tmp_path / "gated", gate_lora=True)
+    found = pool([gated, folders["c"]], tmp_path / "found", task_name="all")
+    expected = pool([folders[name] for name in "abc"], tmp_path / "expected", task_name="all")
+    tasks = {name: made[name] for name in "abc"}
+    assert gap(tasks, merged_deltas(found), merged_deltas(expected)) < 1e-4
