@@ -229,6 +229,12 @@ def _single_task(
                 f"are trained whole can be merged (`modules_to_save=['{projector.rpartition('.')[2]}']`)."
             )
         projectors.setdefault(projector, {})[key.removeprefix(f"{projector}.")] = tensor
+    lost = next((name for name in known if name not in projectors and _is_saved_whole(name, config)), None)
+    if lost is not None:
+        raise UnmergeableAdapterError(
+            f"{source.name} trained the projector '{lost}', but its {SAFETENSORS_WEIGHTS_NAME} has no tensor of it: "
+            "the file is incomplete; save or download the adapter again."
+        )
     return TaskAdapter(
         name=getattr(config, "task_name", None) or measured.name or source.short_name,
         weight=measured.weight,  # 1 but of pooled tasks

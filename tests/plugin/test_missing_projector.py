@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_many import merge_adapter_files
+from peft_many import MAnyConfig, merge_adapter_files
+from peft_many.plugin.adapter import UnmergeableAdapterError
 from peft_many.plugin.untrusted import MalformedAdapterError, check_projectors_are_there
 from tests.adapters import PROJECTOR, WEIGHTS, base, distance, logits, make, state_digest
 from tests.hub_server import StandInHub, talk_to
@@ -49,6 +50,16 @@ def test_it_names_the_adapter_and_the_tensor_and_leaves_the_model_alone(good, tm
     with pytest.raises(MalformedAdapterError, match=r"broken: .* lacks the tensor"):
         model.load_adapter(str(broken))
     assert state_digest(model) == before
+
+
+@pytest.mark.parametrize("kind", [MAnyConfig, LoraConfig])
+def test_it_is_not_merged_as_if_it_had_trained_none(good, tmp_path, kind):
+    plain = {"target_modules": r".*language_model.*q_proj", "modules_to_save": ["multi_modal_projector"]}
+    whole = make(tmp_path / "whole", seed=3, kind=kind, **({} if kind is MAnyConfig else plain)).folder
+    broken = without(whole, tmp_path / "broken", r"multi_modal_projector")
+    for method in ("lpm", "average"):
+        with pytest.raises(UnmergeableAdapterError, match=f"broken trained the projector '{PROJECTOR}'"):
+            merge_adapter_files([good["a"], broken], tmp_path / "merged", method=method, progress=False)
 
 
 def test_beside_an_adapter_that_is_whole(good, tmp_path):
