@@ -95,6 +95,8 @@ class _Call:
         cache = next((value for value in values if isinstance(value, Cache)), None)
         if cache is not None and (found or hasattr(cache, CACHE_ATTRIBUTE)):
             setattr(cache, CACHE_ATTRIBUTE, found)
+            for name in _MOVES_ROWS:
+                watch(cache, name, _RowsFollow)
 
 
 # A context variable, so that threads that share one model do not see each other's calls.
@@ -176,6 +178,27 @@ def _of_cache(cache: Any) -> dict[str, RowWeights]:
 
 def _length(cache: Any) -> int:
     return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+
+
+# Public methods of caches that change which row is where.
+_MOVES_ROWS = ("reorder_cache", "batch_select_indices")
+
+
+class _RowsFollow(WatchedMethod):
+    """Does what the cache's own method does, and to what is known of its rows too."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.own_method()(*args, **kwargs)
+        places: Tensor = next(iter((*args, *kwargs.values())))
+        known: dict[str, RowWeights] = getattr(self.module, CACHE_ATTRIBUTE)
+        followed = {}
+        for name, rows in known.items():
+            if self.name == "reorder_cache" and len(places) > len(rows.images):
+                followed[name] = rows  # several beams to each of these rows, among which they change places
+            else:
+                followed[name] = rows.taken(places)
+        setattr(self.module, CACHE_ATTRIBUTE, followed)
+        return output
 
 
 class _WatchedGenerate(WatchedMethod):

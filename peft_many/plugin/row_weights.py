@@ -55,6 +55,11 @@ class RowWeights:
         sums, images = (part.repeat_interleave(repeats, dim=0).to(many.sums.device) for part in (few.sums, few.images))
         return RowWeights(many.sums + sums, many.images + images, max(self.start, other.start))
 
+    def taken(self, rows: Tensor) -> RowWeights:
+        """Of some rows, by their places or a mask, in this order."""
+        places = torch.arange(len(self.images))[rows.cpu()].to(self.images.device)
+        return RowWeights(self.sums[places], self.images[places], self.start)
+
     def gates(self, ranks: tuple[int, ...], repeats: int, like: Tensor) -> Gates | None:
         """The gates of a layer.
 

@@ -1,4 +1,4 @@
-"""Methods of single modules that do something more than the class's: watchers, one around another."""
+"""Methods of single modules or caches that do something more than the class's: watchers, one around another."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import Cache
 
 
 class WatchedMethod:
@@ -16,7 +17,7 @@ class WatchedMethod:
     An object that holds its module, not a bound function, so that copies and pickles of a model watch themselves.
     """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    def __init__(self, module: nn.Module | Cache, name: str) -> None:
         self.module = module
         self.name = name
         self.inner: WatchedMethod | None = vars(module).get(name)
@@ -39,7 +40,7 @@ class WatchedMethod:
         return self.own_method()(*args, **kwargs)
 
 
-def watch(module: nn.Module, name: str, watcher: type[WatchedMethod]) -> bool:
+def watch(module: nn.Module | Cache, name: str, watcher: type[WatchedMethod]) -> bool:
     """Set a watcher on the instance, if the class has such a method and the watcher is not there yet."""
     if not callable(getattr(type(module), name, None)) or _find(module, name, watcher) is not None:
         return False
@@ -75,7 +76,7 @@ def _watchers(module: nn.Module) -> dict[str, WatchedMethod]:
     return {name: method for name, method in vars(module).items() if isinstance(method, WatchedMethod)}
 
 
-def _find(module: nn.Module, name: str, watcher: type[WatchedMethod]) -> WatchedMethod | None:
+def _find(module: nn.Module | Cache, name: str, watcher: type[WatchedMethod]) -> WatchedMethod | None:
     method = vars(module).get(name)
     while isinstance(method, WatchedMethod) and not isinstance(method, watcher):
         method = method.inner

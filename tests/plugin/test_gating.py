@@ -402,6 +402,28 @@ def test_a_cache_that_is_cut_back_to_before_the_image(prefix: int) -> None:
     assert (further[:, -2:] - found).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("fork", [lambda cache: cache, copy.deepcopy])
+def test_gates_follow_the_rows_of_a_cache(fork: Callable[[Any], Any]) -> None:
+    """As beam search of one's own and servers change them, which drop rows that are done."""
+    model, inputs = gated("llava"), inputs_of("llava", [[picture("llava", task)] for task in range(3)])
+    step = torch.tensor([[30], [31], [32]])
+
+    def after(change: Callable[[Any], Any], rows: list[int]) -> Tensor:
+        with torch.no_grad():
+            cache = fork(model(**inputs, use_cache=True).past_key_values)
+        change(cache)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], dim=1)[rows]
+        return logits(model, {"input_ids": step[rows], "attention_mask": mask, "past_key_values": cache})
+
+    expected = after(lambda cache: None, [0, 1, 2])
+    for rows in ([2, 0, 1], [1, 1, 0]):
+        found = after(lambda cache, rows=rows: cache.reorder_cache(torch.tensor(rows)), rows)
+        torch.testing.assert_close(found, expected[rows], atol=1e-5, rtol=0)
+    for rows in ([2], [0, 2], [2, 1, 0]):
+        found = after(lambda cache, rows=rows: cache.batch_select_indices(torch.tensor(rows)), rows)
+        torch.testing.assert_close(found, expected[rows], atol=1e-5, rtol=0)
+
+
 def turns(model: nn.Module, tasks: list[int | None], fork: Callable[[Any], Any] = lambda cache: cache) -> Tensor:
     """A chat of several turns, each with an image of a task or none, on one cache; the last turn's answer."""
     cache, ids, answer = None, torch.zeros(1, 0, dtype=torch.int64), torch.empty(0)
