@@ -33,6 +33,7 @@ def register() -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING[MAnyPeftType.MANY] = MAnyModel.prefix
     if not hasattr(PeftConfig.from_pretrained, "finds_statistics"):
         _let_configs_find_statistics()
+        _let_configs_save_statistics()
     keep_cards()
 
 
@@ -42,14 +43,24 @@ def give_statistics(
     """Make a config carry statistics, so that saving the adapter saves them too; of any PEFT type."""
     config.statistics = statistics
     if not isinstance(config, MAnyConfig):
-        # PEFT's configs have no such hook; this one object gets it, the class does not.
         config.energy = energy
-        config.save_pretrained = functools.partial(_save_with_statistics, config)
 
 
-def _save_with_statistics(config: Any, save_directory: str, **kwargs: Any) -> None:
-    type(config).save_pretrained(config, save_directory, **kwargs)
-    config.statistics.save(save_directory, config.energy)
+def _let_configs_save_statistics() -> None:
+    """Wrap `PeftConfig.save_pretrained` for the configs of other types that `give_statistics` was called with.
+
+    A method of the object in its place would save the old object from a shallow copy.
+    """
+    owner = next(owner for owner in PeftConfig.__mro__ if "save_pretrained" in vars(owner))
+    original = owner.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: str, **kwargs: Any) -> None:
+        original(self, save_directory, **kwargs)
+        if not isinstance(self, MAnyConfig) and getattr(self, "statistics", None) is not None:
+            self.statistics.save(save_directory, self.energy)
+
+    owner.save_pretrained = save_pretrained
 
 
 def _let_configs_find_statistics() -> None:

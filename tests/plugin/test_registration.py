@@ -1,4 +1,4 @@
-"""What the plugin does to PEFT: the entries it makes, and the one wrapped method, with a test that says why."""
+"""What the plugin does to PEFT: the entries it makes, and the two wrapped methods, with tests that say why."""
 
 import copy
 import dataclasses
@@ -24,10 +24,11 @@ def test_the_type_is_registered_and_peft_s_enum_is_untouched():
 
 
 def test_registering_twice_wraps_once():
-    before = PeftConfig.from_pretrained.__func__
+    loading, saving = PeftConfig.from_pretrained.__func__, PeftConfig.save_pretrained
     register()
-    assert PeftConfig.from_pretrained.__func__ is before
-    assert not hasattr(before.__wrapped__, "__wrapped__")
+    assert PeftConfig.from_pretrained.__func__ is loading
+    assert PeftConfig.save_pretrained is saving
+    assert not any(hasattr(method.__wrapped__, "__wrapped__") for method in (loading, saving))
 
 
 def adapter(folder, config=None):
@@ -99,3 +100,14 @@ def test_no_token_is_printed_logged_or_pickled():
     config = MAnyConfig(statistics=remote)
     assert "hf_SECRET" not in f"{config!r} {remote!r} {dataclasses.asdict(config)}"
     assert b"hf_SECRET" not in pickle.dumps(config)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_a_changed_copy_of_a_measured_config_is_saved_as_it_is(tmp_path, duplicate):
+    adapter(tmp_path, LoraConfig(r=2, target_modules=["q_proj"]))
+    config = duplicate(PeftConfig.from_pretrained(tmp_path / "adapter"))
+    config.r = 8
+    config.save_pretrained(tmp_path / "copy")
+    found = PeftConfig.from_pretrained(tmp_path / "copy")
+    assert found.r == 8
+    assert found.statistics.tasks[0].samples == 2
