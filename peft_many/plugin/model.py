@@ -162,6 +162,13 @@ class MAnyModel(LoraModel):
         require_known(remapped, model, adapter_name)  # PEFT ignores other keys, which leaves an adapter untrained
         return remapped
 
+    def subtract_mutated_init(
+        self, output_state_dict: dict[str, torch.Tensor], adapter_name: str, kwargs: Any = None
+    ) -> dict[str, torch.Tensor]:
+        """See PEFT's, which gives LoRA's tensors only; the projectors' stay in the file too."""
+        others = {key: tensor for key, tensor in output_state_dict.items() if self.prefix not in key}
+        return others | super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+
     def report(self, adapter_name: str | None = None, *, conflicts: bool = True, progress: bool = True) -> MergeReport:
         """What merging costs each task, layer by layer, before any evaluation; `merged.report()` on the PEFT model.
 

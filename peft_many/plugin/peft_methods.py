@@ -187,7 +187,8 @@ def check_options(config: PeftConfig, layer: str) -> None:
     if isinstance(init, str) and init.startswith(_MUTATING_INITS):
         raise ValueError(
             f"was initialised with `init_lora_weights='{init}'`, which changes the base weights of '{layer}'. Convert "
-            "it with `path_initial_model_for_weight_conversion` of `save_pretrained` first."
+            "it with `path_initial_model_for_weight_conversion` of `save_pretrained`, load the result on the base "
+            "model as it was, and run `collect_statistics` again."
         )
 
 

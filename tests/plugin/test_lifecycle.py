@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peft_many import MAnyConfig, collect_statistics
+from peft_many import MAnyConfig, collect_statistics, merge_adapter_sequence
 from tests import tiny
 
 PROJECTOR = "model.multi_modal_projector"
@@ -58,6 +58,25 @@ def test_saved_and_loaded_gives_the_same_outputs(base, batch, tmp_path):
         loaded = PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
         assert torch.equal(logits(loaded, batch), expected)
         assert type(loaded.peft_config["default"]) is MAnyConfig
+
+
+def test_the_projector_survives_the_conversion_of_pissa(base, batch, tmp_path):
+    """As PEFT's documentation converts it; its own LORA loses `modules_to_save` on the way."""
+    fresh = copy.deepcopy(base)
+    model = get_peft_model(base, MAnyConfig(r=4, lora_alpha=8, init_lora_weights="pissa"))
+    config = model.peft_config["default"]
+    config.init_lora_weights = True
+    model.save_pretrained(tmp_path / "initial")
+    config.init_lora_weights = "pissa"
+    perturb(model.eval(), 0)
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    loaded = PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path / "converted").eval()
+    torch.testing.assert_close(logits(loaded, batch), expected, atol=1e-4, rtol=0)
+    collect_statistics(loaded, [batch], progress=False)
+    loaded.save_pretrained(tmp_path / "measured")
+    merged = merge_adapter_sequence(copy.deepcopy(fresh), [tmp_path / "measured"], progress=False)
+    torch.testing.assert_close(logits(merged, batch), expected, atol=1e-4, rtol=0)
 
 
 def test_loading_in_a_new_process_needs_only_the_import(base, batch, tmp_path):
