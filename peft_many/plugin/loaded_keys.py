@@ -16,6 +16,9 @@ from .module_names import Names, names_on
 from .projector import ProjectorWrapper
 from .stored_delta import KEY_PREFIX
 
+# By `bias="all"` PEFT saves every bias by its path in the model as well: the trained copy's twice, and the base's.
+_INSIDE_A_WRAPPER = ("modules_to_save.", "original_module.")
+
 
 def with_current_keys(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of an adapter's file under today's names of layers and projectors, before PEFT adds adapter names.
@@ -36,6 +39,8 @@ def with_current_keys(state_dict: Mapping[str, Tensor], model: nn.Module, adapte
         layer, path = _layer(key), key.removeprefix(KEY_PREFIX)
         if layer is None:
             projector, rest = _projector_of(path, projectors, names)
+            if projector is not None and rest.startswith(_INSIDE_A_WRAPPER) and rest.endswith(".bias"):
+                continue
             stored = key if projector is None else f"{KEY_PREFIX}{projector}.{of_adapter}{rest}"
         else:
             stored = key if layer in adapted else key.replace(layer, names(layer) or layer, 1)

@@ -79,6 +79,16 @@ def test_the_projector_survives_the_conversion_of_pissa(base, batch, tmp_path):
     torch.testing.assert_close(logits(merged, batch), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_with_biases_is_loaded_again(base, batch, tmp_path, bias):
+    fresh = copy.deepcopy(base)
+    model = trained(base, bias=bias)
+    model.save_pretrained(tmp_path)
+    for name in ("default", "other"):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path, adapter_name=name)
+        assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
 def test_loading_in_a_new_process_needs_only_the_import(base, batch, tmp_path):
     torch.save(batch, tmp_path / "batch.pt")
     base.save_pretrained(tmp_path / "base")
