@@ -38,7 +38,7 @@ class _Merged(TypedDict):
 class _MergedTask(_Merged, total=False):
     source: str | None
     revision: str | None
-    pooled: list[dict[str, Any]]
+    pooled: list[_Merged]
     samples: int
     images: int
     interference: float
@@ -81,6 +81,7 @@ _HINTS: dict[str, Any] = {
     "alpha_pattern": dict[str, float] | None,
     "tasks": list[_MergedTask] | None,
     "operations": list[_Operation] | None,
+    "pooled": list[_Merged] | None,
     "routing": dict[str, _Routing] | None,
     "method": _Method | None,
     "statistics": Any,
