@@ -288,10 +288,10 @@ def plan_merge(
         "gate_lora": _first_known(gate_lora, _agreed(merges, "gate_lora") if can_gate else None, False),
         "dtype": dtype,
     }
-    by_router = {"temperature": temperature, "abstain_above": abstain_above}
-    if _agreed(merges, "router") == options["router"]:  # distances of one are nothing to another
-        by_router = {name: _first_known(value, _agreed(merges, name)) for name, value in by_router.items()}
-    options |= {**by_router, "temperature": _first_known(by_router["temperature"], ROUTERS[options["router"]])}
+    # Distances of one router are nothing to another.
+    alike = merges if _agreed(merges, "router") == options["router"] else []
+    options["temperature"] = _first_known(temperature, _agreed(alike, "temperature"), ROUTERS[options["router"]])
+    options["abstain_above"] = _first_known(abstain_above, _agreed(alike, "abstain_above"))
     if options["abstain_above"] is not None and options["router"] != "gaussian":
         raise ValueError("`abstain_above` is a distance of `router='gaussian'`; cosines know none.")
     groups = shared_inputs(tasks)
