@@ -188,17 +188,19 @@ class _RowsFollow(WatchedMethod):
     """Does what the cache's own method does, and to what is known of its rows too."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.own_method()(*args, **kwargs)
         places: Tensor = next(iter((*args, *kwargs.values())))
+        held = len(places) if self.name == "reorder_cache" else _rows_of(self.module)
+        output = self.own_method()(*args, **kwargs)
         known: dict[str, RowWeights] = getattr(self.module, CACHE_ATTRIBUTE)
-        followed = {}
-        for name, rows in known.items():
-            if self.name == "reorder_cache" and len(places) > len(rows.images):
-                followed[name] = rows  # several beams to each of these rows, among which they change places
-            else:
-                followed[name] = rows.taken(places)
+        # Where several beams are held for each row that is known, they change places among themselves.
+        followed = {name: rows.taken(places) if len(rows.images) == held else rows for name, rows in known.items()}
         setattr(self.module, CACHE_ATTRIBUTE, followed)
         return output
+
+
+def _rows_of(cache: Any) -> int | None:
+    keys = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
+    return next((len(tensor) for tensor in keys if isinstance(tensor, Tensor)), None)
 
 
 class _WatchedGenerate(WatchedMethod):

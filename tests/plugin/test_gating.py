@@ -38,6 +38,7 @@ from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge
 from peft_many.algebra.gating import CONFIDENT_WEIGHT
 from peft_many.plugin import gated_calls
 from peft_many.plugin.adapter import UnmergeableAdapterError
+from peft_many.plugin.gated_calls import CACHE_ATTRIBUTE
 from peft_many.plugin.gated_linear import GatedLinear
 from tests import tiny
 from tests.adapters import but_operations, files, make
@@ -422,6 +423,15 @@ def test_gates_follow_the_rows_of_a_cache(fork: Callable[[Any], Any]) -> None:
     for rows in ([2], [0, 2], [2, 1, 0]):
         found = after(lambda cache, rows=rows: cache.batch_select_indices(torch.tensor(rows)), rows)
         torch.testing.assert_close(found, expected[rows], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_rows_that_a_repeated_cache_drops_are_not_those_that_are_known() -> None:
+    cache = gated("llava")(**inputs_of("llava", [[picture("llava", task)] for task in range(3)])).past_key_values
+    before = dict(vars(cache)[CACHE_ATTRIBUTE])
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([5, 1]))
+    assert vars(cache)[CACHE_ATTRIBUTE] == before
 
 
 def turns(model: nn.Module, tasks: list[int | None], fork: Callable[[Any], Any] = lambda cache: cache) -> Tensor:
