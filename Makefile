@@ -7,10 +7,13 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 # What CI runs of PEFT's own tests; `python tests/peft_suite/run.py` runs all parts that concern LoRA.
 PEFT_PARTS := test_config test_custom_models test_decoder_models test_lora_variants test_low_level_api
 
-.PHONY: demo test peft-suite lint types docs build clean
+.PHONY: demo bench test peft-suite lint types docs build clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m peft_many.demo
+	$(BIN)/python -m examples.demo
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.mini_ucit --quick
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto
@@ -44,4 +47,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info many-demo
+	rm -rf $(VENV) build dist site *.egg-info many-demo many-bench

@@ -19,7 +19,7 @@ from weighted_adapter import read_weights
 
 from peft_many.algebra.covariance import LowRankCovariance
 from peft_many.algebra.lpm import LowRankDelta
-from peft_many.plugin.statistics import STATISTICS_NAME, AdapterStatistics
+from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics
 
 RIDGE = 1e-4  # the default of peft_many
 # RegMean's factor on off-diagonal entries: FusionBench ships 0.95 for CLIP and 0.6 for GPT-2.

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from peft_many.plugin.projector import ProjectorMixture, ProjectorRouting
+from peft_many.tuner.projector import ProjectorMixture, ProjectorRouting
 
 TASKS = (1, 2, 4, 8, 16, 32, 64)
 ALL_EXPERTS_UP_TO = 4  # where every projector runs on everything, its time is in proportion to the tasks

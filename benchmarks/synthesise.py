@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from peft_many import MAnyConfig
 from peft_many.algebra.covariance import LowRankCovariance
-from peft_many.plugin.statistics import STATISTICS_NAME, AdapterStatistics, TaskStatistics, weight_fingerprint
+from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics, TaskStatistics, weight_fingerprint
 
 KEY_PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -15,9 +15,9 @@ from pathlib import Path
 from PIL import Image
 from transformers import CLIPImageProcessor, LlavaProcessor
 
-from peft_many.bench.drawing import CELL, SIZE
-from peft_many.bench.model import MODELS, build_tokenizer
-from peft_many.bench.tasks import TASKS
+from benchmarks.mini_ucit.drawing import CELL, SIZE
+from benchmarks.mini_ucit.model import MODELS, build_tokenizer
+from benchmarks.mini_ucit.tasks import TASKS
 
 NAMES = ("charts", "scenes", "icons")
 TEMPLATE = (

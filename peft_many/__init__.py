@@ -4,24 +4,28 @@ Importing it registers the PEFT type `MANY`.
 """
 
 from . import metrics
-from .callback import MAnyCallback
-from .editing import add_task, remove_task
+from .editing.pooling import pool_adapters
+from .editing.refit import refit_merge
+from .editing.tasks import add_task, remove_task
 from .exports import export_lora, export_model, export_routed_model, load_routed_model
-from .inspection import inspect_adapter
-from .merging import merge_adapter_files, merge_adapter_sequence
-from .plugin.collect import collect_statistics
-from .plugin.config import MAnyConfig
-from .plugin.llava_checkpoint import import_llava_checkpoint
-from .plugin.model import MAnyModel
-from .plugin.registration import register
-from .pooling import pool_adapters
-from .preview import preview_merge
-from .recipe import read_recipe
-from .refit import refit_merge
-from .report import MergeReport, merge_report, save_report
+from .exports.llava_checkpoint import import_llava_checkpoint
+from .hub.loading import find_statistics
+from .hub.pushing import keep_cards
+from .merging.merge import merge_adapter_files, merge_adapter_sequence
+from .merging.recipe import read_recipe
+from .reports.inspection import inspect_adapter
+from .reports.preview import preview_merge
+from .reports.report import MergeReport, merge_report, save_report
+from .statistics.callback import MAnyCallback
+from .statistics.collect import collect_statistics
+from .tuner.config import MAnyConfig
+from .tuner.model import MAnyModel
+from .tuner.registration import register
 from .version import __version__
 
 register()
+find_statistics()
+keep_cards()
 
 __all__ = [
     "MAnyCallback",

@@ -14,10 +14,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.mini_ucit.model import MODELS, Collator
+from benchmarks.mini_ucit.training import accuracy
+from examples.demo.tasks import TASKS
 from peft_many import merge_adapter_sequence
-from peft_many.bench.model import MODELS, Collator
-from peft_many.bench.training import accuracy
-from peft_many.demo.tasks import TASKS
 
 VALUES = {
     "ridge": (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from peft_many.bench.model import MODELS
-from peft_many.bench.pretraining import examine, pretrain
+from benchmarks.mini_ucit.model import MODELS
+from benchmarks.mini_ucit.pretraining import examine, pretrain
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files
-from peft_many.plugin.adapter import UnmergeableAdapterError
-from peft_many.plugin.processes import ProcessFailedError
+from peft_many.files.adapter import UnmergeableAdapterError
+from peft_many.files.processes import ProcessFailedError
 from tests import tiny
-from tests.test_training import Samples, collate
+from tests.tuner.test_training import Samples, collate
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])

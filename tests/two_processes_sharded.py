@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from peft_many import MAnyConfig, collect_statistics
 from tests import tiny
-from tests.test_training import Samples, collate
+from tests.tuner.test_training import Samples, collate
 
 torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True)

@@ -7,8 +7,6 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from .bench import bench
-from .demo import demo
 from .edit import add, remove
 from .export import export
 from .inspect import inspect
@@ -43,5 +41,5 @@ def main(
     """Merge task adapters of multimodal language models without forgetting (MAny, arXiv 2604.14016)."""
 
 
-for command in (plan, merge, inspect, report, add, remove, pool, export, bench, demo):
+for command in (plan, merge, inspect, report, add, remove, pool, export):
     app.command()(command)

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ..merging.plan import MEAN, ROUTED
+from ..merging.recipe import DTYPES, read_recipe
 from ..methods import LPM, METHODS
-from ..plan import MEAN, ROUTED
-from ..plugin.config import ROUTERS
-from ..recipe import DTYPES, read_recipe
+from ..tuner.config import ROUTERS
 
 
 def choices(*known: str) -> Callable[[str], list[str]]:

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..inspection import AdapterInspection
-from ..plugin.card import in_words
-from ..preview import MergePreview
-from ..report import MergeReport
+from ..files.card import in_words
+from ..reports.inspection import AdapterInspection
+from ..reports.preview import MergePreview
+from ..reports.report import MergeReport
 from .running import say_error
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..editing import add_task, merge_options, remove_task
+from ..editing.tasks import add_task, merge_options, remove_task
 from . import arguments as a
 from .merge import preview
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ..exports import Export, export_lora, export_model, export_routed_model
-from ..inspection import inspect_adapter
-from ..plugin.atomic import writable_place
+from ..files.atomic import writable_place
+from ..reports.inspection import inspect_adapter
 from . import arguments as a
 from .running import print_json
 

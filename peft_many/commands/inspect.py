@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..inspection import inspect_adapter
+from ..reports.inspection import inspect_adapter
 from . import arguments as a
 from .display import show_inspection
 from .running import print_json

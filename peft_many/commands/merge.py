@@ -6,11 +6,11 @@ from typing import Any
 
 import typer
 
-from ..merging import merge_adapter_files
-from ..plugin.atomic import writable_place
-from ..plugin.card import CARD_NAME
-from ..plugin.hub import ADAPTER_FILES
-from ..preview import preview_merge
+from ..files.atomic import writable_place
+from ..files.card import CARD_NAME
+from ..hub.sources import ADAPTER_FILES
+from ..merging.merge import merge_adapter_files
+from ..reports.preview import preview_merge
 from . import arguments as a
 from .display import show_preview
 from .running import FAILED, print_json

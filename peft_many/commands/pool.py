@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..pooling import DEFAULT_POOL_RANK, DEFAULT_STATISTICS_RANK, pool_adapters
+from ..editing.pooling import DEFAULT_POOL_RANK, DEFAULT_STATISTICS_RANK, pool_adapters
 from . import arguments as a
 
 

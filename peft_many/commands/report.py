@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..report import merge_report, save_report
+from ..reports.report import merge_report, save_report
 from . import arguments as a
 from .display import show_report
 

@@ -16,11 +16,11 @@ from peft import get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from ..plugin.adapter import Adapter
-from ..plugin.config import MAnyConfig
-from ..plugin.fit import check_fits_model
-from ..plugin.hub import TRANSPORT_ERROR, first_line
-from ..plugin.stored_delta import KEY_PREFIX
+from ..files.adapter import Adapter
+from ..files.stored_delta import KEY_PREFIX
+from ..hub.sources import TRANSPORT_ERROR, first_line
+from ..merging.base_model import check_fits_model
+from ..tuner.config import MAnyConfig
 from .result import read_pairs
 
 # Notes on what is lost or missing in every folded model.

@@ -11,11 +11,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ..algebra.reduction import padded
-from ..plan import AdapterPath
-from ..plugin.adapter import Adapter, read_adapter
-from ..plugin.config import MAnyConfig
-from ..plugin.hub import find_adapter
-from ..plugin.stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from ..files.adapter import Adapter, read_adapter
+from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from ..hub.sources import find_adapter
+from ..merging.plan import AdapterPath
+from ..tuner.config import MAnyConfig
 from .result import Export, new_folder, read_pairs, with_names_of, write_card
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for `max_lora_rank`

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..plan import AdapterPath
-from ..plugin.adapter import Adapter, read_adapter
-from ..plugin.config import MAnyConfig
-from ..plugin.hub import find_adapter
+from ..files.adapter import Adapter, read_adapter
+from ..hub.sources import find_adapter
+from ..merging.plan import AdapterPath
+from ..tuner.config import MAnyConfig
 from .folding import GATE_LOST, NO_TOKENIZER, BaseModel, copy_besides, folded, load_base
 from .one_projector import ProjectorBench, benches
 from .result import Export, new_folder, with_names_of, write_card

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..algebra.affine import affine_fit
 from ..algebra.spread import gaussian_draws
-from ..mean_projectors import average_projectors
-from ..plugin.adapter import TaskAdapter
-from ..plugin.stored_delta import UnmergeableAdapterError
+from ..files.adapter import TaskAdapter
+from ..files.stored_delta import UnmergeableAdapterError
+from ..merging.mean_projectors import average_projectors
 
 _DRAWS = 4096  # image means of each task
 # Measured on Mini-UCIT's tiny LLaVA (six tasks, one seed, 150 pictures each): the mean of the projectors answers

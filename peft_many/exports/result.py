@@ -13,11 +13,11 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 
-from ..plugin.adapter import Adapter
-from ..plugin.card import CARD_NAME
-from ..plugin.key_layouts import with_current_names
-from ..plugin.partial import PartialFolder, partial_folder
-from ..plugin.stored_delta import KEY_PREFIX
+from ..files.adapter import Adapter
+from ..files.card import CARD_NAME
+from ..files.key_layouts import with_current_names
+from ..files.partial import PartialFolder, partial_folder
+from ..files.stored_delta import KEY_PREFIX
 from ..version import __version__
 
 

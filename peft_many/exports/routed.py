@@ -12,11 +12,11 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
-from ..plan import AdapterPath
-from ..plugin.adapter import Adapter, read_adapter
-from ..plugin.config import MAnyConfig
-from ..plugin.hub import find_adapter
-from ..plugin.stored_delta import KEY_PREFIX
+from ..files.adapter import Adapter, read_adapter
+from ..files.stored_delta import KEY_PREFIX
+from ..hub.sources import find_adapter
+from ..merging.plan import AdapterPath
+from ..tuner.config import MAnyConfig
 from .folding import GATE_LOST, NO_TOKENIZER, BaseModel, copy_besides, folded, load_base, model_class
 from .result import Export, new_folder, with_names_of, write_card
 

@@ -7,19 +7,19 @@ import torch
 from peft import PeftConfig, PeftModel
 from typer.testing import CliRunner
 
-from peft_many.bench.ablations import ablations
-from peft_many.bench.methods import MAIN, METHODS, Method, same
-from peft_many.bench.model import MODELS
-from peft_many.bench.parts import added, pairs_of, with_parts
-from peft_many.bench.pictures import residuals
-from peft_many.bench.prediction import MERGES, predictions
-from peft_many.bench.report import read_results, write_report
-from peft_many.bench.routers import routers
-from peft_many.bench.run import Settings, all_methods, run
-from peft_many.bench.tables import tables_of
-from peft_many.bench.tasks import TASKS
-from peft_many.bench.workshop import Workshop
-from peft_many.commands import app
+from benchmarks.mini_ucit.__main__ import app
+from benchmarks.mini_ucit.ablations import ablations
+from benchmarks.mini_ucit.methods import MAIN, METHODS, Method, same
+from benchmarks.mini_ucit.model import MODELS
+from benchmarks.mini_ucit.parts import added, pairs_of, with_parts
+from benchmarks.mini_ucit.pictures import residuals
+from benchmarks.mini_ucit.prediction import MERGES, predictions
+from benchmarks.mini_ucit.report import read_results, write_report
+from benchmarks.mini_ucit.routers import routers
+from benchmarks.mini_ucit.run import Settings, all_methods, run
+from benchmarks.mini_ucit.tables import tables_of
+from benchmarks.mini_ucit.tasks import TASKS
+from benchmarks.mini_ucit.workshop import Workshop
 
 LLAVA = MODELS["llava"]
 FEW = [task for task in TASKS if task.name in ("charts", "scenes", "captions")]
@@ -204,11 +204,11 @@ def test_the_command_says_what_is_wrong(tmp_path):
         (["--method", "magic"], "no method 'magic'"),
         (["--only-report"], "no results of the benchmark"),
     ):
-        result = CliRunner().invoke(app, ["bench", "--output", str(tmp_path), *arguments])
+        result = CliRunner().invoke(app, ["--output", str(tmp_path), *arguments])
         assert result.exit_code == 2
         assert message in result.output
     results_of(tmp_path, seeds=1)
-    result = CliRunner().invoke(app, ["bench", "--output", str(tmp_path), "--only-report"])
+    result = CliRunner().invoke(app, ["--output", str(tmp_path), "--only-report"])
     assert result.exit_code == 0
     assert "report.html" in result.output
 

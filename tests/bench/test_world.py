@@ -5,11 +5,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from peft_many.bench import tasks as mini_ucit
-from peft_many.bench.model import MODELS, Collator, build_tokenizer
-from peft_many.bench.pretraining import pretraining_examples
-from peft_many.bench.training import accuracy
-from peft_many.demo import tasks as demo
+from benchmarks.mini_ucit import tasks as mini_ucit
+from benchmarks.mini_ucit.model import MODELS, Collator, build_tokenizer
+from benchmarks.mini_ucit.pretraining import pretraining_examples
+from benchmarks.mini_ucit.training import accuracy
+from examples.demo import tasks as demo
 
 LLAVA = MODELS["llava"]
 EVERY_TASK = pytest.mark.parametrize("tasks", [mini_ucit.TASKS, demo.TASKS], ids=["mini-UCIT", "demo"])

@@ -13,7 +13,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import peft_many.demo.run
 from peft_many import (
     __version__,
     add_task,
@@ -30,7 +29,7 @@ from peft_many.commands import app
 from tests.adapters import STATISTICS, base, but_operations, files, make
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("plan", "merge", "inspect", "report", "add", "remove", "pool", "export", "bench", "demo")
+NAMES = ("plan", "merge", "inspect", "report", "add", "remove", "pool", "export")
 
 
 @pytest.fixture(scope="module")
@@ -252,12 +251,8 @@ def test_only_debug_shows_a_traceback(tmp_path, monkeypatch):
     assert "please report" in told
 
 
-def test_demo_passes_its_options_on(tmp_path, monkeypatch):
-    asked: dict[str, object] = {}
-    monkeypatch.setattr(peft_many.demo.run, "run", lambda output, **options: asked.update(output=output, **options))
+def test_version():
     assert run("--version").stdout.strip() == __version__
-    run("demo", "--output", tmp_path, "--seed", 3, "--steps", 7, "--tests", 9)
-    assert asked == {"output": tmp_path, "seed": 3, "steps": 7, "tests": 9}
 
 
 def test_tab_completion_knows_the_tasks_of_a_merge(merged, monkeypatch):

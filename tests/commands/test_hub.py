@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from peft_many import load_routed_model, merge_adapter_files
 from peft_many.commands import app
 from tests.adapters import STATISTICS, WEIGHTS, base, but_operations, distance, files, logits
-from tests.plugin.test_hub import hub, made  # noqa: F401  (fixtures)
+from tests.hub.test_sources import hub, made  # noqa: F401  (fixtures)
 
 
 def run(*words: object, code: int = 0):

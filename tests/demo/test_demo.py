@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
+from typer.testing import CliRunner
 
+from benchmarks.mini_ucit.model import MODELS, Collator
+from benchmarks.mini_ucit.training import train
+from examples.demo import run as running
+from examples.demo.__main__ import app
+from examples.demo.run import load_merged
+from examples.demo.tasks import TASKS
 from peft_many import MAnyConfig
-from peft_many.bench.model import MODELS, Collator
-from peft_many.bench.training import train
-from peft_many.demo.__main__ import main
-from peft_many.demo.run import load_merged
-from peft_many.demo.tasks import TASKS
 
 LLAVA = MODELS["llava"]
 
@@ -25,12 +27,9 @@ def test_a_few_steps_of_training_move_the_answers():
 
 
 @pytest.mark.slow
-def test_the_demo_in_small_tells_its_story(tmp_path, monkeypatch, capsys):
+def test_the_demo_in_small_tells_its_story(tmp_path):
     """A sixth of the training: what must hold is the order, not the numbers."""
-    monkeypatch.setattr("sys.argv", ["demo", "--output", str(tmp_path), "--steps", "75", "--tests", "60"])
-    with pytest.raises(SystemExit, match="0"):
-        main()
-    told = capsys.readouterr().out
+    told = CliRunner().invoke(app, ["--output", str(tmp_path), "--steps", "75", "--tests", "60"]).stdout
     assert "MAny" in told
     assert "each task alone" in told
     results = json.loads((tmp_path / "results.json").read_text())
@@ -42,3 +41,10 @@ def test_the_demo_in_small_tells_its_story(tmp_path, monkeypatch, capsys):
     assert [task["name"] for task in load_merged(tmp_path).peft_config["default"].tasks] == sorted(
         t.name for t in TASKS
     )
+
+
+def test_the_demo_passes_its_options_on(tmp_path, monkeypatch):
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(running, "run", lambda output, **options: asked.update(output=output, **options))
+    CliRunner().invoke(app, ["--output", str(tmp_path), "--seed", "3", "--steps", "7", "--tests", "9"])
+    assert asked == {"output": tmp_path, "seed": 3, "steps": 7, "tests": 9}

@@ -28,8 +28,8 @@ from tests.adapters import WEIGHTS, batches, scatter
 from tests.docs.pages import PAGES, ROOT, commands, folders_written, imported, python_snippets, run, snippets
 from tests.examples import toy
 from tests.examples.scripts import EXAMPLES, script
+from tests.exports.llava_files import checkpoint
 from tests.hub_server import StandInHub, talk_to
-from tests.plugin.llava_files import checkpoint
 
 # By folder, the task's name. All are on the Hub too, as me/…
 MEASURED = {"clevr": "clevr", "iconqa": "iconqa", "vizwiz": "vizwiz", "new-task": "new", "charts": "charts"} | {
@@ -204,7 +204,7 @@ def test_command_lines_parse(words):
     parse(typer.main.get_command(app), words[1:])
 
 
-@pytest.mark.parametrize("wrong", ["bench --quack", "bench much", "brew", "bench --seeds"])
+@pytest.mark.parametrize("wrong", ["plan --quack", "inspect x much", "brew", "merge --seeds"])
 def test_wrong_command_lines_do_not_parse(wrong):
     with pytest.raises(Exception, match=r"quack|much|brew|seeds"):
         parse(typer.main.get_command(app), wrong.split())
@@ -230,7 +230,7 @@ def test_command_lines_of_examples_parse(name, words):
 
 def test_pages_are_read_as_readers_read_them():
     page = (
-        "Call `peft-many bench --quick`, `peft-many plan | merge …` or `peft-many inspect MERGE`.\n\n"
+        "Call `peft-many plan | merge …` or `peft-many inspect MERGE`.\n\n"
         "```python\na = 1\n```\n\n<!-- not run: it would take a week -->\n```python\nb = 2\n```\n\n"
         "```bash\npeft-many merge a b \\\n  --output c  # here\npeft-many-else\nls | wc\n```\n"
     )
@@ -239,7 +239,6 @@ def test_pages_are_read_as_readers_read_them():
     assert (two.code, two.line, two.not_run) == ("b = 2\n", 9, "it would take a week")
     assert list(commands(page, "peft-many")) == [
         ["peft-many", "merge", "a", "b", "--output", "c"],
-        ["peft-many", "bench", "--quick"],
     ]
 
 

@@ -14,13 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from benchmarks.mini_ucit.model import MODELS, Collator
+from benchmarks.mini_ucit.tasks import TASKS
 from peft_many import merge_adapter_files
-from peft_many.bench.model import MODELS, Collator
-from peft_many.bench.tasks import TASKS
 from tests.adapters import WEIGHTS, files
 from tests.examples.scripts import EXAMPLES, script, training_arguments, write_toy
 from tests.hub_server import StandInHub, talk_to
-from tests.test_training import LAUNCH
+from tests.tuner.test_training import LAUNCH
 
 NAMES = ("charts", "scenes", "icons")
 

@@ -21,7 +21,7 @@ from torch.optim import AdamW
 import peft_many
 from tests import tiny
 from tests.examples import toy
-from tests.plugin.llava_files import checkpoint
+from tests.exports.llava_files import checkpoint
 
 train, merge, evaluate, measure = (toy.example(name) for name in ("train", "merge", "evaluate", "measure"))
 

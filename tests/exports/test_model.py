@@ -13,11 +13,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
+from benchmarks.mini_ucit.parts import with_parts
 from peft_many import export_lora, export_model, merge_adapter_files
-from peft_many.bench.parts import with_parts
 from peft_many.exports.one_projector import benches
-from peft_many.plugin.adapter import UnmergeableAdapterError, read_adapter
-from peft_many.plugin.hub import find_adapter
+from peft_many.files.adapter import UnmergeableAdapterError, read_adapter
+from peft_many.hub.sources import find_adapter
 from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, base, distance, files, logits, make
 from tests.exports.shelf import Shelf, text_logits
 

@@ -12,8 +12,8 @@ from torch import nn
 from peft_many.algebra.covariance import DenseCovariance
 from peft_many.algebra.spread import centred
 from peft_many.exports.one_projector import _RIDGE, ProjectorBench, benches
-from peft_many.plugin.adapter import TaskAdapter, UnmergeableAdapterError
-from peft_many.plugin.statistics import TaskStatistics
+from peft_many.files.adapter import TaskAdapter, UnmergeableAdapterError
+from peft_many.files.statistics import TaskStatistics
 from tests import tiny
 
 WIDTH, OUT, NAME = 6, 5, "projector"

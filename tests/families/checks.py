@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_sequence
-from peft_many.plugin.image_calls import current_image_call
-from peft_many.plugin.layouts import current_layout, vision_features_of
-from peft_many.plugin.projector import ProjectorMixture, ProjectorWrapper
-from tests.plugin.making import perturb
+from peft_many.families.calls import current_image_call
+from peft_many.families.layouts import current_layout, vision_features_of
+from peft_many.tuner.projector import ProjectorMixture, ProjectorWrapper
+from tests.files.making import perturb
 
 from .inputs import Inputs
 from .models import build

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import peft_many.exports.lora
 import peft_many.exports.routed
-from peft_many.plugin.tensor_file import TensorFileWriter
+from peft_many.files.tensor_file import TensorFileWriter
 
 _WRITING = os.O_WRONLY | os.O_RDWR
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "shutil.rmtree")

@@ -116,7 +116,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, export, monkeypatch):
     def loaded(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("peft_many.plugin.partial.Path.mkdir", denied)
+    monkeypatch.setattr("peft_many.files.partial.Path.mkdir", denied)
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", loaded)
     with pytest.raises(OSError, match=r"exported' cannot be created: '.*': Permission denied"):
         export(tmp_path / "exported")

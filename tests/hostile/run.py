@@ -31,10 +31,10 @@ from peft import PeftModel
 
 import peft_many
 from peft_many import export_lora, inspect_adapter, merge_adapter_files, merge_adapter_sequence, merge_report
-from peft_many.plugin import patterns
-from peft_many.plugin.statistics import StatisticsError
-from peft_many.plugin.stored_delta import UnmergeableAdapterError
-from peft_many.plugin.tensor_file import TensorFile
+from peft_many.files import patterns
+from peft_many.files.statistics import StatisticsError
+from peft_many.files.stored_delta import UnmergeableAdapterError
+from peft_many.files.tensor_file import TensorFile
 from tests.adapters import base, files
 from tests.hostile.mutations import TRAP, mutate
 
@@ -62,7 +62,7 @@ def is_clear(error: BaseException, name: str) -> bool:
         return len(str(error)) > 20
     frames = traceback.extract_tb(error.__traceback__)
     ours = [Path(frame.filename).relative_to(PACKAGE) for frame in frames if PACKAGE in Path(frame.filename).parents]
-    if Path("plugin/model.py") in ours:
+    if Path("tuner/model.py") in ours:
         return isinstance(error, ValueError) and len(str(error)) > 20  # such as "No modules were targeted"
     # PEFT reads the type of the adapter by itself, and whom that leads to is no business of ours.
     return not ours or any(frame.name == "_get_peft_type" for frame in frames)

@@ -23,9 +23,9 @@ from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
 
 from peft_many import merge_adapter_files, merge_adapter_sequence, merge_report
-from peft_many.plugin import patterns
-from peft_many.plugin.stored_delta import UnmergeableAdapterError
-from peft_many.plugin.untrusted import LARGEST_CONFIG, MalformedAdapterError
+from peft_many.files import patterns
+from peft_many.files.stored_delta import UnmergeableAdapterError
+from peft_many.files.untrusted import LARGEST_CONFIG, MalformedAdapterError
 from tests.adapters import WEIGHTS, base, state_digest
 from tests.hostile.good import make_good
 from tests.hostile.mutations import CONFIG, TRAP
@@ -103,7 +103,7 @@ def test_what_a_config_declares_is_checked_before_it_is_allocated(root, tmp_path
 import json, resource, shutil, sys
 from pathlib import Path
 from peft import PeftModel
-from peft_many.plugin.untrusted import MalformedAdapterError
+from peft_many.files.untrusted import MalformedAdapterError
 from tests.adapters import base
 good, work = Path({str(root / "good")!r}), Path({str(tmp_path)!r})
 models = [base("llava") for _ in range(9)]

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from peft_many import MAnyConfig, merge_adapter_files, merge_adapter_sequence
 from peft_many.algebra.lpm import LowRankDelta
+from peft_many.files.adapter import UnmergeableAdapterError
+from peft_many.files.partial import PartialFolder
+from peft_many.files.statistics import AdapterStatistics
+from peft_many.merging.plan import plan_merge
 from peft_many.methods import METHODS, DareTies, LayerTask, MergeMethod, TaskArithmetic, Ties
-from peft_many.plan import plan_merge
-from peft_many.plugin.adapter import UnmergeableAdapterError
-from peft_many.plugin.partial import PartialFolder
-from peft_many.plugin.projector import ProjectorMixture
-from peft_many.plugin.statistics import AdapterStatistics
+from peft_many.tuner.projector import ProjectorMixture
 from tests.adapters import (
     PROJECTOR,
     STATISTICS,

@@ -1,0 +1,183 @@
+"""Pooling tasks: many adapters become one of constant size, for merging without end in bounded memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..algebra.covariance import Covariance, LowRankCovariance, added_covariances
+from ..algebra.spectrum import eigen_directions
+from ..files.adapter import TaskAdapter
+from ..files.partial import partial_folder
+from ..files.statistics import AdapterStatistics, TaskStatistics, weight_fingerprint
+from ..files.stored_delta import KEY_PREFIX
+from ..merging.group import merged_deltas, tensors_of
+from ..merging.operations import POOL, operation
+from ..merging.plan import MEAN, AdapterPath, MergePlan, TaskNames, plan_merge
+from ..merging.selection import TaskWeights
+from ..tuner.config import MAnyConfig
+
+DEFAULT_POOL_RANK = 128
+DEFAULT_STATISTICS_RANK = 256
+
+
+def pool_adapters(
+    adapters: Sequence[AdapterPath],
+    output_dir: str | os.PathLike[str],
+    *,
+    task_name: str | None = None,
+    weights: TaskWeights = None,
+    task_names: Sequence[TaskNames] | None = None,
+    rank: int = DEFAULT_POOL_RANK,
+    statistics_rank: int = DEFAULT_STATISTICS_RANK,
+    ridge: float | None = None,
+    device: str | torch.device = "cpu",
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Make one task adapter of several, whose size does not depend on how many: a merge that cannot be taken apart.
+
+    A merge keeps every task's statistics, projector and prototype, and grows with them. A pool keeps one of each: the
+    merged delta, cut to `rank` by reduced-rank regression; the mean of the covariances, cut to `statistics_rank`
+    directions with the rest spread evenly; the mean of the projectors; and the mean and spread of all images. It is an
+    ordinary adapter, to be merged with others or pooled again as new tasks come, with the sum of the tasks' weights:
+
+        pool_adapters(["pool-49", "task-50"], "pool-50")
+
+    Merging from a pool gives what merging its tasks would have given, but for what was cut (docs/benchmarks.md). What
+    is lost: its tasks share one projector, so that images are no longer routed among them, and none of them can be
+    forgotten. Pool tasks that look alike, and leave the others apart.
+
+    Args:
+        adapters (`Sequence[str]`):
+            As in [`merge_adapter_sequence`]; merges and pools among them.
+        output_dir (`str`):
+            The folder to create; it must not exist, or be empty.
+        task_name (`str`, *optional*):
+            What to call the pool. Defaults to its tasks' names, joined by `+`; of more than three to their number.
+        weights (`Sequence[float]`, *optional*):
+            As in [`merge_adapter_sequence`], like all that is not said here.
+        task_names (`Sequence[str]`, *optional*):
+            Names of the tasks, where the adapters do not say or clash.
+        rank (`int`, defaults to 128):
+            The largest rank of a pooled delta.
+        statistics_rank (`int`, defaults to 256):
+            The most directions of a pooled covariance, and of the images' spread.
+        ridge (`float`, *optional*):
+            `λ`.
+        device (`str` or `torch.device`, defaults to `"cpu"`):
+            Where to compute.
+        token (`str` or `bool`, *optional*):
+            As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*):
+            Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`):
+            Use only what is in the cache.
+        progress (`bool`, defaults to `True`):
+            Show a progress bar.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        FileExistsError: The output folder exists and is not empty.
+        UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
+    """
+    if statistics_rank < 1:
+        raise ValueError(f"`statistics_rank` must be at least 1, but it is {statistics_rank}.")
+    plan = plan_merge(
+        adapters,
+        weights=weights,
+        task_names=task_names,
+        projectors=MEAN,
+        ridge=ridge,
+        rank=rank,
+        gate_lora=False,
+        hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
+        progress=progress,
+    )
+    name = task_name or _joined([task.name for task in plan.tasks])
+    tensors = {f"{KEY_PREFIX}{key}": tensor.contiguous() for key, tensor in plan.projector_tensors.items()}
+    covariances: dict[str, Covariance] = {}
+    fingerprints: dict[str, list[float]] = {}
+    for group in tqdm(plan.groups, desc=f"Pooling {len(plan.tasks)} tasks", unit="input", disable=not progress):
+        tensors |= tensors_of(merged_deltas(plan, group, device))
+        plan.release()
+        for module in group:
+            A, B = (tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] for half in "AB")
+            fingerprints[module] = weight_fingerprint(A, B)
+        pooled = _pooled_covariance(plan.tasks, group[0], statistics_rank)
+        if pooled is not None:
+            covariances |= dict.fromkeys(group, pooled)
+    statistics = TaskStatistics(
+        name=name,
+        samples=sum(task.statistics.samples for task in plan.tasks),
+        images=sum(task.statistics.images for task in plan.tasks),
+        covariances=covariances,
+        **_pooled_images(plan.tasks, statistics_rank),
+        fingerprints=fingerprints,
+        weight=sum(task.weight for task in plan.tasks),
+    )
+    with partial_folder(Path(output_dir).expanduser(), plan.key()) as partial:
+        save_file(tensors, partial.folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+        _config_of(plan, name, statistics).save_pretrained(partial.folder)
+    return Path(output_dir).expanduser()
+
+
+def _joined(names: Sequence[str]) -> str:
+    return "+".join(names) if len(names) <= 3 else f"{len(names)} tasks"
+
+
+def _config_of(plan: MergePlan, name: str, statistics: TaskStatistics) -> MAnyConfig:
+    """The config of a task adapter: that of the merge, without what only a merge has."""
+    pooled: list[dict[str, Any]] = []
+    for task in plan.tasks:
+        within = task.provenance.get("pooled")
+        pooled += within or [{"name": task.name, "weight": task.weight, **task.provenance}]
+    merged = plan.config(statistics=AdapterStatistics((statistics,)))
+    done = operation(POOL, [task.name for task in plan.tasks], plan.described_options())
+    operations = [*plan.operations[:-1], done]
+    return replace(
+        merged, task_name=name, pooled=pooled, operations=operations, tasks=None, averaged_projectors=None, ridge=None
+    )
+
+
+def _pooled_covariance(tasks: Sequence[TaskAdapter], module: str, rank: int) -> Covariance | None:
+    """`Σ_t w_t C_t / Σ_t w_t` with the sum of all weights below, so that the pool's weight times it is their `R`."""
+    whole = sum(task.weight for task in tasks)
+    known = [(task.weight / whole, c) for task in tasks if (c := task.statistics.covariances.get(module)) is not None]
+    return _cut(added_covariances(known), rank) if known else None
+
+
+def _cut(covariance: Covariance, rank: int) -> LowRankCovariance:
+    return eigen_directions(covariance).keep(rank).in_half_precision()
+
+
+def _pooled_images(tasks: Sequence[TaskAdapter], rank: int) -> dict[str, Any]:
+    """Prototypes and spreads of all images together, by projector; a spread only where all tasks have one."""
+    prototypes: dict[str, Tensor] = {}
+    spreads: dict[str, Covariance] = {}
+    for projector in dict.fromkeys(name for task in tasks for name in task.statistics.prototypes):
+        seen = [task.statistics for task in tasks if projector in task.statistics.prototypes]
+        images = sum(task.images for task in seen)
+        means = torch.stack([task.prototypes[projector].double() for task in seen])
+        shares = torch.tensor([task.images / images for task in seen], dtype=torch.float64)
+        prototypes[projector] = (shares @ means).float()
+        if all(projector in task.spreads for task in seen):
+            within = added_covariances([(share.item(), task.spreads[projector]) for share, task in zip(shares, seen)])
+            apart = shares.sqrt()[:, None] * (means - shares @ means)
+            between = LowRankCovariance(remainder=0.0, tokens=0, factor=apart)
+            spread = _cut(added_covariances([(1.0, within), (1.0, between)]), rank)
+            spreads[projector] = replace(spread, tokens=images)
+    return {"prototypes": prototypes, "spreads": spreads}

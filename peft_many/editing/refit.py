@@ -1,0 +1,258 @@
+"""Refitting a merge with calibration samples, layer by layer, to what the tasks' own adapters make of them."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import send_to_device
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..algebra.lpm import LowRankDelta
+from ..algebra.refit import LayerRefit
+from ..algebra.scatter import SingularMergeError
+from ..files.statistics import AdapterStatistics, TaskStatistics, weight_fingerprint
+from ..merging.operations import REFIT, operation
+from ..statistics.forward import batch_size, device_of, forward, masks_of, only_active, state_kept
+from ..statistics.hooks import LayerCapture, layers_by_input
+from ..tuner.config import MAnyConfig
+from ..tuner.layers import lora_layers
+
+DEFAULT_REFIT_RIDGE = 1e-4
+
+
+def refit_merge(
+    model: PeftModel,
+    calibration: Mapping[str, Iterable[Any]],
+    *,
+    targets: Literal["outputs", "deltas"] = "outputs",
+    ridge: float = DEFAULT_REFIT_RIDGE,
+    rank: int | None = None,
+    max_samples: int | None = 128,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    progress: bool = True,
+) -> None:
+    """Refit a merge's LoRA weights, in place, on a few samples of each task; no labels and no training.
+
+    LPM is the optimum of each layer on inputs as they are with one task's adapter. In the merge every layer changes
+    the inputs of the next. This goes through the layers in the order in which they run, and fits each in closed form
+    on the inputs that it gets in the merge so far:
+
+    - `targets="deltas"`: to what the tasks' deltas make of these inputs (RegMean++, arXiv 2508.03121);
+    - `targets="outputs"`: to what comes out of the layer when the task's own adapter is in place, which also makes up
+      for what earlier layers changed. The result is brought to the rank by reduced-rank regression.
+
+    Each distinct layer input takes two passes over all samples, up to that layer. Projectors and routing stay as they
+    are, and the statistics too, so that the refitted merge can still be merged further, from its tasks' own deltas.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            What [`merge_adapter_sequence`] returned, or a merge that was loaded with its statistics.
+        calibration (`Mapping[str, Iterable]`):
+            For each of the merge's tasks, by name, batches as for training; each is read once.
+        targets (`str`, defaults to `"outputs"`):
+            `"outputs"` or `"deltas"`, as above.
+        ridge (`float`, defaults to 1e-4):
+            `λ`, the share of the mean input energy with which each layer is pulled to the tasks' own deltas.
+        rank (`int`, *optional*):
+            The largest rank of a refitted layer; defaults to what the layer has in the merge, and cannot be more.
+        max_samples (`int`, *optional*, defaults to 128):
+            Of each task; `None` reads all.
+        forward_fn (`Callable`, *optional*):
+            Runs the model on a batch, `forward_fn(model, batch)`, where `model(**batch)` is not right.
+        progress (`bool`, defaults to `True`):
+            Show a progress bar.
+
+    Raises:
+        ValueError: The model's active adapter is no merge with statistics, or `calibration` does not fit its tasks.
+        RuntimeError: A layer saw no token, or other tokens in the merge than with a task's own adapter; activations
+            hold NaN or Inf. The weights are then as before.
+    """
+    if targets not in ("outputs", "deltas"):
+        raise ValueError(f"`targets` must be 'outputs' or 'deltas', but it is {targets!r}.")
+    if not 0 < ridge < float("inf"):
+        raise ValueError(f"`ridge` must be positive and finite, but it is {ridge}.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` must be at least 1, but it is {rank}.")
+    name, config, statistics = _merge_of(model)
+    tasks = {task.name or "": task for task in statistics.tasks}
+    _check_calibration(tasks, calibration)
+    base = model.get_base_model()
+    layers: dict[str, Any] = dict(lora_layers(base, name))
+    pairs = {path: _Pair(layer, name) for path, layer in layers.items()}
+    own = {task: _own_deltas(statistics, t, pairs) for t, task in enumerate(tasks)}
+    with (
+        _put_back(pairs.values(), after_errors_only=True),
+        state_kept(model),
+        only_active(model, name),
+        torch.no_grad(),
+    ):
+        model.eval()
+        samples = {task: _samples(calibration[task], max_samples, task, device_of(model)) for task in tasks}
+
+        def observed(task: str, group: Sequence[str]) -> LayerCapture:
+            """One pass over a task's samples, up to the layers of the group."""
+            capture = LayerCapture({path: layers[path] for path in group})
+            for batch in samples[task]:
+                capture.masks = masks_of(batch, has_encoder=False)
+                with capture:
+                    # In a context of its own: transformers' capturing of outputs does not clean up after a pass that
+                    # is cut short.
+                    contextvars.copy_context().run(forward, model, batch, forward_fn)
+            return capture
+
+        groups = layers_by_input(layers, lambda: forward(model, next(iter(samples.values()))[0], forward_fn))
+        for group in tqdm(groups, desc="Refitting", unit="input", disable=not progress):
+            width = pairs[group[0]].A.shape[1]
+            fits = {path: LayerRefit(pairs[path].B.shape[0], width, ridge) for path in group}
+            for task, statistic in tasks.items():
+                if statistic.weight == 0 or not any(path in own[task] for path in group):
+                    continue
+                wanted: LayerCapture | None = None
+                if targets == "outputs":
+                    with _put_back(pairs.values()):
+                        for path, pair in pairs.items():
+                            pair.set(own[task].get(path, pair.nothing()))
+                        wanted = observed(task, group)
+                seen = observed(task, group)
+                for path in group:
+                    if path in own[task]:
+                        x, d = _example(path, task, seen, wanted, layers[path], own[task][path])
+                        try:
+                            fits[path].add(x, d, own[task][path], statistic.weight)
+                        except FloatingPointError:
+                            raise RuntimeError(
+                                f"On '{task}', what passes through '{path}' holds NaN or Inf."
+                            ) from None
+            for path in group:
+                pair = pairs[path]
+                try:
+                    pair.set(fits[path].solve(min(pair.A.shape[0], rank or pair.A.shape[0])))
+                except SingularMergeError as error:
+                    raise RuntimeError(f"'{path}' cannot be refitted: {error}.") from None
+    config.statistics = _rewritten(statistics, own, pairs)
+    # What merging costs each task was told of the deltas before.
+    config.tasks = [
+        {name: value for name, value in task.items() if name != "interference"} for task in config.tasks or []
+    ]
+    done = operation(REFIT, list(tasks), {"targets": targets, "ridge": ridge, "rank": rank})
+    config.operations = [*(config.operations or []), done]
+
+
+class _Pair:
+    """One layer's LoRA weights, which are written in place."""
+
+    def __init__(self, layer: Any, adapter_name: str) -> None:
+        self.A: Tensor = layer.lora_A[adapter_name].weight.data
+        self.B: Tensor = layer.lora_B[adapter_name].weight.data
+        self.scaling: float = layer.scaling[adapter_name]
+
+    def nothing(self) -> LowRankDelta:
+        """A delta of rank 0, for a task that did not train the layer."""
+        return LowRankDelta(A=self.A[:0], B=self.B[:, :0])
+
+    def set(self, delta: LowRankDelta) -> None:
+        """Take a delta of at most this rank; the rest is zero."""
+        rank = len(delta.A)
+        for weight in (self.A, self.B):
+            weight.zero_()
+        self.A[:rank] = (delta.A / self.scaling).to(self.A)
+        self.B[:, :rank] = delta.B.to(self.B)
+
+
+@contextlib.contextmanager
+def _put_back(pairs: Collection[_Pair], after_errors_only: bool = False) -> Iterator[None]:
+    """The weights are afterwards as before; with `after_errors_only` they stay as they are if the block ends well."""
+    before = [(pair, pair.A.clone(), pair.B.clone()) for pair in pairs]
+    ended_well = False
+    try:
+        yield
+        ended_well = True
+    finally:
+        if not (ended_well and after_errors_only):
+            for pair, A, B in before:
+                pair.A.copy_(A)
+                pair.B.copy_(B)
+
+
+def _example(
+    path: str, task: str, seen: LayerCapture, wanted: LayerCapture | None, layer: Any, own: LowRankDelta
+) -> tuple[Tensor, Tensor]:
+    """Inputs in the merge, and what the layer's delta should make of them."""
+    x = seen.inputs(path)
+    if len(x) == 0:
+        raise RuntimeError(f"No token of '{task}' reached '{path}', so it cannot be refitted; more samples may help.")
+    if wanted is None:
+        return x, x.double() @ own.A.double().T.to(x.device) @ own.B.double().T.to(x.device)
+    y = wanted.outputs(path)
+    if len(y) != len(x):
+        raise RuntimeError(
+            f"'{path}' saw {len(x)} tokens of '{task}' in the merge and {len(y)} with the task's own adapter, so "
+            "outputs cannot be compared; `targets='deltas'` does not need them."
+        )
+    return x, y.double() - layer.get_base_layer()(x).double()
+
+
+def _merge_of(model: Any) -> tuple[str, MAnyConfig, AdapterStatistics]:
+    names = getattr(model, "active_adapters", [])
+    config = model.peft_config[names[0]] if len(names) == 1 else None
+    if not isinstance(config, MAnyConfig) or not config.is_merge:
+        raise ValueError(
+            "Exactly one adapter has to be active, and it has to be a merge; see `merge_adapter_sequence`."
+        )
+    if config.gate_lora:
+        raise ValueError(
+            f"Adapter '{names[0]}' was merged with `gate_lora=True`, and a refit would overwrite the tasks' blocks "
+            "that its gates choose among; refit a merge with `gate_lora=False`."
+        )
+    if not isinstance(config.statistics, AdapterStatistics):
+        raise ValueError(f"Adapter '{names[0]}' was loaded without its statistics, which hold its tasks' own deltas.")
+    return names[0], config, config.statistics
+
+
+def _check_calibration(tasks: Mapping[str, TaskStatistics], calibration: Mapping[str, Iterable[Any]]) -> None:
+    unknown, missing = (sorted({*a} - {*b}) for a, b in ((calibration, tasks), (tasks, calibration)))
+    if unknown or missing:
+        said = f"unknown: {', '.join(unknown)}" if unknown else f"missing: {', '.join(missing)}"
+        raise ValueError(f"`calibration` needs samples of every task of the merge, {', '.join(tasks)}; {said}.")
+
+
+def _samples(batches: Iterable[Any], most: int | None, task: str, device: torch.device) -> list[Any]:
+    found, rows = [], 0
+    for batch in batches:
+        found.append(send_to_device(batch, device))
+        rows += batch_size(batch)
+        if most is not None and rows >= most:
+            break
+    if not found:
+        raise ValueError(f"`calibration` gave no batch of '{task}'.")
+    return found
+
+
+def _own_deltas(statistics: AdapterStatistics, t: int, pairs: Mapping[str, _Pair]) -> dict[str, LowRankDelta]:
+    """A task's own deltas by layer, on the CPU, apart from the weights that are written."""
+    deltas = {path: statistics.own_delta(t, path, pairs[path].B.cpu()) for path in statistics.tasks[t].deltas}
+    return {path: LowRankDelta(A=delta.A, B=delta.B.clone()) for path, delta in deltas.items()}
+
+
+def _rewritten(
+    statistics: AdapterStatistics, own: Mapping[str, Mapping[str, LowRankDelta]], pairs: Mapping[str, _Pair]
+) -> AdapterStatistics:
+    """The statistics of the refitted merge: no block of its weights is a task's any more."""
+    prints = {path: weight_fingerprint(pair.scaling * pair.A.cpu(), pair.B.cpu()) for path, pair in pairs.items()}
+    return AdapterStatistics(
+        tuple(
+            replace(
+                task,
+                lora_B={path: delta.B for path, delta in own[task.name or ""].items()},
+                fingerprints={path: prints[path] for path in task.deltas},
+            )
+            for task in statistics.tasks
+        )
+    )

@@ -1,0 +1,257 @@
+"""Importing task checkpoints of the LLaVA repository: their names for the modules become transformers' names.
+
+Such a checkpoint is what `llava/train/train.py` of github.com/haotian-liu/LLaVA writes with LoRA, and the benchmarks
+built on it do (MCITlib, CoIN, MLLM-CL): the LoRA weights, and apart from them the projector that was trained whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..files.partial import partial_folder
+from ..files.stored_delta import KEY_PREFIX
+from ..tuner.config import MAnyConfig
+
+PROJECTOR_WEIGHTS_NAME = "non_lora_trainables.bin"
+LANGUAGE_MODEL, PROJECTOR = "model.language_model", "model.multi_modal_projector"
+
+_LORA = re.compile(r"base_model\.model\.(model\.(layers\.\d+\.[\w.]+))\.lora_([AB])\.weight")
+# With the prefixes that the repository itself takes off when it loads the file.
+_PROJECTOR = re.compile(r"(?:base_model\.)?(?:model\.){0,2}mm_projector\.([02])\.(weight|bias)")
+_PROJECTOR_LAYERS = {"0": "linear_1", "2": "linear_2"}  # an `mlp2x_gelu` is Linear, GELU, Linear
+
+
+def import_llava_checkpoint(
+    folder: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    task_name: str | None = None,
+    base_model: str | None = None,
+) -> Path:
+    """Turn a LoRA checkpoint of the LLaVA repository into an adapter for transformers' LLaVA.
+
+    Reads `adapter_config.json`, `adapter_model.bin` (or `.safetensors`) and `non_lora_trainables.bin`, and writes an
+    adapter folder with the same weights, bit by bit, that loads with `PeftModel.from_pretrained` on
+    [`~transformers.LlavaForConditionalGeneration`] (`"llava-hf/llava-1.5-7b-hf"` for `liuhaotian/llava-v1.5-7b`). It
+    is written whole or not at all. Pickles are opened with `torch.load(..., weights_only=True)`: nothing is executed.
+
+    Such checkpoints come without statistics. To merge the adapter, load it, run `collect_statistics` on its task's
+    data, and save it again (docs/how-to.md).
+
+    Args:
+        folder (`str`):
+            The checkpoint. For one on the Hub, what [`~huggingface_hub.snapshot_download`] returns.
+        output_dir (`str`):
+            The folder to create; it must not exist, or be empty.
+        task_name (`str`, *optional*):
+            What to call the task in merges. Defaults to the name of `folder`.
+        base_model (`str`, *optional*):
+            The transformers checkpoint that the adapter belongs on, noted in its config. The LLaVA repository's own
+            name is not taken over, as transformers cannot load that model.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        FileNotFoundError: The checkpoint lacks a file.
+        FileExistsError: The output folder exists and is not empty.
+        ValueError: A file is damaged or holds more than tensors, a tensor belongs to no module of transformers' LLaVA
+            or does not fit the others, or the checkpoint is no plain LoRA.
+    """
+    source, output = Path(folder).expanduser(), Path(output_dir).expanduser()
+    settings = _read_settings(source)
+    tensors = _renamed(source, _read_weights(source))
+    modules = _check_shapes(source, settings, tensors)
+    ranks = {new: _setting(settings, old, "rank_pattern", "r") for new, old in modules.items()}
+    alphas = {new: _setting(settings, old, "alpha_pattern", "lora_alpha") for new, old in modules.items()}
+    rank, alpha = settings["r"], settings["lora_alpha"]
+    projectors = [PROJECTOR] if any(key.startswith(PROJECTOR) for key in tensors) else []
+    config = MAnyConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=settings.get("lora_dropout", 0.0),
+        use_rslora=settings.get("use_rslora", False),
+        # By full names: the ends of the names would match the vision tower's layers too.
+        target_modules=list(modules),
+        rank_pattern={_escaped(name): r for name, r in ranks.items() if r != rank},
+        alpha_pattern={_escaped(name): a for name, a in alphas.items() if a != alpha},
+        projector_modules=projectors,
+        modules_to_save=projectors or None,
+        task_name=task_name or source.resolve().name,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    key = hashlib.sha256(f"import {source.resolve()} {config.to_dict()}".encode()).hexdigest()
+    with partial_folder(output, key) as partial:
+        weights = {f"{KEY_PREFIX}{name}": _copy(tensor) for name, tensor in tensors.items()}
+        save_file(weights, partial.folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(partial.folder)
+    return output
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """With memory of its own, which safetensors asks for."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _escaped(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+def _setting(settings: Mapping[str, Any], module: str, pattern: str, default: str) -> int:
+    """A layer's rank or alpha, by the checkpoint's own name for the layer."""
+    patterns = settings.get(pattern) or {}
+    value: int = patterns.get(get_pattern_key(patterns, module), settings[default])
+    return value
+
+
+def _read_settings(source: Path) -> dict[str, Any]:
+    path = source / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"'{source}' has no {CONFIG_NAME}: it is no LoRA checkpoint.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kind, rank, alpha = settings["peft_type"], settings["r"], settings["lora_alpha"]
+        patterns = [settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+        ranks, alphas = [rank, *patterns[0].values()], [alpha, *patterns[1].values()]
+        if not all(isinstance(r, int) for r in ranks) or not all(0 < x < math.inf for x in [*ranks, *alphas]):
+            raise ValueError("ranks and alphas must be positive numbers")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"'{path}' cannot be used: {error!r}.") from error
+    if kind != "LORA":
+        raise ValueError(f"'{source}' is of PEFT type {kind}; only LORA can be imported.")
+    if settings.get("bias", "none") != "none":
+        raise ValueError(f"'{source}' trains biases (`bias='{settings['bias']}'`), which cannot be imported.")
+    init = settings.get("init_lora_weights", True)
+    if not isinstance(init, bool) and init != "gaussian":
+        raise ValueError(
+            f"'{source}' was initialised with `init_lora_weights={init!r}`, which may have changed the base weights."
+        )
+    if settings.get("use_dora"):
+        raise ValueError(f"'{source}' uses DoRA, whose effect is no plain low-rank delta.")
+    return dict(settings)
+
+
+def _read_weights(source: Path) -> dict[str, Tensor]:
+    adapter = source / SAFETENSORS_WEIGHTS_NAME
+    adapter = adapter if adapter.is_file() else source / WEIGHTS_NAME
+    found: dict[str, Tensor] = {}
+    for path in (adapter, source / PROJECTOR_WEIGHTS_NAME):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"'{source}' has no {path.name}. A checkpoint of the LLaVA repository has {WEIGHTS_NAME} with the "
+                f"LoRA weights and {PROJECTOR_WEIGHTS_NAME} with the projector, or with nothing if that was frozen."
+            )
+        tensors = _load(path)
+        twice = found.keys() & tensors.keys()
+        if twice:
+            raise ValueError(f"'{source}' holds the tensor '{min(twice)}' twice.")
+        found |= tensors
+    return found
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"'{path}' is refused: it is damaged, or a pickle of more than tensors, which could execute code. Nothing "
+            f"of it was executed. ({str(error).strip().splitlines()[0]})"
+        ) from None
+    except (EOFError, OSError, RuntimeError, SafetensorError, ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"'{path}' cannot be read, or is damaged or truncated ({error}).") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"'{path}' holds no tensors by name.")
+    for key, tensor in content.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise ValueError(f"'{path}': '{key}' is no dense tensor of floating point numbers.")
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise ValueError(f"'{path}': '{key}' claims more numbers than the file has.")
+    return content
+
+
+def _renamed(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by transformers' names, without PEFT's prefix."""
+    found, unknown = {}, []
+    for key, tensor in tensors.items():
+        if match := _LORA.fullmatch(key):
+            name = f"{LANGUAGE_MODEL}.{match[2]}.lora_{match[3]}.weight"
+        elif match := _PROJECTOR.fullmatch(key):
+            name = f"{PROJECTOR}.{_PROJECTOR_LAYERS[match[1]]}.{match[2]}"
+        else:
+            unknown.append(key)
+            continue
+        if name in found:
+            raise ValueError(f"'{source}': '{key}' and another tensor both belong at '{name}'.")
+        found[name] = tensor
+    if unknown:
+        named = ", ".join(f"'{key}'" for key in sorted(unknown)[:5]) + (", ..." if len(unknown) > 5 else "")
+        raise ValueError(
+            f"'{source}' holds {len(unknown)} tensors that belong to no module of transformers' LLaVA or are no plain "
+            f"LoRA weights: {named}."
+        )
+    return found
+
+
+def _check_shapes(source: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Check that the tensors fit each other and the settings; gives transformers' and LLaVA's name of each layer."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    modules = {}
+    for new in sorted({name.partition(".lora_")[0] for name in shapes if ".lora_" in name}):
+        A, B = (shapes.get(f"{new}.lora_{half}.weight") for half in "AB")
+        old = new.replace(LANGUAGE_MODEL, "model", 1)
+        if A is None or B is None:
+            raise ValueError(f"'{source}': layer '{old}' lacks its lora_{'A' if A is None else 'B'} tensor.")
+        rank = _setting(settings, old, "rank_pattern", "r")
+        if len(A) != 2 or len(B) != 2 or not A[0] == B[1] == rank:
+            raise ValueError(
+                f"'{source}': layer '{old}' has LoRA shapes {A} and {B}, but its config says rank {rank}."
+            )
+        modules[new] = old
+    if not modules:
+        raise ValueError(f"'{source}' holds no LoRA weights.")
+    _check_projector(source, shapes)
+    return modules
+
+
+def _check_projector(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    projector = {name.removeprefix(f"{PROJECTOR}."): shape for name, shape in shapes.items() if PROJECTOR in name}
+    if not projector:
+        return
+    parts = [f"{layer}.{part}" for layer in _PROJECTOR_LAYERS.values() for part in ("weight", "bias")]
+    missing = [part for part in parts if part not in projector]
+    if missing:
+        old = {layer: index for index, layer in _PROJECTOR_LAYERS.items()}
+        layer, _, part = missing[0].partition(".")
+        raise ValueError(f"'{source}': the projector lacks its tensor 'mm_projector.{old[layer]}.{part}'.")
+    width = next((A[1] for name, A in shapes.items() if name.endswith(".self_attn.q_proj.lora_A.weight")), None)
+    hidden = projector["linear_1.bias"][0] if projector["linear_1.bias"] else 0
+    wanted: dict[str, tuple[int, ...]] = {
+        "linear_1.weight": (hidden, *projector["linear_1.weight"][1:]),
+        "linear_1.bias": (hidden,),
+        "linear_2.weight": (hidden, hidden),
+        "linear_2.bias": (hidden,),
+    }
+    if projector != wanted or len(projector["linear_1.weight"]) != 2 or width not in (None, hidden):
+        raise ValueError(
+            f"'{source}': the projector's shapes do not fit each other"
+            + (f" and the language model's width of {width}" if width is not None else "")
+            + f": {projector}."
+        )

@@ -1,0 +1,87 @@
+"""Adapters whose layers had other names when they were trained: transformers 5 renamed the parts of many models."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import nn
+
+from ..families.module_names import Names, names_before_v5, names_on
+from .adapter import Adapter, TaskAdapter
+from .statistics import TaskStatistics
+from .stored_delta import KEY_PREFIX, UnmergeableAdapterError
+
+Value = TypeVar("Value")
+
+# These may be names of today, the first of text models; only beside adapters with the new ones are they known as old.
+_OLD_BESIDE_NEW = (
+    (re.compile(r"^model\.(?=layers\.)"), "model.language_model."),
+    (re.compile(r"^visual\."), "model.visual."),
+)
+
+
+def with_current_names(adapters: Sequence[Adapter], base: nn.Module | None) -> list[Adapter]:
+    """The adapters with the names of the base model, or, without one, with names that fit each other.
+
+    Raises:
+        UnmergeableAdapterError: A layer or projector of an adapter matches no module of the base model.
+    """
+    if base is not None:
+        names_there = names_on(base)
+        return [_renamed(adapter, names_there, type(base).__name__) for adapter in adapters]
+    adapters = [_renamed(adapter, names_before_v5) for adapter in adapters]
+    tasks = [task for adapter in adapters for task in adapter.tasks]
+    names = [name for task in tasks for name in (*task.deltas, *task.projectors, *task.statistics.prototypes)]
+    for old, new in _OLD_BESIDE_NEW:
+        if any(name.startswith(new) for name in names):
+            adapters = [_renamed(adapter, functools.partial(old.sub, new)) for adapter in adapters]
+    return adapters
+
+
+def _renamed(adapter: Adapter, current: Names, model: str = "") -> Adapter:
+    tasks = tuple(_renamed_task(task, current, model) for task in adapter.tasks)
+    if all(task is old for task, old in zip(tasks, adapter.tasks)):
+        return adapter
+    config = copy.copy(adapter.config)
+    config.target_modules = sorted({name for task in tasks for name in task.deltas})  # the config's words are old too
+    return replace(adapter, config=config, tasks=tasks)
+
+
+def _renamed_task(task: TaskAdapter, current: Names, model: str) -> TaskAdapter:
+    for name in (*task.deltas, *task.projectors):
+        if current(name) is None:
+            raise UnmergeableAdapterError(
+                f"{task.source}: the adapter's key '{KEY_PREFIX}{name}' matches no module of {model}: it was trained "
+                "on another base model."
+            )
+    known = (*task.deltas, *task.projectors, *task.statistics.covariances, *task.statistics.prototypes)
+    if all(current(name) in (name, None) for name in known):
+        return task
+    return replace(
+        task,
+        deltas=_by_new_name(task.deltas, current),
+        projectors=_by_new_name(task.projectors, current),
+        statistics=_renamed_statistics(task.statistics, current),
+    )
+
+
+def _renamed_statistics(statistics: TaskStatistics, current: Names) -> TaskStatistics:
+    return replace(
+        statistics,
+        covariances=_by_new_name(statistics.covariances, current),
+        fingerprints=_by_new_name(statistics.fingerprints, current),
+        shapes=_by_new_name(statistics.shapes, current),
+        deltas=_by_new_name(statistics.deltas, current),
+        lora_B=_by_new_name(statistics.lora_B, current),
+        prototypes=_by_new_name(statistics.prototypes, current),
+        spreads=_by_new_name(statistics.spreads, current),
+    )
+
+
+def _by_new_name(values: Mapping[str, Value], current: Names) -> dict[str, Value]:
+    return {current(name) or name: value for name, value in values.items()}

@@ -1,0 +1,31 @@
+"""A local copy of an adapter, and where it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """A local copy of an adapter, and where it came from.
+
+    Args:
+        folder (`Path`): The local folder.
+        name (`str`): What the user called it: a path or a Hub id.
+        revision (`str`, *optional*): The commit, for a Hub repository.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None = None
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the name, the default name of the task."""
+        return Path(self.folder if self.revision is None else self.name).resolve().name
+
+    @property
+    def public_name(self) -> str:
+        """What a merge's config and card call it: local paths are nobody else's business."""
+        return self.short_name if self.revision is None else self.name

@@ -1,0 +1,1 @@
+"""Where adapters come from and go to: folders and Hub repositories."""

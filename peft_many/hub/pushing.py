@@ -1,0 +1,93 @@
+"""Keeps our part of a model card on its way to the Hub, where transformers would put a blank card in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
+
+from ..files.card import CARD_NAME, update_card
+from ..tuner.config import MAnyConfig
+
+
+def keep_cards() -> None:
+    """Wrap the two methods of [`~peft.PeftModel`] that write over a card. Doing it again changes nothing.
+
+    `push_to_hub` saves the model and then writes the card of the repository, or a template that speaks of a
+    transformers model, over what saving wrote; there is no hook between that and the upload. `Trainer` makes a card of
+    its own after saving and asks `create_or_update_model_card` to add what PEFT has to say.
+    `tests/hub/test_pushing.py` fails when transformers leaves the card alone.
+    """
+    if hasattr(PeftModel.push_to_hub, "keeps_card"):
+        return
+    push, create = PeftModel.push_to_hub, PeftModel.create_or_update_model_card
+
+    @functools.wraps(create)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        create(self, output_dir)
+        for name, folder in _folders(self, output_dir).items():
+            if (folder / CONFIG_NAME).is_file():  # else saving is about to write both
+                update_card(folder, self.peft_config[name])
+
+    @functools.wraps(push)
+    def push_to_hub(self: PeftModel, repo_id: str, **kwargs: Any) -> Any:
+        if not _folders(self, ""):
+            return push(self, repo_id, **kwargs)
+        return _push(self, repo_id, **kwargs)
+
+    push_to_hub.keeps_card = True  # type: ignore[attr-defined]
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftModel.push_to_hub = push_to_hub
+
+
+def _folders(model: PeftModel, folder: str) -> dict[str, Path]:
+    """Where PEFT saves a model's adapters of our type."""
+    ours = [name for name, config in model.peft_config.items() if isinstance(config, MAnyConfig)]
+    return {name: Path(folder, "" if name == "default" else name) for name in ours}
+
+
+def _push(
+    model: PeftModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """What `push_to_hub` says it does, with the card that saving writes."""
+    hub = HfApi(token=token)
+    repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):  # of a new repository or branch
+            card = hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)
+            shutil.copyfile(card, Path(folder, CARD_NAME))
+        model.save_pretrained(folder, **kwargs)
+        for name, adapter in _folders(model, folder).items():
+            update_card(adapter, model.peft_config[name], repo_id, None if name == "default" else name)
+        if tags:
+            whole = ModelCard.load(Path(folder, CARD_NAME))
+            whole.data.tags = sorted({*(whole.data.tags or []), *tags})
+            whole.save(Path(folder, CARD_NAME))
+        if revision is not None and not revision.startswith("refs/pr"):
+            hub.create_branch(repo_id, branch=revision, exist_ok=True)
+        return hub.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )

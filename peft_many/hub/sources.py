@@ -1,0 +1,160 @@
+"""Where adapters come from: local folders and Hub repositories, revisions included."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftWarning
+
+from ..files.card import CARD_NAME
+from ..files.source import AdapterSource
+from ..files.statistics import STATISTICS_NAME, AdapterStatistics, StatisticsError
+
+# All that merging reads; nothing else is downloaded, pickles least of all.
+ADAPTER_FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STATISTICS_NAME]
+# A connection that breaks off, or a file that comes short: httpx's error, or httpx2's, as huggingface_hub has it.
+TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+class AdapterNotFoundError(FileNotFoundError):
+    """An adapter is neither a local folder nor a Hub repository that can be reached."""
+
+
+class RemoteStatistics:
+    """The statistics of an adapter on the Hub that was loaded without them: inference downloads none.
+
+    They are downloaded when the adapter is saved again, so that saving and pushing lose nothing. No dataclass: a
+    config is printed, logged and pickled, and the token must stay out of that.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        filename: str,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        self.where: dict[str, Any] = {
+            "repo_id": repo_id,
+            "filename": filename,
+            "revision": revision,
+            "cache_dir": cache_dir,
+        }
+        self._token = token
+
+    def __repr__(self) -> str:
+        return f"RemoteStatistics({self.where['repo_id']!r}, revision={self.where['revision']!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteStatistics:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_token": None}
+
+    def save(self, folder: str | os.PathLike[str], energy: float = 1.0) -> None:
+        """Download the file and write it into `folder` as it is (`energy` was applied when it was first saved)."""
+        try:
+            path = hf_hub_download(**self.where, token=self._token)
+            AdapterStatistics.load(path).save(folder, energy=1.0)
+        except (EntryNotFoundError, TRANSPORT_ERROR, StatisticsError) as error:
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                return  # the adapter has none
+            # Not an error: the model being saved may have been trained for hours since.
+            warnings.warn(
+                f"The statistics of '{self.where['repo_id']}' cannot be fetched, so it is saved without them; to "
+                f"merge it, put its {STATISTICS_NAME} into '{folder}'. ({first_line(error)})",
+                PeftWarning,
+                stacklevel=2,
+            )
+
+
+def locate_statistics(
+    source: str | os.PathLike[str],
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> AdapterStatistics | RemoteStatistics | None:
+    """The statistics that lie beside an adapter's config, without downloading anything."""
+    folder = Path(source, subfolder or "")
+    if folder.is_dir():
+        path = folder / STATISTICS_NAME
+        return AdapterStatistics.load(path) if path.is_file() else None
+    prefix = f"{subfolder}/" if subfolder else ""
+    config = try_to_load_from_cache(str(source), f"{prefix}{CONFIG_NAME}", cache_dir=cache_dir, revision=revision)
+    # The commit that the config came from: a branch may move before the statistics are fetched.
+    commit = Path(config).parents[prefix.count("/")].name if isinstance(config, str) else revision
+    name = f"{prefix}{STATISTICS_NAME}"
+    cached = try_to_load_from_cache(str(source), name, cache_dir=cache_dir, revision=commit)
+    if isinstance(cached, str):
+        return AdapterStatistics.load(cached)
+    return RemoteStatistics(str(source), name, commit, token, cache_dir)
+
+
+def find_adapter(
+    entry: str | os.PathLike[str],
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> AdapterSource:
+    """Find a local folder, or download a Hub repository's adapter files (`"me/adapter"` or `"me/adapter@revision"`).
+
+    Raises:
+        AdapterNotFoundError: It is neither, or cannot be reached.
+    """
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        return AdapterSource(folder=path, name=str(entry))
+    repo_id, _, revision = str(entry).partition("@")
+    try:
+        folder = snapshot_download(
+            repo_id,
+            revision=revision or None,
+            allow_patterns=[*ADAPTER_FILES, CARD_NAME],  # the card for what it was trained on
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    except HFValidationError:
+        raise AdapterNotFoundError(f"There is no folder '{entry}', and it is no Hub repository id either.") from None
+    except RevisionNotFoundError:
+        raise AdapterNotFoundError(f"The Hub repository '{repo_id}' has no revision '{revision}'.") from None
+    except GatedRepoError:
+        raise AdapterNotFoundError(
+            f"The Hub repository '{repo_id}' is gated: ask for access on its page, and pass `token`."
+        ) from None
+    except RepositoryNotFoundError:
+        raise AdapterNotFoundError(
+            f"There is no folder '{entry}' and no Hub repository '{repo_id}' (or it is private; pass `token`)."
+        ) from None
+    except LocalEntryNotFoundError:
+        raise AdapterNotFoundError(
+            f"There is no folder '{entry}', and the Hub cannot be reached for '{repo_id}', which is not in the cache."
+        ) from None
+    except HfHubHTTPError as error:
+        raise AdapterNotFoundError(f"The Hub did not give '{entry}': {first_line(error)}") from None
+    except TRANSPORT_ERROR as error:
+        raise AdapterNotFoundError(
+            f"The connection to the Hub broke off while '{entry}' was downloaded ({first_line(error)}); try again."
+        ) from None
+    return AdapterSource(folder=Path(folder), name=repo_id, revision=Path(folder).name)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of the Hub says, without the requests' ids below."""
+    return str(error).strip().partition("\n")[0]

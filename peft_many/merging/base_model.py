@@ -1,0 +1,111 @@
+"""Whether a merge fits a base model, checked before the model is touched, and how to leave the model as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from ..families.linears import features_of_linear, is_linear
+from ..files.patterns import check_patterns
+from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from ..routing.gated_calls import unwatch_gated_calls
+from ..routing.image_calls import unwatch_image_calls
+from ..tuner.config import MAnyConfig
+
+
+def check_fits_model(config: MAnyConfig, shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
+    """Raise `UnmergeableAdapterError` unless every tensor of a merge has its place in the base model.
+
+    Args:
+        config ([`MAnyConfig`]): The merge's config.
+        shapes (`Mapping[str, tuple[int, ...]]`): Of what `adapter_model.safetensors` holds, by its keys.
+        model (`torch.nn.Module`): The base model, without adapters.
+    """
+    shapes = {key.removeprefix(KEY_PREFIX): shape for key, shape in shapes.items()}
+    modules = dict(model.named_modules())
+    check_patterns(config, list(modules), "The merge")  # some are the adapters' own words
+    layers = [key.removesuffix(".lora_A.weight") for key in shapes if key.endswith(".lora_A.weight")]
+    for layer in layers:
+        if layer not in modules:
+            raise UnmergeableAdapterError(
+                f"The adapters' layer '{layer}' matches no module of {type(model).__name__}: they were trained on "
+                "another base model."
+            )
+        width, height = shapes[f"{layer}.lora_A.weight"][1], shapes[f"{layer}.lora_B.weight"][0]
+        _check_layer(layer, modules[layer], width, height, model)
+    left_out = set(modules).difference(layers)
+    extra = next((name for name in modules if name in left_out and check_target_module_exists(config, name)), None)
+    if extra is not None:
+        raise UnmergeableAdapterError(
+            f"{type(model).__name__} has a layer '{extra}', for which the adapters hold no tensor although their "
+            "`target_modules` match it: they were trained on another base model."
+        )
+    for projector in config.projector_modules or []:
+        if projector not in modules:
+            raise UnmergeableAdapterError(
+                f"The adapters' projector '{projector}' matches no module of {type(model).__name__}: they were "
+                "trained on another base model."
+            )
+        _check_copies(config, projector, shapes, modules[projector], model)
+
+
+def _check_layer(name: str, layer: nn.Module, width: int, height: int, model: nn.Module) -> None:
+    if not is_linear(layer):
+        raise UnmergeableAdapterError(
+            f"'{name}' is no linear layer in this {type(model).__name__}, but a {type(layer).__name__}: the adapters "
+            "were trained on another base model."
+        )
+    for side, found, expected in (
+        ("input", features_of_linear(layer, 1), width),
+        ("output", features_of_linear(layer, 0), height),
+    ):
+        if found is not None and found != expected:
+            raise UnmergeableAdapterError(
+                f"'{name}' has {found} {side} features in this {type(model).__name__}, but {expected} in the "
+                "adapters: they were trained on a base model of another size."
+            )
+
+
+def _check_copies(
+    config: MAnyConfig, projector: str, shapes: Mapping[str, tuple[int, ...]], module: nn.Module, model: nn.Module
+) -> None:
+    """Every copy of the projector, or their mean, must have the tensors of the base model's, no more and no fewer."""
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    copies: dict[str, dict[str, tuple[int, ...]]] = {}
+    inside = f"{projector}." if projector in (config.averaged_projectors or {}) else f"{projector}.experts."
+    for key, shape in shapes.items():
+        if key.startswith(inside):
+            name = key.removeprefix(inside)
+            task, _, weight = name.partition(".") if inside.endswith(".experts.") else ("mean", "", name)
+            copies.setdefault(task, {})[weight] = shape
+    for found in copies.values():
+        wrong = next((key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)), None)
+        if wrong is not None:
+            raise UnmergeableAdapterError(
+                f"The adapters' tensor '{projector}.{wrong}' has shape {found.get(wrong, 'none, it is missing')}, but "
+                f"in this {type(model).__name__} {expected.get(wrong, 'there is no such tensor')}: they were trained "
+                "on another base model."
+            )
+
+
+@contextlib.contextmanager
+def untouched_on_failure(model: nn.Module) -> Iterator[None]:
+    """Wrap a model in the `with` block; if that fails, every module is put back where it was."""
+    before = [(module, dict(module._modules), set(vars(module))) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        unwatch_gated_calls(model)
+        unwatch_image_calls(list(model.modules()))
+        for module, children, attributes in before:
+            module._modules.clear()
+            module._modules.update(children)
+            for name in set(vars(module)) - attributes:  # what PEFT and image watching left on the module
+                del vars(module)[name]
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+        raise

@@ -1,0 +1,70 @@
+"""Merging a group of layers by another method than LPM: what it is given, and how its result becomes a LoRA pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..algebra.lpm import LARGEST_ROUNDING_LOSS, LowRankDelta, MergedDelta, rounded_delta
+from ..algebra.reduction import compress, nearest_of_rank, orthonormal, padded, rounding_loss
+from ..files.adapter import TaskAdapter
+from ..files.statistics import check_covariance
+from ..methods import LayerTask, MergeMethod
+from .plan import MergePlan
+
+
+def merge_by_method(
+    plan: MergePlan, method: MergeMethod, group: Sequence[str], device: str | torch.device
+) -> dict[str, MergedDelta]:
+    """The merged delta of each layer of a group, at the plan's rank and in its dtype.
+
+    Raises:
+        SingularMergeError, OverflowError: As the method, and as [`rounded_delta`].
+    """
+    merged = {}
+    for module in group:
+        shape = plan.shape_of(module)
+        everyone = [_layer_task(task, module, shape, method, device) for task in plan.tasks]
+        tasks = [task for task in everyone if task is not None]
+        B = torch.cat([task.delta.B for task in tasks], dim=1)
+        heard = [task for task in tasks if task.weight > 0]
+        if any(task.delta.A.shape[0] > 0 for task in heard):
+            result = method.merge(heard, module)
+        else:  # nobody has a say here
+            result = LowRankDelta(A=B.new_zeros(0, shape[1]), B=B[:, :0])
+        A, B_merged = _of_rank(result, plan.rank_of(module), plan.options["dtype"])
+        stacked = B_merged.shape == B.shape and bool((B_merged == B).all())
+        merged[module] = rounded_delta(module, A, B_merged, plan.options["dtype"], stacked)
+    return merged
+
+
+def _layer_task(
+    task: TaskAdapter, module: str, shape: tuple[int, int], method: MergeMethod, device: str | torch.device
+) -> LayerTask | None:
+    """A task's part in a layer; `None`, no say, where the method needs a covariance and nobody measured it."""
+    covariance = task.statistics.covariances.get(module) if method.needs_covariances else None
+    if method.needs_covariances:
+        if covariance is None:
+            return None
+        check_covariance(covariance, f"{task.source}: the covariance of '{module}'")
+    if module in task.deltas:
+        read = task.deltas[module].read()
+        delta = LowRankDelta(A=read.A.to(device), B=read.B.to(device))
+    else:
+        out, width = shape
+        delta = LowRankDelta(A=torch.zeros(0, width, device=device), B=torch.zeros(out, 0, device=device))
+    return LayerTask(delta, task.weight, covariance)
+
+
+def _of_rank(result: LowRankDelta | Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`A` and `B` of the rank: the nearest in the Frobenius norm if the result has more, zeros if it has less."""
+    if isinstance(result, Tensor):
+        return nearest_of_rank(result, rank)
+    A, B = result.A.double(), result.B
+    if A.shape[0] > rank:
+        return compress(A, B, A, rank)
+    if rounding_loss(A, B, dtype) > LARGEST_ROUNDING_LOSS[dtype]:
+        A, B = orthonormal(A, B)
+    return padded(A, B, rank)

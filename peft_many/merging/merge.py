@@ -1,0 +1,318 @@
+"""Merging task adapters: from folders and Hub ids to one adapter, with or without a base model in memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..files.atomic import writable_place
+from ..files.card import CARD_NAME
+from ..files.partial import shared_folder
+from ..files.processes import together
+from ..files.stored_delta import KEY_PREFIX
+from ..files.tensor_file import TensorFile, TensorFileWriter, bytes_of, lay_out
+from ..hub.sources import ADAPTER_FILES
+from ..methods import LPM, MergeMethod
+from .base_model import check_fits_model, untouched_on_failure
+from .group import merge_group
+from .interference import mean_residuals
+from .merged_statistics import merged_statistics
+from .offloaded import check_dispatched, is_offloaded, load_on_offloaded
+from .plan import ROUTED, AdapterPath, MergePlan, TaskNames, plan_merge
+from .selection import TaskWeights
+
+
+def merge_adapter_sequence(
+    model: nn.Module,
+    adapters: Sequence[AdapterPath],
+    *,
+    adapter_name: str = "default",
+    weights: TaskWeights = None,
+    without: Sequence[str] = (),
+    task_names: Sequence[TaskNames] | None = None,
+    method: str | MergeMethod = LPM,
+    projectors: str = ROUTED,
+    ridge: float | None = None,
+    router: str | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    abstain_above: float | None = None,
+    rank: int | None = None,
+    gate_lora: bool | None = None,
+    device: str | torch.device = "cpu",
+    low_cpu_mem_usage: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    progress: bool = True,
+) -> PeftModel:
+    """Merge task adapters into one, on a base model (MAny, arXiv 2604.14016; equations in docs/method.md).
+
+    Language-model deltas are merged by least squares on the layers' input covariances (LPM), projectors are routed per
+    image by visual prototypes (CPM). No training; the order of the adapters does not matter. Other methods, for
+    comparison and for adapters without statistics, are a keyword away (docs/how-to.md).
+
+    Args:
+        model (`torch.nn.Module`):
+            The base model, which is wrapped in place as by [`~peft.get_peft_model`]. If merging fails it is untouched.
+        adapters (`Sequence[str]`):
+            Local folders and Hub ids (`"me/adapter"`, `"me/adapter@revision"`), merges among them; adapters of type
+            MANY, LORA and others (docs/how-to.md) that `collect_statistics` was run on, if the method needs that.
+        adapter_name (`str`, defaults to `"default"`):
+            What the merge is called inside the returned model.
+        weights (`Sequence[float]` or `Mapping[str, float]`, *optional*):
+            One weight `w_t ≥ 0` for each adapter, all 1 by default; it multiplies those of a merge's tasks. Or weights
+            by task name, in place of the tasks' own; tasks that are not named keep theirs. To LPM, RegMean and
+            averages only their ratios matter; by other methods they multiply the tasks' deltas.
+        without (`Sequence[str]`, defaults to `()`):
+            Names of tasks that are left out, as if they had never been merged.
+        task_names (`Sequence[str]`, *optional*):
+            Names of the tasks, where the adapters do not say or clash; `None` entries keep the adapter's own, and a
+            merge takes a list, in the order of its config's `tasks`.
+        method (`str` or [`MergeMethod`], defaults to `"lpm"`):
+            How to merge the deltas: `"lpm"`, a name in `peft_many.methods.METHODS`, or an instance with options, such
+            as `Ties(density=0.3)`. A merge that is merged further does not hand its method down.
+        projectors (`str`, defaults to `"routed"`):
+            `"routed"` is CPM; `"mean"` averages the weights of the projectors, over the tasks that trained one, to a
+            plain projector: what merging methods without routing do. It needs no prototypes.
+        ridge (`float`, *optional*):
+            Of LPM: `λ`, the share of the mean input energy added in every direction; it pulls unseen directions to the
+            tasks' mean delta. 1e-8 to 1e-3 work alike on the demo, 1e-2 costs accuracy (docs/how-to.md). Defaults to
+            that of the merges among the adapters, if they agree, and to 1e-4.
+        router (`str`, *optional*):
+            How images are compared with the tasks' prototypes: `"cosine"`, as in the paper, or `"gaussian"`, in the
+            metric of how the images of a task differ among themselves (docs/how-to.md). Defaults to that of the merges
+            among the adapters, if they agree, and to `"cosine"`.
+        temperature (`float`, *optional*):
+            `τ` of the routing's softmax. Of cosines, 0.005 to 0.02 work alike on the demo, 0.1 costs accuracy
+            (docs/how-to.md). Defaults to that of the merges among the adapters, if they agree on the router too, and
+            to 0.02 of cosines and 1 of the Gaussian router.
+        top_k (`int`, *optional*):
+            The most task projectors that an image is sent through, those of the largest weights. Defaults to that of
+            the merges among the adapters, if they agree, and to all whose weight is above 1e-6.
+        abstain_above (`float`, *optional*):
+            Of the Gaussian router: images that are like no task's go through the base model's own projector, those
+            whose mean squared distance from the nearest prototype is above this, where a task's own images are at 1
+            on average. Defaults to that of the merges among the adapters, if they agree, and to never.
+        rank (`int`, *optional*):
+            The largest rank of a merged layer; `Σ r_t`, the sum of the tasks' ranks, is the exact optimum and the
+            default. With less, each layer gets the best delta of that rank under the same objective; by other methods
+            the nearest to what the method gives, in the Frobenius norm.
+        gate_lora (`bool`, *optional*):
+            Whether a row's images also choose among the tasks' own LoRA deltas, by the weights of the projector
+            routing; rows without images and undecided ones get the merged delta (docs/method.md). Defaults to that of
+            the merges among the adapters, if they agree, and to `False`.
+        device (`str` or `torch.device`, defaults to `"cpu"`):
+            Where to compute; it must know float64.
+        low_cpu_mem_usage (`bool`, defaults to `False`):
+            Create the adapter's weights on the meta device before they are filled.
+        token (`str` or `bool`, *optional*):
+            As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*):
+            Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`):
+            Use only what is in the cache.
+        progress (`bool`, defaults to `True`):
+            Show a progress bar.
+
+    Returns:
+        [`~peft.PeftModel`]: The base model with the merge as its one, active adapter, ready for inference.
+
+    Raises:
+        UnmergeableAdapterError: An adapter cannot be merged, or does not fit the others, the method or the model.
+        AdapterNotFoundError: An adapter is neither a folder nor reachable on the Hub.
+        StatisticsError: An adapter's statistics are damaged.
+        ValueError: An argument is impossible, or the model has adapters or weights that were offloaded without a
+            device map.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("The model already has adapters; pass the base model (`model.unload()` gives it back).")
+    check_dispatched(model)
+    device = usable_device(device)
+    plan = plan_merge(
+        adapters,
+        weights=weights,
+        without=without,
+        task_names=task_names,
+        method=method,
+        projectors=projectors,
+        ridge=ridge,
+        router=router,
+        temperature=temperature,
+        top_k=top_k,
+        abstain_above=abstain_above,
+        rank=rank,
+        gate_lora=gate_lora,
+        hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
+        progress=progress,
+        base=model,
+    )
+    config = plan.config(statistics=None)
+    config.loaded_from = "The merge"  # some of its words are the adapters' own, and are not trusted
+    check_fits_model(config, {key: shape for key, (_, shape) in plan.tensors().items()}, model)
+    tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in plan.projector_tensors.items()}
+    records = {}
+    for group in _progress(plan, plan.groups, progress):
+        merged = merge_group(plan, group, device)
+        tensors |= merged.tensors
+        records[group[0]] = merged.record
+    config.statistics = merged_statistics(plan, records, in_memory=True)
+    config.tasks = plan.described_tasks(mean_residuals(records.values()))
+    config.base_model_name_or_path = None  # which get_peft_model sets to the model's own
+    if is_offloaded(model):
+        return load_on_offloaded(model, config, tensors, adapter_name)
+    with untouched_on_failure(model):
+        merged_model = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        set_peft_model_state_dict(merged_model, tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    return merged_model.eval()
+
+
+def merge_adapter_files(
+    adapters: Sequence[AdapterPath],
+    output_dir: str | os.PathLike[str],
+    *,
+    weights: TaskWeights = None,
+    without: Sequence[str] = (),
+    task_names: Sequence[TaskNames] | None = None,
+    method: str | MergeMethod = LPM,
+    projectors: str = ROUTED,
+    ridge: float | None = None,
+    router: str | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    abstain_above: float | None = None,
+    rank: int | None = None,
+    gate_lora: bool | None = None,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+    device: str | torch.device = "cpu",
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Merge task adapters into a new adapter folder, without loading any base model.
+
+    The folder is written whole or not at all, and loads with `PeftModel.from_pretrained(base, folder)`. One group of
+    layers that share an input is in memory at a time, whatever the depth of the model. A merge that was interrupted
+    leaves a hidden folder beside its place, and the same call goes on from there. Under `accelerate launch`, where
+    every process makes the same call, the groups are shared out over the processes.
+
+    The arguments are those of [`merge_adapter_sequence`], and:
+
+    Args:
+        output_dir (`str`): The folder to create; it must not exist, or be empty, or see `overwrite`.
+        dtype (`torch.dtype`, defaults to `torch.float32`):
+            What the merged LoRA weights are stored in. Half precision halves the file and rounds the merged deltas, by
+            2e-3 of their size in bfloat16 and 3e-4 in float16, about; the statistics keep what merging further needs.
+        overwrite (`bool`, defaults to `False`):
+            Replace an adapter that is in the output folder, whole and at the end; it may be one of those merged. Your
+            own text in its model card stays.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        FileExistsError: The output folder exists and is not empty, or holds more than an adapter.
+        BlockingIOError: Another process is making the same merge there.
+        UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
+    """
+    output = Path(output_dir).expanduser()
+    replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
+
+    def planned() -> MergePlan:
+        usable_device(device)
+        writable_place(output, replaced)  # before anything is read
+        return plan_merge(
+            adapters,
+            weights=weights,
+            without=without,
+            task_names=task_names,
+            method=method,
+            projectors=projectors,
+            ridge=ridge,
+            router=router,
+            temperature=temperature,
+            top_k=top_k,
+            abstain_above=abstain_above,
+            rank=rank,
+            gate_lora=gate_lora,
+            dtype=dtype,
+            hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
+            progress=progress,
+        )
+
+    plan = together(planned)
+    with shared_folder(output, plan.key(), kept=[SAFETENSORS_WEIGHTS_NAME], replaced=replaced) as partial:
+        weights_file = partial.folder / SAFETENSORS_WEIGHTS_NAME
+        if partial.is_first and not _is_laid_out(weights_file, plan):
+            lay_out(weights_file, plan.tensors(), {"format": "pt"})
+        partial.wait()
+        with TensorFileWriter(weights_file) as writer:
+            written = TensorFile(weights_file)
+            missing = [group for group in plan.groups if not _is_done(partial.done.get(group[0]), written)]
+            missing = partial.agree(missing)  # before anyone writes
+            for group in _progress(plan, partial.share(missing, plan.cost_of), progress):
+                merged = merge_group(plan, group, device)
+                for key, tensor in merged.tensors.items():
+                    writer.write(key, tensor)
+                writer.flush()
+                partial.record(group[0], merged.record)
+            if partial.is_first:
+                for name, tensor in plan.projector_tensors.items():
+                    writer.write(f"{KEY_PREFIX}{name}", tensor)
+        partial.wait()
+        if partial.is_first:
+            if (output / CARD_NAME).is_file():
+                shutil.copyfile(output / CARD_NAME, partial.folder / CARD_NAME)  # what is not ours in it stays
+            records = partial.recorded()
+            plan.config(statistics=None, interference=mean_residuals(records.values())).save_pretrained(partial.folder)
+            merged_statistics(plan, records).save(partial.folder, energy=1.0, sources=plan.files)
+    return output
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, tried out before anything is read."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`device` {str(device)!r} cannot compute in float64 here: {reason}") from None
+    return torch.device(device)
+
+
+def _is_laid_out(path: Path, plan: MergePlan) -> bool:
+    """Whether an interrupted run left a weights file that can be filled in."""
+    try:
+        found = TensorFile(path)
+    except (OSError, SafetensorError):
+        return False
+    return {key: (found.dtype(key), found.shape(key)) for key in found} == plan.tensors()
+
+
+def _is_done(record: dict[str, Any] | None, written: TensorFile) -> bool:
+    """Whether an interrupted run merged a group, and what it wrote reached the disk."""
+    return record is not None and all(
+        zlib.crc32(bytes_of(written[key])) == checksum for key, checksum in record["checksums"].items()
+    )
+
+
+def _progress(plan: MergePlan, groups: Sequence[Sequence[str]], progress: bool) -> Iterator[Sequence[str]]:
+    """The groups, with a bar that counts their layers."""
+    label = f"Merging {len(plan.tasks)} tasks"
+    with tqdm(total=sum(map(len, groups)), desc=label, unit="layer", disable=not progress) as bar:
+        for group in groups:
+            yield group
+            bar.update(len(group))

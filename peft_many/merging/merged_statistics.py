@@ -1,0 +1,55 @@
+"""The statistics of a merge: its tasks' own, with their deltas, so that it can be merged further without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..files.statistics import AdapterStatistics
+from .plan import MergePlan
+
+
+def merged_statistics(plan: MergePlan, records: Mapping[str, Any], in_memory: bool = False) -> AdapterStatistics:
+    """Each task's statistics with its deltas.
+
+    Args:
+        plan ([`MergePlan`]): The merge.
+        records (`Mapping[str, Any]`): What was recorded of each group of layers when it was merged.
+        in_memory (`bool`): Whether to read the deltas now, or each time they are asked for.
+    """
+    stacked = {module: yes for record in records.values() for module, yes in record["stacked"].items()}
+    prints = {module: tasks for record in records.values() for module, tasks in record["fingerprints"].items()}
+    measured = []
+    for task in plan.tasks:
+        A = _Reading({module: delta.rows for module, delta in task.deltas.items()})
+        B = _Reading({module: delta.columns for module, delta in task.deltas.items() if not stacked[module]})
+        measured.append(
+            replace(
+                task.statistics,
+                name=task.name,
+                weight=task.weight,
+                deltas=dict(A) if in_memory else A,
+                lora_B=dict(B) if in_memory else B,
+                fingerprints={module: prints[module][task.name] for module in task.deltas},
+            )
+        )
+    return AdapterStatistics(tuple(measured))
+
+
+class _Reading(Mapping[str, Tensor]):
+    """Tensors that are read each time they are asked for, so that no two of them need be in memory."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.readers = readers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)

@@ -1,0 +1,82 @@
+"""CPM's part of a plan: every task's projector and prototype side by side, and how images will be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra.spread import shared_metric
+from ..files.adapter import TaskAdapter
+from ..files.stored_delta import UnmergeableAdapterError
+from .mean_projectors import check_same_shapes
+
+
+def route_projectors(
+    tasks: Sequence[TaskAdapter], router: str, untrained_too: bool = False
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """What the config and the weights file of a merge say of routed projectors; tasks that saw no image take no part.
+
+    Args:
+        tasks (`Sequence[TaskAdapter]`): In the order of the merge.
+        router (`str`): `"cosine"`, or `"gaussian"`, which needs the spread of every routed task's images.
+        untrained_too (`bool`): Whether to route projectors that no task trained, for what a gate learns from them.
+
+    Returns:
+        By projector the routed tasks and the sizes of what images are compared with, and tensors on disk.
+
+    Raises:
+        UnmergeableAdapterError: Prototypes or projectors do not fit one another, or a spread is missing.
+    """
+    routing: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    names = {name for task in tasks for name in task.projectors}
+    if untrained_too:
+        adapted = {module for task in tasks for module in task.deltas}
+        seen = {name for task in tasks for name in task.statistics.prototypes}
+        names |= {name for name in seen if not any(module.startswith(f"{name}.") for module in adapted)}
+    for projector in sorted(names):
+        routed = [task for task in tasks if projector in task.statistics.prototypes and task.weight > 0]
+        if not routed:
+            continue
+        prototypes = [task.statistics.prototypes[projector].float() for task in routed]
+        for task, prototype in zip(routed, prototypes):
+            if prototype.shape != prototypes[0].shape:
+                raise UnmergeableAdapterError(
+                    f"The features at '{projector}' have width {len(prototypes[0])} in {routed[0].source}, but "
+                    f"{len(prototype)} in {task.source}: they were trained on different base models."
+                )
+        about: dict[str, Any] = {
+            "width": len(prototypes[0]),
+            "tasks": [{"name": task.name, "trained": projector in task.projectors} for task in routed],
+        }
+        tensors[f"{projector}.prototypes"] = torch.stack(prototypes)
+        if router == "gaussian":
+            metric = shared_metric([_spread(task, projector) for task in routed])
+            about["directions"] = len(metric.directions)
+            tensors[f"{projector}.directions"] = metric.directions.float().contiguous()
+            tensors[f"{projector}.variances"] = metric.variances.float()
+        routing[projector] = about
+        check_same_shapes(projector, [task for task in routed if projector in task.projectors])
+        for t, task in enumerate(routed):
+            for key, tensor in task.projectors.get(projector, {}).items():
+                tensors[f"{projector}.experts.task_{t}.{key}"] = tensor
+    return routing, tensors
+
+
+def _spread(task: TaskAdapter, projector: str) -> Any:
+    spread = task.statistics.spreads.get(projector)
+    if spread is None:
+        raise UnmergeableAdapterError(
+            f"{task.source} does not say how its images at '{projector}' differ, which `router='gaussian'` needs: it "
+            "saw a single one, or was measured by an earlier version. Run `collect_statistics` again, or pass "
+            "`router='cosine'`."
+        )
+    if spread.width != len(task.statistics.prototypes[projector]):
+        raise UnmergeableAdapterError(
+            f"{task.source}: the spread of its images at '{projector}' has width {spread.width}, and their prototype "
+            f"{len(task.statistics.prototypes[projector])}; its statistics are damaged."
+        )
+    return spread

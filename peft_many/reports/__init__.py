@@ -1,0 +1,1 @@
+"""What a merge is and costs, shown to people. Nothing here changes an adapter."""

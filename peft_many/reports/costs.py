@@ -1,0 +1,228 @@
+"""What merging costs each task, before any evaluation: computed from a merge and its statistics alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..algebra.lpm import LeastSquaresMerge, LowRankDelta
+from ..algebra.residual import effective_rank_of_inputs, effective_rank_of_outputs, relative_residual
+from ..algebra.routing import task_weights
+from ..algebra.spread import gaussian_draws, shared_metric
+from ..files.statistics import TaskStatistics, check_covariance
+from ..tuner.config import MAnyConfig
+
+DRAWN_IMAGES = 512  # of each task, to tell where its images would be sent
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How well a merge does by each of its tasks; no model is run for it.
+
+    Numbers of layers and tasks are NaN where a task did not train a layer, or no token of it reached the layer.
+
+    Args:
+        tasks (`list[str]`): In the order of the merge.
+        layers (`list[str]`): The merged layers.
+        residuals (`torch.Tensor`):
+            `‖(ΔW* − ΔW_t) C_t^½‖ / ‖ΔW_t C_t^½‖`, shape `(layers, tasks)`: how far the merged delta's outputs on the
+            task's inputs are from the task's own. 0 is as if alone, 1 as if the task's delta were lost. Of a merge
+            with `gate_lora` these are of the merged LoRA, which undecided inputs get.
+        conflicts (`torch.Tensor`, *optional*):
+            Shape `(tasks, tasks)`: the mean over layers of the residual that the task of the row would have in a merge
+            with the task of the column alone; the diagonal is NaN.
+        output_ranks (`torch.Tensor`): Effective rank of `ΔW_t C_t^½`, shape `(layers, tasks)`.
+        input_ranks (`torch.Tensor`): Effective rank of `C_t`, shape `(layers, tasks)`.
+        confusion (`dict[str, torch.Tensor]`):
+            By projector, shape `(routed, routed)`: the mean weight that images of the row's task would have for the
+            column's, were they Gaussian with the mean and covariance that were measured. Rows of a router that
+            abstains sum to less than one.
+        routed (`dict[str, list[str]]`): By projector, the tasks of these rows and columns.
+        weight_bytes (`int`): Size of the merged LoRA.
+        statistics_bytes (`dict[str, int]`): By task, size of what merging further needs.
+    """
+
+    tasks: list[str]
+    layers: list[str]
+    residuals: Tensor
+    conflicts: Tensor | None
+    output_ranks: Tensor
+    input_ranks: Tensor
+    confusion: dict[str, Tensor]
+    routed: dict[str, list[str]]
+    weight_bytes: int
+    statistics_bytes: dict[str, int]
+
+    @property
+    def interference(self) -> dict[str, float]:
+        """By task, the mean residual over the layers that it trained."""
+        return dict(zip(self.tasks, self.residuals.nanmean(0).tolist()))
+
+    def conflicting_pairs(self, count: int = 5) -> list[tuple[str, str, float]]:
+        """The pairs of tasks that lose most by each other: the larger of their two losses, largest first."""
+        if self.conflicts is None:
+            return []
+        pairs = [
+            (one, two, max(self.conflicts[i, j].item(), self.conflicts[j, i].item()))
+            for (i, one), (j, two) in itertools.combinations(enumerate(self.tasks), 2)
+        ]
+        return sorted(pairs, key=lambda pair: -pair[2])[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON; NaN is `None`."""
+        return {
+            "tasks": self.tasks,
+            "layers": self.layers,
+            "interference": {task: _number(value) for task, value in self.interference.items()},
+            "residuals": _numbers(self.residuals),
+            "conflicts": None if self.conflicts is None else _numbers(self.conflicts),
+            "output_ranks": _numbers(self.output_ranks),
+            "input_ranks": _numbers(self.input_ranks),
+            "confusion": {name: _numbers(weights) for name, weights in self.confusion.items()},
+            "routed": self.routed,
+            "weight_bytes": self.weight_bytes,
+            "statistics_bytes": self.statistics_bytes,
+        }
+
+
+def report_on(
+    config: MAnyConfig,
+    tasks: Sequence[TaskStatistics],
+    layers: Sequence[str],
+    merged: Callable[[str], LowRankDelta],
+    own: Callable[[int, str], LowRankDelta],
+    *,
+    conflicts: bool = True,
+    progress: bool = True,
+) -> MergeReport:
+    """Make the report of a merge.
+
+    Args:
+        config ([`MAnyConfig`]): The merge's.
+        tasks (`Sequence[TaskStatistics]`): What was measured of its tasks.
+        layers (`Sequence[str]`): The merged layers.
+        merged (`Callable[[str], LowRankDelta]`): Gives the merged delta of a layer, scaling included; on the CPU.
+        own (`Callable[[int, str], LowRankDelta]`): Gives a task's own delta, by its place, of a layer that it trained.
+        conflicts (`bool`): Whether to merge the tasks in pairs too, which takes about as long as merging all.
+        progress (`bool`): Show a progress bar.
+
+    Raises:
+        StatisticsError: A covariance is none.
+    """
+    shape, places = (len(layers), len(tasks)), {layer: place for place, layer in enumerate(layers)}
+    residuals, output_ranks, input_ranks = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(3))
+    pairs = torch.full((len(layers), len(tasks), len(tasks)), torch.nan, dtype=torch.float64)
+    weight_bytes = 0
+    with tqdm(total=len(layers), desc="Reporting", unit="layer", disable=not progress) as bar:
+        for group in _sharing_inputs(layers, tasks):
+            for task in tasks:
+                if group[0] in task.covariances:
+                    check_covariance(task.covariances[group[0]], f"'{task.name}': the covariance of '{group[0]}'")
+            trained: dict[str, dict[int, LowRankDelta]] = {}
+            for layer in group:
+                whole, row = merged(layer), places[layer]
+                weight_bytes += whole.A.nbytes + whole.B.nbytes
+                trained[layer] = {t: own(t, layer) for t, task in enumerate(tasks) if _is_known(task, layer)}
+                for t, delta in trained[layer].items():
+                    covariance = tasks[t].covariances[layer]
+                    residuals[row, t] = relative_residual(whole, delta, covariance)
+                    output_ranks[row, t] = effective_rank_of_outputs(delta, covariance)
+                bar.update()
+            for t, task in enumerate(tasks):
+                if _is_seen(task, group[0]):
+                    rows = [places[layer] for layer in group]
+                    input_ranks[rows, t] = effective_rank_of_inputs(task.covariances[group[0]])
+            for s, t in itertools.combinations(range(len(tasks)), 2) if conflicts else ():
+                for layer, one, two in _losses(group, trained, tasks, (s, t), config):
+                    pairs[places[layer], s, t], pairs[places[layer], t, s] = one, two
+    confusion = {
+        projector: _confusion(config, routing, projector, tasks)
+        for projector, routing in (config.routing or {}).items()
+    }
+    return MergeReport(
+        tasks=[task.name or "" for task in tasks],
+        layers=list(layers),
+        residuals=residuals,
+        conflicts=pairs.nanmean(0) if conflicts else None,
+        output_ranks=output_ranks,
+        input_ranks=input_ranks,
+        confusion=confusion,
+        routed={name: [task["name"] for task in routing["tasks"]] for name, routing in (config.routing or {}).items()},
+        weight_bytes=weight_bytes,
+        statistics_bytes={task.name or "": task.nbytes for task in tasks},
+    )
+
+
+def _sharing_inputs(layers: Iterable[str], tasks: Sequence[TaskStatistics]) -> list[list[str]]:
+    """The layers by what was measured of their inputs."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for layer in layers:
+        groups.setdefault(tuple(id(task.covariances.get(layer)) for task in tasks), []).append(layer)
+    return list(groups.values())
+
+
+def _is_seen(task: TaskStatistics, layer: str) -> bool:
+    return layer in task.covariances and task.covariances[layer].tokens > 0
+
+
+def _is_known(task: TaskStatistics, layer: str) -> bool:
+    """Whether a task trained a layer, and saw tokens there."""
+    return layer in task.deltas and _is_seen(task, layer)
+
+
+def _losses(
+    group: Sequence[str],
+    trained: Mapping[str, Mapping[int, LowRankDelta]],
+    tasks: Sequence[TaskStatistics],
+    pair: tuple[int, int],
+    config: MAnyConfig,
+) -> Iterable[tuple[str, float, float]]:
+    """By layer, what each task of a pair loses in a merge of the two, with equal weights."""
+    if not all(_is_seen(tasks[t], group[0]) for t in pair):
+        return
+    covariances = [tasks[t].covariances[group[0]] for t in pair]
+    problem = LeastSquaresMerge() if config.ridge is None else LeastSquaresMerge(config.ridge)
+    for t, covariance in zip(pair, covariances):
+        problem.add(covariance, {layer: trained[layer][t] for layer in group if t in trained[layer]})
+    both = problem.solve(dtype=torch.float32) if any(t in trained[layer] for layer in group for t in pair) else {}
+    for layer, delta in both.items():
+        one, two = (
+            relative_residual(delta, trained[layer][t], covariance) if t in trained[layer] else torch.nan
+            for t, covariance in zip(pair, covariances)
+        )
+        yield layer, one, two
+
+
+def _confusion(
+    config: MAnyConfig, routing: Mapping[str, Any], projector: str, tasks: Sequence[TaskStatistics]
+) -> Tensor:
+    """Where images of each task would be sent, `(routed, routed)`, from images drawn as they were measured."""
+    known = {task.name: task for task in tasks}
+    routed = [known[task["name"]] for task in routing["tasks"]]
+    prototypes = torch.stack([task.prototypes[projector].float() for task in routed])
+    metric = None
+    if config.router == "gaussian":
+        metric = shared_metric([task.spreads[projector] for task in routed if projector in task.spreads])
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for task, prototype in zip(routed, prototypes):
+        images = prototype[None]  # all that is known of tasks measured on one image, or before spreads were kept
+        if projector in task.spreads:
+            images = prototype + gaussian_draws(task.spreads[projector], DRAWN_IMAGES, generator).float()
+        weights = task_weights(images, prototypes, metric, config.temperature, config.top_k, config.abstain_above)
+        rows.append(weights.mean(0))
+    return torch.stack(rows).double()
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value
+
+
+def _numbers(matrix: Tensor) -> list[list[float | None]]:
+    return [[_number(value) for value in row] for row in matrix.tolist()]

@@ -1,0 +1,213 @@
+"""What is in an adapter's folder: tasks, where they come from, sizes, statistics and routing; nothing is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..algebra.covariance import Covariance, LowRankCovariance
+from ..files.adapter import Adapter, TaskAdapter, read_adapter
+from ..files.card import CARD_NAME
+from ..files.stored_delta import KEY_PREFIX
+from ..hub.sources import ADAPTER_FILES, find_adapter
+from ..merging.plan import AdapterPath
+from ..tuner.config import MAnyConfig
+
+
+@dataclass(frozen=True)
+class TaskInspection:
+    """One task of an adapter.
+
+    Args:
+        name (`str`): Its name.
+        weight (`float`): `w_t`.
+        source (`str`): The adapter that it comes from.
+        revision (`str`, *optional*): Its commit, if it came from the Hub.
+        sha256 (`str`): Of that adapter's weights file.
+        pooled (`list[str]`): Of a pool, the names of the tasks in it.
+        layers (`int`): How many layers it trained.
+        ranks (`tuple[int, int]`): The smallest and largest `r_t`.
+        projectors (`list[str]`): The projectors of its own.
+        samples (`int`): What it was measured on; 0 without statistics.
+        images (`int`): How many images were among them.
+        measured_layers (`int`): Layers whose inputs were measured.
+        covariances (`int`): Distinct covariances among these.
+        covariance_ranks (`tuple[int, int]`, *optional*): How many directions they keep; `None` if there are none.
+        energy (`float`, *optional*): Share of the covariances' energy in these directions, the mean over them.
+        covariance_bytes (`int`): What they take.
+        prototypes (`dict[str, int]`): By projector, the width of the visual prototype.
+        spreads (`list[str]`): The projectors for which `router="gaussian"` has what it needs.
+        interference (`float`, *optional*): Of a merge's task, what merging costs it (`MergeReport.interference`).
+        datasets (`list[str]`): What it was trained on, where its adapter's model card says so.
+    """
+
+    name: str
+    weight: float
+    source: str
+    revision: str | None
+    sha256: str
+    pooled: list[str]
+    layers: int
+    ranks: tuple[int, int]
+    projectors: list[str]
+    samples: int
+    images: int
+    measured_layers: int
+    covariances: int
+    covariance_ranks: tuple[int, int] | None
+    energy: float | None
+    covariance_bytes: int
+    prototypes: dict[str, int]
+    spreads: list[str]
+    interference: float | None
+    datasets: list[str]
+
+
+@dataclass(frozen=True)
+class AdapterInspection:
+    """An adapter, or a merge of several.
+
+    Args:
+        name (`str`): What it was asked for by.
+        revision (`str`, *optional*): Its commit, if it is on the Hub.
+        peft_type (`str`): `"MANY"`, `"LORA"` or another PEFT method.
+        is_merge (`bool`): Whether it is a merge.
+        base_model (`str`, *optional*): As its config says.
+        layers (`int`): How many layers it adapts.
+        ranks (`tuple[int, int]`): The smallest and largest rank of a layer.
+        parameters (`int`): Of everything in its weights file.
+        dtype (`str`): Of its weights, projectors aside.
+        files (`dict[str, int]`): Sizes in bytes.
+        options (`dict[str, Any]`): Of a merge: method, ridge, router and its options, gate.
+        routing (`dict[str, list[str]]`): Of a merge: by routed projector, the tasks that images are sent to.
+        averaged_projectors (`dict[str, list[str]]`): Of a merge: by averaged projector, the tasks in the mean.
+        tasks (`list[TaskInspection]`): Its tasks.
+        operations (`list[dict]`): What was done to make it, as its config records it.
+    """
+
+    name: str
+    revision: str | None
+    peft_type: str
+    is_merge: bool
+    base_model: str | None
+    layers: int
+    ranks: tuple[int, int]
+    parameters: int
+    dtype: str
+    files: dict[str, int]
+    options: dict[str, Any]
+    routing: dict[str, list[str]]
+    averaged_projectors: dict[str, list[str]]
+    tasks: list[TaskInspection]
+    operations: list[dict[str, Any]]
+
+
+def inspect_adapter(
+    adapter: AdapterPath,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> AdapterInspection:
+    """Look into an adapter or a merge, without loading any base model.
+
+    Args:
+        adapter (`str`): A folder or Hub id (`"me/adapter@revision"`).
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+
+    Returns:
+        [`AdapterInspection`]: What is there; `dataclasses.asdict` makes it JSON.
+
+    Raises:
+        UnmergeableAdapterError: It is damaged, or no adapter that could be merged.
+        AdapterNotFoundError: It is neither a folder nor reachable on the Hub.
+        StatisticsError: Its statistics are damaged.
+    """
+    source = find_adapter(adapter, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    read = read_adapter(source)
+    config, weights = read.config, read.files[0]
+    pairs = {module: weights.shape(f"{KEY_PREFIX}{module}.lora_A.weight")[0] for module in read.pairs}
+    ranks = list((pairs or {module: delta.rank for module, delta in read.tasks[0].deltas.items()}).values())
+    routing = getattr(config, "routing", None) or {}
+    told = {task["name"]: task for task in getattr(config, "tasks", None) or []}
+    return AdapterInspection(
+        name=source.name,
+        revision=source.revision,
+        peft_type=str(getattr(config.peft_type, "value", config.peft_type)),
+        is_merge=bool(getattr(config, "is_merge", False)),
+        base_model=config.base_model_name_or_path,
+        layers=len(ranks),
+        ranks=(min(ranks), max(ranks)),
+        parameters=sum(math.prod(weights.shape(key)) for key in weights),
+        dtype=str(weights.dtype(_first_trained(read))).removeprefix("torch."),
+        files={
+            name: path.stat().st_size
+            for name in [*ADAPTER_FILES, CARD_NAME]
+            if (path := source.folder / name).is_file()
+        },
+        options=_options(read),
+        routing={name: [task["name"] for task in about["tasks"]] for name, about in routing.items()},
+        averaged_projectors=getattr(config, "averaged_projectors", None) or {},
+        tasks=[_inspect_task(task, told.get(task.name, {})) for task in read.tasks],
+        operations=getattr(config, "operations", None) or [],
+    )
+
+
+def _first_trained(adapter: Adapter) -> str:
+    """A tensor that says which dtype the adapter has; not of a projector, which may have another."""
+    projectors = tuple(f"{KEY_PREFIX}{name}." for task in adapter.tasks for name in task.projectors)
+    return next(key for key in sorted(adapter.files[0]) if not key.startswith(projectors))
+
+
+def _options(adapter: Adapter) -> dict[str, Any]:
+    config = adapter.config
+    if not isinstance(config, MAnyConfig) or not config.is_merge:
+        return {}
+    options: dict[str, Any] = {"method": "lpm" if config.method is None else config.method["name"]}
+    options |= {"ridge": config.ridge} if config.method is None else config.method["options"]
+    if config.routing:
+        options |= {"router": config.router, "temperature": config.temperature}
+        options |= {"top_k": config.top_k, "abstain_above": config.abstain_above}
+    return options | {"gate_lora": config.gate_lora}
+
+
+def _inspect_task(task: TaskAdapter, told: Mapping[str, Any]) -> TaskInspection:
+    measured = task.statistics
+    covariances = [covariance for covariance, _ in measured.groups()]
+    ranks = [delta.rank for delta in task.deltas.values()]
+    kept = [covariance.rank for covariance in covariances]
+    energies = [1 - c.remainder * c.width / c.trace for c in covariances if c.trace > 0]
+    return TaskInspection(
+        name=task.name,
+        weight=task.weight,
+        source=task.provenance["source"],
+        revision=task.provenance["revision"],
+        sha256=task.provenance["sha256"],
+        pooled=[str(within["name"]) for within in task.provenance.get("pooled") or ()],
+        layers=len(task.deltas),
+        ranks=(min(ranks, default=0), max(ranks, default=0)),
+        projectors=sorted(task.projectors),
+        samples=measured.samples,
+        images=measured.images,
+        measured_layers=len(measured.covariances),
+        covariances=len(covariances),
+        covariance_ranks=(min(kept), max(kept)) if kept else None,
+        energy=sum(energies) / len(energies) if energies else None,
+        covariance_bytes=sum(map(_bytes, covariances)),
+        prototypes={name: len(prototype) for name, prototype in measured.prototypes.items()},
+        spreads=sorted(measured.spreads),
+        interference=told.get("interference"),
+        datasets=task.provenance.get("datasets") or [],
+    )
+
+
+def _bytes(covariance: Covariance) -> int:
+    if isinstance(covariance, LowRankCovariance):
+        return covariance.factor.nbytes + sum(scale.nbytes for scale in covariance.scales or ())
+    matrix = getattr(covariance, "matrix", None)
+    return 0 if matrix is None else matrix.nbytes

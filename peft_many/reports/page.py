@@ -1,0 +1,143 @@
+"""The pictures and the page of a report on a merge."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+
+from jinja2 import Environment
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .costs import MergeReport
+from .page_parts import STYLE, embedded
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>A merge of {{ report.tasks | length }} tasks</title>
+<style>{{ style }}</style>
+</head>
+<body>
+<h1>A merge of {{ report.tasks | length }} tasks</h1>
+<p>What merging costs each task, before any evaluation: no model was run for this page.</p>
+<table>
+<tr><th>task</th><th>residual</th><th>largest, in layer</th><th>loses most by</th><th>directions of its outputs</th>
+<th>of its inputs</th><th>statistics</th></tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+<p><b>Residual</b>: how far the merged LoRA's outputs on the task's inputs are from those of the task's own LoRA,
+relative to their size, mean over {{ report.layers | length }} layers: 0 is as if alone, 1 as if the task's LoRA were
+lost. It compares merges of the same tasks; how much residual a task can bear, it does not tell.
+<b>Directions</b> are effective ranks, mean over layers. The merged LoRA takes {{ weights }}.</p>
+{% if report.conflicts is not none %}<p><b>Conflicts</b>, in the picture, are the residuals that the task of the row
+would have in a merge with the task of the column alone.</p>{% endif %}
+{% if report.confusion %}<p><b>Where images go</b>: the mean routing weight that images of the row's task would have
+for the column's, were they Gaussian with the mean and covariance that were measured.</p>{% endif %}
+<img alt="Residuals by layer and task; conflicts; where images go" src="data:image/png;base64,{{ picture }}">
+</body>
+</html>
+"""
+
+
+def page(report: MergeReport, figure: Figure) -> str:
+    """One HTML page with the figure in it, which needs no other file."""
+    template = Environment(autoescape=True).from_string(_PAGE)
+    return template.render(
+        report=report,
+        style=STYLE,
+        rows=[_row(report, t) for t in range(len(report.tasks))],
+        weights=_size(report.weight_bytes),
+        picture=embedded(figure),
+    )
+
+
+def draw(report: MergeReport) -> Figure:
+    """Residuals as a heatmap of layers and tasks, and beside it the conflicts and where images go."""
+    squares: list[tuple[str, Tensor, Sequence[str]]] = []
+    if report.conflicts is not None and len(report.tasks) > 1:
+        squares.append(("conflicts", report.conflicts, report.tasks))
+    for projector, weights in report.confusion.items():
+        squares.append((f"where images go\n{projector}", weights, report.routed[projector]))
+    tasks, layers = len(report.tasks), len(report.layers)
+    side = max(2.6, 0.5 * tasks)
+    height = max(4.0, min(0.16 * layers, 16.0), (side + 1.2) * len(squares))
+    figure = Figure(figsize=(3.2 + 0.5 * tasks + (side + 1.8 if squares else 0), height), layout="constrained")
+    grid = figure.add_gridspec(max(len(squares), 1), 2 if squares else 1)
+    _draw_residuals(figure.add_subplot(grid[:, 0]), report)
+    for place, (title, values, names) in enumerate(squares):
+        _draw_square(figure.add_subplot(grid[place, 1]), title, values, names)
+    return figure
+
+
+def _draw_square(axis: Axes, title: str, values: Tensor, names: Sequence[str]) -> None:
+    """A heatmap of tasks by tasks; what is not known, as the diagonal of conflicts, stays empty."""
+    largest = max(values.nan_to_num(0.0).max().item(), 1e-9)
+    axis.imshow(values.numpy(), cmap="YlOrRd" if title == "conflicts" else "YlGn", vmin=0, vmax=largest)
+    for i, row in enumerate(values.tolist() if len(names) <= 16 else []):
+        for j, value in enumerate(row):
+            if value == value:
+                colour = "white" if value > 0.7 * largest else "black"
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    axis.set_title(title, fontsize=9)
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    _name_columns(axis, names)
+
+
+def _name_columns(axis: Axes, names: Sequence[str]) -> None:
+    axis.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+
+
+def _draw_residuals(axis: Axes, report: MergeReport) -> None:
+    image = axis.imshow(report.residuals.numpy(), aspect="auto", cmap="YlOrRd", vmin=0, interpolation="nearest")
+    assert axis.figure is not None
+    axis.figure.colorbar(image, ax=axis, shrink=0.5, pad=0.02)
+    axis.set_title("residual by layer and task", fontsize=9)
+    axis.set_xticks(
+        range(len(report.tasks)), report.tasks, rotation=60, ha="right", rotation_mode="anchor", fontsize=7
+    )
+    places = _labelled(report.layers)
+    axis.set_yticks(list(places), list(places.values()), fontsize=6)
+
+
+def _labelled(layers: Sequence[str]) -> dict[int, str]:
+    """Which rows get a label: all of few layers, else the first of each block."""
+    parts = [layer.split(".") for layer in layers]
+    shared = len(list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts))))
+    short = [".".join(part[shared:] or part[-1:]) for part in parts]
+    if len(layers) <= 64:
+        return dict(enumerate(short))
+    found: dict[str, int] = {}
+    for place, name in enumerate(short):
+        block = re.match(r"\D*\d+", name)
+        found.setdefault(block.group() if block else name, place)
+    return {place: block for block, place in found.items()}
+
+
+def _row(report: MergeReport, t: int) -> list[str]:
+    residuals = report.residuals[:, t].nan_to_num(-1.0)
+    worst = int(residuals.argmax())
+    rival = ""
+    if report.conflicts is not None and len(report.tasks) > 1:
+        by = int(report.conflicts[t].nan_to_num(0.0).argmax())
+        rival = f"{report.tasks[by]} ({report.conflicts[t, by]:.2f})"
+    return [
+        report.tasks[t],
+        f"{report.interference[report.tasks[t]]:.3f}",
+        f"{report.residuals[worst, t]:.3f}, {report.layers[worst]}",
+        rival,
+        f"{report.output_ranks[:, t].nanmean():.1f}",
+        f"{report.input_ranks[:, t].nanmean():.1f}",
+        _size(report.statistics_bytes[report.tasks[t]]),
+    ]
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"

@@ -1,0 +1,242 @@
+"""What a merge would be, and what it would take: nothing is merged and nothing is written."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..algebra.routing import task_weights
+from ..algebra.scatter import span_is_cheaper
+from ..algebra.spread import FeatureMetric
+from ..files.statistics import StatisticsError
+from ..files.stored_delta import UnmergeableAdapterError
+from ..hub.sources import AdapterNotFoundError
+from ..merging.merge import usable_device
+from ..merging.plan import AdapterPath, MergePlan, plan_merge
+
+# Of the speed of a large matrix product, what a merge of 7B adapters reaches (docs/benchmarks.md).
+_SHARE_OF_PEAK = 0.55
+_SECONDS_PER_LAYER = 2e-3  # of reading and writing, where the arithmetic is next to nothing
+_FEW_SAMPLES = 32
+_ALIKE = 0.1  # routing weight that one task's prototype gives to another task
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """One task of a planned merge.
+
+    Args:
+        name (`str`): Its name in the merge.
+        source (`str`): The adapter that it comes from.
+        weight (`float`): `w_t`.
+        layers (`int`): How many layers it trained.
+        ranks (`tuple[int, int]`): The smallest and largest `r_t`.
+        projectors (`list[str]`): The projectors of its own.
+        samples (`int`): What it was measured on; 0 without statistics.
+        images (`int`): How many images were among them.
+    """
+
+    name: str
+    source: str
+    weight: float
+    layers: int
+    ranks: tuple[int, int]
+    projectors: list[str]
+    samples: int
+    images: int
+
+
+@dataclass(frozen=True)
+class MergePreview:
+    """What a merge would be. With `problems` it cannot be made, and the rest is empty.
+
+    Args:
+        problems (`list[str]`): What has to be put right first.
+        notes (`list[str]`): What is worth knowing before it is made.
+        tasks (`list[PlannedTask]`): What would be merged, in the order of the merge.
+        layers (`int`): How many layers the merge would adapt.
+        groups (`int`): How many problems there are to solve: one for each input that layers share.
+        ranks (`tuple[int, int]`): The smallest and largest rank of a merged layer.
+        options (`dict[str, Any]`): Method, ridge, router and its options, rank, gate and dtype, defaults filled in.
+        projectors (`dict[str, list[str]]`): By projector, the tasks that it is routed to, or that it is the mean of.
+        output_bytes (`int`): Size of the weights file.
+        memory_bytes (`int`): About what the largest group of layers takes, beside Python and torch themselves.
+        seconds (`float`, *optional*): About what it takes on this machine; `None` for other methods than LPM.
+    """
+
+    problems: list[str]
+    notes: list[str]
+    tasks: list[PlannedTask]
+    layers: int = 0
+    groups: int = 0
+    ranks: tuple[int, int] = (0, 0)
+    options: dict[str, Any] | None = None
+    projectors: dict[str, list[str]] | None = None
+    output_bytes: int = 0
+    memory_bytes: int = 0
+    seconds: float | None = None
+
+
+def preview_merge(
+    adapters: Sequence[AdapterPath],
+    *,
+    device: str | torch.device = "cpu",
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    local_files_only: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> MergePreview:
+    """Say what [`merge_adapter_files`] would make of the same arguments, and what stands in the way.
+
+    Adapters are found (on the Hub: downloaded to its cache) and checked as for merging; weights are not read.
+
+    Args:
+        adapters (`Sequence[str]`): As in [`merge_adapter_files`], like all others.
+        device (`str`): Where it would be computed; its speed is measured with one small matrix product.
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+        progress (`bool`, defaults to `True`): Show a progress bar.
+        **options (`Any`): All others that it has, but `output_dir` and `overwrite`.
+
+    Returns:
+        [`MergePreview`]: What would be made, or the problems of every adapter.
+
+    Raises:
+        ValueError: An option is wrong.
+    """
+    usable_device(device)
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    expected = (AdapterNotFoundError, StatisticsError, UnmergeableAdapterError)
+    try:
+        plan = plan_merge(adapters, **options, hub=hub, progress=progress)
+    except expected as error:
+        alone = {name: value for name, value in options.items() if name not in ("weights", "without", "task_names")}
+        problems = []
+        for adapter in adapters:  # what is wrong with each by itself; if nothing is, they do not go together
+            try:
+                plan_merge([adapter], **alone, hub=hub, progress=False)
+            except expected as one:
+                problems.append(str(one))
+        return MergePreview(problems or [str(error)], [], [])
+    ranks = [plan.rank_of(module) for group in plan.groups for module in group]
+    return MergePreview(
+        problems=[],
+        notes=_notes(plan),
+        tasks=[_planned(task) for task in plan.tasks],
+        layers=len(ranks),
+        groups=len(plan.groups),
+        ranks=(min(ranks), max(ranks)),
+        options=plan.described_options(),
+        projectors={
+            **{name: [task["name"] for task in about["tasks"]] for name, about in plan.routing.items()},
+            **plan.averaged,
+        },
+        output_bytes=sum(dtype.itemsize * math.prod(shape) for dtype, shape in plan.tensors().values()),
+        memory_bytes=max(_memory(plan, group) for group in plan.groups),
+        seconds=_seconds(plan, device) if plan.method is None else None,
+    )
+
+
+def _planned(task: Any) -> PlannedTask:
+    ranks = [delta.rank for delta in task.deltas.values()]
+    return PlannedTask(
+        name=task.name,
+        source=task.source,
+        weight=task.weight,
+        layers=len(ranks),
+        ranks=(min(ranks, default=0), max(ranks, default=0)),
+        projectors=sorted(task.projectors),
+        samples=task.statistics.samples,
+        images=task.statistics.images,
+    )
+
+
+def _notes(plan: MergePlan) -> list[str]:
+    """What may surprise in a merge that can be made."""
+    notes = []
+    layers = [module for group in plan.groups for module in group]
+    needs_covariances = plan.method is None or plan.method.needs_covariances
+    for task in plan.tasks:
+        missing = [module for module in layers if module not in task.deltas]
+        silent = [module for module in missing if module not in task.statistics.covariances]
+        if task.weight == 0:
+            kept = "its LoRA is kept, its projector is not" if task.projectors else "it is kept"
+            notes.append(f"'{task.name}' has weight 0: {kept}, and it has no say.")
+        if missing:
+            note = f"'{task.name}' did not train {len(missing)} of {len(layers)} layers ('{missing[0]}', …)"
+            note += "; its delta counts as zero there."
+            if silent and needs_covariances:
+                note = note[:-1] + f", but in {len(silent)} of them nothing was measured and it has no say."
+            notes.append(note)
+        if 0 < task.statistics.samples < _FEW_SAMPLES:
+            notes.append(f"'{task.name}' was measured on {task.statistics.samples} samples; 32 to 128 are enough.")
+        for projector in plan.routing:
+            if projector not in task.statistics.prototypes:
+                notes.append(f"'{task.name}' saw no image at '{projector}', so no image is sent to it.")
+            elif projector not in task.projectors:
+                notes.append(f"'{task.name}' has no projector '{projector}' of its own: the base model's serves.")
+    return [*notes, *_alike(plan)]
+
+
+def _alike(plan: MergePlan) -> list[str]:
+    """Tasks whose images the router can hardly tell apart, by their prototypes alone."""
+    notes = []
+    for projector, about in plan.routing.items():
+        prototypes = plan.projector_tensors[f"{projector}.prototypes"]
+        metric = None
+        if "directions" in about:
+            metric = FeatureMetric(
+                *(plan.projector_tensors[f"{projector}.{of}"] for of in ("directions", "variances"))
+            )
+        weights = task_weights(prototypes, prototypes, metric, plan.options["temperature"])
+        names = [task["name"] for task in about["tasks"]]
+        for one, two in (weights.fill_diagonal_(0.0) > _ALIKE).nonzero().tolist():
+            notes.append(
+                f"Images of '{names[one]}' look like those of '{names[two]}' at '{projector}': the mean image of the "
+                f"one gives the other {weights[one, two]:.0%} of the weight."
+            )
+    return notes
+
+
+def _memory(plan: MergePlan, group: Sequence[str]) -> int:
+    """Bytes that merging a group of layers takes: what is read, the system to solve, and what comes out."""
+    width = plan.shape_of(group[0])[1]
+    rows = sum(sum(plan.ranks_of(module)) for module in group)
+    columns = sum(plan.shape_of(module)[0] * sum(plan.ranks_of(module)) for module in group)
+    if plan.method is not None:  # most make one dense matrix for each task
+        out = max(plan.shape_of(module)[0] for module in group)
+        return 8 * out * width * (len(plan.tasks) + 1) + 8 * rows * width
+    covariances = [task.statistics.covariances.get(group[0]) for task in plan.tasks]
+    known = [covariance for covariance in covariances if covariance is not None]
+    rank = sum(covariance.rank for covariance in known)
+    if span_is_cheaper(width, rank, rows):
+        system = 8 * (rank * width + 2 * rank**2)
+    else:
+        system = 8 * 3 * width**2
+    stored = max((4 * covariance.rank * width for covariance in known), default=0)
+    return system + stored + 8 * 3 * rows * width + 8 * columns
+
+
+def _seconds(plan: MergePlan, device: str | torch.device) -> float:
+    multiplications = sum(plan.cost_of(group) for group in plan.groups)
+    layers = sum(map(len, plan.groups))
+    return multiplications / (_SHARE_OF_PEAK * _speed(device)) + _SECONDS_PER_LAYER * layers
+
+
+def _speed(device: str | torch.device) -> float:
+    """Multiplications per second of a float64 matrix product."""
+    size = 512
+    matrix = torch.ones(size, size, dtype=torch.float64, device=device)
+    best = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # which waits for the device
+        best = min(best, time.perf_counter() - started)
+    return size**3 / best

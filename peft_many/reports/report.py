@@ -1,0 +1,131 @@
+"""The report on a merge: what it costs each task before any evaluation, as data and as a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+
+from ..algebra.lpm import LowRankDelta
+from ..files.adapter import read_adapter
+from ..files.atomic import replace_file
+from ..files.statistics import AdapterStatistics
+from ..hub.sources import find_adapter
+from ..merging.plan import AdapterPath
+from ..tuner.config import MAnyConfig
+from ..tuner.layers import lora_layers
+from .costs import MergeReport, report_on
+
+__all__ = ["MergeReport", "merge_report", "save_report"]
+
+
+def merge_report(
+    merge: AdapterPath | PeftModel,
+    *,
+    conflicts: bool = True,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    progress: bool = True,
+) -> MergeReport:
+    """What merging costs each task, layer by layer, before any evaluation; no base model is loaded.
+
+    Args:
+        merge (`str` or [`~peft.PeftModel`]):
+            The folder or Hub id of a merge, or a model whose active adapter is one.
+        conflicts (`bool`, defaults to `True`):
+            Whether to merge the tasks in pairs too, to find those that contradict each other; that takes about as long
+            as the merge itself.
+        token (`str` or `bool`, *optional*):
+            As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*):
+            Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`):
+            Use only what is in the cache.
+        progress (`bool`, defaults to `True`):
+            Show a progress bar.
+
+    Returns:
+        [`MergeReport`]: Residuals, conflicts, effective ranks, where images go, and sizes.
+
+    Raises:
+        ValueError: The adapter is no merge.
+        UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
+    """
+    if isinstance(merge, PeftModel):
+        return _of_model(merge, conflicts, progress)
+    source = find_adapter(merge, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    adapter = read_adapter(source)
+    config = adapter.config
+    if not isinstance(config, MAnyConfig) or not config.is_merge:
+        raise ValueError(f"{source.name} is no merge; only merges can be reported on.")
+
+    def merged(layer: str) -> LowRankDelta:
+        for file in adapter.files:
+            file.release()
+        return adapter.pairs[layer].read()
+
+    def own(t: int, layer: str) -> LowRankDelta:
+        return adapter.tasks[t].deltas[layer].read()
+
+    measured = [task.statistics for task in adapter.tasks]
+    return report_on(
+        config, measured, sorted(adapter.pairs, key=_by_depth), merged, own, conflicts=conflicts, progress=progress
+    )
+
+
+def _of_model(model: PeftModel, conflicts: bool, progress: bool) -> MergeReport:
+    name = model.active_adapter
+    config = model.peft_config[name]
+    if not isinstance(config, MAnyConfig) or not config.is_merge:
+        raise ValueError(f"Adapter '{name}' is no merge; only merges can be reported on.")
+    if not isinstance(config.statistics, AdapterStatistics):
+        raise ValueError(f"Adapter '{name}' was loaded without its statistics, which hold its tasks' own deltas.")
+    layers: dict[str, Any] = dict(lora_layers(model.get_base_model(), name))
+    statistics = config.statistics
+
+    def columns(path: str) -> Tensor:
+        return layers[path].lora_B[name].weight.detach().cpu()
+
+    def merged(path: str) -> LowRankDelta:
+        A = layers[path].lora_A[name].weight.detach().cpu()
+        return LowRankDelta(A=layers[path].scaling[name] * A, B=columns(path))
+
+    def own(t: int, path: str) -> LowRankDelta:
+        return statistics.own_delta(t, path, columns(path))
+
+    return report_on(config, statistics.tasks, list(layers), merged, own, conflicts=conflicts, progress=progress)
+
+
+def save_report(report: MergeReport, output_dir: str | os.PathLike[str]) -> Path:
+    """Write `report.html`, one page that needs nothing else, `report.png` and `report.json` into a folder.
+
+    Returns:
+        `Path`: The page.
+
+    Raises:
+        ImportError: matplotlib or jinja2 is not installed; `pip install "peft-many[report]"` brings both.
+    """
+    try:
+        from .page import draw, page
+    except ImportError as error:
+        raise ImportError(f'A report needs {error.name}: pip install "peft-many[report]"') from None
+    output = Path(output_dir).expanduser()
+    output.mkdir(parents=True, exist_ok=True)
+    figure = draw(report)
+    with replace_file(output / "report.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    for name, text in (("report.json", json.dumps(report.to_dict(), indent=1)), ("report.html", page(report, figure))):
+        with replace_file(output / name) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    return output / "report.html"
+
+
+def _by_depth(layer: str) -> list[str | int]:
+    """A sort key that puts layer 10 after layer 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", layer)]

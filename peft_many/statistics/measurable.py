@@ -1,0 +1,141 @@
+"""Which adapter of a model is to be measured, whether it can be, and what its weights are while it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate.utils import align_module_device
+from peft import get_peft_model_state_dict
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..algebra.lpm import LowRankDelta
+from ..families.linears import features_of_linear, is_linear
+from ..files.peft_deltas import fingerprint_of, tensor_keys
+from ..files.peft_methods import is_plain_lora, method_of
+from ..files.statistics import weight_fingerprint
+from ..files.stored_delta import KEY_PREFIX
+from ..tuner.config import MAnyConfig
+from ..tuner.layers import adapted_layers
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """What is to be known of an adapter's weights.
+
+    Args:
+        fingerprints (`Mapping[str, list[float]]`): By layer; they tell whether the weights change later.
+        deltas (`Mapping[str, LowRankDelta]`): By layer, of plain LoRA adapters.
+        shapes (`Mapping[str, tuple[int, int]]`): `(out, in)` by layer, of all others, whose files may not tell.
+    """
+
+    fingerprints: Mapping[str, list[float]]
+    deltas: Mapping[str, LowRankDelta] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def weights_of(model: Any, adapter_name: str, layers: Mapping[str, Any]) -> AdapterWeights:
+    """The weights of an adapter's layers as they are now."""
+    config = model.peft_config[adapter_name]
+    if is_plain_lora(config):
+        deltas = {name: _delta_of(name, layer, adapter_name) for name, layer in layers.items()}
+        return AdapterWeights({name: weight_fingerprint(delta.A, delta.B) for name, delta in deltas.items()}, deltas)
+    # Under the names that they will have in the file.
+    saved: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = {key if key.startswith("base_model.") else f"{KEY_PREFIX}{key}": value for key, value in saved.items()}
+    away = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
+    if away is not None:
+        raise RuntimeError(
+            f"The adapter's tensor '{away}' is offloaded. Measure it on a model that keeps it in memory."
+        )
+    keys = tensor_keys(config, tensors)
+    bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+    return AdapterWeights(
+        {name: fingerprint_of(tensors, keys, name) for name in layers},
+        shapes={
+            name: (features_of_linear(base, 0) or 0, features_of_linear(base, 1) or 0) for name, base in bases.items()
+        },
+    )
+
+
+def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
+    """A layer's LoRA weights as they are now, also where FSDP2 has cut them into shards."""
+    parts = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    with align_module_device(parts[0]), align_module_device(parts[1]):  # where Accelerate has offloaded them
+        A, B = (part.weight.detach() for part in parts)
+    A, B = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight for weight in (A, B))
+    if A.dim() != 2 or B.dim() != 2 or 0 in (A.numel(), B.numel()):
+        raise RuntimeError(
+            f"The LoRA weights of '{name}' are sharded over processes (their shapes here are {tuple(A.shape)} and "
+            f"{tuple(B.shape)}). Save the adapter, load it on a model that is not sharded, or that FSDP2 shards, and "
+            "measure it there."
+        )
+    return LowRankDelta(A=A, B=B)
+
+
+def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
+    """The adapter's name: the active one if none is given.
+
+    Raises:
+        ValueError: There is no such adapter, or it cannot be measured.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        raise ValueError(f"{type(model).__name__} has no adapters; wrap it with `get_peft_model` first.")
+    if adapter_name is None:
+        active = model.active_adapters
+        active = active() if callable(active) else active  # transformers has a method, PEFT a property
+        if len(active) != 1:
+            raise ValueError(f"Exactly one adapter is measured at a time, but {active} are active; give adapter_name.")
+        adapter_name = active[0]
+    if adapter_name not in configs:
+        raise ValueError(f"There is no adapter '{adapter_name}'; the model has {sorted(configs)}.")
+    config = configs[adapter_name]
+    if isinstance(config, MAnyConfig) and config.is_merge:
+        raise ValueError(f"Adapter '{adapter_name}' is a merge; it carries the statistics of its tasks already.")
+    plain = is_plain_lora(config)
+    if not plain:
+        try:
+            method_of(config)
+        except ValueError as error:
+            raise ValueError(
+                f"Adapter '{adapter_name}' {error}; it cannot be merged, so it is not measured."
+            ) from None
+    layers = adapted_layers(model, adapter_name)
+    if not layers:
+        raise ValueError(f"Adapter '{adapter_name}' has no layers to measure.")
+    suited = _is_linear_lora if plain else _is_on_linear
+    unsuited = next((name for name, layer in layers.items() if not suited(layer, adapter_name)), None)
+    if unsuited is not None:
+        raise ValueError(
+            f"Adapter '{adapter_name}' adapts '{unsuited}', which is no linear layer {_kind_of(layers[unsuited])}; "
+            "only linear layers have an input covariance."
+        )
+    merged = next((n for n, m in model.named_modules() if set(_merged_into(m)) - {adapter_name}), None)
+    if merged is not None:
+        raise ValueError(f"Other adapters are merged into '{merged}'; call `unmerge_adapter()` first.")
+    return adapter_name
+
+
+def _kind_of(layer: Any) -> str:
+    if isinstance(layer, ParamWrapper):
+        return "but parameters of several experts in one module (`target_parameters`)"
+    return f"({type(layer).__name__})"
+
+
+def _is_linear_lora(layer: Any, adapter_name: str) -> bool:
+    """Whether the layer computes `base(x) + B A x` of the input that arrives at it."""
+    if isinstance(layer, (MultiheadAttention, ParamWrapper)):
+        return False
+    return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)
+
+
+def _is_on_linear(layer: Any, adapter_name: str) -> bool:
+    return is_linear(layer.get_base_layer())
+
+
+def _merged_into(module: nn.Module) -> list[str]:
+    return list(module.merged_adapters) if isinstance(module, BaseTunerLayer) else []

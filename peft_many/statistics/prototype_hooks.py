@@ -1,0 +1,79 @@
+"""The hooks that pool the features of each image where they arrive at the projectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..families.calls import current_image_call
+from ..families.layouts import current_layout, features_of, vision_features_of
+
+# Images of a task whose features are kept, to see how they differ among themselves; the prototype is of all.
+MOST_KEPT_IMAGES = 1024
+
+
+@dataclass
+class PooledFeatures:
+    """The pooled features of the images that reached one projector.
+
+    Args:
+        total (`torch.Tensor`): Their sum, shape `(d,)`, float64.
+        images (`int`): How many they are.
+        kept (`list[torch.Tensor]`): The first `MOST_KEPT_IMAGES` of them, in parts of shape `(n, d)`, float32.
+    """
+
+    total: Tensor
+    images: int = 0
+    kept: list[Tensor] = field(default_factory=list)
+
+    def add(self, pooled: Tensor) -> None:
+        """Add rows of shape `(n, d)`."""
+        self.total = self.total + pooled.double().sum(0)
+        self.kept.append(pooled[: max(0, MOST_KEPT_IMAGES - self.images)].float())
+        self.images += len(pooled)
+
+
+class PrototypeHooks:
+    """Pools the features of each image at the input of each projector while the `with` block runs."""
+
+    def __init__(self, projectors: Mapping[str, nn.Module]) -> None:
+        self.projectors = projectors
+        self._found: dict[str, PooledFeatures] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> PrototypeHooks:
+        for name, projector in self.projectors.items():
+            self._handles.append(projector.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def result(self) -> dict[str, PooledFeatures]:
+        """What each projector that saw an image got."""
+        return dict(self._found)
+
+    def _hook(self, name: str) -> Any:
+        def hook(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            features = features_of(args, kwargs)
+            if not features.is_floating_point():
+                return  # ids of tokens that are no part of an image
+            layout, call = current_layout(features, projector, kwargs), current_image_call()
+            if layout.continues:
+                return  # parts of images that were seen as a whole
+            if call is not None:
+                call.decided[projector] = features.new_empty(0)
+            pooled = layout.pool(vision_features_of(args, kwargs))[layout.real_images.to(features.device)].cpu()
+            if not torch.isfinite(pooled).all():
+                raise RuntimeError(f"The vision features at '{name}' hold NaN or Inf.")
+            if name not in self._found:
+                self._found[name] = PooledFeatures(torch.zeros(pooled.shape[-1], dtype=torch.float64))
+            self._found[name].add(pooled)
+
+        return hook

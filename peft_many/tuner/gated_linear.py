@@ -1,0 +1,41 @@
+"""The `lora_A` of a merge with `gate_lora`: the merged one, and the tasks' own beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..routing.gated_calls import current_gates
+
+
+class GatedLinear(nn.Linear):
+    """`h = (1 − c) A* x + c α_t A_t x` for each row of the batch, with `c α_t` repeated `r_t` times; `B` follows.
+
+    It takes the place of `lora_A`, so that it serves LoRA layers of all kinds, quantised ones too; what reads
+    `lora_A.weight`, as folding the adapter into the base model does, finds the merged delta.
+
+    Args:
+        lora_A (`torch.nn.Linear`): The one whose place it takes; `A*`, shape `(Σ r_t, in)`.
+        adapter_name (`str`): The adapter that it belongs to.
+        ranks (`Sequence[int]`): `r_t` of each task, in the order of the merge's tasks.
+    """
+
+    def __init__(self, lora_A: nn.Linear, adapter_name: str, ranks: Sequence[int]) -> None:
+        super().__init__(lora_A.in_features, lora_A.out_features, bias=False, device="meta")
+        self.weight = lora_A.weight
+        self.task_weight = nn.Parameter(torch.zeros_like(lora_A.weight), requires_grad=lora_A.weight.requires_grad)
+        self.adapter_name = adapter_name
+        self.ranks = tuple(ranks)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `lora_A`'s; `input` has shape `(rows, …, in)` or `(rows · tokens, in)`."""
+        gates = current_gates(self.adapter_name, self.ranks, input)
+        if gates is None:
+            return super().forward(input)
+        between = [1] * (input.dim() - 2)
+        own = nn.functional.linear(input, self.task_weight) * gates.own.reshape(-1, *between, self.out_features)
+        if gates.merged is None:
+            return own
+        return super().forward(input) * gates.merged.reshape(-1, *between, 1) + own

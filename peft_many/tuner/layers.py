@@ -1,0 +1,49 @@
+"""An adapter's layers, and covariances on them, where a user looks for them: `layer.covariance[adapter_name]`."""
+
+from __future__ import annotations
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..algebra.covariance import Covariance, CovarianceSum
+from ..files.statistics import AdapterStatistics
+
+
+def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """The layers that have a LoRA of that adapter, by their path in the base model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
+    }
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, BaseTunerLayer]:
+    """The layers that an adapter of any PEFT method has a part in, by their path in the base model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and adapter_name in module._get_available_adapters()
+    }
+
+
+def hang_on_layers(model: nn.Module, adapter_name: str, statistics: AdapterStatistics) -> None:
+    """Set `layer.covariance[adapter_name]` on every adapted layer that the statistics know.
+
+    Plain objects on plain attributes: no buffers, so dtype casts, DDP and state dicts leave them alone. Layers of a
+    merge get `R = Σ_t w_t C_t`. `delete_adapter` drops them with the adapter.
+    """
+    for name, layer in adapted_layers(model, adapter_name).items():
+        parts = [(task.weight, task.covariances[name]) for task in statistics.tasks if name in task.covariances]
+        if not parts:
+            continue
+        if not hasattr(layer, "covariance"):
+            layer.covariance = {}
+            # PEFT's list of per-adapter attributes, from which it deletes an adapter's entries.
+            layer.other_param_names = (*layer.other_param_names, "covariance")
+        covariance: Covariance = parts[0][1]
+        if len(statistics.tasks) > 1:
+            tokens = sum(part.tokens for _, part in parts)
+            covariance = CovarianceSum(remainder=0.0, tokens=tokens, parts=tuple(parts))
+        layer.covariance[adapter_name] = covariance

@@ -1,0 +1,111 @@
+"""The keys of an adapter that is loaded, under the names that the model's parts have today.
+
+PEFT renames layers for its own LORA type only, and of projectors it requires the very names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..families.module_names import Names, names_on
+from ..files.stored_delta import KEY_PREFIX
+from .layers import lora_layers
+from .projector import ProjectorWrapper
+
+# By `bias="all"` PEFT saves every bias by its path in the model as well: the trained copy's twice, and the base's.
+_INSIDE_A_WRAPPER = ("modules_to_save.", "original_module.")
+
+
+def with_current_keys(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter's file under today's names of layers and projectors, before PEFT adds adapter names.
+
+    Raises:
+        ValueError: The adapter trained a projector, of which the file lacks a tensor.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    names, adapted = names_on(base), _adapted(model, adapter_name)
+    projectors = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, ProjectorWrapper) and adapter_name in module.looked_up
+    }
+    of_adapter = f"modules_to_save.{adapter_name}."
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        layer, path = _layer(key), key.removeprefix(KEY_PREFIX)
+        if layer is None:
+            projector, rest = _projector_of(path, projectors, names)
+            if projector is not None and rest.startswith(_INSIDE_A_WRAPPER) and rest.endswith(".bias"):
+                continue
+            stored = key if projector is None else f"{KEY_PREFIX}{projector}.{of_adapter}{rest}"
+        else:
+            stored = key if layer in adapted else key.replace(layer, names(layer) or layer, 1)
+        renamed[stored] = tensor
+    for name, wrapper in projectors.items():
+        wrapper.looked_up.discard(adapter_name)
+        for rest in wrapper.modules_to_save[adapter_name].state_dict():
+            if f"{KEY_PREFIX}{name}.{of_adapter}{rest}" not in renamed:
+                raise ValueError(
+                    f"The adapter trained the projector '{name}', but has no tensor '{KEY_PREFIX}{name}.{rest}': it "
+                    "is not whole, or the projector had another name when it was saved (pass `key_mapping`)."
+                )
+    return renamed
+
+
+def current_projector_keys(keys: Iterable[str], base: nn.Module, projectors: Collection[str]) -> set[str]:
+    """The keys of a weights file, those of projectors under today's names.
+
+    Args:
+        keys (`Iterable[str]`): As they are in the file.
+        base (`torch.nn.Module`): The base model.
+        projectors (`Collection[str]`): The names of the adapter's projectors in it.
+    """
+    names, found = names_on(base), set()
+    for key in keys:
+        path = key.removeprefix(KEY_PREFIX)
+        projector, rest = (None, path) if _layer(key) is not None else _projector_of(path, projectors, names)
+        found.add(key if projector is None else f"{KEY_PREFIX}{projector}.{rest}")
+    return found
+
+
+def require_known(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> None:
+    """Refuse tensors that belong to no part of the model.
+
+    Raises:
+        ValueError: Its message names the tensor.
+    """
+    adapted = _adapted(model, adapter_name)
+    there = {key.removeprefix(KEY_PREFIX) for key in model.state_dict()}
+    there |= {key.replace(f".{adapter_name}.", ".", 1) for key in there}  # PEFT adds the name where it does not stand
+    for key in state_dict:
+        path = key.removeprefix(KEY_PREFIX)
+        # LoRA's variants have parts of their own beside `lora_A`, on layers that they adapt.
+        if path not in there and path.rpartition(".lora_")[0] not in adapted:
+            raise ValueError(
+                f"The adapter's tensor '{key}' matches no module of {type(model).__name__}: it was trained on "
+                "another base model, or on one whose modules had other names (pass `key_mapping`)."
+            )
+
+
+def _adapted(model: nn.Module, adapter_name: str) -> set[str]:
+    return {name.removeprefix(KEY_PREFIX) for name in lora_layers(model, adapter_name)}
+
+
+def _layer(key: str) -> str | None:
+    """The path of the layer that one of LoRA's tensors belongs to; other tensors belong to none."""
+    layer, _, rest = key.removeprefix(KEY_PREFIX).rpartition(".lora_")  # modules may be called "lora_..." too
+    return layer if f"lora_{rest.partition('.')[0]}" in LoraLayer.adapter_layer_names else None
+
+
+def _projector_of(path: str, projectors: Collection[str], names: Names) -> tuple[str | None, str]:
+    """The projector that a tensor's path lies in, by its name then or now, and the rest of the path."""
+    parts = path.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        name = names(".".join(parts[:length]))
+        if name in projectors:
+            return name, ".".join(parts[length:])
+    return None, path

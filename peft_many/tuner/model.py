@@ -1,0 +1,313 @@
+"""`MAnyModel`: PEFT's LoRA tuner, plus the projector, plus covariances on the layers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import warnings
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftType
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import PeftWarning
+from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..families.parts import (
+    find_projectors,
+    language_model_linears,
+    language_model_name,
+    match_projectors,
+    takes_images,
+    where_projectors_are_sought,
+)
+from ..files.patterns import check_patterns
+from ..files.statistics import AdapterStatistics
+from ..files.stored_delta import KEY_PREFIX
+from ..files.untrusted import NONSENSE_ERRORS, MalformedAdapterError, check_projectors_are_there
+from ..routing.gated_calls import GateTarget, unwatch_gated_calls, watch_gated_calls
+from ..routing.image_calls import unwatch_image_calls, watch_image_calls
+from .config import MAnyConfig, MAnyPeftType
+from .gated_linear import GatedLinear
+from .layers import hang_on_layers, lora_layers
+from .loaded_keys import current_projector_keys, require_known, with_current_keys
+from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
+
+
+class MAnyModel(LoraModel):
+    """The tuner of [`MAnyConfig`] adapters: a [`~peft.LoraModel`] that also gives each adapter a projector of its own.
+
+    See [`~peft.LoraModel`] for the arguments.
+    """
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args: Any, **kwargs: Any):
+        # Or else for a single adapter (`inject_adapter_in_model`), as transformers does, which renames by itself.
+        self._is_for_peft_model = isinstance(peft_config, dict)
+        super().__init__(model, peft_config, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: MAnyConfig, model_config: dict[str, Any]) -> PeftConfig:
+        if peft_config.target_modules is None and not peft_config.target_parameters:
+            if takes_images(self.model):
+                peft_config.target_modules = _targets(self.model, peft_config)
+            elif isinstance(self.model, PreTrainedModel) and (
+                model_config.get("model_type") not in self.target_module_mapping
+            ):
+                # Without images PEFT's own default for the architecture stands; this is for those it has none for.
+                all_layers = peft_config.layers_to_transform is None
+                peft_config.target_modules = "all-linear" if all_layers else _targets(self.model, peft_config)
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        # PEFT refuses Mamba's fused projections to types that it knows to be like LoRA, by their names.
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Wrap the projector and the language model's layers for one adapter; see [`~peft.LoraModel`].
+
+        If anything fails, the projectors are as before.
+        """
+        config: MAnyConfig = self.peft_config[adapter_name]
+        source = getattr(config, "loaded_from", None)
+        if source is not None:
+            check_patterns(config, [name for name, _ in model.named_modules()], source)
+        if config.target_modules is not None:
+            _update_expert_names(config, model)
+        with ExitStack() as rollback:
+            self._wrap_projectors(model, adapter_name, config, rollback)
+            if source is not None:  # with the names of the wrapped projectors, which PEFT goes through next
+                check_patterns(config, [name for name, _ in model.named_modules()], source)
+                keys = current_projector_keys(
+                    getattr(config, "loaded_keys", ()), model, config.projector_modules or ()
+                )
+                check_projectors_are_there(keys, _projector_keys(model, adapter_name, config), source)
+            try:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            except NONSENSE_ERRORS as error:
+                if source is None:
+                    raise
+                raise MalformedAdapterError(
+                    f"{source}: adapter_config.json cannot be applied to {type(model).__name__}: {error!r:.300}."
+                ) from error
+            if config.gate_lora:
+                _gate_layers(model, adapter_name, config)
+            rollback.pop_all()
+        if config.routing:
+            watch_image_calls(model)
+        if config.gate_lora:
+            watch_gated_calls(model)
+        if isinstance(config.statistics, AdapterStatistics):
+            hang_on_layers(model, adapter_name, config.statistics)
+
+    def _wrap_projectors(self, model: nn.Module, adapter_name: str, config: MAnyConfig, rollback: ExitStack) -> None:
+        """Give the adapter its projectors; how to take them away again goes on the stack `rollback`."""
+        if config.projector_modules is None:
+            projectors = find_projectors(model)
+            if not projectors and takes_images(model):
+                raise ValueError(
+                    f"No projector was found in {type(model).__name__}: {where_projectors_are_sought(model)} "
+                    "Name it by `projector_modules`, or pass `projector_modules=[]` to adapt the language model only."
+                )
+        else:
+            projectors = match_projectors(model, config.projector_modules)
+        config.projector_modules = projectors
+        if config.routing:
+            config.routing = {
+                name: routing for old, routing in config.routing.items() for name in match_projectors(model, [old])
+            }
+        if projectors:
+            # PEFT saves, loads and activates what is named here, and keeps LoRA out of it.
+            kept = config.modules_to_save or []
+            config.modules_to_save = [*kept, *(name for name in projectors if name not in kept)]
+        active = adapter_name in self.active_adapters
+        for name in projectors:
+            parent_name, _, child = name.rpartition(".")
+            parent, module = model.get_submodule(parent_name), model.get_submodule(name)
+            routing = _routing(config, name, adapter_name)
+            if isinstance(module, ProjectorWrapper):
+                rollback.callback(module.delete_adapter, adapter_name, module.active_adapters)
+                module.update(adapter_name, routing=routing)
+                self._note_loading(module, adapter_name, config)
+                continue
+            _check_trainable(name, module)
+            for parameter in module.parameters():
+                rollback.callback(parameter.requires_grad_, parameter.requires_grad)
+            wrapper = ProjectorWrapper(module, adapter_name, routing=routing)
+            wrapper.set_adapter(adapter_name if active else [], inference_mode=config.inference_mode)
+            rollback.callback(setattr, parent, child, module)
+            setattr(parent, child, wrapper)
+            self._note_loading(wrapper, adapter_name, config)
+
+    def _note_loading(self, wrapper: ProjectorWrapper, adapter_name: str, config: MAnyConfig) -> None:
+        if self._is_for_peft_model and hasattr(config, "loaded_from"):
+            wrapper.looked_up.add(adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=with_current_keys(state_dict, model, adapter_name),
+        )
+        require_known(remapped, model, adapter_name)  # PEFT ignores other keys, which leaves an adapter untrained
+        return remapped
+
+    def subtract_mutated_init(
+        self, output_state_dict: dict[str, torch.Tensor], adapter_name: str, kwargs: Any = None
+    ) -> dict[str, torch.Tensor]:
+        """See PEFT's, which gives LoRA's tensors only; the projectors' stay in the file too."""
+        others = {key: tensor for key, tensor in output_state_dict.items() if self.prefix not in key}
+        return others | super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's; unlike in [`~peft.LoraModel`] its forward hooks run, which gated adapters need."""
+        return self.model(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See [`~peft.LoraModel`]."""
+        super().delete_adapter(adapter_name)
+        if not any(config.gate_lora for config in self.peft_config.values()):
+            unwatch_gated_calls(self.model)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base weights; see [`~peft.LoraModel`]. Of a gated merge it folds the merged LoRA."""
+        self._warn_of_folding(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _warn_of_folding(self, adapter_names: list[str] | None) -> None:
+        for name in adapter_names or self.active_adapters:
+            if name in self.peft_config and self.peft_config[name].gate_lora:
+                warnings.warn(
+                    f"The adapter '{name}' is a merge with `gate_lora`. What is chosen for each image cannot be "
+                    "folded into the base model: it will use the merged LoRA for all inputs.",
+                    PeftWarning,
+                    stacklevel=3,
+                )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._warn_of_folding(adapter_names)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unwatch_gated_calls(model)
+        if any(isinstance(module, ProjectorMixture) for module in model.modules()):
+            # The model keeps routing, but its class knows nothing of a mixture: saved and loaded as what it calls
+            # itself, it would come back with a randomly initialised projector.
+            if isinstance(model, PreTrainedModel):
+                model.save_pretrained = functools.partial(_refuse_saving, model)
+        else:
+            unwatch_image_calls(list(model.modules()))
+        return model
+
+
+def _update_expert_names(config: MAnyConfig, model: nn.Module) -> None:
+    """Let PEFT turn expert names from before transformers v5 into `target_parameters`, which it does for LORA only.
+
+    Names that the model has today stay: experts that all tokens pass have the names that routed ones had.
+    """
+    before, targeted = copy.deepcopy(config), _targeted(config, model)
+    config.peft_type = PeftType.LORA
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    finally:
+        config.peft_type = MAnyPeftType.MANY
+    if not targeted <= _targeted(config, model):
+        for name in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+            setattr(config, name, getattr(before, name))
+
+
+def _targeted(config: MAnyConfig, model: nn.Module) -> set[str]:
+    """The linear layers that the config's `target_modules` match, by what they are called in PEFT's eyes."""
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {name for name in names if config.target_modules and check_target_module_exists(config, name)}
+
+
+def _check_trainable(name: str, projector: nn.Module) -> None:
+    for parameter in projector.parameters():
+        if not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao"):
+            raise ValueError(
+                f"The projector '{name}' is quantised, so it cannot have a trainable copy. Leave it out (for "
+                f"bitsandbytes: `llm_int8_skip_modules=['{name}', 'lm_head']`), or pass `projector_modules=[]`."
+            )
+
+
+def _refuse_saving(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        f"This {type(model).__name__} holds a routed projector, which cannot be saved as part of a plain model: "
+        "loading it would leave the projector untrained. Save the PEFT model before `merge_and_unload()` instead."
+    )
+
+
+def _targets(model: PreTrainedModel, config: MAnyConfig) -> str | set[str]:
+    """`target_modules` for all linear layers of the language model: the shortest form that matches them exactly."""
+    wanted = set(language_model_linears(model))
+    last = {name.rpartition(".")[2] for name in wanted}
+    if config.layers_to_transform is not None:
+        # PEFT selects layers only among names that match by their end, which may match the vision tower too.
+        by_layer = LoraConfig(
+            target_modules=list(last),
+            layers_to_transform=config.layers_to_transform,
+            layers_pattern=config.layers_pattern,
+        )
+        return {name for name in wanted if check_target_module_exists(by_layer, name)}
+    names = [name for name, _ in model.named_modules()]
+    if wanted == {name for name in names if name.rpartition(".")[2] in last}:
+        return last
+    decoder = language_model_name(model) or ""
+    pattern = rf"{re.escape(decoder)}\..*\b(?:{'|'.join(sorted(map(re.escape, last)))})"
+    return pattern if wanted == {name for name in names if re.fullmatch(pattern, name)} else wanted
+
+
+def _projector_keys(model: nn.Module, adapter_name: str, config: MAnyConfig) -> dict[str, list[str]]:
+    """By projector of an adapter, what its tensors are called in its weights file."""
+    wrappers: dict[str, Any] = {name: model.get_submodule(name) for name in config.projector_modules or []}
+    return {
+        name: [f"{KEY_PREFIX}{name}.{key}" for key in wrapper.modules_to_save[adapter_name].state_dict()]
+        for name, wrapper in wrappers.items()
+    }
+
+
+def _gate_layers(model: nn.Module, adapter_name: str, config: MAnyConfig) -> None:
+    """Give the LoRA layers of a gated merge the place for the tasks' own `A_t`."""
+    for name, layer in lora_layers(model, adapter_name).items():
+        ranks = config.task_rank_pattern.get(get_pattern_key(config.task_rank_pattern, name), config.task_ranks)
+        if ranks is None or sum(ranks) != layer.r[adapter_name]:
+            raise ValueError(
+                f"The adapter's config has `gate_lora`, but its `task_ranks` {ranks} do not make up the rank "
+                f"{layer.r[adapter_name]} of '{name}'. Only merging writes these."
+            )
+        layer.lora_A[adapter_name] = GatedLinear(layer.lora_A[adapter_name], adapter_name, ranks)
+
+
+def _routing(config: MAnyConfig, projector: str, adapter_name: str) -> ProjectorRouting | None:
+    """What a merge's config says of the mixture at one projector."""
+    routing = (config.routing or {}).get(projector)
+    if routing is None:
+        return None
+    gate = None
+    if config.gate_lora:
+        order = [task["name"] for task in config.tasks or []]
+        columns = tuple(order.index(task["name"]) for task in routing["tasks"])
+        gate = GateTarget(adapter_name, columns, len(order))
+    return ProjectorRouting(
+        width=routing["width"],
+        trained=[task["trained"] for task in routing["tasks"]],
+        temperature=config.temperature,
+        top_k=config.top_k,
+        directions=routing.get("directions"),
+        abstain_above=config.abstain_above,
+        gate=gate,
+    )

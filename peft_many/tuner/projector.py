@@ -1,0 +1,254 @@
+"""The routed projector: one task's projector copy, or the mixture of all tasks' projectors, in PEFT's wrapper."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ..algebra.routing import task_weights
+from ..algebra.spread import FeatureMetric
+from ..families.calls import current_image_call
+from ..families.image_layout import ImageLayout, parts_of, with_parts
+from ..families.layouts import current_layout, features_of, vision_features_of
+from ..routing.gated_calls import GateTarget, note_images
+
+
+@dataclass(frozen=True)
+class ProjectorRouting:
+    """What must be known of a mixture before its weights are loaded.
+
+    Args:
+        width (`int`): Feature width of the prototypes, the last dimension of the projector's input.
+        trained (`list[bool]`): For each task whether it brings its own projector; if not, the base model's serves.
+        temperature (`float`): `τ` of the routing softmax.
+        top_k (`int`, *optional*): How many tasks at most take part in each image; `None` is all of them.
+        directions (`int`, *optional*): How many directions a Gaussian router's metric has; `None` is the cosine one.
+        abstain_above (`float`, *optional*): From which distance on images go through the base model's projector.
+        gate ([`GateTarget`], *optional*): The LoRA layers that go by the same weights, if any do.
+    """
+
+    width: int
+    trained: list[bool]
+    temperature: float
+    top_k: int | None = None
+    directions: int | None = None
+    abstain_above: float | None = None
+    gate: GateTarget | None = None
+
+
+class ProjectorMixture(nn.Module):
+    """CPM: mixes the outputs of the task projectors, `Σ_t α_t(image) P_t(v)`, weights by visual prototypes.
+
+    The weights are computed in float32 from mean-pooled features of each image; what they are computed with stays
+    float32 whatever dtype the model is cast to. Each projector sees only the images that it has a weight for, all in
+    one call.
+    """
+
+    prototypes: Tensor
+    directions: Tensor
+    variances: Tensor
+
+    def __init__(self, template: nn.Module, routing: ProjectorRouting) -> None:
+        super().__init__()
+        self.trained = routing.trained
+        self.temperature = routing.temperature
+        self.top_k = routing.top_k
+        self.abstain_above = routing.abstain_above
+        self.gate = routing.gate
+        # Keys that no adapter is called by: PEFT filters state dicts by ".<adapter name>.".
+        self.experts = nn.ModuleDict(
+            {f"task_{t}": _plain_copy(template) for t, trained in enumerate(routing.trained) if trained}
+        )
+        device = next((parameter.device for parameter in template.parameters()), torch.device("cpu"))
+        self.register_buffer("prototypes", torch.zeros(len(routing.trained), routing.width, device=device))
+        self.is_gaussian = routing.directions is not None
+        if routing.directions is not None:
+            self.register_buffer("directions", torch.zeros(routing.directions, routing.width, device=device))
+            self.register_buffer("variances", torch.ones(routing.directions + 1, device=device))
+        self.base: nn.Module | None = None
+        self._returns_tensor = True  # until seen
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the projector, with its arguments; tasks without a projector of their own use `self.base`."""
+        return self.mix(self.base, *args, **kwargs)
+
+    def mix(self, base: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
+        """The mixed output for the projector's arguments; the first one holds the vision features."""
+        of_tasks = [self.experts[f"task_{t}"] if trained else base for t, trained in enumerate(self.trained)]
+        if self.abstain_above is not None:
+            of_tasks.append(base)
+        experts = list(dict.fromkeys(of_tasks))  # tasks without a projector of their own share the base model's
+        if len(experts) == 1 and self.gate is None:
+            return _call(experts[0], *args, **kwargs)
+        features = features_of(args, kwargs)
+        if not features.is_floating_point():  # ids of tokens that are no part of an image, such as those around it
+            return self._uniform(of_tasks, args, kwargs)
+        layout = current_layout(features, self, kwargs)
+        by_task = self._decide(layout, vision_features_of(args, kwargs))
+        if self.gate is not None and not layout.continues:
+            note_images(self.gate, by_task, layout)
+        if self.abstain_above is not None:
+            # Not one less their sum, whose rounding would send every image through the base model's projector too.
+            left = (by_task == 0).all(dim=-1, keepdim=True)
+            by_task = torch.cat([by_task, left.to(by_task)], dim=-1)
+        return self._mix_images(layout, _sums_by_expert(by_task, experts, of_tasks), experts, args, kwargs)
+
+    def _decide(self, layout: ImageLayout, features: Tensor) -> Tensor:
+        """The tasks' weights for each image; of images that were seen as a whole already, those of then."""
+        call = current_image_call()
+        if layout.continues:
+            assert call is not None
+            return call.decided[self]
+        by_task = self.task_weights(layout.pool(features))
+        if call is not None:
+            call.decided[self] = by_task
+        return by_task
+
+    # Data choose the expert, which torch 2.8 cannot put in a graph.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def _mix_images(
+        self,
+        layout: ImageLayout,
+        weights: Tensor,
+        experts: list[nn.Module | None],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """`Σ_e α_e(image) P_e(v)` over the experts that have a weight for an image, `(images, experts)`."""
+        carried = (weights != 0).cpu()  # NaN counts, so that broken features stay broken
+        busy = carried.any(dim=0).nonzero()[:, 0].tolist()
+        if len(busy) < 2:  # none if there are no images
+            return _call(experts[busy[0] if busy else 0], *args, **kwargs)
+        if not self._returns_tensor or not layout.can_cut(args, kwargs):
+            carried = torch.ones_like(carried)
+        mixed: Any = None
+        for e in busy:
+            some_args, some_kwargs = layout.cut(carried[:, e], args, kwargs)
+            output = _call(experts[e], *some_args, **some_kwargs)
+            if self._returns_tensor and not isinstance(output, Tensor):
+                self._returns_tensor = False  # such outputs are mixed with all images in all of them
+                return self._mix_images(layout, weights, experts, args, kwargs)
+            mixed = layout.add_weighted(mixed, output, weights[:, e], carried[:, e])
+        return _cast(mixed, features_of(args, kwargs).dtype)
+
+    def _uniform(self, of_tasks: list[nn.Module | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The mean of the tasks' outputs, for inputs that are no images."""
+        outputs = [_call(expert, *args, **kwargs) for expert in of_tasks[: len(self.trained)]]
+        return torch.stack(outputs).mean(0)
+
+    def task_weights(self, pooled: Tensor) -> Tensor:
+        """What each task counts for each image, `(images, tasks)`, float32; all zero where none is resembled."""
+        prototypes = self.prototypes.to(pooled.device)
+        metric = FeatureMetric(self.directions, self.variances) if self.is_gaussian else None
+        return task_weights(pooled, prototypes, metric, self.temperature, self.top_k, self.abstain_above)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ProjectorMixture:
+        # `.half()` and `.to(dtype)` are meant for weights; rounded prototypes would route differently.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            assert buffer is not None
+            assert after is not None
+            if buffer.is_meta:  # `to_empty`: there is nothing to keep
+                self._buffers[name] = after.float()
+            else:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Some models read attributes of their projector, such as `spatial_merge_size`.
+            experts = self.__dict__.get("_modules", {}).get("experts")
+            value = getattr(next(iter(experts.values())), name) if experts else None
+            if value is None or isinstance(value, nn.Module):  # one expert's parts are not the mixture's
+                raise
+            return value
+
+
+def _sums_by_expert(weights: Tensor, experts: list[nn.Module | None], of_tasks: list[nn.Module | None]) -> Tensor:
+    """What each expert's output counts for each image, `(images, experts)`: the sum over the tasks it serves."""
+    if len(experts) == len(of_tasks):
+        return weights
+    places = torch.tensor([experts.index(expert) for expert in of_tasks], device=weights.device)
+    return weights.new_zeros(len(weights), len(experts)).index_add_(1, places, weights)
+
+
+def _plain_copy(module: nn.Module) -> nn.Module:
+    clone = copy.deepcopy(module)
+    remove_hook_from_module(clone, recurse=True)
+    return clone
+
+
+def _call(expert: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
+    """Run one expert in its own dtype and return in that of the features."""
+    assert expert is not None
+    features = features_of(args, kwargs)
+    if not features.is_floating_point():
+        return expert(*args, **kwargs)
+    dtype = next((p.dtype for p in expert.parameters() if p.is_floating_point()), features.dtype)
+    if args:
+        args = (features.to(dtype), *args[1:])
+    else:
+        kwargs = {**kwargs, next(iter(kwargs)): features.to(dtype)}
+    return _cast(expert(*args, **kwargs), features.dtype)
+
+
+def _cast(output: Any, dtype: torch.dtype) -> Any:
+    """A tensor, or a list, tuple or model output of such, in one dtype."""
+    if output is None or isinstance(output, Tensor):
+        return None if output is None else output.to(dtype)
+    if isinstance(output, (list, tuple, ModelOutput)):
+        return with_parts(output, [_cast(part, dtype) for part in parts_of(output)])
+    raise TypeError(
+        f"A projector returned {type(output).__name__}; only those that return tensors, or lists of tensors, can be "
+        "routed. `MAnyConfig(projector_modules=[])` leaves the projector as it is."
+    )
+
+
+class ProjectorWrapper(ModulesToSaveWrapper):
+    """PEFT's `modules_to_save` wrapper for a projector: a task's trainable copy, or a merge's mixture."""
+
+    def __init__(
+        self, module_to_save: nn.Module, adapter_name: str, routing: ProjectorRouting | None = None, **kwargs: Any
+    ) -> None:
+        super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, routing=routing, **kwargs)
+        self.looked_up: set[str] = set()
+
+    def update(self, adapter_name: str, routing: ProjectorRouting | None = None, **kwargs: Any) -> None:
+        if routing is not None and adapter_name not in self.modules_to_save:
+            self.modules_to_save[adapter_name] = ProjectorMixture(self.original_module, routing)
+        super().update(adapter_name, **kwargs)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """See PEFT's; nothing for adapters whose tensors `MAnyModel` looks up by their names then and now."""
+        return {} if adapter_name in self.looked_up else super().adapter_state_dict_load_map(adapter_name)
+
+    def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:
+        active = self.modules_to_save[self.active_adapters[0]] if self.active_adapters else None
+        if isinstance(active, ProjectorMixture):
+            return active.mix(self.original_module, *args, **kwargs)
+        return super()._forward_wrapped(*args, **kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        if not merge:
+            # PEFT's own wrapper leaves the trained copy behind, but `unload()` promises the base model.
+            return self.original_module
+        module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        if isinstance(module, ProjectorMixture):
+            if len(module.trained) == 1 and module.abstain_above is None:
+                return module.experts["task_0"] if module.trained[0] else self.original_module
+            if not all(module.trained) or module.abstain_above is not None:
+                module.base = self.original_module
+        return module
