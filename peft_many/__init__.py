@@ -13,8 +13,9 @@ from .hub.loading import find_statistics
 from .hub.pushing import keep_cards
 from .merging.merge import merge_adapter_files, merge_adapter_sequence
 from .merging.recipe import read_recipe
+from .records import MergeOptions
 from .reports.inspection import inspect_adapter
-from .reports.preview import preview_merge
+from .reports.plan import plan_merge
 from .reports.report import MergeReport, merge_report, save_report
 from .statistics.callback import MAnyCallback
 from .statistics.collect import collect_statistics
@@ -31,6 +32,7 @@ __all__ = [
     "MAnyCallback",
     "MAnyConfig",
     "MAnyModel",
+    "MergeOptions",
     "MergeReport",
     "__version__",
     "add_task",
@@ -45,8 +47,8 @@ __all__ = [
     "merge_adapter_sequence",
     "merge_report",
     "metrics",
+    "plan_merge",
     "pool_adapters",
-    "preview_merge",
     "read_recipe",
     "refit_merge",
     "remove_task",

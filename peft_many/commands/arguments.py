@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ..merging.plan import MEAN, ROUTED
-from ..merging.recipe import DTYPES, read_recipe
-from ..methods import LPM, METHODS
-from ..tuner.config import ROUTERS
+from ..merging.recipe import read_recipe
+from ..records import MergeOptions
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def choices(*known: str) -> Callable[[str], list[str]]:
@@ -35,43 +38,7 @@ Weights = Annotated[
     typer.Option("--weight", "-w", metavar="TASK=W", help="Weight of a task; repeat it. 1 by default."),
 ]
 Without = Annotated[list[str] | None, typer.Option("--without", metavar="TASK", help="Leave out a task; repeat it.")]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        help=f"{LPM}, {', '.join(METHODS)}. [dim]default: {LPM}[/dim]", autocompletion=choices(LPM, *METHODS)
-    ),
-]
-Projectors = Annotated[
-    str | None,
-    typer.Option(
-        help=f"{ROUTED}, or {MEAN}: average their weights. [dim]default: {ROUTED}[/dim]",
-        autocompletion=choices(ROUTED, MEAN),
-    ),
-]
-Ridge = Annotated[float | None, typer.Option(min=0, help="LPM's λ. [dim]default: 1e-4[/dim]")]
-Router = Annotated[
-    str | None,
-    typer.Option(
-        help="How images are compared with tasks: cosine, gaussian. [dim]default: cosine[/dim]",
-        autocompletion=choices(*ROUTERS),
-    ),
-]
-Temperature = Annotated[float | None, typer.Option(help="τ of the routing. [dim]default: 0.02, gaussian: 1[/dim]")]
-TopK = Annotated[int | None, typer.Option(min=1, help="The most projectors an image is sent through.")]
-AbstainAbove = Annotated[
-    float | None, typer.Option(help="gaussian: from which distance on images go to the base model's projector.")
-]
-Rank = Annotated[int | None, typer.Option(min=1, help="The largest rank of a merged layer. [dim]default: Σ r[/dim]")]
-GateLora = Annotated[
-    bool | None, typer.Option("--gate-lora/--no-gate-lora", help="Let images choose the LoRA too.", show_default=False)
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Of the merged weights: {', '.join(DTYPES)}. [dim]default: float32[/dim]",
-        autocompletion=choices(*DTYPES),
-    ),
-]
+Ridge = Annotated[float | None, typer.Option(min=0, help="The ridge λ of LPM. [dim]default: 1e-4[/dim]")]
 Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, … [dim]default: cpu[/dim]")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the adapter that is in the output folder.")]
@@ -79,13 +46,47 @@ Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
+def with_merge_options(command: Command) -> Command:
+    """Give a command with `**options` an option for each field of `MergeOptions`, before its `--device`."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    place = [one.name for one in own].index("device")
+    options = [
+        inspect.Parameter(one.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=_typed(one))
+        for one in dataclasses.fields(MergeOptions)
+    ]
+
+    @functools.wraps(command)
+    def with_options(**arguments: Any) -> Any:
+        return command(**arguments)
+
+    with_options.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*own[:place], *options, *own[place:]]
+    )
+    with_options.__annotations__ = {one.name: one.annotation for one in (*own, *options)}
+    return with_options  # type: ignore[return-value]
+
+
+def _typed(option: dataclasses.Field[Any]) -> Any:
+    """The option of the command line for a field of `MergeOptions`."""
+    known, declared = option.metadata.get("choices", ()), str(option.type)
+    kind = next((kind for name, kind in {"bool": bool, "float": float, "int": int}.items() if name in declared), str)
+    kind = str if known else kind
+    help = option.metadata["help"] + (f" One of {', '.join(known)}." if known else "")
+    if "default" in option.metadata:
+        help += f" [dim]default: {option.metadata['default']}[/dim]"
+    names = [f"--{option.name}/--no-{option.name}".replace("_", "-")] if kind is bool else []
+    about = typer.Option(*names, help=help, autocompletion=choices(*known) if known else None, show_default=False)
+    return Annotated[kind | None, about]
+
+
 def merge_arguments(
     adapters: list[str] | None,
     recipe: Path | None,
     weight: list[str] | None,
     without: list[str] | None,
-    dtype: str | None,
-    **options: Any,
+    device: str | None,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Arguments of the merging functions: those of the recipe, and over them what the command line says."""
     if bool(adapters) == bool(recipe):
@@ -95,11 +96,11 @@ def merge_arguments(
         arguments["weights"] = {**_weights_of(arguments), **(weights_by_task(weight) or {})}
     if without:
         arguments["without"] = without
-    if dtype is not None:
-        if dtype not in DTYPES:
-            raise typer.BadParameter(f"'{dtype}' is none of {', '.join(DTYPES)}.", param_hint="--dtype")
-        arguments["dtype"] = DTYPES[dtype]
-    return arguments | {name: value for name, value in options.items() if value is not None}
+    if device is not None:
+        arguments["device"] = device
+    given = {name: value for name, value in options.items() if value is not None}
+    chosen = MergeOptions.read(given)
+    return arguments | {name: getattr(chosen, name) for name in given}
 
 
 def _weights_of(recipe: Mapping[str, Any]) -> Mapping[str, float]:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..files.card import in_words
 from ..reports.inspection import AdapterInspection
-from ..reports.preview import MergePreview
+from ..reports.plan import MergePlan
 from ..reports.report import MergeReport
 from .running import say_error
 
@@ -32,16 +32,16 @@ def span(ends: tuple[int, int] | None) -> str:
     return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]}–{ends[1]}"
 
 
-def show_preview(preview: MergePreview) -> None:
+def show_plan(plan: MergePlan) -> None:
     """The plan of a merge, or why it cannot be made."""
-    for problem in preview.problems:
+    for problem in plan.problems:
         say_error(problem)
-    if preview.problems:
+    if plan.problems:
         return
     console = Console()
-    title = f"{len(preview.tasks)} tasks to merge"
+    title = f"{len(plan.tasks)} tasks to merge"
     table = _table(title, "task", "from", "weight", "layers", "rank", "samples", "images", "own projector")
-    for task in preview.tasks:
+    for task in plan.tasks:
         table.add_row(
             escape(task.name),
             escape(task.source),
@@ -53,17 +53,15 @@ def show_preview(preview: MergePreview) -> None:
             "yes" if task.projectors else "no",
         )
     console.print(table)
-    options = preview.options or {}
+    options = plan.options or {}
     console.print(_pairs("Options", options), highlight=False, soft_wrap=True)
-    time = "unknown" if preview.seconds is None else duration(preview.seconds)
     console.print(
-        f"{preview.layers} layers of rank {span(preview.ranks)}, {preview.groups} problems to solve; the weights file "
-        f"has {size(preview.output_bytes)}. About {size(preview.memory_bytes)} of memory. Time on this machine: "
-        f"{time}.",
+        f"{plan.layers} layers of rank {span(plan.ranks)}, {plan.groups} problems to solve; the weights file "
+        f"has {size(plan.output_bytes)}. Arithmetic: {2e-9 * plan.multiplications:,.0f} Gflop in float64.",
         highlight=False,
         soft_wrap=True,
     )
-    for note in preview.notes:
+    for note in plan.notes:
         console.print(f"• {escape(note)}", highlight=False, soft_wrap=True)
 
 
@@ -152,11 +150,6 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
-
-
-def duration(seconds: float) -> str:
-    """Seconds or minutes, no more exactly than an estimate is."""
-    return f"about {max(1, round(seconds))} s" if seconds < 90 else f"about {round(seconds / 60)} min"
 
 
 def _pairs(title: str, values: dict[str, Any]) -> str:

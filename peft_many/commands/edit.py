@@ -10,14 +10,14 @@ import typer
 
 from ..editing.tasks import add_task, merge_options, remove_task
 from . import arguments as a
-from .merge import preview
+from .merge import show
 
 
 def _tasks_of(ctx: typer.Context, incomplete: str) -> list[str]:
     """For tab completion: the tasks of the merge that was named before."""
     try:
         config = json.loads(Path(ctx.params["merge"], "adapter_config.json").read_text(encoding="utf-8"))
-        return [task["name"] for task in config["tasks"] if task["name"].startswith(incomplete)]
+        return [task["name"] for task in config["merge"]["tasks"] if task["name"].startswith(incomplete)]
     except (KeyError, OSError, TypeError, ValueError):
         return []
 
@@ -52,8 +52,8 @@ def add(
     weights = a.weights_by_task(weight)
     if dry_run:
         names = None if name is None else [None, name]
-        arguments = {"weights": weights, "task_names": names, "device": device or "cpu", **merge_options(merge)}
-        preview({"adapters": [merge, adapter], **arguments}, quiet)
+        arguments = {"weights": weights, "task_names": names, "device": device or "cpu", **vars(merge_options(merge))}
+        show({"adapters": [merge, adapter], **arguments}, quiet)
         return
     folder = add_task(
         merge, adapter, output, task_name=name, weights=weights, device=device or "cpu", progress=not quiet
@@ -84,8 +84,8 @@ def remove(
     """
     weights = a.weights_by_task(weight)
     if dry_run:
-        arguments = {"weights": weights, "without": [task], "device": device or "cpu", **merge_options(merge)}
-        preview({"adapters": [merge], **arguments}, quiet)
+        arguments = {"weights": weights, "without": [task], "device": device or "cpu", **vars(merge_options(merge))}
+        show({"adapters": [merge], **arguments}, quiet)
         return
     folder = remove_task(merge, task, output, weights=weights, device=device or "cpu", progress=not quiet)
     typer.echo(f"The merge: {folder}")

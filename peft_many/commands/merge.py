@@ -10,32 +10,24 @@ from ..files.atomic import writable_place
 from ..files.card import CARD_NAME
 from ..hub.sources import ADAPTER_FILES
 from ..merging.merge import merge_adapter_files
-from ..reports.preview import preview_merge
+from ..reports.plan import plan_merge
 from . import arguments as a
-from .display import show_preview
+from .display import show_plan
 from .running import FAILED, print_json
 
 
+@a.with_merge_options
 def plan(
     adapters: a.Adapters = None,
     recipe: a.Recipe = None,
     weight: a.Weights = None,
     without: a.Without = None,
-    method: a.Method = None,
-    projectors: a.Projectors = None,
-    ridge: a.Ridge = None,
-    router: a.Router = None,
-    temperature: a.Temperature = None,
-    top_k: a.TopK = None,
-    abstain_above: a.AbstainAbove = None,
-    rank: a.Rank = None,
-    gate_lora: a.GateLora = None,
-    dtype: a.Dtype = None,
     device: a.Device = None,
     quiet: a.Quiet = False,
     json: a.Json = False,
+    **options: Any,
 ) -> None:
-    """Say what a merge would be: tasks, ranks, layers, mismatches, memory and time. Nothing is written.
+    """Say what a merge would be: tasks, ranks, layers, sizes and mismatches. Nothing is written.
 
     Adapters on the Hub are downloaded to its cache. Exits with 1 if they cannot be merged.
 
@@ -45,47 +37,27 @@ def plan(
 
     peft-many plan --recipe tasks.yaml --rank 64 --json
     """
-    options = {
-        "method": method,
-        "projectors": projectors,
-        "ridge": ridge,
-        "router": router,
-        "temperature": temperature,
-        "top_k": top_k,
-        "abstain_above": abstain_above,
-        "rank": rank,
-        "gate_lora": gate_lora,
-        "device": device,
-    }
-    preview(a.merge_arguments(adapters, recipe, weight, without, dtype, **options), quiet, json)
+    show(a.merge_arguments(adapters, recipe, weight, without, device, options), quiet, json)
 
 
+@a.with_merge_options
 def merge(
     output: a.Output,
     adapters: a.Adapters = None,
     recipe: a.Recipe = None,
     weight: a.Weights = None,
     without: a.Without = None,
-    method: a.Method = None,
-    projectors: a.Projectors = None,
-    ridge: a.Ridge = None,
-    router: a.Router = None,
-    temperature: a.Temperature = None,
-    top_k: a.TopK = None,
-    abstain_above: a.AbstainAbove = None,
-    rank: a.Rank = None,
-    gate_lora: a.GateLora = None,
-    dtype: a.Dtype = None,
     device: a.Device = None,
     overwrite: a.Overwrite = False,
     dry_run: a.DryRun = False,
     quiet: a.Quiet = False,
+    **options: Any,
 ) -> None:
     """Merge task adapters into one, without training and without a base model.
 
     A merge among them is merged further, without the adapters that it was made of; one alone can be merged again with
     other weights, ridge or rank. Ridge, gate and routing options that are left out are those of the merges among the
-    adapters, if they agree. What is interrupted goes on when the same command is given again.
+    adapters, if they agree.
 
     [bold]Examples[/bold]
 
@@ -95,37 +67,25 @@ def merge(
 
     peft-many merge merged --output merged-2 --weight clevr=2 --ridge 1e-5 [dim]# weigh it anew[/dim]
     """
-    options = {
-        "method": method,
-        "projectors": projectors,
-        "ridge": ridge,
-        "router": router,
-        "temperature": temperature,
-        "top_k": top_k,
-        "abstain_above": abstain_above,
-        "rank": rank,
-        "gate_lora": gate_lora,
-        "device": device,
-    }
-    arguments = a.merge_arguments(adapters, recipe, weight, without, dtype, **options)
+    arguments = a.merge_arguments(adapters, recipe, weight, without, device, options)
     if dry_run:
         writable_place(output.expanduser(), [*ADAPTER_FILES, CARD_NAME] if overwrite else ())
-        preview(arguments, quiet)
+        show(arguments, quiet)
         return
     folder = merge_adapter_files(**arguments, output_dir=output, overwrite=overwrite, progress=not quiet)
     typer.echo(f"The merge: {folder}")
 
 
-def preview(arguments: dict[str, Any], quiet: bool, json: bool = False) -> None:
+def show(arguments: dict[str, Any], quiet: bool, json: bool = False) -> None:
     """Show what merging with these arguments would be.
 
     Raises:
         typer.Exit: It cannot be merged.
     """
-    found = preview_merge(**arguments, progress=not quiet)
+    found = plan_merge(**arguments, progress=not quiet)
     if json:
         print_json(found)
     else:
-        show_preview(found)
+        show_plan(found)
     if found.problems:
         raise typer.Exit(FAILED)

@@ -21,9 +21,12 @@ from ..files.partial import partial_folder
 from ..files.statistics import AdapterStatistics, TaskStatistics, weight_fingerprint
 from ..files.stored_delta import KEY_PREFIX
 from ..merging.group import merged_deltas, tensors_of
+from ..merging.merged_config import merged_config
 from ..merging.operations import POOL, operation
-from ..merging.plan import MEAN, AdapterPath, MergePlan, TaskNames, plan_merge
+from ..merging.prepare import AdapterPath, PreparedMerge, TaskNames, prepare_merge
 from ..merging.selection import TaskWeights
+from ..records import MergeOptions, PooledTask, PoolRecord
+from ..records.options import MEAN
 from ..tuner.config import MAnyConfig
 
 DEFAULT_POOL_RANK = 128
@@ -96,14 +99,11 @@ def pool_adapters(
     """
     if statistics_rank < 1:
         raise ValueError(f"`statistics_rank` must be at least 1, but it is {statistics_rank}.")
-    plan = plan_merge(
+    plan = prepare_merge(
         adapters,
+        MergeOptions(projectors=MEAN, ridge=ridge, rank=rank),
         weights=weights,
         task_names=task_names,
-        projectors=MEAN,
-        ridge=ridge,
-        rank=rank,
-        gate_lora=False,
         hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
         progress=progress,
     )
@@ -139,18 +139,18 @@ def _joined(names: Sequence[str]) -> str:
     return "+".join(names) if len(names) <= 3 else f"{len(names)} tasks"
 
 
-def _config_of(plan: MergePlan, name: str, statistics: TaskStatistics) -> MAnyConfig:
-    """The config of a task adapter: that of the merge, without what only a merge has."""
-    pooled: list[dict[str, Any]] = []
-    for task in plan.tasks:
-        within = task.provenance.get("pooled")
-        pooled += within or [{"name": task.name, "weight": task.weight, **task.provenance}]
-    merged = plan.config(statistics=AdapterStatistics((statistics,)))
-    done = operation(POOL, [task.name for task in plan.tasks], plan.described_options())
-    operations = [*plan.operations[:-1], done]
-    return replace(
-        merged, task_name=name, pooled=pooled, operations=operations, tasks=None, averaged_projectors=None, ridge=None
-    )
+def _config_of(prepared: PreparedMerge, name: str, statistics: TaskStatistics) -> MAnyConfig:
+    """The config of a task adapter."""
+    tasks = prepared.tasks
+    pooled = [
+        inner
+        for task in tasks
+        for inner in task.origin.pooled
+        or [PooledTask(task.name, task.weight, task.origin.sha256, task.origin.source, task.origin.revision)]
+    ]
+    done = operation(POOL, [task.name for task in tasks], prepared.options.describe())
+    config = merged_config(prepared, statistics=AdapterStatistics((statistics,)))
+    return replace(config, task_name=name, pool=PoolRecord(pooled, [*prepared.operations[:-1], done]))
 
 
 def _pooled_covariance(tasks: Sequence[TaskAdapter], module: str, rank: int) -> Covariance | None:

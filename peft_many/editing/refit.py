@@ -19,6 +19,7 @@ from ..algebra.refit import LayerRefit
 from ..algebra.scatter import SingularMergeError
 from ..files.statistics import AdapterStatistics, TaskStatistics, weight_fingerprint
 from ..merging.operations import REFIT, operation
+from ..records import MergeRecord
 from ..statistics.forward import batch_size, device_of, forward, masks_of, only_active, state_kept
 from ..statistics.hooks import LayerCapture, layers_by_input
 from ..tuner.config import MAnyConfig
@@ -80,7 +81,7 @@ def refit_merge(
         raise ValueError(f"`ridge` must be positive and finite, but it is {ridge}.")
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` must be at least 1, but it is {rank}.")
-    name, config, statistics = _merge_of(model)
+    name, config, merge, statistics = _merge_to_refit(model)
     tasks = {task.name or "": task for task in statistics.tasks}
     _check_calibration(tasks, calibration)
     base = model.get_base_model()
@@ -138,11 +139,12 @@ def refit_merge(
                     raise RuntimeError(f"'{path}' cannot be refitted: {error}.") from None
     config.statistics = _rewritten(statistics, own, pairs)
     # What merging costs each task was told of the deltas before.
-    config.tasks = [
-        {name: value for name, value in task.items() if name != "interference"} for task in config.tasks or []
-    ]
     done = operation(REFIT, list(tasks), {"targets": targets, "ridge": ridge, "rank": rank})
-    config.operations = [*(config.operations or []), done]
+    config.merge = replace(
+        merge,
+        tasks=[replace(task, interference=None) for task in merge.tasks],
+        operations=[*merge.operations, done],
+    )
 
 
 class _Pair:
@@ -199,21 +201,21 @@ def _example(
     return x, y.double() - layer.get_base_layer()(x).double()
 
 
-def _merge_of(model: Any) -> tuple[str, MAnyConfig, AdapterStatistics]:
+def _merge_to_refit(model: Any) -> tuple[str, MAnyConfig, MergeRecord, AdapterStatistics]:
     names = getattr(model, "active_adapters", [])
     config = model.peft_config[names[0]] if len(names) == 1 else None
-    if not isinstance(config, MAnyConfig) or not config.is_merge:
+    if not isinstance(config, MAnyConfig) or config.merge is None:
         raise ValueError(
             "Exactly one adapter has to be active, and it has to be a merge; see `merge_adapter_sequence`."
         )
-    if config.gate_lora:
+    if config.merge.options.gate_lora:
         raise ValueError(
             f"Adapter '{names[0]}' was merged with `gate_lora=True`, and a refit would overwrite the tasks' blocks "
             "that its gates choose among; refit a merge with `gate_lora=False`."
         )
     if not isinstance(config.statistics, AdapterStatistics):
         raise ValueError(f"Adapter '{names[0]}' was loaded without its statistics, which hold its tasks' own deltas.")
-    return names[0], config, config.statistics
+    return names[0], config, config.merge, config.statistics
 
 
 def _check_calibration(tasks: Mapping[str, TaskStatistics], calibration: Mapping[str, Iterable[Any]]) -> None:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from ..files.adapter import Adapter, read_adapter
-from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from ..files.adapter import read_adapter
+from ..files.stored_delta import UnmergeableAdapterError
 from ..hub.sources import find_adapter
 from ..merging.merge import merge_adapter_files
-from ..merging.operations import REFIT
-from ..merging.plan import MEAN, ROUTED, AdapterPath, TaskNames, whole_rank
-from ..methods import LPM, METHODS, MergeMethod
-from ..tuner.config import MAnyConfig
+from ..merging.prepare import AdapterPath, TaskNames
+from ..methods.base import ForeignMethod
+from ..records import MergeOptions
 
 
 def add_task(
@@ -102,8 +101,8 @@ def remove_task(
     return _merged_anew(merge, output_dir, change, hub, weights=weights, device=device, progress=progress)
 
 
-def merge_options(merge: AdapterPath, **hub: Any) -> dict[str, Any]:
-    """The options that a merge was made with, as arguments of [`merge_adapter_files`].
+def merge_options(merge: AdapterPath, **hub: Any) -> MergeOptions:
+    """The options that a merge was made with.
 
     Args:
         merge (`str`): The folder or Hub id of a merge.
@@ -113,25 +112,17 @@ def merge_options(merge: AdapterPath, **hub: Any) -> dict[str, Any]:
         UnmergeableAdapterError: It is no merge, or was made by a method that is not one of ours.
     """
     source = find_adapter(merge, **hub)
-    adapter = read_adapter(source)
-    config = adapter.config
-    if not isinstance(config, MAnyConfig) or not config.is_merge:
+    record = read_adapter(source).merge
+    if record is None:
         raise UnmergeableAdapterError(
             f"{source.name} is the adapter of one task and no merge; merge it with others (`merge_adapter_files`)."
         )
-    method = _method_of(config, source.name)
-    options: dict[str, Any] = {
-        "method": method or LPM,
-        "projectors": MEAN if config.averaged_projectors else ROUTED,
-        "rank": _rank_of(adapter, method, config),
-        "dtype": adapter.files[0].dtype(f"{KEY_PREFIX}{next(iter(adapter.tasks[0].deltas))}.lora_A.weight"),
-        "gate_lora": config.gate_lora,
-    }
-    if method is None:
-        options["ridge"] = config.ridge
-    if not config.averaged_projectors:
-        options |= {name: getattr(config, name) for name in ("router", "temperature", "top_k", "abstain_above")}
-    return options
+    if isinstance(record.options.method, ForeignMethod):
+        raise UnmergeableAdapterError(
+            f"{source.name} was merged by the method '{record.options.method.name}', which is not one of peft_many's; "
+            "use `merge_adapter_files` with `method=` (and `without=`)."
+        )
+    return record.options
 
 
 def _merged_anew(
@@ -146,7 +137,7 @@ def _merged_anew(
         **change,
         output_dir=_place(merge, output_dir),
         overwrite=output_dir is None,
-        **merge_options(merge, **hub),
+        **vars(merge_options(merge, **hub)),
         **options,
         **hub,
     )
@@ -156,30 +147,3 @@ def _place(merge: AdapterPath, output_dir: str | os.PathLike[str] | None) -> str
     if output_dir is None and not Path(merge).expanduser().is_dir():
         raise ValueError(f"'{merge}' is no local folder that could be replaced; say where the new merge should go.")
     return merge if output_dir is None else output_dir
-
-
-def _method_of(config: MAnyConfig, name: str) -> MergeMethod | None:
-    if config.method is None:
-        return None
-    try:
-        return METHODS[config.method["name"]](**config.method["options"])
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UnmergeableAdapterError(
-            f"{name} was merged by the method {config.method!r}, which is not one of peft_many's; use "
-            "`merge_adapter_files` with `method=` (and `without=`)."
-        ) from None
-
-
-def _rank_of(adapter: Adapter, method: MergeMethod | None, config: MAnyConfig) -> int | None:
-    """The `rank` that the merge was limited to, told by a layer that has less than what its tasks' make up.
-
-    If it has not come to bear yet, only the record of operations knows it.
-    """
-    weights = adapter.files[0]
-    for module in dict.fromkeys(module for task in adapter.tasks for module in task.deltas):
-        deltas = [task.deltas[module] for task in adapter.tasks if module in task.deltas]
-        rank = weights.shape(f"{KEY_PREFIX}{module}.lora_A.weight")[0]
-        if rank < whole_rank([delta.rank for delta in deltas], deltas[0].shape, method, config.gate_lora):
-            return rank
-    merging = [line for line in config.operations or () if line["operation"] != REFIT]
-    return merging[-1]["options"].get("rank") if merging else None

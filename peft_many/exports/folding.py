@@ -131,7 +131,6 @@ def folded(
         target_modules=sorted(pairs),
         projector_modules=list(projectors),
         modules_to_save=list(projectors) or None,
-        averaged_projectors={name: [] for name in projectors},  # plain ones, not to be routed
         fan_in_fan_out=bool(getattr(adapter.config, "fan_in_fan_out", False)),
         inference_mode=True,
     )

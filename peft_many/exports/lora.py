@@ -14,8 +14,7 @@ from ..algebra.reduction import padded
 from ..files.adapter import Adapter, read_adapter
 from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
 from ..hub.sources import find_adapter
-from ..merging.plan import AdapterPath
-from ..tuner.config import MAnyConfig
+from ..merging.prepare import AdapterPath
 from .result import Export, new_folder, read_pairs, with_names_of, write_card
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for `max_lora_rank`
@@ -98,6 +97,6 @@ def _notes(adapter: Adapter, rank: int, dtype: torch.dtype) -> list[str]:
             "The tasks' projectors are not in it: outputs are the adapter's on text, and images are seen through the "
             "base model's projector."
         )
-    if isinstance(adapter.config, MAnyConfig) and adapter.config.gate_lora:
+    if adapter.is_gated:
         notes.append("It is the merged LoRA for all inputs; images choose no task's own any more (`gate_lora`).")
     return notes

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..files.adapter import Adapter, read_adapter
 from ..hub.sources import find_adapter
-from ..merging.plan import AdapterPath
-from ..tuner.config import MAnyConfig
+from ..merging.prepare import AdapterPath
 from .folding import GATE_LOST, NO_TOKENIZER, BaseModel, copy_besides, folded, load_base
 from .one_projector import ProjectorBench, benches
 from .result import Export, new_folder, with_names_of, write_card
@@ -101,7 +100,7 @@ class _Chosen:
 
 
 def _chosen(bench: ProjectorBench, adapter: Adapter, task_name: str | None) -> _Chosen:
-    if getattr(adapter.config, "averaged_projectors", None):  # the tasks' own are not known
+    if adapter.averaged_projectors:  # the tasks' own are not known
         return _Chosen(bench.name, bench.mean(), "the mean that the merge has", {})
     if task_name is not None:
         task = next(task for task in adapter.tasks if task.name == task_name)
@@ -122,17 +121,16 @@ def _check_task(adapter: Adapter, task_name: str | None) -> None:
     names = [task.name for task in adapter.tasks]
     if task_name is not None and task_name not in names:
         raise ValueError(f"`projector` names the task '{task_name}', but the tasks are {', '.join(map(repr, names))}.")
-    if any(task.name == task_name and task.provenance.get("projectors_left_out") for task in adapter.tasks):
+    if any(task.name == task_name and task.origin.projectors_left_out for task in adapter.tasks):
         raise ValueError(f"'{task_name}' had the weight 0 in this merge, so its projector was not kept.")
-    averaged = getattr(adapter.config, "averaged_projectors", None) or {}
-    mean = next((name for name, tasks in averaged.items() if len(tasks) > 1), None)
+    mean = next((name for name, tasks in adapter.averaged_projectors.items() if len(tasks) > 1), None)
     if task_name is not None and mean is not None:
         raise ValueError(f"The projector '{mean}' is the mean of several tasks' already; leave `projector` out.")
 
 
 def _notes(adapter: Adapter, projectors: Sequence[_Chosen]) -> list[str]:
     notes = []
-    if isinstance(adapter.config, MAnyConfig) and adapter.config.gate_lora:
+    if adapter.is_gated:
         notes.append(GATE_LOST)
     for one in projectors:
         if len(adapter.tasks) > 1 and one.loss:

@@ -90,7 +90,7 @@ def write_card(
     known = base_model if base_model is not None and not Path(base_model).exists() else None
     about = ModelCardData(base_model=known, tags=["continual-learning", "lora", "merge", "peft-many"], **data)
     rows = "\n".join(
-        f"| {task.name} | {task.provenance['source']} | {task.provenance['revision'] or ''} | {task.weight:g} |"
+        f"| {task.name} | {task.origin.source} | {task.origin.revision or ''} | {task.weight:g} |"
         for task in adapter.tasks
     )
     said = "\n".join(f"- {note}" for note in notes)

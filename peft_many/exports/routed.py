@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import AutoConfig, PreTrainedModel
 from ..files.adapter import Adapter, read_adapter
 from ..files.stored_delta import KEY_PREFIX
 from ..hub.sources import find_adapter
-from ..merging.plan import AdapterPath
+from ..merging.prepare import AdapterPath
+from ..records import MergeRecord
 from ..tuner.config import MAnyConfig
 from .folding import GATE_LOST, NO_TOKENIZER, BaseModel, copy_besides, folded, load_base, model_class
 from .result import Export, new_folder, with_names_of, write_card
@@ -59,7 +61,7 @@ def export_routed_model(
     hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     source = find_adapter(adapter, **hub)
     read = read_adapter(source)
-    if not isinstance(read.config, MAnyConfig) or not read.config.routing:
+    if read.merge is None or not read.merge.routing:
         raise ValueError(f"{source.name} routes no projector; `export_model` loses nothing there.")
     base = BaseModel.of(base_model, read)
     output = Path(output_dir).expanduser()
@@ -67,12 +69,12 @@ def export_routed_model(
         model = load_base(base, hub)
         plain = folded(model, with_names_of(read, model), {})
         plain.save_pretrained(partial.folder)
-        _save_projectors(read, read.config, partial.folder)
+        _save_projectors(read, read.merge, partial.folder)
         notes = [
             "Loads with peft_many only. Read as a plain model without it, images would be seen through the base "
             "model's projector."
         ]
-        if read.config.gate_lora:
+        if read.is_gated:
             notes.append(GATE_LOST)
         if not copy_besides(base, partial.folder, hub):
             notes.append(NO_TOKENIZER)
@@ -118,10 +120,10 @@ def load_routed_model(
     return model.eval()
 
 
-def _save_projectors(adapter: Adapter, config: MAnyConfig, folder: Path) -> None:
+def _save_projectors(adapter: Adapter, merge: MergeRecord, folder: Path) -> None:
     """The merge's projectors, prototypes and routing as an adapter that has no LoRA layers."""
     weights = adapter.files[0]
-    names = sorted(config.routing or {})
+    names = sorted(merge.routing)
     kept = [key for key in sorted(weights) if any(key.startswith(f"{KEY_PREFIX}{name}.") for name in names)]
     MAnyConfig(
         target_modules=DUMMY_TARGET_MODULES,
@@ -130,11 +132,6 @@ def _save_projectors(adapter: Adapter, config: MAnyConfig, folder: Path) -> None
         inference_mode=True,
         # Not the base model's name: an adapter's base is what it is loaded onto where its folder cannot be seen.
         base_model_name_or_path=None,
-        temperature=config.temperature,
-        router=config.router,
-        top_k=config.top_k,
-        abstain_above=config.abstain_above,
-        tasks=config.tasks,
-        routing=config.routing,
+        merge=replace(merge, options=replace(merge.options, gate_lora=False), task_ranks=None, task_rank_pattern={}),
     ).save_pretrained(folder)
     save_file({key: weights[key] for key in kept}, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

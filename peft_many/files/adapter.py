@@ -8,14 +8,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..tuner.config import MAnyConfig
+from ..records import MergeRecord, Operation, Origin, PoolRecord, merge_of
 from .card import data_sets_of
 from .lora_pairs import split_pairs
 from .peft_deltas import deltas_by_peft
@@ -47,7 +46,7 @@ class TaskAdapter:
     Args:
         name (`str`): The task's name.
         weight (`float`): `w_t`.
-        provenance (`dict`): Source, revision and hash, for the merge's config.
+        origin ([`Origin`]): Where its adapter came from, for the merge's record.
         statistics ([`TaskStatistics`]): Covariances and prototypes.
         deltas (`Mapping[str, StoredDelta]`): By layer.
         projectors (`Mapping[str, Mapping[str, torch.Tensor]]`): The state dict of each projector of its own.
@@ -56,7 +55,7 @@ class TaskAdapter:
 
     name: str
     weight: float
-    provenance: dict[str, Any]
+    origin: Origin
     statistics: TaskStatistics
     deltas: Mapping[str, StoredDelta]
     projectors: Mapping[str, Mapping[str, Tensor]]
@@ -78,6 +77,27 @@ class Adapter:
     tasks: tuple[TaskAdapter, ...]
     files: tuple[TensorFile, ...]
     pairs: Mapping[str, StoredPair]
+
+    @property
+    def merge(self) -> MergeRecord | None:
+        """What its config says of how it was made, if it is a merge."""
+        return merge_of(self.config)
+
+    @property
+    def operations(self) -> list[Operation]:
+        """What was done to make it."""
+        record = self.merge or getattr(self.config, "pool", None)
+        return record.operations if record is not None else []
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether it is a merge with `gate_lora`."""
+        return self.merge is not None and bool(self.merge.options.gate_lora)
+
+    @property
+    def averaged_projectors(self) -> dict[str, list[str]]:
+        """In a merge, the projectors that are means, with the tasks in each."""
+        return self.merge.averaged_projectors if self.merge is not None else {}
 
 
 def read_adapter(
@@ -115,9 +135,10 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: n
         raise UnmergeableAdapterError(f"{source.name} {error}") from None
     files, statistics = _read_statistics(source, config)
     pairs: dict[str, StoredPair] = {}
-    if isinstance(config, MAnyConfig) and config.is_merge:
+    merge = merge_of(config)
+    if merge is not None:
         pairs, rest = split_pairs(source.name, config, weights)
-        tasks = _tasks_of_merge(source, config, statistics, pairs, rest)
+        tasks = _tasks_of_merge(source, merge, statistics, pairs, rest)
     else:
         measured = _of_one_task(source, statistics)
         if isinstance(config, LoraConfig) and is_plain_lora(config):
@@ -132,8 +153,6 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: n
             raise ValueError(f"`task_names` gives {names} for {source.name}, which holds {len(tasks)} tasks.")
         tasks = tuple(dataclasses.replace(task, name=name) for task, name in zip(tasks, names))
     for task in tasks:
-        if not isinstance(task.name, str) or not isinstance(task.provenance["sha256"], str):
-            raise UnmergeableAdapterError(f"{source.name} is malformed: its tasks lack a name or a hash.")
         _check_statistics_fit(task)
     files = [weights, *files]
     for file in files:
@@ -147,7 +166,7 @@ def _read_statistics(source: AdapterSource, config: PeftConfig) -> tuple[list[Te
     if path.is_file():
         file = open_statistics(path)
         return [file], AdapterStatistics.of(file)
-    if isinstance(config, MAnyConfig) and config.is_merge:
+    if merge_of(config) is not None:
         raise UnmergeableAdapterError(
             f"{source.name} is a merge and has no statistics: its {STATISTICS_NAME}, which holds its tasks' deltas, "
             "is missing. Merge the tasks' own adapters, or get the file from where the merge comes from."
@@ -238,7 +257,7 @@ def _single_task(
     return TaskAdapter(
         name=getattr(config, "task_name", None) or measured.name or source.short_name,
         weight=measured.weight,  # 1 but of pooled tasks
-        provenance=_provenance(source, config),
+        origin=_origin(source, config),
         statistics=measured,
         deltas=deltas,
         projectors=projectors,
@@ -246,25 +265,22 @@ def _single_task(
     )
 
 
-def _provenance(source: AdapterSource, config: PeftConfig) -> dict[str, Any]:
-    """What a merge's config says of where a task came from."""
-    about: dict[str, Any] = {
-        "source": source.public_name,
-        "revision": source.revision,
-        "sha256": _sha256(source.folder),
-    }
+def _origin(source: AdapterSource, config: PeftConfig) -> Origin:
+    """What a merge's record says of where a task came from."""
     options = {name: value for name in _TOLD_OPTIONS if (value := getattr(config, name, None)) not in (None, False)}
-    about["options"] = {"peft_type": name_of(config), **options}
-    more = {"pooled": getattr(config, "pooled", None), "datasets": data_sets_of(source.folder)}
-    return about | {name: value for name, value in more.items() if value}
+    pool: PoolRecord | None = getattr(config, "pool", None)
+    return Origin(
+        sha256=_sha256(source.folder),
+        source=source.public_name,
+        revision=source.revision,
+        options={"peft_type": name_of(config), **options},
+        datasets=data_sets_of(source.folder),
+        pooled=pool.tasks if pool is not None else [],
+    )
 
 
 # Of the options that a task's adapter was trained with, those that a merge's config keeps.
 _TOLD_OPTIONS = ("r", "lora_alpha", "use_rslora", "energy")
-
-
-# What a merge of a merge repeats of its tasks, if they have it.
-_KEPT_OF_TASKS = ("options", "pooled", "datasets", "projectors_left_out")
 
 
 # The last path component of a projector, by the names that transformers' families use: there is no model to look at.
@@ -293,23 +309,22 @@ def _is_saved_whole(module: str, config: PeftConfig) -> bool:
 
 def _tasks_of_merge(
     source: AdapterSource,
-    config: MAnyConfig,
+    merge: MergeRecord,
     statistics: AdapterStatistics,
     pairs: dict[str, StoredPair],
     rest: dict[str, Tensor],
 ) -> tuple[TaskAdapter, ...]:
     """Take a merge apart: the statistics hold every `A_t`; the `B_t` are columns of the merged `B`, or there too."""
-    named = config.tasks or []
-    if len(named) != len(statistics.tasks):
+    if len(merge.tasks) != len(statistics.tasks):
         raise UnmergeableAdapterError(
-            f"{source.name} names {len(named)} tasks, but its statistics hold {len(statistics.tasks)}."
+            f"{source.name} names {len(merge.tasks)} tasks, but its statistics hold {len(statistics.tasks)}."
         )
     columns = dict.fromkeys(pairs, 0)
     unstacked = {module for task in statistics.tasks for module in task.lora_B if module in task.deltas}
     tasks = []
-    for about, measured in zip(named, statistics.tasks):
-        name = f"{source.name}, task '{about['name']}'"
-        if measured.name != about["name"]:
+    for about, measured in zip(merge.tasks, statistics.tasks):
+        name = f"{source.name}, task '{about.name}'"
+        if measured.name != about.name:
             raise UnmergeableAdapterError(f"{name}: its statistics are those of '{measured.name}'.")
         deltas = {}
         for module, A in measured.deltas.items():
@@ -325,15 +340,15 @@ def _tasks_of_merge(
             block = None if own is not None else slice(start, end)
             deltas[module] = delta_in_merge(pairs[module], measured, module, block, name)
         projectors: dict[str, dict[str, Tensor]] = {}
-        for projector, routing in (config.routing or {}).items():
-            order = [task["name"] for task in routing["tasks"]]
-            if about["name"] in order and len(measured.prototypes.get(projector, ())) != routing["width"]:
+        for projector, routed in merge.routing.items():
+            order = routed.names
+            if about.name in order and len(measured.prototypes.get(projector, ())) != routed.width:
                 raise UnmergeableAdapterError(f"{name}: its statistics lack its prototype at '{projector}'.")
-            prefix = f"{projector}.experts.task_{order.index(about['name'])}." if about["name"] in order else None
+            prefix = f"{projector}.experts.task_{order.index(about.name)}." if about.name in order else None
             expert = {k.removeprefix(prefix): v for k, v in rest.items() if prefix and k.startswith(prefix)}
             projectors |= {projector: expert} if expert else {}
-        for projector, averaged in (config.averaged_projectors or {}).items():
-            if about["name"] in averaged:  # the mean of these tasks' projectors stands for each of them
+        for projector, averaged in merge.averaged_projectors.items():
+            if about.name in averaged:  # the mean of these tasks' projectors stands for each of them
                 prefix = f"{projector}."
                 mean = {k.removeprefix(prefix): v for k, v in rest.items() if k.startswith(prefix)}
                 if not mean:
@@ -341,10 +356,9 @@ def _tasks_of_merge(
                 projectors[projector] = mean
         tasks.append(
             TaskAdapter(
-                name=about["name"],
-                weight=float(about["weight"]),
-                provenance={key: about.get(key) for key in ("source", "revision", "sha256")}
-                | {key: about[key] for key in _KEPT_OF_TASKS if about.get(key)},
+                name=about.name,
+                weight=float(about.weight),
+                origin=about.origin,
                 statistics=measured,
                 deltas=deltas,
                 projectors=projectors,

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
+from ..records import MergeOptions, MergeRecord, Operation, PooledTask, PoolRecord, TaskRecord, merge_of
 from ..version import __version__
 from .atomic import replace_file
-
-if TYPE_CHECKING:  # which writes cards
-    from ..tuner.config import MAnyConfig
 
 CARD_NAME = "README.md"
 _BEGIN, _END = "<!-- peft_many -->", "<!-- /peft_many -->"
@@ -25,14 +23,25 @@ _PLUGIN = "`peft_many` (MAny, arXiv 2604.14016)"
 _LARGEST_CARD = 1 << 20  # bytes that are read of somebody else's card
 
 
-def update_card(folder: Path, config: MAnyConfig, repo_id: str | None = None, subfolder: str | None = None) -> None:
+class Described(Protocol):
+    """What a card tells of a config: that of a task's adapter or of a merge."""
+
+    task_name: str | None
+    projector_modules: list[str] | None
+    base_model_name_or_path: str | None
+    auto_mapping: dict[str, Any] | None
+    pool: PoolRecord | None
+    statistics: Any
+
+
+def update_card(folder: Path, config: Described, repo_id: str | None = None, subfolder: str | None = None) -> None:
     """Put our part at the top of the folder's model card, or renew it there; all else in the card stays.
 
     Without `import peft_many` PEFT cannot load the adapter, so its card must say so.
 
     Args:
         folder (`Path`): The adapter's folder, with a `README.md` or without.
-        config ([`MAnyConfig`]): The adapter's.
+        config (`MAnyConfig`): The adapter's.
         repo_id (`str`, *optional*): Where on the Hub it goes, for the example; without it the example is of a folder.
         subfolder (`str`, *optional*): Where in the repository.
     """
@@ -47,13 +56,14 @@ def update_card(folder: Path, config: MAnyConfig, repo_id: str | None = None, su
         data.base_model_relation = "adapter"
     if config.projector_modules:
         data.pipeline_tag = data.pipeline_tag or "image-text-to-text"
-    found = [*_listed(data.datasets), *(name for task in config.tasks or [] for name in task.get("datasets", []))]
+    tasks = merge.tasks if (merge := merge_of(config)) is not None else []
+    found = [*_listed(data.datasets), *(name for task in tasks for name in task.origin.datasets)]
     if found:
         data.datasets = sorted(set(found))
-    tags = {"lora", "peft-many", "continual-learning", *(["merge"] if config.is_merge else [])}
+    tags = {"lora", "peft-many", "continual-learning", *(["merge"] if merge is not None else [])}
     data.tags = sorted(tags.union(data.tags or []))
     rest = re.sub(f"{_BEGIN}.*?{_END}", "", card.text, flags=re.DOTALL).strip()
-    about = _about_merge(config) if config.is_merge else _about_task(config)
+    about = _about_task(config) if merge is None else _about_merge(merge, bool(config.projector_modules))
     parts = [_BEGIN, about, _usage(config, repo_id, subfolder), f"Saved by peft_many {__version__}.", _END]
     card.text = "\n\n".join(parts) + f"\n\n{rest}\n"
     with replace_file(path) as temporary:
@@ -88,27 +98,27 @@ def _is_repo_id(name: str) -> bool:
 # --- What it is ------------------------------------------------------------------------------------------------------
 
 
-def _about_task(config: MAnyConfig) -> str:
+def _about_task(config: Described) -> str:
     task = f" for the task “{_plain(config.task_name)}”" if config.task_name else ""
     about = f"# A task adapter{task}\n\nTrained with {_PLUGIN}, to be merged with others of its kind."
     measured = getattr(config.statistics, "tasks", ())
     if measured:
         samples, images = (sum(getattr(task, of) for task in measured) for of in ("samples", "images"))
         about += f" Its statistics were measured on {samples} samples with {images} images."
-    return about + _pooled(config.pooled or []) + _history(config.operations or [])
+    return about if config.pool is None else about + _pooled(config.pool.tasks) + _history(config.pool.operations)
 
 
-def _about_merge(config: MAnyConfig) -> str:
-    tasks = config.tasks or []
-    projectors = "averaged" if config.averaged_projectors else "routed per image by visual prototypes"
-    gated = ", chosen among by each row's images" if config.gate_lora else ""
+def _about_merge(merge: MergeRecord, has_projectors: bool) -> str:
+    tasks = merge.tasks
+    projectors = "averaged" if merge.averaged_projectors else "routed per image by visual prototypes"
+    gated = ", chosen among by each row's images" if merge.options.gate_lora else ""
     parts = [
         f"# A merge of {len(tasks)} task adapters",
-        f"Merged with {_PLUGIN}: language-model LoRAs by {_how(config.method)}{gated}"
-        + (f", projectors {projectors}." if config.projector_modules else "."),
+        f"Merged with {_PLUGIN}: language-model LoRAs by {_how(merge.options)}{gated}"
+        + (f", projectors {projectors}." if has_projectors else "."),
         _table_of(tasks),
     ]
-    if any("interference" in task for task in tasks):
+    if any(task.interference is not None for task in tasks):
         parts.append(
             "Interference is what merging is expected to cost a task, before any evaluation: the share of its LoRA's "
             "outputs on its own inputs that the merged LoRA changes, `‖(ΔW* − ΔW_t) C_t^½‖ / ‖ΔW_t C_t^½‖`, the mean "
@@ -117,22 +127,22 @@ def _about_merge(config: MAnyConfig) -> str:
         )
     return (
         "\n\n".join(parts)
-        + _pooled([inner for task in tasks for inner in task.get("pooled") or []])
-        + _history(config.operations or [])
+        + _pooled([inner for task in tasks for inner in task.origin.pooled])
+        + _history(merge.operations)
     )
 
 
-def _table_of(tasks: Sequence[Mapping[str, Any]]) -> str:
-    columns = {
-        "task": lambda task: task["name"],
-        "source": lambda task: task.get("source"),
-        "revision": lambda task: task.get("revision"),
-        "adapter": lambda task: _options(task.get("options") or {}),
-        "weight": lambda task: f"{task['weight']:g}",
-        "samples": lambda task: str(task.get("samples", "")),
-        "images": lambda task: str(task.get("images", "")),
-        "interference": lambda task: f"{task['interference']:.3f}" if "interference" in task else "",
-        "sha256": lambda task: task["sha256"][:12],
+def _table_of(tasks: Sequence[TaskRecord]) -> str:
+    columns: dict[str, Callable[[TaskRecord], str | None]] = {
+        "task": lambda task: task.name,
+        "source": lambda task: task.origin.source,
+        "revision": lambda task: task.origin.revision,
+        "adapter": lambda task: _options(task.origin.options),
+        "weight": lambda task: f"{task.weight:g}",
+        "samples": lambda task: str(task.samples),
+        "images": lambda task: str(task.images),
+        "interference": lambda task: "" if task.interference is None else f"{task.interference:.3f}",
+        "sha256": lambda task: task.origin.sha256[:12],
     }
     rows = [[_plain(cell(task)) for cell in columns.values()] for task in tasks]
     told = [place for place in range(len(columns)) if any(row[place] for row in rows)]
@@ -140,32 +150,32 @@ def _table_of(tasks: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line[place] for place in told)} |" for line in lines)
 
 
-def _pooled(tasks: Sequence[Mapping[str, Any]]) -> str:
+def _pooled(tasks: Sequence[PooledTask]) -> str:
     if not tasks:
         return ""
-    lines = [f"- {_plain(task.get('name'))}, from {_plain(task.get('source'))}" for task in tasks]
+    lines = [f"- {_plain(task.name)}, from {_plain(task.source)}" for task in tasks]
     return "\n\nPooled tasks, which can be neither forgotten nor weighted one by one:\n\n" + "\n".join(lines)
 
 
-def _history(operations: Iterable[Mapping[str, Any]]) -> str:
+def _history(operations: Sequence[Operation]) -> str:
     """What was done, a line for each operation."""
     lines = [
-        f"1. {_plain(in_words(line))} ({_plain(_options(line['options']))}; peft_many {_plain(line['peft_many'])})"
+        f"1. {_plain(in_words(line))} ({_plain(_options(line.options))}; peft_many {_plain(line.peft_many)})"
         for line in operations
     ]
     return "\n\nWhat was done, in this order:\n\n" + "\n".join(lines) if lines else ""
 
 
-def in_words(operation: Mapping[str, Any]) -> str:
+def in_words(operation: Operation) -> str:
     """One operation of those that a config records, and its tasks; as somebody wrote them, not escaped."""
-    forgotten = operation.get("forgotten", 0)
-    tasks = [*operation["tasks"], *([f"{forgotten} since forgotten"] if forgotten else [])]
-    return f"{operation['operation']}: {', '.join(tasks)}"
+    forgotten = [f"{operation.forgotten} since forgotten"] if operation.forgotten else []
+    return f"{operation.kind}: {', '.join([*operation.tasks, *forgotten])}"
 
 
 def _options(options: Mapping[str, Any]) -> str:
     # Sorted, as JSON keeps them: a card must not depend on whether its config was read from a file.
-    return ", ".join(f"{name} {value}" for name, value in sorted(options.items()) if value not in (None, False))
+    told = {name: value["name"] if isinstance(value, dict) else value for name, value in options.items()}
+    return ", ".join(f"{name} {value}" for name, value in sorted(told.items()) if value not in (None, False))
 
 
 def _plain(text: str | None) -> str:
@@ -173,17 +183,18 @@ def _plain(text: str | None) -> str:
     return re.sub(r"([\\`|<>\[\]])", r"\\\1", " ".join((text or "").split()))
 
 
-def _how(method: Mapping[str, Any] | None) -> str:
-    if method is None:
+def _how(options: MergeOptions) -> str:
+    if options.merge_method is None:
         return "least squares on input covariances"
-    options = ", ".join(f"{name}={value!r}" for name, value in method["options"].items())
-    return f"`{method['name']}({options})` ({method['source']})"
+    described = options.merge_method.describe()
+    name, source = _plain(described.pop("name")), _plain(described.pop("source"))
+    return f"`{name}({', '.join(f'{option}={value!r}' for option, value in described.items())})` ({source})"
 
 
 # --- How to load it --------------------------------------------------------------------------------------------------
 
 
-def _usage(config: MAnyConfig, repo_id: str | None, subfolder: str | None) -> str:
+def _usage(config: Described, repo_id: str | None, subfolder: str | None) -> str:
     kind = _class_of(config)
     base = config.base_model_name_or_path
     within = f", subfolder={_quoted(subfolder)}" if subfolder else ""
@@ -204,7 +215,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text).replace("<", r"\u003c")
 
 
-def _class_of(config: MAnyConfig) -> str:
+def _class_of(config: Described) -> str:
     """The class to load the base model with: the one that PEFT noted down, or the auto class of its kind."""
     noted = config.auto_mapping or {}
     name, library = noted.get("base_model_class"), str(noted.get("parent_library"))

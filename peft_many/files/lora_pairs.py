@@ -7,6 +7,7 @@ import math
 from peft import LoraConfig
 from torch import Tensor
 
+from ..records import merge_of
 from .patterns import MODULE_NAME, ByPattern, check_patterns
 from .stored_delta import KEY_PREFIX, TASK_WEIGHT, StoredPair, UnmergeableAdapterError, check_finite
 from .tensor_file import TensorFile
@@ -16,6 +17,8 @@ def split_pairs(
     adapter: str, config: LoraConfig, weights: TensorFile
 ) -> tuple[dict[str, StoredPair], dict[str, Tensor]]:
     """The LoRA pairs by layer, and all other tensors by key without PEFT's prefix."""
+    merge = merge_of(config)
+    is_gated = merge is not None and merge.options.gate_lora
     halves: dict[str, set[str]] = {}
     rest: dict[str, Tensor] = {}
     for key in weights:
@@ -27,7 +30,7 @@ def split_pairs(
         half = next((half for half in "AB" if name.endswith(f".lora_{half}.weight")), None)
         if half is not None:
             halves.setdefault(name.removesuffix(f".lora_{half}.weight"), set()).add(half)
-        elif getattr(config, "gate_lora", False) and name.endswith(f".{TASK_WEIGHT}"):
+        elif is_gated and name.endswith(f".{TASK_WEIGHT}"):
             continue  # the statistics hold every `A_t`
         elif ".lora_embedding_" in name:
             raise UnmergeableAdapterError(

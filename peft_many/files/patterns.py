@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from ..records import merge_of
 from .untrusted import MalformedAdapterError
 
 T = TypeVar("T")
@@ -104,8 +105,10 @@ def check_patterns(config: PeftConfig, names: Sequence[str], source: str, *, onl
 
 def _ranks_as_peft_matches(config: Any) -> Iterable[tuple[str, str, str]]:
     """Each regular expression, what PEFT makes of it, and the method of `re` that it calls."""
-    for field in ("rank_pattern", "alpha_pattern", "task_rank_pattern"):
-        for key in getattr(config, field, None) or {}:
+    merge = merge_of(config)
+    of_tasks = {} if merge is None else merge.task_rank_pattern
+    for keys in (getattr(config, "rank_pattern", None), getattr(config, "alpha_pattern", None), of_tasks):
+        for key in keys or {}:
             yield key, rf"(.*\.)?({key})$", "match"
 
 

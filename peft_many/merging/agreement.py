@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ..files.adapter import Adapter, TaskAdapter
 from ..files.stored_delta import UnmergeableAdapterError
-from ..methods import MergeMethod
 
 
 def check_tasks(tasks: Sequence[TaskAdapter]) -> None:
@@ -15,8 +13,8 @@ def check_tasks(tasks: Sequence[TaskAdapter]) -> None:
     by_hash: dict[str, TaskAdapter] = {}
     by_name: dict[str, TaskAdapter] = {}
     for task in tasks:
-        for adapter in (task.provenance, *(task.provenance.get("pooled") or ())):
-            same = by_hash.setdefault(adapter["sha256"], task)
+        for sha256 in (task.origin.sha256, *(within.sha256 for within in task.origin.pooled)):
+            same = by_hash.setdefault(sha256, task)
             if same is not task:
                 raise UnmergeableAdapterError(f"The same adapter is given twice: {same.source} and {task.source}.")
         same = by_name.setdefault(task.name, task)
@@ -64,22 +62,6 @@ def shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:
         inputs = tuple(map(id, covariances)) if known else module  # a layer that nobody measured is by itself
         groups.setdefault(inputs, []).append(module)
     return list(groups.values())
-
-
-def check_gate(method: MergeMethod | None, routing: Mapping[str, Any], rank: int | None) -> None:
-    """A gate needs every task's block of each layer, and prototypes."""
-    if method is not None:
-        raise ValueError(f"`gate_lora` is an option of LPM; the method '{method.name}' keeps no blocks of the tasks.")
-    if rank is not None:
-        raise ValueError(
-            "`gate_lora` keeps every task's block of each layer, so a `rank` cannot be given; pass `gate_lora=False` "
-            "or leave `rank` out."
-        )
-    if not routing:
-        raise UnmergeableAdapterError(
-            "`gate_lora` goes by the tasks' visual prototypes, but none of the adapters has one: no image passed "
-            "while their statistics were collected."
-        )
 
 
 def check_whole_projectors(tasks: Sequence[TaskAdapter], projectors: Sequence[str]) -> None:

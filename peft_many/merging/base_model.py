@@ -75,7 +75,8 @@ def _check_copies(
     """Every copy of the projector, or their mean, must have the tensors of the base model's, no more and no fewer."""
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     copies: dict[str, dict[str, tuple[int, ...]]] = {}
-    inside = f"{projector}." if projector in (config.averaged_projectors or {}) else f"{projector}.experts."
+    is_routed = config.merge is not None and projector in config.merge.routing
+    inside = f"{projector}.experts." if is_routed else f"{projector}."
     for key, shape in shapes.items():
         if key.startswith(inside):
             name = key.removeprefix(inside)

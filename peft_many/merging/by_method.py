@@ -12,11 +12,11 @@ from ..algebra.reduction import compress, nearest_of_rank, orthonormal, padded, 
 from ..files.adapter import TaskAdapter
 from ..files.statistics import check_covariance
 from ..methods import LayerTask, MergeMethod
-from .plan import MergePlan
+from .prepare import PreparedMerge
 
 
 def merge_by_method(
-    plan: MergePlan, method: MergeMethod, group: Sequence[str], device: str | torch.device
+    plan: PreparedMerge, method: MergeMethod, group: Sequence[str], device: str | torch.device
 ) -> dict[str, MergedDelta]:
     """The merged delta of each layer of a group, at the plan's rank and in its dtype.
 
@@ -34,9 +34,9 @@ def merge_by_method(
             result = method.merge(heard, module)
         else:  # nobody has a say here
             result = LowRankDelta(A=B.new_zeros(0, shape[1]), B=B[:, :0])
-        A, B_merged = _of_rank(result, plan.rank_of(module), plan.options["dtype"])
+        A, B_merged = _of_rank(result, plan.rank_of(module), plan.options.dtype)
         stacked = B_merged.shape == B.shape and bool((B_merged == B).all())
-        merged[module] = rounded_delta(module, A, B_merged, plan.options["dtype"], stacked)
+        merged[module] = rounded_delta(module, A, B_merged, plan.options.dtype, stacked)
     return merged
 
 

@@ -16,7 +16,7 @@ from ..files.stored_delta import KEY_PREFIX, TASK_WEIGHT, UnmergeableAdapterErro
 from ..files.tensor_file import bytes_of
 from .by_method import merge_by_method
 from .interference import layer_residuals
-from .plan import MergePlan
+from .prepare import PreparedMerge
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class MergedGroup:
     record: dict[str, Any]
 
 
-def merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> MergedGroup:
+def merge_group(plan: PreparedMerge, group: Sequence[str], device: str | torch.device) -> MergedGroup:
     """Merge layers that share their input; what was read for it is given back."""
     merged = merged_deltas(plan, group, device)
     tensors = tensors_of(merged)
@@ -46,16 +46,15 @@ def merge_group(plan: MergePlan, group: Sequence[str], device: str | torch.devic
     return MergedGroup(tensors, record)
 
 
-def merged_deltas(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:
+def merged_deltas(plan: PreparedMerge, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:
     """The merged delta of each layer of a group.
 
     Raises:
         UnmergeableAdapterError: There is none.
     """
     try:
-        if plan.method is None:
-            return _merge_by_lpm(plan, group, device)
-        return merge_by_method(plan, plan.method, group, device)
+        method = plan.options.merge_method
+        return _merge_by_lpm(plan, group, device) if method is None else merge_by_method(plan, method, group, device)
     except (SingularMergeError, OverflowError) as error:
         raise UnmergeableAdapterError(f"'{group[0]}' cannot be merged: {error}.") from None
 
@@ -71,18 +70,20 @@ def tensors_of(merged: Mapping[str, MergedDelta]) -> dict[str, Tensor]:
     return tensors
 
 
-def _merge_by_lpm(plan: MergePlan, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:
-    problem = LeastSquaresMerge(plan.options["ridge"], device)
+def _merge_by_lpm(plan: PreparedMerge, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:
+    options = plan.options
+    assert options.ridge is not None
+    problem = LeastSquaresMerge(options.ridge, device)
     for task in plan.tasks:
         covariance = task.statistics.covariances.get(group[0])
         if covariance is not None:
             check_covariance(covariance, f"{task.source}: the covariance of '{group[0]}'")
             deltas = {module: task.deltas[module].read() for module in group if module in task.deltas}
             problem.add(covariance, deltas, task.weight)
-    return problem.solve(plan.options["rank"], plan.options["dtype"], plan.options["gate_lora"])
+    return problem.solve(options.rank, options.dtype, bool(options.gate_lora))
 
 
-def _fingerprints(plan: MergePlan, module: str, merged: MergedDelta) -> dict[str, list[float]]:
+def _fingerprints(plan: PreparedMerge, module: str, merged: MergedDelta) -> dict[str, list[float]]:
     """By task, of its block of the merged weights, or of all of them where they have no blocks."""
     found, start = {}, 0
     for task in plan.tasks:

@@ -10,10 +10,10 @@ from ..algebra.covariance import Covariance
 from ..algebra.lpm import LowRankDelta, MergedDelta
 from ..algebra.residual import relative_residuals
 from ..files.adapter import TaskAdapter
-from .plan import MergePlan
+from .prepare import PreparedMerge
 
 
-def layer_residuals(plan: MergePlan, module: str, merged: MergedDelta) -> dict[str, float]:
+def layer_residuals(plan: PreparedMerge, module: str, merged: MergedDelta) -> dict[str, float]:
     """By task that trained a layer, [`relative_residuals`]; without those whose inputs nobody measured there."""
     tasks = [task for task in plan.tasks if module in task.deltas]
     found = relative_residuals(merged, [_measured(task, module) for task in tasks])

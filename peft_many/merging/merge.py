@@ -24,16 +24,19 @@ from ..files.processes import together
 from ..files.stored_delta import KEY_PREFIX
 from ..files.tensor_file import TensorFile, TensorFileWriter, bytes_of, lay_out
 from ..hub.sources import ADAPTER_FILES
-from ..methods import LPM, MergeMethod
+from ..records import MergeOptions
+from ..records.options import takes_merge_options
 from .base_model import check_fits_model, untouched_on_failure
 from .group import merge_group
 from .interference import mean_residuals
+from .merged_config import merged_config
 from .merged_statistics import merged_statistics
 from .offloaded import check_dispatched, is_offloaded, load_on_offloaded
-from .plan import ROUTED, AdapterPath, MergePlan, TaskNames, plan_merge
+from .prepare import AdapterPath, PreparedMerge, TaskNames, prepare_merge
 from .selection import TaskWeights
 
 
+@takes_merge_options
 def merge_adapter_sequence(
     model: nn.Module,
     adapters: Sequence[AdapterPath],
@@ -42,21 +45,13 @@ def merge_adapter_sequence(
     weights: TaskWeights = None,
     without: Sequence[str] = (),
     task_names: Sequence[TaskNames] | None = None,
-    method: str | MergeMethod = LPM,
-    projectors: str = ROUTED,
-    ridge: float | None = None,
-    router: str | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    abstain_above: float | None = None,
-    rank: int | None = None,
-    gate_lora: bool | None = None,
     device: str | torch.device = "cpu",
     low_cpu_mem_usage: bool = False,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> PeftModel:
     """Merge task adapters into one, on a base model (MAny, arXiv 2604.14016; equations in docs/method.md).
 
@@ -81,39 +76,6 @@ def merge_adapter_sequence(
         task_names (`Sequence[str]`, *optional*):
             Names of the tasks, where the adapters do not say or clash; `None` entries keep the adapter's own, and a
             merge takes a list, in the order of its config's `tasks`.
-        method (`str` or [`MergeMethod`], defaults to `"lpm"`):
-            How to merge the deltas: `"lpm"`, a name in `peft_many.methods.METHODS`, or an instance with options, such
-            as `Ties(density=0.3)`. A merge that is merged further does not hand its method down.
-        projectors (`str`, defaults to `"routed"`):
-            `"routed"` is CPM; `"mean"` averages the weights of the projectors, over the tasks that trained one, to a
-            plain projector: what merging methods without routing do. It needs no prototypes.
-        ridge (`float`, *optional*):
-            Of LPM: `λ`, the share of the mean input energy added in every direction; it pulls unseen directions to the
-            tasks' mean delta. 1e-8 to 1e-3 work alike on the demo, 1e-2 costs accuracy (docs/how-to.md). Defaults to
-            that of the merges among the adapters, if they agree, and to 1e-4.
-        router (`str`, *optional*):
-            How images are compared with the tasks' prototypes: `"cosine"`, as in the paper, or `"gaussian"`, in the
-            metric of how the images of a task differ among themselves (docs/how-to.md). Defaults to that of the merges
-            among the adapters, if they agree, and to `"cosine"`.
-        temperature (`float`, *optional*):
-            `τ` of the routing's softmax. Of cosines, 0.005 to 0.02 work alike on the demo, 0.1 costs accuracy
-            (docs/how-to.md). Defaults to that of the merges among the adapters, if they agree on the router too, and
-            to 0.02 of cosines and 1 of the Gaussian router.
-        top_k (`int`, *optional*):
-            The most task projectors that an image is sent through, those of the largest weights. Defaults to that of
-            the merges among the adapters, if they agree, and to all whose weight is above 1e-6.
-        abstain_above (`float`, *optional*):
-            Of the Gaussian router: images that are like no task's go through the base model's own projector, those
-            whose mean squared distance from the nearest prototype is above this, where a task's own images are at 1
-            on average. Defaults to that of the merges among the adapters, if they agree, and to never.
-        rank (`int`, *optional*):
-            The largest rank of a merged layer; `Σ r_t`, the sum of the tasks' ranks, is the exact optimum and the
-            default. With less, each layer gets the best delta of that rank under the same objective; by other methods
-            the nearest to what the method gives, in the Frobenius norm.
-        gate_lora (`bool`, *optional*):
-            Whether a row's images also choose among the tasks' own LoRA deltas, by the weights of the projector
-            routing; rows without images and undecided ones get the merged delta (docs/method.md). Defaults to that of
-            the merges among the adapters, if they agree, and to `False`.
         device (`str` or `torch.device`, defaults to `"cpu"`):
             Where to compute; it must know float64.
         low_cpu_mem_usage (`bool`, defaults to `False`):
@@ -126,6 +88,8 @@ def merge_adapter_sequence(
             Use only what is in the cache.
         progress (`bool`, defaults to `True`):
             Show a progress bar.
+        **options:
+            How to merge: `method`, `ridge`, `rank`, `router` and all others of [`MergeOptions`].
 
     Returns:
         [`~peft.PeftModel`]: The base model with the merge as its one, active adapter, ready for inference.
@@ -140,26 +104,18 @@ def merge_adapter_sequence(
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model already has adapters; pass the base model (`model.unload()` gives it back).")
     check_dispatched(model)
-    device = usable_device(device)
-    plan = plan_merge(
+    chosen, device = MergeOptions(**options), usable_device(device)
+    plan = prepare_merge(
         adapters,
+        chosen,
         weights=weights,
         without=without,
         task_names=task_names,
-        method=method,
-        projectors=projectors,
-        ridge=ridge,
-        router=router,
-        temperature=temperature,
-        top_k=top_k,
-        abstain_above=abstain_above,
-        rank=rank,
-        gate_lora=gate_lora,
         hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
         progress=progress,
         base=model,
     )
-    config = plan.config(statistics=None)
+    config = merged_config(plan, plan.record())
     config.loaded_from = "The merge"  # some of its words are the adapters' own, and are not trusted
     check_fits_model(config, {key: shape for key, (_, shape) in plan.tensors().items()}, model)
     tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in plan.projector_tensors.items()}
@@ -169,7 +125,7 @@ def merge_adapter_sequence(
         tensors |= merged.tensors
         records[group[0]] = merged.record
     config.statistics = merged_statistics(plan, records, in_memory=True)
-    config.tasks = plan.described_tasks(mean_residuals(records.values()))
+    config.merge = plan.record(mean_residuals(records.values()))
     config.base_model_name_or_path = None  # which get_peft_model sets to the model's own
     if is_offloaded(model):
         return load_on_offloaded(model, config, tensors, adapter_name)
@@ -179,6 +135,7 @@ def merge_adapter_sequence(
     return merged_model.eval()
 
 
+@takes_merge_options
 def merge_adapter_files(
     adapters: Sequence[AdapterPath],
     output_dir: str | os.PathLike[str],
@@ -186,22 +143,13 @@ def merge_adapter_files(
     weights: TaskWeights = None,
     without: Sequence[str] = (),
     task_names: Sequence[TaskNames] | None = None,
-    method: str | MergeMethod = LPM,
-    projectors: str = ROUTED,
-    ridge: float | None = None,
-    router: str | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    abstain_above: float | None = None,
-    rank: int | None = None,
-    gate_lora: bool | None = None,
-    dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
     device: str | torch.device = "cpu",
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> Path:
     """Merge task adapters into a new adapter folder, without loading any base model.
 
@@ -214,9 +162,6 @@ def merge_adapter_files(
 
     Args:
         output_dir (`str`): The folder to create; it must not exist, or be empty, or see `overwrite`.
-        dtype (`torch.dtype`, defaults to `torch.float32`):
-            What the merged LoRA weights are stored in. Half precision halves the file and rounds the merged deltas, by
-            2e-3 of their size in bfloat16 and 3e-4 in float16, about; the statistics keep what merging further needs.
         overwrite (`bool`, defaults to `False`):
             Replace an adapter that is in the output folder, whole and at the end; it may be one of those merged. Your
             own text in its model card stays.
@@ -229,32 +174,23 @@ def merge_adapter_files(
         BlockingIOError: Another process is making the same merge there.
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
     """
-    output = Path(output_dir).expanduser()
+    output, chosen = Path(output_dir).expanduser(), MergeOptions(**options)
     replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
 
-    def planned() -> MergePlan:
+    def prepared() -> PreparedMerge:
         usable_device(device)
         writable_place(output, replaced)  # before anything is read
-        return plan_merge(
+        return prepare_merge(
             adapters,
+            chosen,
             weights=weights,
             without=without,
             task_names=task_names,
-            method=method,
-            projectors=projectors,
-            ridge=ridge,
-            router=router,
-            temperature=temperature,
-            top_k=top_k,
-            abstain_above=abstain_above,
-            rank=rank,
-            gate_lora=gate_lora,
-            dtype=dtype,
             hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
             progress=progress,
         )
 
-    plan = together(planned)
+    plan = together(prepared)
     with shared_folder(output, plan.key(), kept=[SAFETENSORS_WEIGHTS_NAME], replaced=replaced) as partial:
         weights_file = partial.folder / SAFETENSORS_WEIGHTS_NAME
         if partial.is_first and not _is_laid_out(weights_file, plan):
@@ -278,7 +214,7 @@ def merge_adapter_files(
             if (output / CARD_NAME).is_file():
                 shutil.copyfile(output / CARD_NAME, partial.folder / CARD_NAME)  # what is not ours in it stays
             records = partial.recorded()
-            plan.config(statistics=None, interference=mean_residuals(records.values())).save_pretrained(partial.folder)
+            merged_config(plan, plan.record(mean_residuals(records.values()))).save_pretrained(partial.folder)
             merged_statistics(plan, records).save(partial.folder, energy=1.0, sources=plan.files)
     return output
 
@@ -293,7 +229,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _is_laid_out(path: Path, plan: MergePlan) -> bool:
+def _is_laid_out(path: Path, plan: PreparedMerge) -> bool:
     """Whether an interrupted run left a weights file that can be filled in."""
     try:
         found = TensorFile(path)
@@ -309,7 +245,7 @@ def _is_done(record: dict[str, Any] | None, written: TensorFile) -> bool:
     )
 
 
-def _progress(plan: MergePlan, groups: Sequence[Sequence[str]], progress: bool) -> Iterator[Sequence[str]]:
+def _progress(plan: PreparedMerge, groups: Sequence[Sequence[str]], progress: bool) -> Iterator[Sequence[str]]:
     """The groups, with a bar that counts their layers."""
     label = f"Merging {len(plan.tasks)} tasks"
     with tqdm(total=sum(map(len, groups)), desc=label, unit="layer", disable=not progress) as bar:

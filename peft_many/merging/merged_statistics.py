@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from ..files.statistics import AdapterStatistics
-from .plan import MergePlan
+from .prepare import PreparedMerge
 
 
-def merged_statistics(plan: MergePlan, records: Mapping[str, Any], in_memory: bool = False) -> AdapterStatistics:
+def merged_statistics(plan: PreparedMerge, records: Mapping[str, Any], in_memory: bool = False) -> AdapterStatistics:
     """Each task's statistics with its deltas.
 
     Args:
-        plan ([`MergePlan`]): The merge.
+        plan ([`PreparedMerge`]): The merge.
         records (`Mapping[str, Any]`): What was recorded of each group of layers when it was merged.
         in_memory (`bool`): Whether to read the deltas now, or each time they are asked for.
     """

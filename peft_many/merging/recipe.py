@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from ..methods import LPM, METHODS, MergeMethod
-from ..tuner.config import ROUTERS
-from .plan import MEAN, ROUTED
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from ..records import MergeOptions
+from ..records.options import number
 
 
 class RecipeError(ValueError):
@@ -36,9 +33,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
       ridge: 1e-4
     ```
 
-    `options` knows `method`, `projectors`, `ridge`, `router`, `temperature`, `top_k`, `abstain_above`, `rank`,
-    `gate_lora`, `dtype`, `device`, `without` (a list of tasks) and `weights` (by task name, in place of every
-    `weight`).
+    `options` knows those of [`MergeOptions`], `device`, `without` (a list of tasks) and `weights` (by task name, in
+    place of every `weight`).
 
     Args:
         path (`str`): The file. Folders in it are relative to where it is.
@@ -59,7 +55,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise RecipeError(f"{path} is no YAML: {' '.join(str(error).split())}.") from None
     try:
         return _arguments(content, path.parent)
-    except RecipeError as error:
+    except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None
 
 
@@ -76,17 +72,18 @@ def _arguments(content: Any, folder: Path) -> dict[str, Any]:
     options = content.get("options") or {}
     if not isinstance(options, dict):
         raise RecipeError("`options` must map names of options to values.")
-    _check_keys(options, tuple(_OPTIONS), "`options`")
+    known = [*(option.name for option in fields(MergeOptions)), *_FURTHER]
+    _check_keys(options, tuple(known), "`options`")
     if "weights" in options and "weights" in arguments:
         raise RecipeError("give the weights either by adapter (`weight`) or by task (`options: weights`).")
-    for name, value in options.items():
-        if value is not None:
-            arguments[name] = _OPTIONS[name](name, value)
-    return arguments
+    given = {name: value for name, value in options.items() if value is not None}
+    arguments |= {name: read(given.pop(name)) for name, read in _FURTHER.items() if name in given}
+    chosen = MergeOptions.read(given)
+    return arguments | {name: getattr(chosen, name) for name in given}
 
 
-def _entry(entry: Any, number: int, folder: Path) -> dict[str, Any]:
-    where = f"adapter {number}"
+def _entry(entry: Any, place: int, folder: Path) -> dict[str, Any]:
+    where = f"adapter {place}"
     if isinstance(entry, str):
         entry = {"adapter": entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("adapter"), str):
@@ -104,7 +101,7 @@ def _entry(entry: Any, number: int, folder: Path) -> dict[str, Any]:
             raise RecipeError(f"{where}, '{name}', names its revision twice.")
         found["adapter"] = f"{name}@{revision}"
     if "weight" in found:
-        found["weight"] = _number(f"the weight of {where}", found["weight"])
+        found["weight"] = number(f"the weight of {where}", found["weight"])
     if "name" in found and not isinstance(found["name"], str):
         names = found["name"]
         if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
@@ -118,82 +115,23 @@ def _check_keys(found: Mapping[Any, Any], known: tuple[str, ...], where: str) ->
         raise RecipeError(f"{where} knows no `{unknown}`; it knows {', '.join(f'`{key}`' for key in known)}.")
 
 
-def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return float(value)  # YAML takes 1e-4 for a string
-    except (TypeError, ValueError):
-        raise RecipeError(f"{name} must be a number, but it is {value!r}.") from None
-
-
-def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise RecipeError(f"`{name}` must be a whole number, but it is {value!r}.")
-    return value
-
-
-def _yes_or_no(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise RecipeError(f"`{name}` must be true or false, but it is {value!r}.")
-    return value
-
-
-def _names(name: str, value: Any) -> list[str]:
+def _names(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise RecipeError(f"`{name}` must be a list of tasks' names, but it is {value!r}.")
+        raise RecipeError(f"`without` must be a list of tasks' names, but it is {value!r}.")
     return value
 
 
-def _weights(name: str, value: Any) -> dict[str, float]:
+def _weights(value: Any) -> dict[str, float]:
     if not isinstance(value, dict) or not all(isinstance(task, str) for task in value):
-        raise RecipeError(f"`{name}` must map tasks' names to numbers, but it is {value!r}.")
-    return {task: _number(f"the weight of '{task}'", weight) for task, weight in value.items()}
+        raise RecipeError(f"`weights` must map tasks' names to numbers, but it is {value!r}.")
+    return {task: number(f"the weight of '{task}'", weight) for task, weight in value.items()}
 
 
-def _one_of(*known: str) -> Callable[[str, Any], str]:
-    def read(name: str, value: Any) -> str:
-        if value not in known:
-            raise RecipeError(f"`{name}` must be one of {', '.join(known)}, but it is {value!r}.")
-        return value
-
-    return read
-
-
-def _text(name: str, value: Any) -> str:
+def _device(value: Any) -> str:
     if not isinstance(value, str):
-        raise RecipeError(f"`{name}` must be a string, but it is {value!r}.")
+        raise RecipeError(f"`device` must be a string, but it is {value!r}.")
     return value
 
 
-def _method(name: str, value: Any) -> str | MergeMethod:
-    if isinstance(value, str):
-        return _one_of(LPM, *METHODS)(name, value)
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise RecipeError(f"`{name}` must be a name, or a mapping with one under `name`, but it is {value!r}.")
-    options = {key: option for key, option in value.items() if key != "name"}
-    method = METHODS.get(value["name"])
-    if method is None or not options:
-        _one_of(*METHODS, *([] if options else [LPM]))(name, value["name"])
-        return value["name"]
-    try:
-        return method(**options)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"`{name}`: {str(error).removeprefix(f'{method.__name__}.__init__() ')}") from None
-
-
-_OPTIONS: dict[str, Callable[[str, Any], Any]] = {
-    "method": _method,
-    "projectors": _one_of(ROUTED, MEAN),
-    "ridge": lambda name, value: _number(f"`{name}`", value),
-    "router": _one_of(*ROUTERS),
-    "temperature": lambda name, value: _number(f"`{name}`", value),
-    "top_k": _whole,
-    "abstain_above": lambda name, value: _number(f"`{name}`", value),
-    "rank": _whole,
-    "gate_lora": _yes_or_no,
-    "dtype": lambda name, value: DTYPES[_one_of(*DTYPES)(name, value)],
-    "device": _text,
-    "without": _names,
-    "weights": _weights,
-}
+# What a recipe's `options` know beside those of `MergeOptions`.
+_FURTHER: dict[str, Callable[[Any], Any]] = {"device": _device, "without": _names, "weights": _weights}

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..files.adapter import Adapter, TaskAdapter
 from ..files.stored_delta import UnmergeableAdapterError
-from ..methods import MergeMethod, without_statistics
+from ..methods import without_statistics
+from ..records import MergeOptions, RoutedProjector
+from ..records.options import ROUTED
 
 
-def check_measured(
-    adapters: Sequence[Adapter], tasks: Sequence[TaskAdapter], method: MergeMethod | None, routed: bool
-) -> None:
-    """The tasks' statistics must hold what the method (`None` is LPM) and the routing of projectors need.
+def check_measured(adapters: Sequence[Adapter], tasks: Sequence[TaskAdapter], options: MergeOptions) -> None:
+    """The tasks' statistics must hold what the method and the routing of projectors need.
 
     Raises:
         UnmergeableAdapterError: Something is missing; the message says what would do without.
     """
-    if method is None or method.needs_covariances:
+    if options.merge_method is None or options.merge_method.needs_covariances:
         for task in tasks:
             _check_covariances(task)
-    if routed:
+    if options.projectors == ROUTED:
         projectors = sorted({name for task in tasks for name in task.projectors})
         for task in tasks:
             _check_prototypes(task, projectors)
         for adapter in adapters:
             _check_own_projectors(adapter)
+
+
+def check_can_gate(routing: Mapping[str, RoutedProjector]) -> None:
+    """A gate goes by the tasks' prototypes.
+
+    Raises:
+        UnmergeableAdapterError: There is none.
+    """
+    if not routing:
+        raise UnmergeableAdapterError(
+            "`gate_lora` goes by the tasks' visual prototypes, but none of the adapters has one: no image passed "
+            "while their statistics were collected."
+        )
 
 
 def _check_covariances(task: TaskAdapter) -> None:
@@ -58,7 +71,7 @@ def _check_prototypes(task: TaskAdapter, projectors: Sequence[str]) -> None:
 
 def _check_own_projectors(adapter: Adapter) -> None:
     """Routing needs each task's own projector, which a merge with averaged projectors no longer has."""
-    averaged = getattr(adapter.config, "averaged_projectors", None)
+    averaged = adapter.averaged_projectors
     if averaged:
         raise UnmergeableAdapterError(
             f"{adapter.tasks[0].source}: the projector '{next(iter(averaged))}' is the mean of several tasks' "

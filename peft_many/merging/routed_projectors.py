@@ -11,12 +11,13 @@ from torch import Tensor
 from ..algebra.spread import shared_metric
 from ..files.adapter import TaskAdapter
 from ..files.stored_delta import UnmergeableAdapterError
+from ..records import RoutedProjector, RoutedTask
 from .mean_projectors import check_same_shapes
 
 
 def route_projectors(
     tasks: Sequence[TaskAdapter], router: str, untrained_too: bool = False
-) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+) -> tuple[dict[str, RoutedProjector], dict[str, Tensor]]:
     """What the config and the weights file of a merge say of routed projectors; tasks that saw no image take no part.
 
     Args:
@@ -25,12 +26,12 @@ def route_projectors(
         untrained_too (`bool`): Whether to route projectors that no task trained, for what a gate learns from them.
 
     Returns:
-        By projector the routed tasks and the sizes of what images are compared with, and tensors on disk.
+        `tuple`: What the record says of each projector, and tensors by key, on disk.
 
     Raises:
         UnmergeableAdapterError: Prototypes or projectors do not fit one another, or a spread is missing.
     """
-    routing: dict[str, dict[str, Any]] = {}
+    routing: dict[str, RoutedProjector] = {}
     tensors: dict[str, Tensor] = {}
     names = {name for task in tasks for name in task.projectors}
     if untrained_too:
@@ -48,17 +49,15 @@ def route_projectors(
                     f"The features at '{projector}' have width {len(prototypes[0])} in {routed[0].source}, but "
                     f"{len(prototype)} in {task.source}: they were trained on different base models."
                 )
-        about: dict[str, Any] = {
-            "width": len(prototypes[0]),
-            "tasks": [{"name": task.name, "trained": projector in task.projectors} for task in routed],
-        }
+        directions = None
         tensors[f"{projector}.prototypes"] = torch.stack(prototypes)
         if router == "gaussian":
             metric = shared_metric([_spread(task, projector) for task in routed])
-            about["directions"] = len(metric.directions)
+            directions = len(metric.directions)
             tensors[f"{projector}.directions"] = metric.directions.float().contiguous()
             tensors[f"{projector}.variances"] = metric.variances.float()
-        routing[projector] = about
+        named = [RoutedTask(task.name, trained=projector in task.projectors) for task in routed]
+        routing[projector] = RoutedProjector(len(prototypes[0]), named, directions)
         check_same_shapes(projector, [task for task in routed if projector in task.projectors])
         for t, task in enumerate(routed):
             for key, tensor in task.projectors.get(projector, {}).items():

@@ -72,7 +72,7 @@ def _left_of(adapter: Adapter, names: Sequence[str]) -> Adapter | None:
         return adapter
     if not left:
         return None
-    for projector, averaged in (getattr(adapter.config, "averaged_projectors", None) or {}).items():
+    for projector, averaged in adapter.averaged_projectors.items():
         gone = [task for task in adapter.tasks if task.name in names and projector in task.projectors]
         if gone and len(averaged) > 1:
             raise UnmergeableAdapterError(
@@ -94,7 +94,7 @@ def _check_known(names: Sequence[str] | Mapping[str, float], adapters: Sequence[
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
         for task in tasks:
-            if any(within["name"] == unknown for within in task.provenance.get("pooled") or ()):
+            if any(within.name == unknown for within in task.origin.pooled):
                 raise UnmergeableAdapterError(
                     f"The task '{unknown}' is part of the pool '{task.name}' ({task.source}), which cannot be taken "
                     "apart: its tasks can be neither forgotten nor weighted one by one."
@@ -104,7 +104,7 @@ def _check_known(names: Sequence[str] | Mapping[str, float], adapters: Sequence[
 
 def _check_projectors_are_kept(weighted: Sequence[TaskAdapter]) -> None:
     for task in weighted:
-        left_out = task.provenance.get("projectors_left_out")
+        left_out = task.origin.projectors_left_out
         if task.weight > 0 and left_out:
             raise UnmergeableAdapterError(
                 f"{task.source} had the weight 0, so its projector '{left_out[0]}' was not kept, and it can get no "
@@ -114,7 +114,7 @@ def _check_projectors_are_kept(weighted: Sequence[TaskAdapter]) -> None:
 
 def _check_same_mean(adapter: Adapter, weighted: Sequence[TaskAdapter]) -> None:
     """A mean of projectors stays right only if the weights of the tasks in it keep their ratios."""
-    for projector in getattr(adapter.config, "averaged_projectors", None) or {}:
+    for projector in adapter.averaged_projectors:
         ratios = [
             new.weight / old.weight
             for old, new in zip(adapter.tasks, weighted)

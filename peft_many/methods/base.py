@@ -65,8 +65,29 @@ class MergeMethod(ABC):
         return sum(ranks)
 
     def describe(self) -> dict[str, Any]:
-        """Name, source and options, for the config of a merge."""
-        return {"name": self.name, "source": self.source, "options": asdict(self)}
+        """Name, source and options, for the record of a merge."""
+        return {"name": self.name, "source": self.source, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class ForeignMethod(MergeMethod):
+    """A method that is known by its name only: a merge was made with it where it is known."""
+
+    name: str  # type: ignore[misc]
+    source: str  # type: ignore[misc]
+    options: dict[str, Any]
+
+    def merge(self, tasks: Sequence[LayerTask], layer: str = "") -> LowRankDelta | Tensor:
+        """There is no way to.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"the method '{self.name}' is not one of peft_many's; merge anew with another `method`")
+
+    def describe(self) -> dict[str, Any]:
+        """Name, source and options, as they were read."""
+        return {"name": self.name, "source": self.source, **self.options}
 
 
 def trained(tasks: Sequence[LayerTask]) -> list[LayerTask]:

@@ -16,7 +16,7 @@ from ..algebra.residual import effective_rank_of_inputs, effective_rank_of_outpu
 from ..algebra.routing import task_weights
 from ..algebra.spread import gaussian_draws, shared_metric
 from ..files.statistics import TaskStatistics, check_covariance
-from ..tuner.config import MAnyConfig
+from ..records import MergeOptions, MergeRecord
 
 DRAWN_IMAGES = 512  # of each task, to tell where its images would be sent
 
@@ -92,7 +92,7 @@ class MergeReport:
 
 
 def report_on(
-    config: MAnyConfig,
+    merge: MergeRecord,
     tasks: Sequence[TaskStatistics],
     layers: Sequence[str],
     merged: Callable[[str], LowRankDelta],
@@ -104,7 +104,7 @@ def report_on(
     """Make the report of a merge.
 
     Args:
-        config ([`MAnyConfig`]): The merge's.
+        merge ([`MergeRecord`]): The merge's.
         tasks (`Sequence[TaskStatistics]`): What was measured of its tasks.
         layers (`Sequence[str]`): The merged layers.
         merged (`Callable[[str], LowRankDelta]`): Gives the merged delta of a layer, scaling included; on the CPU.
@@ -139,11 +139,11 @@ def report_on(
                     rows = [places[layer] for layer in group]
                     input_ranks[rows, t] = effective_rank_of_inputs(task.covariances[group[0]])
             for s, t in itertools.combinations(range(len(tasks)), 2) if conflicts else ():
-                for layer, one, two in _losses(group, trained, tasks, (s, t), config):
+                for layer, one, two in _losses(group, trained, tasks, (s, t), merge.options.ridge):
                     pairs[places[layer], s, t], pairs[places[layer], t, s] = one, two
     confusion = {
-        projector: _confusion(config, routing, projector, tasks)
-        for projector, routing in (config.routing or {}).items()
+        projector: _confusion(merge.options, routed.names, projector, tasks)
+        for projector, routed in merge.routing.items()
     }
     return MergeReport(
         tasks=[task.name or "" for task in tasks],
@@ -153,7 +153,7 @@ def report_on(
         output_ranks=output_ranks,
         input_ranks=input_ranks,
         confusion=confusion,
-        routed={name: [task["name"] for task in routing["tasks"]] for name, routing in (config.routing or {}).items()},
+        routed={name: routed.names for name, routed in merge.routing.items()},
         weight_bytes=weight_bytes,
         statistics_bytes={task.name or "": task.nbytes for task in tasks},
     )
@@ -181,13 +181,13 @@ def _losses(
     trained: Mapping[str, Mapping[int, LowRankDelta]],
     tasks: Sequence[TaskStatistics],
     pair: tuple[int, int],
-    config: MAnyConfig,
+    ridge: float | None,
 ) -> Iterable[tuple[str, float, float]]:
     """By layer, what each task of a pair loses in a merge of the two, with equal weights."""
     if not all(_is_seen(tasks[t], group[0]) for t in pair):
         return
     covariances = [tasks[t].covariances[group[0]] for t in pair]
-    problem = LeastSquaresMerge() if config.ridge is None else LeastSquaresMerge(config.ridge)
+    problem = LeastSquaresMerge() if ridge is None else LeastSquaresMerge(ridge)
     for t, covariance in zip(pair, covariances):
         problem.add(covariance, {layer: trained[layer][t] for layer in group if t in trained[layer]})
     both = problem.solve(dtype=torch.float32) if any(t in trained[layer] for layer in group for t in pair) else {}
@@ -199,15 +199,14 @@ def _losses(
         yield layer, one, two
 
 
-def _confusion(
-    config: MAnyConfig, routing: Mapping[str, Any], projector: str, tasks: Sequence[TaskStatistics]
-) -> Tensor:
+def _confusion(options: MergeOptions, names: Sequence[str], projector: str, tasks: Sequence[TaskStatistics]) -> Tensor:
     """Where images of each task would be sent, `(routed, routed)`, from images drawn as they were measured."""
     known = {task.name: task for task in tasks}
-    routed = [known[task["name"]] for task in routing["tasks"]]
+    routed = [known[name] for name in names]
+    assert options.temperature is not None
     prototypes = torch.stack([task.prototypes[projector].float() for task in routed])
     metric = None
-    if config.router == "gaussian":
+    if options.router == "gaussian":
         metric = shared_metric([task.spreads[projector] for task in routed if projector in task.spreads])
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -215,7 +214,7 @@ def _confusion(
         images = prototype[None]  # all that is known of tasks measured on one image, or before spreads were kept
         if projector in task.spreads:
             images = prototype + gaussian_draws(task.spreads[projector], DRAWN_IMAGES, generator).float()
-        weights = task_weights(images, prototypes, metric, config.temperature, config.top_k, config.abstain_above)
+        weights = task_weights(images, prototypes, metric, options.temperature, options.top_k, options.abstain_above)
         rows.append(weights.mean(0))
     return torch.stack(rows).double()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from ..files.adapter import Adapter, TaskAdapter, read_adapter
 from ..files.card import CARD_NAME
 from ..files.stored_delta import KEY_PREFIX
 from ..hub.sources import ADAPTER_FILES, find_adapter
-from ..merging.plan import AdapterPath
-from ..tuner.config import MAnyConfig
+from ..merging.prepare import AdapterPath
+from ..records import Operation, TaskRecord
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,11 @@ class AdapterInspection:
         parameters (`int`): Of everything in its weights file.
         dtype (`str`): Of its weights, projectors aside.
         files (`dict[str, int]`): Sizes in bytes.
-        options (`dict[str, Any]`): Of a merge: method, ridge, router and its options, gate.
+        options (`dict[str, Any]`): Of a merge, as [`MergeOptions`] describes them.
         routing (`dict[str, list[str]]`): Of a merge: by routed projector, the tasks that images are sent to.
         averaged_projectors (`dict[str, list[str]]`): Of a merge: by averaged projector, the tasks in the mean.
         tasks (`list[TaskInspection]`): Its tasks.
-        operations (`list[dict]`): What was done to make it, as its config records it.
+        operations (`list[Operation]`): What was done to make it, as its config records it.
     """
 
     name: str
@@ -102,7 +101,7 @@ class AdapterInspection:
     routing: dict[str, list[str]]
     averaged_projectors: dict[str, list[str]]
     tasks: list[TaskInspection]
-    operations: list[dict[str, Any]]
+    operations: list[Operation]
 
 
 def inspect_adapter(
@@ -133,13 +132,13 @@ def inspect_adapter(
     config, weights = read.config, read.files[0]
     pairs = {module: weights.shape(f"{KEY_PREFIX}{module}.lora_A.weight")[0] for module in read.pairs}
     ranks = list((pairs or {module: delta.rank for module, delta in read.tasks[0].deltas.items()}).values())
-    routing = getattr(config, "routing", None) or {}
-    told = {task["name"]: task for task in getattr(config, "tasks", None) or []}
+    merge = read.merge
+    told = {task.name: task for task in merge.tasks} if merge is not None else {}
     return AdapterInspection(
         name=source.name,
         revision=source.revision,
         peft_type=str(getattr(config.peft_type, "value", config.peft_type)),
-        is_merge=bool(getattr(config, "is_merge", False)),
+        is_merge=merge is not None,
         base_model=config.base_model_name_or_path,
         layers=len(ranks),
         ranks=(min(ranks), max(ranks)),
@@ -150,11 +149,11 @@ def inspect_adapter(
             for name in [*ADAPTER_FILES, CARD_NAME]
             if (path := source.folder / name).is_file()
         },
-        options=_options(read),
-        routing={name: [task["name"] for task in about["tasks"]] for name, about in routing.items()},
-        averaged_projectors=getattr(config, "averaged_projectors", None) or {},
-        tasks=[_inspect_task(task, told.get(task.name, {})) for task in read.tasks],
-        operations=getattr(config, "operations", None) or [],
+        options=merge.options.describe() if merge is not None else {},
+        routing={name: routed.names for name, routed in merge.routing.items()} if merge is not None else {},
+        averaged_projectors=read.averaged_projectors,
+        tasks=[_inspect_task(task, told.get(task.name)) for task in read.tasks],
+        operations=read.operations,
     )
 
 
@@ -164,19 +163,7 @@ def _first_trained(adapter: Adapter) -> str:
     return next(key for key in sorted(adapter.files[0]) if not key.startswith(projectors))
 
 
-def _options(adapter: Adapter) -> dict[str, Any]:
-    config = adapter.config
-    if not isinstance(config, MAnyConfig) or not config.is_merge:
-        return {}
-    options: dict[str, Any] = {"method": "lpm" if config.method is None else config.method["name"]}
-    options |= {"ridge": config.ridge} if config.method is None else config.method["options"]
-    if config.routing:
-        options |= {"router": config.router, "temperature": config.temperature}
-        options |= {"top_k": config.top_k, "abstain_above": config.abstain_above}
-    return options | {"gate_lora": config.gate_lora}
-
-
-def _inspect_task(task: TaskAdapter, told: Mapping[str, Any]) -> TaskInspection:
+def _inspect_task(task: TaskAdapter, told: TaskRecord | None) -> TaskInspection:
     measured = task.statistics
     covariances = [covariance for covariance, _ in measured.groups()]
     ranks = [delta.rank for delta in task.deltas.values()]
@@ -185,10 +172,10 @@ def _inspect_task(task: TaskAdapter, told: Mapping[str, Any]) -> TaskInspection:
     return TaskInspection(
         name=task.name,
         weight=task.weight,
-        source=task.provenance["source"],
-        revision=task.provenance["revision"],
-        sha256=task.provenance["sha256"],
-        pooled=[str(within["name"]) for within in task.provenance.get("pooled") or ()],
+        source=task.origin.source or "",
+        revision=task.origin.revision,
+        sha256=task.origin.sha256,
+        pooled=[within.name for within in task.origin.pooled],
         layers=len(task.deltas),
         ranks=(min(ranks, default=0), max(ranks, default=0)),
         projectors=sorted(task.projectors),
@@ -201,8 +188,8 @@ def _inspect_task(task: TaskAdapter, told: Mapping[str, Any]) -> TaskInspection:
         covariance_bytes=sum(map(_bytes, covariances)),
         prototypes={name: len(prototype) for name, prototype in measured.prototypes.items()},
         spreads=sorted(measured.spreads),
-        interference=told.get("interference"),
-        datasets=task.provenance.get("datasets") or [],
+        interference=None if told is None else told.interference,
+        datasets=task.origin.datasets,
     )
 
 

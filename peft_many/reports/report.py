@@ -16,8 +16,8 @@ from ..files.adapter import read_adapter
 from ..files.atomic import replace_file
 from ..files.statistics import AdapterStatistics
 from ..hub.sources import find_adapter
-from ..merging.plan import AdapterPath
-from ..tuner.config import MAnyConfig
+from ..merging.prepare import AdapterPath
+from ..records import merge_of
 from ..tuner.layers import lora_layers
 from .costs import MergeReport, report_on
 
@@ -61,8 +61,7 @@ def merge_report(
         return _of_model(merge, conflicts, progress)
     source = find_adapter(merge, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     adapter = read_adapter(source)
-    config = adapter.config
-    if not isinstance(config, MAnyConfig) or not config.is_merge:
+    if adapter.merge is None:
         raise ValueError(f"{source.name} is no merge; only merges can be reported on.")
 
     def merged(layer: str) -> LowRankDelta:
@@ -75,14 +74,21 @@ def merge_report(
 
     measured = [task.statistics for task in adapter.tasks]
     return report_on(
-        config, measured, sorted(adapter.pairs, key=_by_depth), merged, own, conflicts=conflicts, progress=progress
+        adapter.merge,
+        measured,
+        sorted(adapter.pairs, key=_by_depth),
+        merged,
+        own,
+        conflicts=conflicts,
+        progress=progress,
     )
 
 
 def _of_model(model: PeftModel, conflicts: bool, progress: bool) -> MergeReport:
     name = model.active_adapter
     config = model.peft_config[name]
-    if not isinstance(config, MAnyConfig) or not config.is_merge:
+    merge = merge_of(config)
+    if merge is None:
         raise ValueError(f"Adapter '{name}' is no merge; only merges can be reported on.")
     if not isinstance(config.statistics, AdapterStatistics):
         raise ValueError(f"Adapter '{name}' was loaded without its statistics, which hold its tasks' own deltas.")
@@ -99,7 +105,7 @@ def _of_model(model: PeftModel, conflicts: bool, progress: bool) -> MergeReport:
     def own(t: int, path: str) -> LowRankDelta:
         return statistics.own_delta(t, path, columns(path))
 
-    return report_on(config, statistics.tasks, list(layers), merged, own, conflicts=conflicts, progress=progress)
+    return report_on(merge, statistics.tasks, list(layers), merged, own, conflicts=conflicts, progress=progress)
 
 
 def save_report(report: MergeReport, output_dir: str | os.PathLike[str]) -> Path:

@@ -18,6 +18,7 @@ import typer
 from peft import PeftModel
 from torch import Tensor
 
+from ..records import merge_of
 from ..statistics.forward import state_kept
 from ..tuner.projector import ProjectorMixture, ProjectorWrapper
 
@@ -205,10 +206,10 @@ def _routed_projectors(model: PeftModel) -> dict[str, tuple[ProjectorWrapper, li
     """By name, the projectors that the active adapter routes, with the tasks that they are routed to."""
     if not isinstance(model, PeftModel):
         raise ValueError(f"Only merges on a `PeftModel` route images, but the model is a {type(model).__name__}.")
-    config = model.peft_config[model.active_adapter]
+    merge = merge_of(model.peft_config[model.active_adapter])
     found = {
-        name: (model.get_base_model().get_submodule(name), [task["name"] for task in routing["tasks"]])
-        for name, routing in (getattr(config, "routing", None) or {}).items()
+        name: (model.get_base_model().get_submodule(name), routed.names)
+        for name, routed in (merge.routing.items() if merge is not None else ())
     }
     if not found:
         raise ValueError(

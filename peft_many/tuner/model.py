@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import re
 import warnings
@@ -31,6 +32,7 @@ from ..files.patterns import check_patterns
 from ..files.statistics import AdapterStatistics
 from ..files.stored_delta import KEY_PREFIX
 from ..files.untrusted import NONSENSE_ERRORS, MalformedAdapterError, check_projectors_are_there
+from ..records import MergeRecord
 from ..routing.gated_calls import GateTarget, unwatch_gated_calls, watch_gated_calls
 from ..routing.image_calls import unwatch_image_calls, watch_image_calls
 from .config import MAnyConfig, MAnyPeftType
@@ -94,12 +96,13 @@ class MAnyModel(LoraModel):
                 raise MalformedAdapterError(
                     f"{source}: adapter_config.json cannot be applied to {type(model).__name__}: {error!r:.300}."
                 ) from error
-            if config.gate_lora:
-                _gate_layers(model, adapter_name, config)
+            merge = config.merge
+            if merge is not None and merge.options.gate_lora:
+                _gate_layers(model, adapter_name, merge)
             rollback.pop_all()
-        if config.routing:
+        if merge is not None and merge.routing:
             watch_image_calls(model)
-        if config.gate_lora:
+        if merge is not None and merge.options.gate_lora:
             watch_gated_calls(model)
         if isinstance(config.statistics, AdapterStatistics):
             hang_on_layers(model, adapter_name, config.statistics)
@@ -116,10 +119,9 @@ class MAnyModel(LoraModel):
         else:
             projectors = match_projectors(model, config.projector_modules)
         config.projector_modules = projectors
-        if config.routing:
-            config.routing = {
-                name: routing for old, routing in config.routing.items() for name in match_projectors(model, [old])
-            }
+        if config.merge is not None:
+            routed = {name: of for old, of in config.merge.routing.items() for name in match_projectors(model, [old])}
+            config.merge = dataclasses.replace(config.merge, routing=routed)
         if projectors:
             # PEFT saves, loads and activates what is named here, and keeps LoRA out of it.
             kept = config.modules_to_save or []
@@ -128,7 +130,7 @@ class MAnyModel(LoraModel):
         for name in projectors:
             parent_name, _, child = name.rpartition(".")
             parent, module = model.get_submodule(parent_name), model.get_submodule(name)
-            routing = _routing(config, name, adapter_name)
+            routing = _routing(config.merge, name, adapter_name)
             if isinstance(module, ProjectorWrapper):
                 rollback.callback(module.delete_adapter, adapter_name, module.active_adapters)
                 module.update(adapter_name, routing=routing)
@@ -174,7 +176,7 @@ class MAnyModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """See [`~peft.LoraModel`]."""
         super().delete_adapter(adapter_name)
-        if not any(config.gate_lora for config in self.peft_config.values()):
+        if not any(map(_is_gated, self.peft_config.values())):
             unwatch_gated_calls(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -184,7 +186,7 @@ class MAnyModel(LoraModel):
 
     def _warn_of_folding(self, adapter_names: list[str] | None) -> None:
         for name in adapter_names or self.active_adapters:
-            if name in self.peft_config and self.peft_config[name].gate_lora:
+            if name in self.peft_config and _is_gated(self.peft_config[name]):
                 warnings.warn(
                     f"The adapter '{name}' is a merge with `gate_lora`. What is chosen for each image cannot be "
                     "folded into the base model: it will use the merged LoRA for all inputs.",
@@ -280,10 +282,14 @@ def _projector_keys(model: nn.Module, adapter_name: str, config: MAnyConfig) -> 
     }
 
 
-def _gate_layers(model: nn.Module, adapter_name: str, config: MAnyConfig) -> None:
+def _is_gated(config: MAnyConfig) -> bool:
+    return config.merge is not None and bool(config.merge.options.gate_lora)
+
+
+def _gate_layers(model: nn.Module, adapter_name: str, merge: MergeRecord) -> None:
     """Give the LoRA layers of a gated merge the place for the tasks' own `A_t`."""
     for name, layer in lora_layers(model, adapter_name).items():
-        ranks = config.task_rank_pattern.get(get_pattern_key(config.task_rank_pattern, name), config.task_ranks)
+        ranks = merge.task_rank_pattern.get(get_pattern_key(merge.task_rank_pattern, name), merge.task_ranks)
         if ranks is None or sum(ranks) != layer.r[adapter_name]:
             raise ValueError(
                 f"The adapter's config has `gate_lora`, but its `task_ranks` {ranks} do not make up the rank "
@@ -292,22 +298,20 @@ def _gate_layers(model: nn.Module, adapter_name: str, config: MAnyConfig) -> Non
         layer.lora_A[adapter_name] = GatedLinear(layer.lora_A[adapter_name], adapter_name, ranks)
 
 
-def _routing(config: MAnyConfig, projector: str, adapter_name: str) -> ProjectorRouting | None:
-    """What a merge's config says of the mixture at one projector."""
-    routing = (config.routing or {}).get(projector)
-    if routing is None:
+def _routing(merge: MergeRecord | None, projector: str, adapter_name: str) -> ProjectorRouting | None:
+    """What a merge's record says of the mixture at one projector."""
+    if merge is None or projector not in merge.routing:
         return None
-    gate = None
-    if config.gate_lora:
-        order = [task["name"] for task in config.tasks or []]
-        columns = tuple(order.index(task["name"]) for task in routing["tasks"])
-        gate = GateTarget(adapter_name, columns, len(order))
+    routed, options, gate = merge.routing[projector], merge.options, None
+    if options.gate_lora:
+        gate = GateTarget(adapter_name, tuple(merge.names.index(name) for name in routed.names), len(merge.tasks))
+    assert options.temperature is not None
     return ProjectorRouting(
-        width=routing["width"],
-        trained=[task["trained"] for task in routing["tasks"]],
-        temperature=config.temperature,
-        top_k=config.top_k,
-        directions=routing.get("directions"),
-        abstain_above=config.abstain_above,
+        width=routed.width,
+        trained=[task.trained for task in routed.tasks],
+        temperature=options.temperature,
+        top_k=options.top_k,
+        directions=routed.directions,
+        abstain_above=options.abstain_above,
         gate=gate,
     )

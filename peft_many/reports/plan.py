@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +10,16 @@ from typing import Any
 import torch
 
 from ..algebra.routing import task_weights
-from ..algebra.scatter import span_is_cheaper
 from ..algebra.spread import FeatureMetric
 from ..files.statistics import StatisticsError
 from ..files.stored_delta import UnmergeableAdapterError
 from ..hub.sources import AdapterNotFoundError
 from ..merging.merge import usable_device
-from ..merging.plan import AdapterPath, MergePlan, plan_merge
+from ..merging.prepare import AdapterPath, PreparedMerge, TaskNames, prepare_merge
+from ..merging.selection import TaskWeights
+from ..records import MergeOptions
+from ..records.options import takes_merge_options
 
-# Of the speed of a large matrix product, what a merge of 7B adapters reaches (docs/benchmarks.md).
-_SHARE_OF_PEAK = 0.55
-_SECONDS_PER_LAYER = 2e-3  # of reading and writing, where the arithmetic is next to nothing
 _FEW_SAMPLES = 32
 _ALIKE = 0.1  # routing weight that one task's prototype gives to another task
 
@@ -52,7 +50,7 @@ class PlannedTask:
 
 
 @dataclass(frozen=True)
-class MergePreview:
+class MergePlan:
     """What a merge would be. With `problems` it cannot be made, and the rest is empty.
 
     Args:
@@ -65,8 +63,7 @@ class MergePreview:
         options (`dict[str, Any]`): Method, ridge, router and its options, rank, gate and dtype, defaults filled in.
         projectors (`dict[str, list[str]]`): By projector, the tasks that it is routed to, or that it is the mean of.
         output_bytes (`int`): Size of the weights file.
-        memory_bytes (`int`): About what the largest group of layers takes, beside Python and torch themselves.
-        seconds (`float`, *optional*): About what it takes on this machine; `None` for other methods than LPM.
+        multiplications (`float`): About how many it takes, in float64; other methods than LPM in proportion only.
     """
 
     problems: list[str]
@@ -78,69 +75,69 @@ class MergePreview:
     options: dict[str, Any] | None = None
     projectors: dict[str, list[str]] | None = None
     output_bytes: int = 0
-    memory_bytes: int = 0
-    seconds: float | None = None
+    multiplications: float = 0.0
 
 
-def preview_merge(
+@takes_merge_options
+def plan_merge(
     adapters: Sequence[AdapterPath],
     *,
+    weights: TaskWeights = None,
+    without: Sequence[str] = (),
+    task_names: Sequence[TaskNames] | None = None,
     device: str | torch.device = "cpu",
     token: str | bool | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
     progress: bool = True,
     **options: Any,
-) -> MergePreview:
+) -> MergePlan:
     """Say what [`merge_adapter_files`] would make of the same arguments, and what stands in the way.
 
     Adapters are found (on the Hub: downloaded to its cache) and checked as for merging; weights are not read.
 
     Args:
         adapters (`Sequence[str]`): As in [`merge_adapter_files`], like all others.
-        device (`str`): Where it would be computed; its speed is measured with one small matrix product.
+        device (`str`): Where it would be computed.
         token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
         cache_dir (`str`, *optional*): Where Hub downloads are kept.
         local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
         progress (`bool`, defaults to `True`): Show a progress bar.
-        **options (`Any`): All others that it has, but `output_dir` and `overwrite`.
+        **options: How to merge: those of [`MergeOptions`].
 
     Returns:
-        [`MergePreview`]: What would be made, or the problems of every adapter.
+        [`MergePlan`]: What would be made, or the problems of every adapter.
 
     Raises:
         ValueError: An option is wrong.
     """
     usable_device(device)
+    chosen = MergeOptions(**options)
+    about_tasks: dict[str, Any] = {"weights": weights, "without": without, "task_names": task_names}
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     expected = (AdapterNotFoundError, StatisticsError, UnmergeableAdapterError)
     try:
-        plan = plan_merge(adapters, **options, hub=hub, progress=progress)
+        plan = prepare_merge(adapters, chosen, **about_tasks, hub=hub, progress=progress)
     except expected as error:
-        alone = {name: value for name, value in options.items() if name not in ("weights", "without", "task_names")}
         problems = []
         for adapter in adapters:  # what is wrong with each by itself; if nothing is, they do not go together
             try:
-                plan_merge([adapter], **alone, hub=hub, progress=False)
+                prepare_merge([adapter], chosen, hub=hub, progress=False)
             except expected as one:
                 problems.append(str(one))
-        return MergePreview(problems or [str(error)], [], [])
-    ranks = [plan.rank_of(module) for group in plan.groups for module in group]
-    return MergePreview(
+        return MergePlan(problems or [str(error)], [], [])
+    ranks = [plan.rank_of(layer) for layer in plan.layers]
+    return MergePlan(
         problems=[],
         notes=_notes(plan),
         tasks=[_planned(task) for task in plan.tasks],
         layers=len(ranks),
         groups=len(plan.groups),
         ranks=(min(ranks), max(ranks)),
-        options=plan.described_options(),
-        projectors={
-            **{name: [task["name"] for task in about["tasks"]] for name, about in plan.routing.items()},
-            **plan.averaged,
-        },
+        options=plan.options.describe(),
+        projectors={**{name: routed.names for name, routed in plan.routing.items()}, **plan.averaged},
         output_bytes=sum(dtype.itemsize * math.prod(shape) for dtype, shape in plan.tensors().values()),
-        memory_bytes=max(_memory(plan, group) for group in plan.groups),
-        seconds=_seconds(plan, device) if plan.method is None else None,
+        multiplications=sum(plan.cost_of(group) for group in plan.groups),
     )
 
 
@@ -158,11 +155,11 @@ def _planned(task: Any) -> PlannedTask:
     )
 
 
-def _notes(plan: MergePlan) -> list[str]:
+def _notes(plan: PreparedMerge) -> list[str]:
     """What may surprise in a merge that can be made."""
     notes = []
-    layers = [module for group in plan.groups for module in group]
-    needs_covariances = plan.method is None or plan.method.needs_covariances
+    layers, method = plan.layers, plan.options.merge_method
+    needs_covariances = method is None or method.needs_covariances
     for task in plan.tasks:
         missing = [module for module in layers if module not in task.deltas]
         silent = [module for module in missing if module not in task.statistics.covariances]
@@ -185,58 +182,21 @@ def _notes(plan: MergePlan) -> list[str]:
     return [*notes, *_alike(plan)]
 
 
-def _alike(plan: MergePlan) -> list[str]:
+def _alike(plan: PreparedMerge) -> list[str]:
     """Tasks whose images the router can hardly tell apart, by their prototypes alone."""
     notes = []
-    for projector, about in plan.routing.items():
+    for projector, routed in plan.routing.items():
         prototypes = plan.projector_tensors[f"{projector}.prototypes"]
         metric = None
-        if "directions" in about:
+        if routed.directions is not None:
             metric = FeatureMetric(
                 *(plan.projector_tensors[f"{projector}.{of}"] for of in ("directions", "variances"))
             )
-        weights = task_weights(prototypes, prototypes, metric, plan.options["temperature"])
-        names = [task["name"] for task in about["tasks"]]
+        weights = task_weights(prototypes, prototypes, metric, float(plan.options.temperature or 0))
+        names = routed.names
         for one, two in (weights.fill_diagonal_(0.0) > _ALIKE).nonzero().tolist():
             notes.append(
                 f"Images of '{names[one]}' look like those of '{names[two]}' at '{projector}': the mean image of the "
                 f"one gives the other {weights[one, two]:.0%} of the weight."
             )
     return notes
-
-
-def _memory(plan: MergePlan, group: Sequence[str]) -> int:
-    """Bytes that merging a group of layers takes: what is read, the system to solve, and what comes out."""
-    width = plan.shape_of(group[0])[1]
-    rows = sum(sum(plan.ranks_of(module)) for module in group)
-    columns = sum(plan.shape_of(module)[0] * sum(plan.ranks_of(module)) for module in group)
-    if plan.method is not None:  # most make one dense matrix for each task
-        out = max(plan.shape_of(module)[0] for module in group)
-        return 8 * out * width * (len(plan.tasks) + 1) + 8 * rows * width
-    covariances = [task.statistics.covariances.get(group[0]) for task in plan.tasks]
-    known = [covariance for covariance in covariances if covariance is not None]
-    rank = sum(covariance.rank for covariance in known)
-    if span_is_cheaper(width, rank, rows):
-        system = 8 * (rank * width + 2 * rank**2)
-    else:
-        system = 8 * 3 * width**2
-    stored = max((4 * covariance.rank * width for covariance in known), default=0)
-    return system + stored + 8 * 3 * rows * width + 8 * columns
-
-
-def _seconds(plan: MergePlan, device: str | torch.device) -> float:
-    multiplications = sum(plan.cost_of(group) for group in plan.groups)
-    layers = sum(map(len, plan.groups))
-    return multiplications / (_SHARE_OF_PEAK * _speed(device)) + _SECONDS_PER_LAYER * layers
-
-
-def _speed(device: str | torch.device) -> float:
-    """Multiplications per second of a float64 matrix product."""
-    size = 512
-    matrix = torch.ones(size, size, dtype=torch.float64, device=device)
-    best = math.inf
-    for _ in range(3):
-        started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # which waits for the device
-        best = min(best, time.perf_counter() - started)
-    return size**3 / best

@@ -1,0 +1,67 @@
+"""The config of a merge, made of the configs of its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..files.adapter import Adapter
+from ..records import MergeRecord
+from ..tuner.config import MAnyConfig, Statistics
+from .prepare import PreparedMerge, most_frequent
+
+
+def merged_config(
+    prepared: PreparedMerge, record: MergeRecord | None = None, statistics: Statistics | None = None
+) -> MAnyConfig:
+    """The config of a merge.
+
+    Args:
+        prepared ([`PreparedMerge`]): The merge.
+        record ([`MergeRecord`], *optional*): Of the merge; without it the config is not that of a merge.
+        statistics (`AdapterStatistics`, *optional*): Of the merge.
+    """
+    configs = [adapter.config for adapter in prepared.adapters]
+    ranks = {layer: prepared.rank_of(layer) for layer in prepared.layers}
+    rank = most_frequent(list(ranks.values()))
+    projectors = sorted({*prepared.routing, *prepared.averaged})
+    exceptions = {layer.replace(".", r"\."): r for layer, r in ranks.items() if r != rank}
+    merged = MAnyConfig(
+        r=rank,
+        lora_alpha=rank,  # the scaling is folded into the weights
+        rank_pattern=exceptions,
+        alpha_pattern=dict(exceptions),
+        target_modules=_common(configs, "target_modules") if _same_layers(prepared.adapters) else sorted(ranks),
+        modules_to_save=projectors or None,
+        projector_modules=list(projectors),
+        fan_in_fan_out=any(getattr(config, "fan_in_fan_out", False) for config in configs),
+        task_type=_common(configs, "task_type"),
+        auto_mapping=_common(configs, "auto_mapping"),
+        base_model_name_or_path=_common(configs, "base_model_name_or_path"),
+        revision=_common(configs, "revision"),
+        inference_mode=True,
+        energy=1.0,  # what the tasks' statistics kept is kept
+        merge=record,
+        statistics=statistics,
+    )
+    if isinstance(merged.target_modules, set):
+        # A set of strings is saved in another order by every process; the same merge should be the same file.
+        merged.target_modules = sorted(merged.target_modules)
+    return merged
+
+
+def _common(configs: Iterable[Any], field: str) -> Any:
+    """The value that all configs which have one agree on, else `None`."""
+    values = [value for config in configs if (value := getattr(config, field, None))]
+    return values[0] if values and all(value == values[0] for value in values) else None
+
+
+def _same_layers(adapters: Sequence[Adapter]) -> bool:
+    """Whether all adapters say in the same words which layers they adapt, so that the merge may say it so too."""
+    configs = [adapter.config for adapter in adapters]
+    if _common(configs, "target_modules") is None:
+        return False
+    fewer = ("layers_to_transform", "exclude_modules")
+    if any(getattr(config, name, None) not in (None, [], set(), "") for config in configs for name in fewer):
+        return False  # there the words say less than half of it
+    return len({frozenset(task.deltas) for adapter in adapters for task in adapter.tasks}) == 1

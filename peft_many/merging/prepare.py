@@ -1,0 +1,236 @@
+"""Before a merge: everything is read and checked but the weights themselves, and nothing is computed yet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..algebra.lpm import has_full_rank
+from ..algebra.scatter import cost
+from ..files.adapter import Adapter, TaskAdapter, read_adapter
+from ..files.key_layouts import with_current_names
+from ..files.stored_delta import KEY_PREFIX, TASK_WEIGHT
+from ..files.tensor_file import TensorFile
+from ..hub.sources import find_adapter
+from ..records import MergeOptions, MergeRecord, Operation, RoutedProjector, TaskRecord
+from ..records.options import ROUTED
+from ..version import __version__
+from .agreement import check_same_base, check_tasks, check_whole_projectors, shared_inputs
+from .mean_projectors import average_projectors
+from .operations import operations_of
+from .requirements import check_can_gate, check_measured
+from .routed_projectors import route_projectors
+from .selection import TaskWeights, weighted_tasks, without_tasks
+
+AdapterPath = str | os.PathLike[str]
+TaskNames = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class PreparedMerge:
+    """A merge that can be carried out: tasks that fit together, options, and what will come out.
+
+    Args:
+        adapters (`Sequence[Adapter]`): As they were given.
+        tasks (`Sequence[TaskAdapter]`): Of all adapters, sorted by name.
+        groups (`Sequence[Sequence[str]]`): The layers that share their input in every task; one problem to solve each.
+        options ([`MergeOptions`]): With nothing left open.
+        routing (`dict[str, RoutedProjector]`): The routed projectors.
+        averaged (`dict[str, list[str]]`): By averaged projector, the tasks in the mean.
+        projector_tensors (`dict[str, torch.Tensor]`): Experts and prototypes, on disk until they are used; or means.
+        operations (`list[Operation]`): What was done to make the adapters, and this merge.
+    """
+
+    adapters: Sequence[Adapter]
+    tasks: Sequence[TaskAdapter]
+    groups: Sequence[Sequence[str]]
+    options: MergeOptions
+    routing: dict[str, RoutedProjector]
+    averaged: dict[str, list[str]]
+    projector_tensors: dict[str, Tensor]
+    operations: list[Operation]
+
+    @property
+    def layers(self) -> list[str]:
+        """All layers that are merged."""
+        return [layer for group in self.groups for layer in group]
+
+    @property
+    def files(self) -> list[TensorFile]:
+        """The files that weights and statistics are mapped from."""
+        return [file for adapter in self.adapters for file in adapter.files]
+
+    def release(self) -> None:
+        """Give back the memory of what was read of the files so far."""
+        for file in self.files:
+            file.release()
+
+    def ranks_of(self, layer: str) -> list[int]:
+        """`r_t` of each task in a layer, zero where a task did not train it."""
+        return [task.deltas[layer].rank if layer in task.deltas else 0 for task in self.tasks]
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of a layer's merged delta: what the tasks make up, and what `rank` allows."""
+        ranks = [rank for rank in self.ranks_of(layer) if rank]
+        whole = whole_rank(ranks, self.shape_of(layer), self.options)
+        return whole if self.options.rank is None else min(whole, self.options.rank)
+
+    def shape_of(self, layer: str) -> tuple[int, int]:
+        """`(out, in)` of a layer."""
+        return next(task.deltas[layer].shape for task in self.tasks if layer in task.deltas)
+
+    def cost_of(self, group: Sequence[str]) -> float:
+        """Multiplications that merging a group takes, for sharing groups out; by other methods, in proportion."""
+        if self.options.merge_method is not None:
+            return float(sum(math.prod(self.shape_of(layer)) for layer in group))
+        covariances = [task.statistics.covariances.get(group[0]) for task in self.tasks]
+        rank = sum(covariance.rank for covariance in covariances if covariance is not None)
+        return cost(self.shape_of(group[0])[1], rank, sum(sum(self.ranks_of(layer)) for layer in group))
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of everything in the merge's weights file."""
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for layer in self.layers:
+            (out, width), rank, dtype = self.shape_of(layer), self.rank_of(layer), self.options.dtype
+            found[f"{KEY_PREFIX}{layer}.lora_A.weight"] = (dtype, (rank, width))
+            found[f"{KEY_PREFIX}{layer}.lora_B.weight"] = (dtype, (out, rank))
+            if self.options.gate_lora:
+                found[f"{KEY_PREFIX}{layer}.{TASK_WEIGHT}"] = (dtype, (rank, width))
+        for name, tensor in self.projector_tensors.items():
+            found[f"{KEY_PREFIX}{name}"] = (tensor.dtype, tuple(tensor.shape))
+        return found
+
+    def key(self) -> str:
+        """A name for this very merge: the same inputs, options and version of the code give the same."""
+        files = [(str(file.path), *_identity(file.path)) for file in self.files]
+        tasks = [(task.name, task.weight, task.origin.sha256) for task in self.tasks]
+        text = json.dumps([__version__, torch.__version__, files, tasks, self.options.describe()], default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def record(self, interference: Mapping[str, float] | None = None) -> MergeRecord:
+        """What the merge's config will say of it.
+
+        Args:
+            interference (`Mapping[str, float]`, *optional*): By task, what merging costs it.
+        """
+        blocks = {layer: self.ranks_of(layer) for layer in self.layers} if self.options.gate_lora else {}
+        usual = most_frequent(list(blocks.values())) if blocks else None
+        return MergeRecord(
+            options=self.options,
+            tasks=[_task_record(task, (interference or {}).get(task.name)) for task in self.tasks],
+            operations=self.operations,
+            routing=self.routing,
+            averaged_projectors=self.averaged,
+            task_ranks=usual,
+            task_rank_pattern={layer.replace(".", r"\."): of for layer, of in blocks.items() if of != usual},
+        )
+
+
+def _task_record(task: TaskAdapter, interference: float | None) -> TaskRecord:
+    left_out = sorted(task.projectors) if task.weight == 0 else []
+    return TaskRecord(
+        name=task.name,
+        weight=task.weight,
+        origin=replace(task.origin, projectors_left_out=left_out or task.origin.projectors_left_out),
+        samples=task.statistics.samples,
+        images=task.statistics.images,
+        interference=interference,
+    )
+
+
+def most_frequent(values: Sequence[Any]) -> Any:
+    """The value that occurs most often, of several the first."""
+    return max(values, key=values.count)
+
+
+def whole_rank(ranks: Sequence[int], shape: tuple[int, int], options: MergeOptions) -> int:
+    """The rank of a merged delta without a limit: `Σ r_t`, or what the method makes of it.
+
+    Deltas of full rank do not add up to more than that, but where a gate keeps the tasks' blocks.
+
+    Args:
+        ranks (`Sequence[int]`): Of the tasks that trained the layer.
+        shape (`tuple[int, int]`): `(out, in)` of the layer.
+        options ([`MergeOptions`]): Of the merge.
+    """
+    method = options.merge_method
+    whole = sum(ranks) if method is None else method.rank_of(ranks)
+    return min(whole, *shape) if has_full_rank(ranks, shape) and not options.gate_lora else whole
+
+
+def prepare_merge(
+    entries: Sequence[AdapterPath],
+    options: MergeOptions,
+    *,
+    weights: TaskWeights = None,
+    without: Sequence[str] = (),
+    task_names: Sequence[TaskNames] | None = None,
+    hub: Mapping[str, Any],
+    progress: bool,
+    base: nn.Module | None = None,
+) -> PreparedMerge:
+    """Find and read the adapters and check that they can be merged; the arguments are those of merging.
+
+    Args:
+        base (`torch.nn.Module`, *optional*): The base model, where there is one.
+
+    Raises:
+        ValueError, UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As merging says.
+    """
+    check_arguments(entries, weights, task_names)
+    adapters = [
+        read_adapter(find_adapter(entry, **hub), task_names[i] if task_names is not None else None, base)
+        for i, entry in enumerate(tqdm(entries, desc="Reading adapters", unit="adapter", disable=not progress))
+    ]
+    adapters = everything = with_current_names(adapters, base)
+    tasks = weighted_tasks(adapters, weights)
+    adapters, tasks = without_tasks(adapters, tasks, without)
+    tasks.sort(key=lambda task: task.name)  # so that any order of the list gives the same merge to the bit
+    check_tasks(tasks)
+    check_measured(adapters, tasks, options)
+    check_same_base(adapters)
+    options = options.filled_in([adapter.merge.options for adapter in adapters if adapter.merge is not None])
+    routing: dict[str, RoutedProjector] = {}
+    averaged: dict[str, list[str]] = {}
+    if options.projectors == ROUTED:
+        routing, tensors = route_projectors(tasks, str(options.router), untrained_too=bool(options.gate_lora))
+    else:
+        averaged, tensors = average_projectors(tasks)
+    if options.gate_lora:
+        check_can_gate(routing)
+    check_whole_projectors(tasks, [*routing, *averaged])
+    operations = operations_of(everything, without, options)
+    return PreparedMerge(adapters, tasks, shared_inputs(tasks), options, routing, averaged, tensors, operations)
+
+
+def check_arguments(
+    entries: Sequence[AdapterPath], weights: TaskWeights, task_names: Sequence[TaskNames] | None
+) -> None:
+    """Check what can be checked before any adapter is read.
+
+    Raises:
+        ValueError: There is no adapter, a list does not have an entry for each, or a weight is negative or no number.
+    """
+    if isinstance(entries, (str, os.PathLike)) or not entries:
+        raise ValueError("Give a list of at least one adapter to merge.")
+    for name, given in (("weights", weights), ("task_names", task_names)):
+        if given is not None and not isinstance(given, Mapping) and len(given) != len(entries):
+            raise ValueError(f"`{name}` has {len(given)} entries for {len(entries)} adapters.")
+    numbers = list(weights.values() if isinstance(weights, Mapping) else weights or [])
+    if not all(0 <= weight < math.inf for weight in numbers):
+        raise ValueError(f"`weights` must be finite and not negative, but they are {numbers}.")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns

@@ -1,0 +1,28 @@
+"""What a merge is, as data: its options, its tasks, what was done to it. A record checks itself when it is read."""
+
+from .options import ROUTERS, MergeOptions
+from .record import (
+    MergeRecord,
+    Operation,
+    Origin,
+    PooledTask,
+    PoolRecord,
+    RoutedProjector,
+    RoutedTask,
+    TaskRecord,
+    merge_of,
+)
+
+__all__ = [
+    "ROUTERS",
+    "MergeOptions",
+    "MergeRecord",
+    "Operation",
+    "Origin",
+    "PoolRecord",
+    "PooledTask",
+    "RoutedProjector",
+    "RoutedTask",
+    "TaskRecord",
+    "merge_of",
+]

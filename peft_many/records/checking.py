@@ -1,0 +1,67 @@
+"""Checks of what was read from somebody else's JSON, by the types that records declare."""
+
+from __future__ import annotations
+
+import functools
+import math
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, TypedDict
+
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
+
+_DEEPEST = 20
+
+
+def check_types(schema: type, values: Mapping[str, Any]) -> None:
+    """Check values by the annotations of a dataclass or TypedDict; lists of a dataclass must hold instances of it.
+
+    Args:
+        schema (`type`): A dataclass or a `TypedDict`.
+        values (`Mapping[str, Any]`): By the names of its fields; others must not be there.
+
+    Raises:
+        TypeError: A value has another type; the message names the field and the value.
+    """
+    try:
+        validate_typed_dict(_as_typed_dict(schema), dict(values))
+    except StrictDataclassError as error:
+        raise TypeError(str(error.__cause__ or error)) from None
+
+
+@functools.cache
+def _as_typed_dict(schema: type) -> Any:
+    total = getattr(schema, "__total__", True)
+    return TypedDict(schema.__name__, typing.get_type_hints(schema), total=total)  # type: ignore[operator]
+
+
+def nonsense(value: Any) -> str | None:
+    """What no field can hold, in words: numbers that are not finite, text that is no Unicode, very deep nesting."""
+    for depth, leaf in _leaves(value):
+        if depth > _DEEPEST:
+            return f"nested more than {_DEEPEST} deep"
+        if isinstance(leaf, (int, float)) and not isinstance(leaf, bool) and not _is_finite(leaf):
+            return f"{leaf!r:.40}"
+        if isinstance(leaf, str) and any("\ud800" <= character <= "\udfff" for character in leaf):
+            return f"{leaf!r:.40}"
+    return None
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(float(number))
+    except OverflowError:
+        return False
+
+
+def _leaves(value: Any) -> Iterator[tuple[int, Any]]:
+    """What is in nested containers, keys included, with how deep it is; no deeper than is allowed."""
+    stack = [(0, value)]
+    while stack:
+        depth, inner = stack.pop()
+        if isinstance(inner, (dict, list, tuple, set, frozenset)) and depth <= _DEEPEST:
+            parts = [*inner, *inner.values()] if isinstance(inner, dict) else inner
+            stack += [(depth + 1, part) for part in parts]
+        else:
+            yield depth, inner
