@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto", device_map="auto")
     merged = merge_adapter_sequence(base, args.adapters)
     merged.save_pretrained(args.output)
-    print("Merged:", ", ".join(task["name"] for task in merged.peft_config["default"].tasks))
+    print("Merged:", ", ".join(merged.peft_config["default"].merge.names))
 
     if args.image:
         processor = AutoProcessor.from_pretrained(args.model)

@@ -209,7 +209,7 @@ def but_operations(folder: Path) -> dict[str, object]:
     """What is in a merge's files, without the record of what was done to make it; of the card, all but that."""
     found: dict[str, object] = dict(files(folder))
     config = json.loads(found["adapter_config.json"])
-    assert config.pop("operations")
+    assert config["merge"].pop("operations")
     above, record, below = found["README.md"].decode().partition("What was done")
     assert record
     return {**found, "adapter_config.json": config, "README.md": (above, below.partition("```python")[2])}

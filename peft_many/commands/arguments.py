@@ -99,7 +99,10 @@ def merge_arguments(
     if device is not None:
         arguments["device"] = device
     given = {name: value for name, value in options.items() if value is not None}
-    chosen = MergeOptions.read(given)
+    try:
+        chosen = MergeOptions.read(given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     return arguments | {name: getattr(chosen, name) for name in given}
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from ..files.statistics import AdapterStatistics, StatisticsError
 from ..files.tensor_file import TensorFile
 from ..files.untrusted import NONSENSE_ERRORS, MalformedAdapterError, check_backed, check_config
+from ..records.checking import RecordError
 from ..tuner.config import MAnyConfig
 from ..tuner.registration import give_statistics
 from .sources import locate_statistics
@@ -38,11 +39,14 @@ def find_statistics() -> None:
     def from_pretrained(cls: type, pretrained_model_name_or_path: str, subfolder: Any = None, **kwargs: Any) -> Any:
         try:
             config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except NONSENSE_ERRORS as error:
-            if not issubclass(cls, MAnyConfig):
+        except (*NONSENSE_ERRORS, RecordError) as error:
+            if not issubclass(cls, MAnyConfig) and not isinstance(error, RecordError):
                 raise  # as PEFT does
-            source = str(pretrained_model_name_or_path)
-            raise MalformedAdapterError(f"{source}: adapter_config.json cannot be used: {error!r:.300}.") from error
+            source, reason = (
+                str(pretrained_model_name_or_path),
+                error if isinstance(error, RecordError) else repr(error),
+            )
+            raise MalformedAdapterError(f"{source}: adapter_config.json cannot be used: {reason!s:.300}.") from error
         if isinstance(config, MAnyConfig):
             _check_loaded(config, str(pretrained_model_name_or_path), subfolder, kwargs)
         if isinstance(config, PeftConfig):

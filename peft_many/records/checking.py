@@ -14,6 +14,10 @@ from huggingface_hub.errors import StrictDataclassError
 _DEEPEST = 20
 
 
+class RecordError(ValueError):
+    """A record in somebody else's file cannot be used; the message says what is wrong in it."""
+
+
 def check_types(schema: type, values: Mapping[str, Any]) -> None:
     """Check values by the annotations of a dataclass or TypedDict; lists of a dataclass must hold instances of it.
 
@@ -24,16 +28,16 @@ def check_types(schema: type, values: Mapping[str, Any]) -> None:
     Raises:
         TypeError: A value has another type; the message names the field and the value.
     """
-    try:
-        validate_typed_dict(_as_typed_dict(schema), dict(values))
-    except StrictDataclassError as error:
-        raise TypeError(str(error.__cause__ or error)) from None
+    for name, value in values.items():
+        try:
+            validate_typed_dict(_one_field(schema, name), {name: value})
+        except StrictDataclassError:
+            raise TypeError(f"`{name}` cannot be {value!s:.80}") from None
 
 
 @functools.cache
-def _as_typed_dict(schema: type) -> Any:
-    total = getattr(schema, "__total__", True)
-    return TypedDict(schema.__name__, typing.get_type_hints(schema), total=total)  # type: ignore[operator]
+def _one_field(schema: type, name: str) -> Any:
+    return TypedDict(name, {name: typing.get_type_hints(schema)[name]})  # type: ignore[operator]
 
 
 def nonsense(value: Any) -> str | None:

@@ -96,9 +96,7 @@ class MergeOptions:
         default=None,
         metadata={"help": "gaussian: from which distance on images go through the base model's projector."},
     )
-    rank: int | None = field(
-        default=None, metadata={"help": "The largest rank of a merged layer.", "default": "Σ r"}
-    )
+    rank: int | None = field(default=None, metadata={"help": "The largest rank of a merged layer.", "default": "Σ r"})
     gate_lora: bool | None = field(default=None, metadata={"help": "Let images choose the LoRA too."})
     dtype: torch.dtype = field(
         default=torch.float32, metadata={"help": "Of the merged weights.", "choices": tuple(DTYPES)}
@@ -146,10 +144,11 @@ class MergeOptions:
                 raise ValueError(f"`{name}` must be a whole number, but it is {value!r}.")
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, but it is {value}.")
-        elif not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"`{name}` must be a finite number, but it is {value!r}.")
-        elif value < 0 or (value == 0 and name != "ridge"):
-            raise ValueError(f"`{name}` must {'not be negative' if name == 'ridge' else 'be positive'}: {value}.")
+        elif not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"`{name}` must be a number, but it is {value!r}.")
+        elif not (0 <= value < math.inf and (value > 0 or name == "ridge")):
+            allowed = "finite and not negative" if name == "ridge" else "positive and finite"
+            raise ValueError(f"`{name}` must be {allowed}, but it is {value}.")
 
     @property
     def merge_method(self) -> MergeMethod | None:
@@ -237,6 +236,8 @@ def _method(value: Any, foreign: bool) -> str | MergeMethod:
     kind = METHODS.get(value["name"])
     if kind is None and foreign:
         return ForeignMethod(value["name"], str(value.get("source")), options)
+    if kind is None and (options or value["name"] != LPM):
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, but it is {value['name']!r}.")
     if kind is None or not options:
         return value["name"]
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from .checking import check_types, nonsense
 from .options import MergeOptions
 
 Number = int | float
+_MOST = 10_000  # entries of a list in somebody else's record; real ones have tens
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,13 @@ class _Record:
             TypeError, ValueError, KeyError: It is none.
         """
         return cls(**content)
+
+    @classmethod
+    def read_all(cls, content: list[Any]) -> list[Self]:
+        """A list of records from JSON."""
+        if not isinstance(content, list) or len(content) > _MOST:
+            raise TypeError(f"{cls.__name__}: a list of at most {_MOST} is expected")
+        return [cls.read(one) for one in content]
 
     def to_json(self) -> dict[str, Any]:
         """All fields that differ from their default, as JSON; [`read`] reads it."""
@@ -94,7 +101,7 @@ class Origin(_Record):
 
     @classmethod
     def read(cls, content: Any) -> Self:
-        return cls(**{**content, "pooled": [PooledTask.read(task) for task in content.get("pooled", ())]})
+        return cls(**{**content, "pooled": PooledTask.read_all(content.get("pooled", []))})
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,7 @@ class RoutedProjector(_Record):
 
     @classmethod
     def read(cls, content: Any) -> Self:
-        return cls(**{**content, "tasks": [RoutedTask.read(task) for task in content["tasks"]]})
+        return cls(**{**content, "tasks": RoutedTask.read_all(content["tasks"])})
 
 
 @dataclass(frozen=True)
@@ -230,8 +237,8 @@ class MergeRecord(_Record):
             **{
                 **content,
                 "options": MergeOptions.read(content["options"], foreign=True),
-                "tasks": [TaskRecord.read(task) for task in content["tasks"]],
-                "operations": read_operations(content.get("operations", ())),
+                "tasks": TaskRecord.read_all(content["tasks"]),
+                "operations": Operation.read_all(content.get("operations", [])),
                 "routing": {name: RoutedProjector.read(of) for name, of in content.get("routing", {}).items()},
             }
         )
@@ -254,13 +261,8 @@ class PoolRecord(_Record):
         wrong = nonsense(content)
         if wrong is not None:
             raise ValueError(f"`pool` cannot hold {wrong}")
-        tasks = [PooledTask.read(task) for task in content["tasks"]]
-        return cls(**{**content, "tasks": tasks, "operations": read_operations(content.get("operations", ()))})
-
-
-def read_operations(content: Iterable[Mapping[str, Any]]) -> list[Operation]:
-    """Operations from JSON."""
-    return [Operation.read(line) for line in content]
+        operations = Operation.read_all(content.get("operations", []))
+        return cls(**{**content, "tasks": PooledTask.read_all(content["tasks"]), "operations": operations})
 
 
 def merge_of(config: Any) -> MergeRecord | None:

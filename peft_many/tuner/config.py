@@ -16,6 +16,7 @@ from peft.utils import CONFIG_NAME
 from ..files.card import update_card
 from ..files.statistics import DEFAULT_ENERGY
 from ..records import MergeRecord, PoolRecord
+from ..records.checking import RecordError
 
 FORMAT_VERSION = 2
 
@@ -137,4 +138,4 @@ def _read(kind: type[Record], field: str, content: dict[str, Any]) -> Record:
         return kind.read(content)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"`{field}` cannot be used: {reason:.500}") from None
+        raise RecordError(f"`{field}` cannot be used: {reason:.500}") from None

@@ -145,8 +145,8 @@ def test_pool_is_the_function_and_cannot_be_taken_apart(shelf, merged, tmp_path)
     run("remove", tmp_path / "3", "ab", "-q")
     run("merge", shelf["c"], "-o", tmp_path / "4", "-q")
     assert but_operations(tmp_path / "3") == but_operations(tmp_path / "4")
-    told = json.loads((tmp_path / "3" / "adapter_config.json").read_text())["operations"]
-    assert [line["operation"] for line in told] == ["pool", "merge", "remove"]
+    told = json.loads((tmp_path / "3" / "adapter_config.json").read_text())["merge"]["operations"]
+    assert [line["kind"] for line in told] == ["pool", "merge", "remove"]
     assert '"a"' not in json.dumps(told)
 
 
@@ -216,9 +216,9 @@ def test_exports_are_the_functions(merged, tmp_path):
         (["merge", "--recipe", "nowhere.yaml", "-o", "y"], 1, "There is no recipe"),
         (["merge", "a", "-o", "y", "--weight", "a"], 2, "'a' is not TASK=NUMBER"),
         (["merge", "a", "-o", "y", "--weight", "a=b"], 2, "'a=b' is not TASK=NUMBER"),
-        (["merge", "a", "-o", "y", "--dtype", "int8"], 2, "none of float32"),
-        (["merge", "a", "-o", "y", "--rank", "0"], 2, "--rank"),
-        (["merge", "a", "-o", "y", "--method", "magic"], 1, "unknown method 'magic'"),
+        (["merge", "a", "-o", "y", "--dtype", "int8"], 2, "`dtype` must be one of"),
+        (["merge", "a", "-o", "y", "--rank", "0"], 2, "`rank` must be at least 1"),
+        (["merge", "a", "-o", "y", "--method", "magic"], 2, "unknown method 'magic'"),
         (["merge", "a", "-o", "y", "--device", "nonsense"], 1, "cannot compute in float64"),
         (["remove", "nowhere", "a", "-o", "y"], 1, "There is no folder 'nowhere'"),
         (["remove", "nowhere", "a"], 1, "no local folder that could be replaced"),

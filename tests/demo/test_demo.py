@@ -38,9 +38,7 @@ def test_the_demo_in_small_tells_its_story(tmp_path):
     assert means["MAny"] > means["averaging"]
     assert means["each task alone"] > means["zero-shot"]
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert [task["name"] for task in load_merged(tmp_path).peft_config["default"].tasks] == sorted(
-        t.name for t in TASKS
-    )
+    assert load_merged(tmp_path).peft_config["default"].merge.names == sorted(t.name for t in TASKS)
 
 
 def test_the_demo_passes_its_options_on(tmp_path, monkeypatch):

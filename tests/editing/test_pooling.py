@@ -112,21 +112,21 @@ def test_a_pool_of_one_is_that_adapter(folders, tmp_path):
 def test_the_tasks_of_a_pool_are_named_for_good(folders, tmp_path):
     first = pool([folders["a"], folders["b"]], tmp_path / "p1", weights=[2.0, 1.0])
     assert config(first)["task_name"] == "a+b"
-    assert [(task["name"], task["weight"]) for task in config(first)["pooled"]] == [("a", 2.0), ("b", 1.0)]
+    assert [(task["name"], task["weight"]) for task in config(first)["pool"]["tasks"]] == [("a", 2.0), ("b", 1.0)]
     second = pool([first, folders["c"], folders["d"]], tmp_path / "p2")
     assert config(second)["task_name"] == "3 tasks" or config(second)["task_name"] == "a+b+c+d"
-    assert [task["name"] for task in config(second)["pooled"]] == list(NAMES)
+    assert [task["name"] for task in config(second)["pool"]["tasks"]] == list(NAMES)
     merged = merge([first, folders["c"]], tmp_path / "merged")
     again = merge([merged, folders["d"]], tmp_path / "again")
-    entry = next(task for task in config(again)["tasks"] if task["name"] == "a+b")
-    assert [task["name"] for task in entry["pooled"]] == ["a", "b"]
+    entry = next(task for task in config(again)["merge"]["tasks"] if task["name"] == "a+b")
+    assert [task["name"] for task in entry["origin"]["pooled"]] == ["a", "b"]
     assert entry["weight"] == 3.0
 
 
 def test_pools_are_routed_like_tasks(folders, tmp_path):
     first = pool([folders["a"], folders["b"]], tmp_path / "pool")
     merged = merge([first, folders["c"]], tmp_path / "merged", router="gaussian")
-    routed = config(merged)["routing"][PROJECTOR]["tasks"]
+    routed = config(merged)["merge"]["routing"][PROJECTOR]["tasks"]
     assert [task["name"] for task in routed] == ["a+b", "c"]
     model = PeftModel.from_pretrained(adapters.base("llava"), merged)
     assert adapters.logits(model, "llava").isfinite().all()

@@ -74,7 +74,7 @@ def test_tasks_that_trained_other_layers(shelf, tmp_path, gone):
     never = merge(shelf, rest, tmp_path / "never")
     found, expected = but_operations(left), but_operations(never)
     for other_words in (found.pop("adapter_config.json"), expected.pop("adapter_config.json")):
-        assert {task["name"] for task in other_words["tasks"]} == {*names} - {gone}
+        assert {task["name"] for task in other_words["merge"]["tasks"]} == {*names} - {gone}
     assert found == expected
     loaded = [PeftModel.from_pretrained(base("llava"), folder) for folder in (left, never)]
     states = [model.state_dict() for model in loaded]
@@ -219,8 +219,9 @@ def test_mistakes_are_explained(shelf, tmp_path):
         remove_task("me/on-the-hub", "a", progress=False, local_files_only=True)
     config = json.loads((whole / "adapter_config.json").read_text())
     copy = shutil.copytree(whole, tmp_path / "copy")
-    method = {"name": "mine", "source": "", "options": {}}
-    (copy / "adapter_config.json").write_text(json.dumps({**config, "method": method}))
+    config["merge"]["options"] |= {"method": {"name": "mine", "source": ""}}
+    del config["merge"]["options"]["ridge"]
+    (copy / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UnmergeableAdapterError, match="not one of peft_many's"):
         remove_task(copy, "a", progress=False)
     remove_task(whole, "a", tmp_path / "one", progress=False)

@@ -11,10 +11,12 @@ from peft import get_peft_model
 
 from peft_many import MAnyConfig, add_task, merge_adapter_files, merge_report, remove_task
 from peft_many.files.card import data_sets_of, update_card
+from peft_many.records import MergeOptions, MergeRecord, Origin, TaskRecord
 from tests import tiny
 from tests.adapters import make
 
-TASK = {"name": "clevr", "source": "me/clevr", "revision": "abc", "weight": 1.0, "sha256": "0123456789abcdef"}
+ORIGIN = Origin("0123456789abcdef", "me/clevr", "abc")
+MERGE = MergeRecord(MergeOptions().filled_in([]), [TaskRecord("clevr", 1.0, ORIGIN, samples=3)])
 
 
 def test_a_saved_adapter_s_card_says_what_to_import(tmp_path):
@@ -32,14 +34,14 @@ def test_the_users_words_stay_and_ours_come_once(tmp_path):
         "---\nlibrary_name: peft\nlicense: mit\ntags: [mine]\n---\n# My adapter\n\nHandle with care.\n"
     )
     MAnyConfig().save_pretrained(tmp_path)
-    MAnyConfig(tasks=[TASK], base_model_name_or_path="me/base").save_pretrained(tmp_path)
+    MAnyConfig(merge=MERGE, base_model_name_or_path="me/base").save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "mit"
     assert card.data.base_model == "me/base"
     assert {"mine", "merge"} <= set(card.data.tags)
     assert card.text.count("import peft_many") == 1
     assert "Handle with care." in card.text
-    assert "| clevr | me/clevr | abc | 1 | 0123456789ab |" in card.text
+    assert "| clevr | me/clevr | abc | 1 | 3 | 0 | 0123456789ab |" in card.text
 
 
 def snippet(folder: Path) -> str:
@@ -74,7 +76,10 @@ def test_the_card_of_a_merge_tells_what_it_is_made_of(merged):
         assert "peft_type MANY, r " in found["adapter"]
         assert float(found["interference"]) == pytest.approx(lost[task], abs=1e-3)
         assert float(found["interference"]) > 0.01
-    assert "1. merge: clevr, iconqa (dtype float32, method lpm, ridge 0.0001, router cosine" in card.text
+    assert (
+        "1. merge: clevr, iconqa (dtype float32, method lpm, projectors routed, ridge 0.0001, router cosine"
+        in card.text
+    )
     assert "Saved by peft_many" in card.text
 
 

@@ -408,4 +408,4 @@ def test_multimodal_adapters_keep_their_projector(config, tmp_path):
     alone = merge_adapter_sequence(base("llava"), [tmp_path / "one"], progress=False)
     torch.testing.assert_close(logits(alone, "llava"), logits(model, "llava"), atol=1e-4, rtol=1e-4)
     both = merge_adapter_sequence(base("llava"), [tmp_path / "one", other], progress=False)
-    assert both.peft_config["default"].routing[PROJECTOR]["tasks"][0]["trained"] is not None
+    assert both.peft_config["default"].merge.routing[PROJECTOR].tasks[0].trained is not None

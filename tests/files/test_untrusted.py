@@ -13,11 +13,11 @@ from peft_many import MAnyConfig
 from peft_many.files.untrusted import MalformedAdapterError, check_config
 from tests.adapters import base
 
-TASK = {"name": "a", "weight": 1.0, "sha256": "0", "source": "a", "revision": None}
+TASK = {"name": "a", "weight": 1.0, "origin": {"sha256": "0", "source": "a"}}
 MERGE = {
+    "options": {"method": "lpm", "ridge": 1e-4, "router": "cosine", "temperature": 0.02},
     "tasks": [TASK],
     "routing": {"p": {"width": 4, "tasks": [{"name": "a", "trained": True}]}},
-    "method": None,
 }
 
 GOOD = [
@@ -31,8 +31,11 @@ GOOD = [
     LoraConfig(runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True), task_type="CAUSAL_LM"),
     LoHaConfig(r=2, target_modules=["q_proj"]),
     MAnyConfig(task_name="größe 🙂", projector_modules=[]),
-    MAnyConfig(**MERGE),
-    MAnyConfig(**{**MERGE, "router": "gaussian", "abstain_above": 2, "temperature": 1, "ridge": 0}),
+    MAnyConfig(merge=MERGE),
+    MAnyConfig(
+        merge={**MERGE, "options": {"router": "gaussian", "abstain_above": 2, "temperature": 1, "ridge": 0}},
+    ),
+    MAnyConfig(merge={**MERGE, "options": {**MERGE["options"], "method": {"name": "mine", "x": 1}, "ridge": None}}),
 ]
 
 
@@ -63,31 +66,13 @@ BAD = [
     ({"task_name": "\ud800"}, "`task_name`"),
     ({"task_name": 3}, "`task_name`"),
     ({"use_rslora": "yes"}, "`use_rslora`"),
-    ({"temperature": math.inf}, "`temperature`"),
     ({"auto_mapping": {"a": [[[[[[[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]]]]]]]}}, "nested"),
-    ({"tasks": [{}]}, "`tasks`"),
-    ({"tasks": [{**TASK, "revision": 3}]}, "`tasks`"),
-    ({"tasks": [{**TASK, "pooled": [{}]}]}, "`tasks`"),
-    ({"pooled": [{"name": "a", "weight": 1.0}]}, "`pooled`"),
-    ({"pooled": [{**TASK, "sha256": []}]}, "`pooled`"),
-    ({"tasks": [TASK, TASK]}, "same name"),
-    ({"tasks": None}, "names no `tasks`"),
-    ({"routing": {"p": {"width": 4, "tasks": []}}}, "`routing`"),
-    ({"routing": {"p": {"width": 4, "tasks": [{"name": "b", "trained": True}]}}}, "`routing`"),
-    ({"routing": {"p": {"width": 4, "tasks": [{"name": "a", "trained": 1}]}}}, "`routing`"),
-    ({"routing": {"p": {"width": -4, "tasks": [{"name": "a", "trained": True}]}}}, "width"),
-    ({"ridge": -1e-4}, "`ridge`"),
-    ({"abstain_above": 1.0}, "`abstain_above`"),
-    ({"abstain_above": -1.0, "router": "gaussian"}, "`abstain_above`"),
-    ({"task_ranks": [2, 2]}, "`task_ranks`"),
-    ({"averaged_projectors": {"p": "a"}}, "`averaged_projectors`"),
-    ({"method": {"name": "ties"}}, "`method`"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "words"), BAD, ids=str)
 def test_what_is_nonsense_is_refused_by_the_name_of_its_field(changes, words):
-    config = MAnyConfig(**MERGE)
+    config = MAnyConfig(merge=MERGE)
     for name, value in changes.items():
         setattr(config, name, value)
     with pytest.raises(MalformedAdapterError) as caught:
@@ -95,3 +80,49 @@ def test_what_is_nonsense_is_refused_by_the_name_of_its_field(changes, words):
     assert words in str(caught.value)
     assert str(caught.value).startswith("me/adapter: adapter_config.json cannot be used: ")
     assert "\n" not in str(caught.value)
+
+
+BAD_RECORDS = [
+    ({"tasks": [{}]}, "origin"),
+    ({"tasks": 3}, "list"),
+    ({"tasks": [{**TASK, "name": 3}]}, "`name`"),
+    ({"tasks": [{**TASK, "weight": "heavy"}]}, "`weight`"),
+    ({"tasks": [{**TASK, "strange": 1}]}, "strange"),
+    ({"tasks": [{**TASK, "origin": {"sha256": "0", "revision": 3}}]}, "`revision`"),
+    ({"tasks": [{**TASK, "origin": {"sha256": "0", "pooled": [{}]}}]}, "name"),
+    ({"tasks": [{**TASK, "origin": {"sha256": []}}]}, "`sha256`"),
+    ({"tasks": [TASK, TASK]}, "same name"),
+    ({"tasks": [{**TASK, "name": str(t)} for t in range(20_000)]}, "list of at most"),
+    ({"tasks": []}, "`routing`"),
+    ({"operations": [{"kind": "merge"}]}, "tasks"),
+    ({"routing": {"p": {"width": 4, "tasks": []}}}, "`routing`"),
+    ({"routing": {"p": {"width": 4, "tasks": [{"name": "b", "trained": True}]}}}, "`routing`"),
+    ({"routing": {"p": {"width": 4, "tasks": [{"name": "a", "trained": 1}]}}}, "`trained`"),
+    ({"routing": {"p": {"width": -4, "tasks": [{"name": "a", "trained": True}]}}}, "width"),
+    ({"routing": {"p": {"width": True, "tasks": [{"name": "a", "trained": True}]}}}, "`width`"),
+    ({"options": {"router": "cosine"}}, "temperature"),
+    ({"options": {**MERGE["options"], "ridge": -1e-4}}, "`ridge`"),
+    ({"options": {**MERGE["options"], "ridge": math.nan}}, "nan"),
+    ({"options": {**MERGE["options"], "temperature": math.inf}}, "inf"),
+    ({"options": {**MERGE["options"], "abstain_above": 1.0}}, "`abstain_above`"),
+    ({"options": {**MERGE["options"], "router": "gaussian", "abstain_above": -1.0}}, "`abstain_above`"),
+    ({"options": {**MERGE["options"], "method": {"options": 3}}}, "`method`"),
+    ({"options": {**MERGE["options"], "magic": 1}}, "`magic`"),
+    ({"options": {**MERGE["options"], "gate_lora": True}}, "`task_ranks`"),
+    ({"task_ranks": [2, 2]}, "`task_ranks`"),
+    ({"task_ranks": [-2]}, "`task_ranks`"),
+    ({"averaged_projectors": {"p": "a"}}, "`averaged_projectors`"),
+    ({"averaged_projectors": [[[[[[[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]]]]]]]}, "nested"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD_RECORDS, ids=lambda value: f"{value!s:.60}")
+def test_a_records_nonsense_is_refused_when_it_is_read(changes, words, tmp_path):
+    MAnyConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**content, "merge": {**MERGE, **changes}}))
+    with pytest.raises(MalformedAdapterError) as caught:
+        PeftConfig.from_pretrained(tmp_path)
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}: adapter_config.json cannot be used: `merge` cannot ")
+    assert str(caught.value).isprintable()

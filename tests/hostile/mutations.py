@@ -124,14 +124,22 @@ def targeted(config: dict[str, Any], random: Random) -> None:
     """What somebody would try who knows what the fields are for."""
     huge = random.choice([10**6, 10**8, 10**9, 2**40])
     layers = [".*", "q_proj", r"model\.language_model\.layers\.0\.self_attn\.q_proj", "layers.0.mlp.up_proj"]
-    routing, tasks = config.get("routing"), config.get("tasks")
+    merge = config.get("merge")
+    merge = config["merge"] = merge if isinstance(merge, dict) else {}
+    routing, tasks = merge.get("routing"), merge.get("tasks")
     if not isinstance(routing, dict) or not all(isinstance(about, dict) for about in routing.values()) or not routing:
         routing = {"model.multi_modal_projector": {"width": 24, "tasks": []}}
     one_task = tasks[:1] if isinstance(tasks, list) else [{}]
     name = next(iter(routing))
 
     def routed(**changes: Any) -> None:
-        config["routing"] = {name: {**routing[name], **changes}}
+        merge["routing"] = {name: {**routing[name], **changes}}
+
+    def options() -> dict[str, Any]:
+        return merge["options"] if isinstance(merge.get("options"), dict) else {}
+
+    def gated(**changes: Any) -> None:
+        merge.update(options={**options(), "gate_lora": True}, **changes)
 
     attempts: list[Callable[[], Any]] = [
         lambda: config.update(r=huge),
@@ -139,9 +147,7 @@ def targeted(config: dict[str, Any], random: Random) -> None:
         lambda: config.update(rank_pattern={random.choice(layers): huge}),
         lambda: config.update(rank_pattern={random.choice(EVIL_PATTERNS): 4}),
         lambda: config.update(alpha_pattern={random.choice(EVIL_PATTERNS): random.choice(NUMBERS)}),
-        lambda: config.update(
-            task_rank_pattern={random.choice(EVIL_PATTERNS): [4, 4]}, gate_lora=True, task_ranks=[4, 4]
-        ),
+        lambda: gated(task_rank_pattern={random.choice(EVIL_PATTERNS): [4, 4]}, task_ranks=[4, 4]),
         lambda: config.update(rank_pattern={f"(a|{i}.*)+{i}": 4 for i in range(500)}),
         lambda: config.update(target_modules=random.choice(EVIL_PATTERNS)),
         lambda: config.update(exclude_modules=random.choice(EVIL_PATTERNS)),
@@ -154,11 +160,14 @@ def targeted(config: dict[str, Any], random: Random) -> None:
         lambda: routed(directions=random.choice(NUMBERS)),
         lambda: routed(tasks=[{"name": str(t), "trained": True} for t in range(many(random))]),
         lambda: routed(tasks=random.choice([[], None, [{}], [[]], {"name": 1}])),
-        lambda: config.update(tasks=one_task * many(random)),
-        lambda: config.update(task_ranks=[huge] * 2, gate_lora=True),
-        lambda: config.update(
-            task_ranks=random.choice([[0, 8], [-8, 16], [1] * 8, [8.0], [True] * 8, []]), gate_lora=True
-        ),
+        lambda: merge.update(tasks=one_task * many(random)),
+        lambda: gated(task_ranks=[huge] * 2),
+        lambda: gated(task_ranks=random.choice([[0, 8], [-8, 16], [1] * 8, [8.0], [True] * 8, []])),
+        lambda: merge.update({random.choice(RECORD): value(random)}),
+        lambda: merge.update(options={**options(), random.choice(OPTIONS): value(random)}),
+        lambda: merge.update(options={**options(), random.choice(OPTIONS): random.choice(NUMBERS)}),
+        lambda: config.update(merge=value(random)),
+        lambda: config.update(pool=random.choice([value(random), {"tasks": one_task * many(random)}])),
         lambda: config.update(megatron_config={"a": 1}, megatron_core=TRAP),
         lambda: config.update(megatron_core=TRAP),
         lambda: config.update(auto_mapping={"base_model_class": "Model", "parent_library": TRAP}, task_type=None),
@@ -169,7 +178,7 @@ def targeted(config: dict[str, Any], random: Random) -> None:
         lambda: config.update(init_lora_weights=random.choice(TEXTS)),
         lambda: config.update(base_model_name_or_path=value(random)),
         lambda: config.update(revision=value(random)),
-        lambda: config.update(averaged_projectors={name: value(random)}),
+        lambda: merge.update(averaged_projectors={name: value(random)}),
         lambda: config.update(peft_type=value(random)),
         lambda: config.update({random.choice(FIELDS): value(random)}),
         lambda: config.update({random.choice(FIELDS): random.choice([{}, [1], {"a": 1}, True, 3])}),
@@ -206,15 +215,30 @@ FIELDS = [
     "format_version",
     "inference_mode",
     "energy",
-    "ridge",
-    "temperature",
-    "router",
-    "abstain_above",
-    "top_k",
-    "method",
-    "tasks",
-    "routing",
+    "merge",
+    "pool",
     "task_name",
+]
+RECORD = [
+    "options",
+    "tasks",
+    "operations",
+    "routing",
+    "averaged_projectors",
+    "task_ranks",
+    "task_rank_pattern",
+]
+OPTIONS = [
+    "method",
+    "projectors",
+    "ridge",
+    "router",
+    "temperature",
+    "top_k",
+    "abstain_above",
+    "rank",
+    "gate_lora",
+    "dtype",
 ]
 
 
@@ -231,7 +255,7 @@ def mutate_text(text: bytes, random: Random) -> bytes:
     if how == 3:
         return b"[" * 200_000
     if how == 4:
-        return b'{"peft_type": "MANY", "tasks": ' + b'{"a":' * 100_000
+        return b'{"peft_type": "MANY", "merge": ' + b'{"a":' * 100_000
     if how == 5:
         return text.rstrip().removesuffix(b"}") + b', "r": 1000000000, "r": "4", "peft_type": "MANY"}'
     return text.replace(b"4", b"4" * 5000, 1)

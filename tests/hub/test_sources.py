@@ -71,8 +71,8 @@ def test_merging_from_the_hub_equals_merging_from_folders(hub, made, tmp_path):
     remote = merge_adapter_files(["me/one", made["two"]], tmp_path / "remote", progress=False)
     for file in (WEIGHTS, STATISTICS):
         assert files(remote)[file] == files(local)[file]
-    tasks = json.loads((remote / "adapter_config.json").read_text())["tasks"]
-    assert [(task["name"], task["source"], task["revision"]) for task in tasks] == [
+    tasks = json.loads((remote / "adapter_config.json").read_text())["merge"]["tasks"]
+    assert [(task["name"], task["origin"]["source"], task["origin"].get("revision")) for task in tasks] == [
         ("one", "me/one", hub.repositories["me/one"].branches["main"]),
         ("two", made["two"].name, None),  # never the path, which would be published
     ]
@@ -106,8 +106,8 @@ def test_revisions(hub, made, tmp_path):
         merge_adapter_files([f"me/two{revision}"], output, progress=False)
         expected = merge_adapter_files([made[name]], tmp_path / f"expected{revision}", progress=False)
         assert files(output)[WEIGHTS] == files(expected)[WEIGHTS], revision
-    tasks = json.loads((output / "adapter_config.json").read_text())["tasks"]
-    assert (tasks[0]["source"], tasks[0]["revision"]) == ("me/two", commit)
+    tasks = json.loads((output / "adapter_config.json").read_text())["merge"]["tasks"]
+    assert (tasks[0]["origin"]["source"], tasks[0]["origin"]["revision"]) == ("me/two", commit)
 
 
 def test_two_revisions_of_one_repository(hub, tmp_path):

@@ -77,18 +77,18 @@ def test_every_way_to_merge_and_load_gives_the_same(shelf, tmp_path):
         loaded = PeftModel.from_pretrained(base("llava"), tmp_path / folder)
         assert torch.equal(logits(loaded, "llava"), logits(model, "llava"))
         config = MAnyConfig.from_pretrained(tmp_path / folder)
-        assert (config.router, config.temperature) == ("gaussian", 1.0)
+        assert (config.merge.options.router, config.merge.options.temperature) == ("gaussian", 1.0)
 
 
 def test_merging_further_equals_merging_at_once_and_inherits_the_router(shelf, tmp_path):
     merge(shelf[:2]).save_pretrained(tmp_path / "two")
     further = merge_adapter_sequence(base("llava"), [tmp_path / "two", shelf[2]], progress=False)
-    assert further.peft_config["default"].router == "gaussian"
+    assert further.peft_config["default"].merge.options.router == "gaussian"
     expected = merge(shelf)
     assert torch.equal(logits(further, "llava"), logits(expected, "llava"))
     back = merge([tmp_path / "two", shelf[2]], router="cosine")
     plain = merge_adapter_sequence(base("llava"), shelf, progress=False)
-    assert back.peft_config["default"].temperature == plain.peft_config["default"].temperature
+    assert back.peft_config["default"].merge.options == plain.peft_config["default"].merge.options
     assert torch.equal(logits(back, "llava"), logits(plain, "llava"))
 
 
@@ -194,7 +194,7 @@ def test_an_unknown_router_in_a_config_is_refused(shelf, tmp_path):
     merge(shelf).save_pretrained(tmp_path / "saved")
     path = tmp_path / "saved" / "adapter_config.json"
     content = json.loads(path.read_text())
-    content["router"] = "magic"
+    content["merge"]["options"]["router"] = "magic"
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="`router`"):
         PeftModel.from_pretrained(base("llava"), tmp_path / "saved")

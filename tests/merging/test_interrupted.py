@@ -14,7 +14,8 @@ import pytest
 import peft_many.merging.merge
 from peft_many import merge_adapter_files
 from peft_many.files.partial import partial_folder
-from peft_many.merging.plan import plan_merge
+from peft_many.merging.prepare import prepare_merge
+from peft_many.records import MergeOptions
 from tests.adapters import files, make
 
 
@@ -182,6 +183,6 @@ def test_what_a_killed_merge_left_is_of_no_use_to_another(good, tmp_path, monkey
 
 def test_two_equal_merges_into_one_folder_at_once(good, tmp_path):
     output = tmp_path / "merged"
-    key = plan_merge([good["a"], good["b"]], hub={}, progress=False).key()
+    key = prepare_merge([good["a"], good["b"]], MergeOptions(), hub={}, progress=False).key()
     with partial_folder(output, key), pytest.raises(BlockingIOError, match="Another process"):
         merge_adapter_files([good["a"], good["b"]], output, progress=False)

@@ -232,7 +232,7 @@ def test_projectors_and_prototypes_are_carried_over_to_the_bit(shelf, tmp_path):
     names = ["text only", "projector untrained", "c", "a"]
     folder = merge(tmp_path, *(shelf(name).folder for name in names))
     tensors = load_file(folder / WEIGHTS)
-    routing = json.loads((folder / "adapter_config.json").read_text())["routing"][PROJECTOR]
+    routing = json.loads((folder / "adapter_config.json").read_text())["merge"]["routing"][PROJECTOR]
     assert routing["tasks"] == [
         {"name": "a", "trained": True},
         {"name": "c", "trained": True},
@@ -255,7 +255,7 @@ def test_projectors_and_prototypes_are_carried_over_to_the_bit(shelf, tmp_path):
 
 def test_a_projector_whose_tasks_all_have_weight_zero_is_left_out(shelf, tmp_path):
     folder = merge(tmp_path, shelf("a").folder, shelf("text only").folder, weights=[0.0, 1.0])
-    assert json.loads((folder / "adapter_config.json").read_text())["routing"] is None
+    assert "routing" not in json.loads((folder / "adapter_config.json").read_text())["merge"]
     model = PeftModel.from_pretrained(base("llava"), folder)
     alone = PeftModel.from_pretrained(base("llava"), shelf("text only").folder)
     assert distance(logits(model, "llava"), logits(alone, "llava")) < 1e-4
@@ -359,8 +359,12 @@ def test_lora_and_many_adapters_merge_together(shelf, tmp_path):
         assert distance(delta, reference(known, layer, 1e-4, [1.0] * len(known))) < 1e-5, layer
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "MANY"
-    assert [task["name"] for task in config["tasks"]] == ["a", "lora", "lora too"]  # LORA ones by their folders
-    assert [task["trained"] for task in config["routing"][PROJECTOR]["tasks"]] == [True, True, False]
+    assert [task["name"] for task in config["merge"]["tasks"]] == [
+        "a",
+        "lora",
+        "lora too",
+    ]  # LORA ones by their folders
+    assert [task["trained"] for task in config["merge"]["routing"][PROJECTOR]["tasks"]] == [True, True, False]
 
 
 @pytest.mark.parametrize("names", [("llama layer 1",), ("llama layer 1", "llama also layer 1"), ("llama without o",)])
@@ -378,7 +382,7 @@ def test_only_the_trained_layers_are_adapted(shelf, tmp_path, names):
 
 
 def task_names(folder):
-    return [task["name"] for task in json.loads((folder / "adapter_config.json").read_text())["tasks"]]
+    return [task["name"] for task in json.loads((folder / "adapter_config.json").read_text())["merge"]["tasks"]]
 
 
 def test_task_names_can_be_given(shelf, tmp_path):
@@ -569,9 +573,9 @@ def test_the_card_names_the_tasks(shelf, tmp_path):
 def test_a_merge_says_how_it_was_made_and_is_merged_further_so(shelf, tmp_path):
     first = merge(tmp_path / "first", shelf("a").folder, shelf("b").folder, ridge=1e-3, temperature=0.5)
     config = MAnyConfig.from_pretrained(merge(tmp_path / "second", first))
-    assert (config.ridge, config.temperature) == (1e-3, 0.5)
+    assert (config.merge.options.ridge, config.merge.options.temperature) == (1e-3, 0.5)
     config = MAnyConfig.from_pretrained(merge(tmp_path / "third", first, ridge=1e-5, temperature=0.1))
-    assert (config.ridge, config.temperature) == (1e-5, 0.1)
+    assert (config.merge.options.ridge, config.merge.options.temperature) == (1e-5, 0.1)
 
 
 def test_config_type_of_a_merge(shelf, tmp_path):

@@ -22,8 +22,9 @@ from peft_many.algebra.lpm import LowRankDelta
 from peft_many.files.adapter import UnmergeableAdapterError
 from peft_many.files.partial import PartialFolder
 from peft_many.files.statistics import AdapterStatistics
-from peft_many.merging.plan import plan_merge
+from peft_many.merging.prepare import prepare_merge
 from peft_many.methods import METHODS, DareTies, LayerTask, MergeMethod, TaskArithmetic, Ties
+from peft_many.records import MergeOptions
 from peft_many.tuner.projector import ProjectorMixture
 from tests.adapters import (
     PROJECTOR,
@@ -245,20 +246,23 @@ def test_the_method_is_written_down(shelf, tmp_path):
     expected = {
         "name": "ties",
         "source": Ties.source,
-        "options": {"density": 0.3, "scaling": 1.0, "majority_sign_method": "total"},
+        "density": 0.3,
+        "scaling": 1.0,
+        "majority_sign_method": "total",
     }
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["method"] == MAnyConfig.from_pretrained(folder).method == expected
-    assert config["ridge"] is None
+    assert config["merge"]["options"]["method"] == expected
+    assert MAnyConfig.from_pretrained(folder).merge.options.method == Ties(density=0.3)
+    assert "ridge" not in config["merge"]["options"]
     card = (folder / "README.md").read_text()
     assert "`ties(density=0.3, scaling=1.0, majority_sign_method='total')`" in card
     assert "2306.01708" in card
     assert "least squares" not in card
     model = merge_adapter_sequence(base("llama"), [folder], method=Ties(density=0.3), progress=False)
-    assert model.peft_config["default"].method == expected
+    assert model.peft_config["default"].merge.options.method == Ties(density=0.3)
     for options in ({}, {"method": "lpm"}):
         lpm = merge(tmp_path / str(len(options)), [folder], **options)
-        assert MAnyConfig.from_pretrained(lpm).method is None
+        assert MAnyConfig.from_pretrained(lpm).merge.options.method == "lpm"
         assert "least squares" in (lpm / "README.md").read_text()
 
 
@@ -359,8 +363,8 @@ def test_mean_projectors_are_plain_weighted_means(shelf, tmp_path, method, names
     tasks, weights = [shelf(name) for name in names], [1.0, 0.5, 2.5, 3.0][: len(names)]
     folder = merge(tmp_path / "merged", tasks, weights=weights, method=method, projectors="mean")
     config = MAnyConfig.from_pretrained(folder)
-    assert config.routing is None
-    assert config.averaged_projectors == {PROJECTOR: ["a", "b", "lora"]}
+    assert config.merge.routing == {}
+    assert config.merge.averaged_projectors == {PROJECTOR: ["a", "b", "lora"]}
     assert "projectors averaged" in (folder / "README.md").read_text()
     models = [
         PeftModel.from_pretrained(base("llava"), folder),
@@ -413,7 +417,7 @@ def test_a_mean_is_averaged_further(shelf, tmp_path):
     for key, tensor in one.items():
         assert distance(tensor, other[key]) < 1e-6, key
     assert files(further)[STATISTICS] == files(at_once)[STATISTICS]
-    assert MAnyConfig.from_pretrained(further).averaged_projectors == {PROJECTOR: ["a", "b", "lora"]}
+    assert MAnyConfig.from_pretrained(further).merge.averaged_projectors == {PROJECTOR: ["a", "b", "lora"]}
     with pytest.raises(UnmergeableAdapterError, match=r"is the mean .* `projectors='mean'`"):
         merge(tmp_path / "routed", [first, c])
 
@@ -525,7 +529,7 @@ def test_an_interrupted_merge_goes_on_where_it_stopped(shelf, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         merge(tmp_path / "merged", tasks, method=name)
     merge(tmp_path / "merged", tasks, method=name)
-    plan = plan_merge([task.folder for task in tasks], method=name, hub={}, progress=False)
+    plan = prepare_merge([task.folder for task in tasks], MergeOptions(method=name), hub={}, progress=False)
     assert len(steps) == len(plan.groups)
     assert files(tmp_path / "merged") == expected
 
@@ -533,15 +537,16 @@ def test_an_interrupted_merge_goes_on_where_it_stopped(shelf, tmp_path, monkeypa
 def test_another_method_or_another_option_is_another_merge(shelf):
     folders = [shelf("llama a").folder]
     ways = [{}, {"method": "ties"}, {"method": Ties(density=0.3)}, {"method": "average"}, {"projectors": "mean"}]
-    keys = {plan_merge(folders, hub={}, progress=False, **way).key() for way in ways[:4]}
+    keys = {prepare_merge(folders, MergeOptions(**way), hub={}, progress=False).key() for way in ways[:4]}
     assert len(keys) == 4
-    projectors = {plan_merge([shelf("a").folder], hub={}, progress=False, **way).key() for way in (ways[0], ways[4])}
+    both = [MergeOptions(**way) for way in (ways[0], ways[4])]
+    projectors = {prepare_merge([shelf("a").folder], options, hub={}, progress=False).key() for options in both}
     assert len(projectors) == 2
 
 
 def test_the_layers_are_shared_out_over_processes(shelf):
     """Also where nobody was measured, so that the covariances' ranks do not say what a layer costs."""
-    plan = plan_merge([shelf("llama a?").folder], method="average", hub={}, progress=False)
+    plan = prepare_merge([shelf("llama a?").folder], MergeOptions(method="average"), hub={}, progress=False)
     shares = [
         PartialFolder(Path(), {}, process=process, processes=2).share(plan.groups, plan.cost_of) for process in (0, 1)
     ]

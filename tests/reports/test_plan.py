@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_many import merge_adapter_files, preview_merge
+from peft_many import merge_adapter_files, plan_merge
 from peft_many.methods import Ties
 from tests.adapters import STATISTICS, WEIGHTS, files, make
 
@@ -35,7 +35,7 @@ def shelf(tmp_path_factory) -> dict[str, Path]:
 def test_it_says_what_the_merge_becomes_and_touches_nothing(shelf, tmp_path):
     chosen = [shelf["a"], shelf["b"]]
     before = [files(folder) for folder in chosen]
-    found = preview_merge(chosen, weights={"b": 0.5}, rank=5, progress=False)
+    found = plan_merge(chosen, weights={"b": 0.5}, rank=5, progress=False)
     assert [files(folder) for folder in chosen] == before
     merged = merge_adapter_files(chosen, tmp_path / "merged", weights={"b": 0.5}, rank=5, progress=False)
     assert found.problems == []
@@ -46,11 +46,10 @@ def test_it_says_what_the_merge_becomes_and_touches_nothing(shelf, tmp_path):
     assert (found.layers, found.groups, found.ranks) == (14, 8, (5, 5))
     assert found.options == {
         "method": "lpm",
+        "projectors": "routed",
         "ridge": 1e-4,
         "router": "cosine",
         "temperature": 0.02,
-        "top_k": None,
-        "abstain_above": None,
         "rank": 5,
         "gate_lora": False,
         "dtype": "float32",
@@ -58,38 +57,34 @@ def test_it_says_what_the_merge_becomes_and_touches_nothing(shelf, tmp_path):
     assert found.projectors == {"model.multi_modal_projector": ["a", "b"]}
     header = 6000
     assert 0 <= (merged / WEIGHTS).stat().st_size - found.output_bytes < header
-    assert 0 < found.seconds < 10
-    assert found.memory_bytes > 0
-    ties = preview_merge(chosen, method="ties", projectors="mean", progress=False)
-    assert ties.options["density"] == Ties().density
+    assert found.multiplications > 0
+    ties = plan_merge(chosen, method="ties", projectors="mean", progress=False)
+    assert ties.options["method"]["density"] == Ties().density
     assert "ridge" not in ties.options
     assert "router" not in ties.options
-    assert ties.seconds is None
 
 
 def test_it_notes_what_may_surprise(shelf):
-    notes = "\n".join(preview_merge([shelf[name] for name in ("a", "few", "blind", "text")], progress=False).notes)
+    notes = "\n".join(plan_merge([shelf[name] for name in ("a", "few", "blind", "text")], progress=False).notes)
     assert "'few' did not train 10 of 14 layers ('model.language_model.layers.0.mlp.gate_proj', …); its delta" in notes
     assert "but in 6 of them nothing was measured and it has no say" in notes
     assert "'blind' has no projector 'model.multi_modal_projector' of its own: the base model's serves." in notes
     assert "'text' saw no image at 'model.multi_modal_projector', so no image is sent to it." in notes
     assert "'a' was measured on 4 samples" in notes
     assert "look like those of" not in notes
-    hot = "\n".join(preview_merge([shelf["a"], shelf["b"]], temperature=2.0, progress=False).notes)
+    hot = "\n".join(plan_merge([shelf["a"], shelf["b"]], temperature=2.0, progress=False).notes)
     assert "Images of 'a' look like those of 'b' at 'model.multi_modal_projector': the mean image" in hot
-    light = preview_merge([shelf["a"], shelf["b"]], weights={"b": 0.0}, router="gaussian", progress=False).notes
+    light = plan_merge([shelf["a"], shelf["b"]], weights={"b": 0.0}, router="gaussian", progress=False).notes
     assert "'b' has weight 0: its LoRA is kept, its projector is not, and it has no say." in light
 
 
 def test_every_adapters_problem_is_told(shelf, tmp_path):
-    found = preview_merge([shelf["a"], shelf["bare"], tmp_path / "nowhere"], local_files_only=True, progress=False)
+    found = plan_merge([shelf["a"], shelf["bare"], tmp_path / "nowhere"], local_files_only=True, progress=False)
     assert len(found.problems) == 2
     assert "bare has no statistics" in found.problems[0]
     assert "nowhere" in found.problems[1]
     assert found.tasks == []
-    assert (
-        preview_merge([shelf["a"], shelf["bare"]], method="average", projectors="mean", progress=False).problems == []
-    )
+    assert plan_merge([shelf["a"], shelf["bare"]], method="average", projectors="mean", progress=False).problems == []
 
 
 def test_adapters_that_do_not_go_together(shelf, tmp_path):
@@ -98,9 +93,9 @@ def test_adapters_that_do_not_go_together(shelf, tmp_path):
         config = json.loads((folder / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = f"base of {folder.name}"
         (folder / "adapter_config.json").write_text(json.dumps(config))
-    (problem,) = preview_merge(chosen, progress=False).problems
+    (problem,) = plan_merge(chosen, progress=False).problems
     assert "trained on different base models" in problem
     with pytest.raises(ValueError, match="`rank` must be at least 1"):
-        preview_merge([shelf["a"]], rank=0, progress=False)
+        plan_merge([shelf["a"]], rank=0, progress=False)
     with pytest.raises(ValueError, match="cannot compute in float64"):
-        preview_merge([shelf["a"]], device="nonsense", progress=False)
+        plan_merge([shelf["a"]], device="nonsense", progress=False)

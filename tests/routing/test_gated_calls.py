@@ -757,7 +757,7 @@ def test_layers_and_ranks_that_differ_by_task(tmp_path: Path) -> None:
     config = model.peft_config["default"]
     assert config.task_ranks == [0, 3, 0, 4]  # of o, gate and down
     assert config.task_rank_pattern[r"model\.language_model\.layers\.0\.self_attn\.q_proj"] == [2, 5, 0, 4]
-    assert [task["name"] for task in config.tasks] == ["a", "b", "c", "text"]
+    assert config.merge.names == ["a", "b", "c", "text"]
     assert len(hooks_of(model)) == 2
     rows = [[tiny.random_image("llava", 3, style=seed)] for seed in (1, 2, 6)]
     inputs = inputs_of("llava", [*rows, []])

@@ -527,7 +527,7 @@ def test_a_plain_lora_adapter_with_a_trained_projector(tmp_path: Path) -> None:
         model.save_pretrained(str(folders[-1]))
         assert (folders[-1] / STATISTICS_NAME).is_file()
     merged = merge_adapter_sequence(tiny.build("llava"), folders, progress=False)
-    assert merged.peft_config["default"].routing["model.multi_modal_projector"]["width"] == tiny.VISION_WIDTH
+    assert merged.peft_config["default"].merge.routing["model.multi_modal_projector"].width == tiny.VISION_WIDTH
 
 
 @pytest.mark.parametrize("kind", [MAnyConfig, LoraConfig])

@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from peft_many import MAnyConfig, merge_adapter_sequence
 from peft_many.algebra.routing import routing_weights
 from peft_many.families.image_layout import ImageLayout
 from peft_many.families.layouts import current_layout
+from peft_many.records import MergeOptions
 from peft_many.routing.image_calls import watching_image_calls
 from peft_many.tuner import projector as projector_module
 from peft_many.tuner.projector import ProjectorMixture, ProjectorRouting
@@ -230,7 +232,7 @@ def test_llava_onevision_cuts_only_images_that_are_alone(counts: list[int] | Non
 def test_flat_features_from_elsewhere_are_an_error(family: str) -> None:
     merged = making.shared_merge(family)
     projector = merged.get_base_model().get_submodule(PROJECTORS[family][0])
-    width = merged.peft_config["default"].routing[PROJECTORS[family][0]]["width"]
+    width = merged.peft_config["default"].merge.routing[PROJECTORS[family][0]].width
     with pytest.raises(RuntimeError, match=r"flat vision features of shape \(16, \d+\).*get_image_features"):
         projector(torch.randn(16, width))
 
@@ -686,11 +688,11 @@ def test_top_k_is_saved_and_loaded_back(tmp_path: Path) -> None:
     folder, inputs = tmp_path / "merged", tiny.batch(making.shared_base("llava"), "llava", mixed_rows("llava"))
     making.shared_merge("llava").save_pretrained(str(folder))
     config = MAnyConfig.from_pretrained(str(folder))
-    assert config.top_k is None
-    config.temperature, config.top_k = SOFT, 1
+    assert config.merge.options.top_k is None
+    config.merge = replace(config.merge, options=replace(config.merge.options, temperature=SOFT, top_k=1))
     PeftModel.from_pretrained(tiny.build("llava"), str(folder), config=config).save_pretrained(str(folder))
     again = PeftModel.from_pretrained(tiny.build("llava"), str(folder)).eval()
-    assert again.peft_config["default"].top_k == 1
+    assert again.peft_config["default"].merge.options.top_k == 1
     expected = logits(soften(making.merge("llava"), top_k=1), inputs)
     torch.testing.assert_close(logits(again, inputs), expected, atol=1e-5, rtol=0)
     assert (logits(soften(making.merge("llava")), inputs) - expected).abs().max() > 1e-2
@@ -698,4 +700,4 @@ def test_top_k_is_saved_and_loaded_back(tmp_path: Path) -> None:
 
 def test_an_impossible_top_k_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`top_k` must be at least 1.*it is 0"):
-        MAnyConfig(top_k=0)
+        MergeOptions(top_k=0)

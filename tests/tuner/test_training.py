@@ -116,7 +116,7 @@ def test_an_accelerate_loop_learns_and_is_measured_as_prepared(model):
 def test_two_processes_train_one_adapter_that_merges(tmp_path):
     launch("two_processes.py", tmp_path)
     merged = merge_adapter_sequence(tiny.build("llava"), [tmp_path / "names"], progress=False)
-    assert merged.peft_config["default"].tasks[0]["name"] == "names"
+    assert merged.peft_config["default"].merge.names[0] == "names"
     merge_adapter_files([tmp_path / "names", tmp_path / "more"], tmp_path / "alone", progress=False)
     assert files(tmp_path / "merged") == files(tmp_path / "alone")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "merged", "more", "names"]
