@@ -6,7 +6,7 @@ Importing it registers the PEFT type `MANY`.
 from . import metrics
 from .editing.pooling import pool_adapters
 from .editing.refit import refit_merge
-from .editing.tasks import add_task, remove_task
+from .editing.tasks import add_task, remove_task, reweight_tasks
 from .exports import export_lora, export_model, export_routed_model, load_routed_model
 from .exports.llava_checkpoint import import_llava_checkpoint
 from .hub.loading import find_statistics
@@ -52,5 +52,6 @@ __all__ = [
     "read_recipe",
     "refit_merge",
     "remove_task",
+    "reweight_tasks",
     "save_report",
 ]

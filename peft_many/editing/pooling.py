@@ -13,6 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from ..algebra.covariance import Covariance, LowRankCovariance, added_covariances
 from ..algebra.spectrum import eigen_directions
@@ -20,6 +21,7 @@ from ..files.adapter import TaskAdapter
 from ..files.partial import partial_folder
 from ..files.statistics import AdapterStatistics, TaskStatistics, weight_fingerprint
 from ..files.stored_delta import KEY_PREFIX
+from ..hub.sources import HubArguments
 from ..merging.group import merged_deltas, tensors_of
 from ..merging.merged_config import merged_config
 from ..merging.operations import POOL, operation
@@ -44,19 +46,15 @@ def pool_adapters(
     statistics_rank: int = DEFAULT_STATISTICS_RANK,
     ridge: float | None = None,
     device: str | torch.device = "cpu",
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
     progress: bool = True,
+    **hub: Unpack[HubArguments],
 ) -> Path:
     """Make one task adapter of several, whose size does not depend on how many: a merge that cannot be taken apart.
 
     A merge keeps every task's statistics, projector and prototype, and grows with them. A pool keeps one of each: the
     merged delta, cut to `rank` by reduced-rank regression; the mean of the covariances, cut to `statistics_rank`
     directions with the rest spread evenly; the mean of the projectors; and the mean and spread of all images. It is an
-    ordinary adapter, to be merged with others or pooled again as new tasks come, with the sum of the tasks' weights:
-
-        pool_adapters(["pool-49", "task-50"], "pool-50")
+    ordinary adapter, to be merged with others or pooled again as new tasks come, with the sum of the tasks' weights.
 
     Merging from a pool gives what merging its tasks would have given, but for what was cut (docs/benchmarks.md). What
     is lost: its tasks share one projector, so that images are no longer routed among them, and none of them can be
@@ -81,14 +79,10 @@ def pool_adapters(
             `λ`.
         device (`str` or `torch.device`, defaults to `"cpu"`):
             Where to compute.
-        token (`str` or `bool`, *optional*):
-            As in [`~huggingface_hub.snapshot_download`], like the next two.
-        cache_dir (`str`, *optional*):
-            Where Hub downloads are kept.
-        local_files_only (`bool`, defaults to `False`):
-            Use only what is in the cache.
         progress (`bool`, defaults to `True`):
             Show a progress bar.
+        **hub:
+            `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
     Returns:
         `Path`: The folder.
@@ -96,6 +90,15 @@ def pool_adapters(
     Raises:
         FileExistsError: The output folder exists and is not empty.
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
+
+    Example:
+
+        ```py
+        >>> from peft_many import pool_adapters
+
+        >>> pool_adapters(["iconqa", "clevr"], "pool", rank=8)
+        PosixPath('pool')
+        ```
     """
     if statistics_rank < 1:
         raise ValueError(f"`statistics_rank` must be at least 1, but it is {statistics_rank}.")
@@ -104,7 +107,7 @@ def pool_adapters(
         MergeOptions(projectors=MEAN, ridge=ridge, rank=rank),
         weights=weights,
         task_names=task_names,
-        hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
+        hub=hub,
         progress=progress,
     )
     name = task_name or _joined([task.name for task in plan.tasks])

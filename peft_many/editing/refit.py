@@ -74,6 +74,15 @@ def refit_merge(
         ValueError: The model's active adapter is no merge with statistics, or `calibration` does not fit its tasks.
         RuntimeError: A layer saw no token, or other tokens in the merge than with a task's own adapter; activations
             hold NaN or Inf. The weights are then as before.
+
+    Example:
+
+        ```py
+        >>> from peft_many import merge_adapter_sequence, refit_merge
+
+        >>> merged = merge_adapter_sequence(base, ["iconqa", "clevr"])
+        >>> refit_merge(merged, {"iconqa": dataloader, "clevr": dataloader}, max_samples=32)
+        ```
     """
     if targets not in ("outputs", "deltas"):
         raise ValueError(f"`targets` must be 'outputs' or 'deltas', but it is {targets!r}.")

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from ..files.adapter import read_adapter
 from ..files.stored_delta import UnmergeableAdapterError
-from ..hub.sources import find_adapter
+from ..hub.sources import HubArguments, find_adapter
 from ..merging.merge import merge_adapter_files
 from ..merging.prepare import AdapterPath, TaskNames
 from ..methods.base import ForeignMethod
@@ -26,10 +27,8 @@ def add_task(
     task_name: TaskNames = None,
     weights: Mapping[str, float] | None = None,
     device: str | torch.device = "cpu",
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
     progress: bool = True,
+    **hub: Unpack[HubArguments],
 ) -> Path:
     """Add a task to a merge, without the adapters that it was made of and without a base model.
 
@@ -43,18 +42,24 @@ def add_task(
         task_name (`str`, *optional*): Name of the new task, where the adapter does not say or clashes.
         weights (`Mapping[str, float]`, *optional*): Weights by task name; the others keep theirs, a new task 1.
         device (`str` or `torch.device`, defaults to `"cpu"`): As in [`merge_adapter_files`].
-        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
-        cache_dir (`str`, *optional*): Where Hub downloads are kept.
-        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
         progress (`bool`, defaults to `True`): Show progress bars.
+        **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
     Returns:
         `Path`: The folder.
 
     Raises:
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError, FileExistsError: As in [`merge_adapter_files`].
+
+    Example:
+
+        ```py
+        >>> from peft_many import add_task
+
+        >>> add_task("merged", "vizwiz", "merged-3")
+        PosixPath('merged-3')
+        ```
     """
-    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     change = {"adapters": [merge, adapter], "task_names": None if task_name is None else [None, task_name]}
     return _merged_anew(merge, output_dir, change, hub, weights=weights, device=device, progress=progress)
 
@@ -66,10 +71,8 @@ def remove_task(
     *,
     weights: Mapping[str, float] | None = None,
     device: str | torch.device = "cpu",
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
     progress: bool = True,
+    **hub: Unpack[HubArguments],
 ) -> Path:
     """Forget a task of a merge, exactly: its deltas, covariances, prototype and projector are gone.
 
@@ -83,10 +86,8 @@ def remove_task(
         output_dir (`str`, *optional*): The folder to create. Without it the merge's own folder is replaced, whole.
         weights (`Mapping[str, float]`, *optional*): New weights of the other tasks, by name.
         device (`str` or `torch.device`, defaults to `"cpu"`): As in [`merge_adapter_files`].
-        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
-        cache_dir (`str`, *optional*): Where Hub downloads are kept.
-        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
         progress (`bool`, defaults to `True`): Show progress bars.
+        **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
     Returns:
         `Path`: The folder.
@@ -95,18 +96,69 @@ def remove_task(
         ValueError: The merge has no task of that name, or no other.
         UnmergeableAdapterError: The task has a part in the mean of several projectors, which cannot be undone.
         AdapterNotFoundError, StatisticsError, FileExistsError: As in [`merge_adapter_files`].
+
+    Example:
+
+        ```py
+        >>> from peft_many import remove_task
+
+        >>> remove_task("merged", "clevr", "merged-without-clevr")
+        PosixPath('merged-without-clevr')
+        ```
     """
-    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     change = {"adapters": [merge], "without": [task_name]}
     return _merged_anew(merge, output_dir, change, hub, weights=weights, device=device, progress=progress)
 
 
-def merge_options(merge: AdapterPath, **hub: Any) -> MergeOptions:
+def reweight_tasks(
+    merge: AdapterPath,
+    weights: Mapping[str, float],
+    output_dir: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    **hub: Unpack[HubArguments],
+) -> Path:
+    """Give tasks of a merge other weights, without the adapters that it was made of and without a base model.
+
+    The result is what merging the tasks' adapters with these weights would have given; a refit of the merge
+    ([`refit_merge`]) is not kept.
+
+    Args:
+        merge (`str`): The folder or Hub id of a merge.
+        weights (`Mapping[str, float]`): New weights by task name; tasks that are not named keep theirs.
+        output_dir (`str`, *optional*): The folder to create. Without it the merge's own folder is replaced, whole.
+        device (`str` or `torch.device`, defaults to `"cpu"`): As in [`merge_adapter_files`].
+        progress (`bool`, defaults to `True`): Show progress bars.
+        **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: The merge has no task of that name.
+        UnmergeableAdapterError: A projector is the mean of several tasks' and cannot be weighted anew.
+        AdapterNotFoundError, StatisticsError, FileExistsError: As in [`merge_adapter_files`].
+
+    Example:
+
+        ```py
+        >>> from peft_many import reweight_tasks
+
+        >>> reweight_tasks("merged", {"clevr": 2.0}, "merged-2")
+        PosixPath('merged-2')
+        ```
+    """
+    change = {"adapters": [merge]}
+    return _merged_anew(merge, output_dir, change, hub, weights=weights, device=device, progress=progress)
+
+
+def merge_options(merge: AdapterPath, **hub: Unpack[HubArguments]) -> MergeOptions:
     """The options that a merge was made with.
 
     Args:
         merge (`str`): The folder or Hub id of a merge.
-        **hub (`Any`): `token`, `cache_dir` and `local_files_only`.
+        **hub: `token`, `cache_dir` and `local_files_only`.
 
     Raises:
         UnmergeableAdapterError: It is no merge, or was made by a method that is not one of ours.
@@ -129,7 +181,7 @@ def _merged_anew(
     merge: AdapterPath,
     output_dir: str | os.PathLike[str] | None,
     change: Mapping[str, Any],
-    hub: Mapping[str, Any],
+    hub: HubArguments,
     **options: Any,
 ) -> Path:
     """Merge again with the options that a merge was made with, in its place or in a new folder."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftWarning
+from typing_extensions import Unpack
 
 from ..files.card import CARD_NAME
 from ..files.source import AdapterSource
@@ -27,6 +28,20 @@ from ..files.statistics import STATISTICS_NAME, AdapterStatistics, StatisticsErr
 ADAPTER_FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STATISTICS_NAME]
 # A connection that breaks off, or a file that comes short: httpx's error, or httpx2's, as huggingface_hub has it.
 TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+class HubArguments(TypedDict, total=False):
+    """How to reach the Hub, as in [`~huggingface_hub.snapshot_download`].
+
+    Args:
+        token (`str` or `bool`): An access token, or whether to use the one that was saved by logging in.
+        cache_dir (`str`): Where downloads are kept.
+        local_files_only (`bool`): Use only what was downloaded before.
+    """
+
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
 
 
 class AdapterNotFoundError(FileNotFoundError):
@@ -105,13 +120,7 @@ def locate_statistics(
     return RemoteStatistics(str(source), name, commit, token, cache_dir)
 
 
-def find_adapter(
-    entry: str | os.PathLike[str],
-    *,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> AdapterSource:
+def find_adapter(entry: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> AdapterSource:
     """Find a local folder, or download a Hub repository's adapter files (`"me/adapter"` or `"me/adapter@revision"`).
 
     Raises:
@@ -126,9 +135,7 @@ def find_adapter(
             repo_id,
             revision=revision or None,
             allow_patterns=[*ADAPTER_FILES, CARD_NAME],  # the card for what it was trained on
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
+            **hub,
         )
     except HFValidationError:
         raise AdapterNotFoundError(f"There is no folder '{entry}', and it is no Hub repository id either.") from None

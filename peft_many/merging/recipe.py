@@ -45,6 +45,18 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: There is no such file.
         RecipeError: It is no recipe.
+
+    Example:
+
+        ```py
+        >>> from pathlib import Path
+        >>> from peft_many import merge_adapter_files, read_recipe
+
+        >>> text = "adapters: [iconqa, {adapter: clevr, weight: 0.5}]"
+        >>> _ = Path("tasks.yaml").write_text(text)
+        >>> merge_adapter_files(**read_recipe("tasks.yaml"), output_dir="by-recipe")
+        PosixPath('by-recipe')
+        ```
     """
     path = Path(path).expanduser()
     try:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from typing_extensions import Unpack
 
 from ..algebra.covariance import Covariance, LowRankCovariance
 from ..files.adapter import Adapter, TaskAdapter, read_adapter
 from ..files.card import CARD_NAME
 from ..files.stored_delta import KEY_PREFIX
-from ..hub.sources import ADAPTER_FILES, find_adapter
+from ..hub.sources import ADAPTER_FILES, HubArguments, find_adapter
 from ..merging.prepare import AdapterPath
 from ..records import Operation, TaskRecord
 
@@ -104,20 +105,12 @@ class AdapterInspection:
     operations: list[Operation]
 
 
-def inspect_adapter(
-    adapter: AdapterPath,
-    *,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> AdapterInspection:
+def inspect_adapter(adapter: AdapterPath, **hub: Unpack[HubArguments]) -> AdapterInspection:
     """Look into an adapter or a merge, without loading any base model.
 
     Args:
         adapter (`str`): A folder or Hub id (`"me/adapter@revision"`).
-        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
-        cache_dir (`str`, *optional*): Where Hub downloads are kept.
-        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+        **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
     Returns:
         [`AdapterInspection`]: What is there; `dataclasses.asdict` makes it JSON.
@@ -126,8 +119,17 @@ def inspect_adapter(
         UnmergeableAdapterError: It is damaged, or no adapter that could be merged.
         AdapterNotFoundError: It is neither a folder nor reachable on the Hub.
         StatisticsError: Its statistics are damaged.
+
+    Example:
+
+        ```py
+        >>> from peft_many import inspect_adapter
+
+        >>> [task.name for task in inspect_adapter("merged").tasks]
+        ['clevr', 'iconqa']
+        ```
     """
-    source = find_adapter(adapter, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    source = find_adapter(adapter, **hub)
     read = read_adapter(source)
     config, weights = read.config, read.files[0]
     pairs = {module: weights.shape(f"{KEY_PREFIX}{module}.lora_A.weight")[0] for module in read.pairs}

@@ -110,6 +110,16 @@ def plan_merge(
 
     Raises:
         ValueError: An option is wrong.
+
+    Example:
+
+        ```py
+        >>> from peft_many import plan_merge
+
+        >>> plan = plan_merge(["iconqa", "clevr"], rank=4)
+        >>> plan.problems, plan.ranks
+        ([], (4, 4))
+        ```
     """
     usable_device(device)
     chosen = MergeOptions(**options)

@@ -36,38 +36,49 @@ class MAnyPeftType(str, enum.Enum):
 
 @dataclass
 class MAnyConfig(LoraConfig):
-    """Configuration of a MAny adapter (arXiv 2604.14016): LoRA on the language model, a copy of the projector.
+    """Configuration of a MAny adapter (arXiv 2604.14016): LoRA on the language model, and a copy of the projector.
 
-    Everything of [`~peft.LoraConfig`] works as there. Where `target_modules` is not given, all linear layers of the
-    language model are adapted, never the vision tower, the projector or the output head; on a model without images,
-    those that [`~peft.LoraConfig`] would adapt, or all linear layers where it has no default.
+    All arguments of [`~peft.LoraConfig`] mean the same here. Without `target_modules` all linear layers of the
+    language model get a LoRA, but not the vision tower, the projector and the output head. On a model that takes no
+    images the defaults of [`~peft.LoraConfig`] apply, and all linear layers where it has none.
 
     Args:
         task_name (`str`, *optional*):
             What to call the task in merges. Defaults to the name of the folder or Hub repository at merging.
         projector_modules (`list[str]`, *optional*):
-            Names of the multimodal projector's modules, matched at their end like `modules_to_save`. Found by itself
-            if not given; an empty list trains no projector.
+            Names of the multimodal projector's modules, matched at their end like `modules_to_save`. By default they
+            are looked for between the vision tower and the language model. An empty list trains no projector.
         energy (`float`, defaults to `0.9999`):
-            Share of each covariance's energy that is kept when statistics are saved, in (0, 1]; the rest is kept as an
-            isotropic remainder (MAny*). `1.0` keeps them whole.
+            The default of [`collect_statistics`]: the share of each covariance's energy whose directions are kept, in
+            (0, 1]. The rest is spread evenly over all directions (MAny* in the paper).
         merge ([`MergeRecord`], *optional*):
             What a merge was made of and how. Written by merging.
         pool ([`PoolRecord`], *optional*):
             What an adapter was pooled from. Written by pooling.
         format_version (`int`): Version of the layout of adapter folders.
         statistics ([`AdapterStatistics`], *optional*):
-            Covariances and prototypes, or where on the Hub they are. No part of `adapter_config.json`; they travel in
-            a file of their own.
+            Covariances and prototypes, or where on the Hub they are. No part of `adapter_config.json`; they are saved
+            in a file of their own.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_many import MAnyConfig
+
+        >>> model = get_peft_model(base, MAnyConfig(r=16, lora_alpha=32, task_name="clevr"))
+        >>> model.peft_config["default"].projector_modules
+        ['model.multi_modal_projector']
+        ```
     """
 
     task_name: str | None = field(default=None, metadata={"help": "What to call the task in merges."})
     projector_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the projector's modules. Found by itself if not given; [] trains no projector."},
+        metadata={"help": "Names of the projector's modules. Looked for if not given; [] trains no projector."},
     )
     energy: float = field(
-        default=DEFAULT_ENERGY, metadata={"help": "Share of each covariance's energy that is kept when saving."}
+        default=DEFAULT_ENERGY, metadata={"help": "Share of each covariance's energy whose directions are kept."}
     )
     merge: MergeRecord | None = field(
         default=None, metadata={"help": "What a merge was made of and how. Written by merging."}

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import peft_many.files.atomic
-from peft_many import add_task, merge_adapter_files, merge_adapter_sequence, remove_task
+from peft_many import add_task, merge_adapter_files, merge_adapter_sequence, remove_task, reweight_tasks
 from peft_many.files.adapter import UnmergeableAdapterError
 from peft_many.methods import Ties
 from tests.adapters import STATISTICS, WEIGHTS, base, but_operations, distance, files, logits, make
@@ -202,6 +202,17 @@ def test_a_mean_of_projectors_can_neither_be_undone_nor_weighted_anew(shelf, tmp
     )
     expected = merge(shelf, "a b blind", tmp_path / "2", weights=[2.0, 2.0, 1.0], projectors="mean")
     assert but_operations(both) == but_operations(expected)
+
+
+def test_tasks_are_reweighted_as_if_merged_so(shelf, tmp_path):
+    whole = merge(shelf, "a b", tmp_path / "whole")
+    heavier = reweight_tasks(whole, {"b": 3.0}, tmp_path / "heavier", progress=False)
+    at_once = merge_adapter_files([shelf["a"], shelf["b"]], tmp_path / "x", weights=[1.0, 3.0], progress=False)
+    assert but_operations(heavier) == but_operations(at_once)
+    assert reweight_tasks(whole, {"b": 3.0}, progress=False) == whole
+    assert files(whole) == files(heavier)
+    with pytest.raises(ValueError, match="names the task 'x'"):
+        reweight_tasks(whole, {"x": 3.0}, progress=False)
 
 
 def test_mistakes_are_explained(shelf, tmp_path):
