@@ -35,7 +35,7 @@ class Task:
         self.folder = folder
         config = LoraConfig.from_pretrained(folder)
         self.scaling = config.lora_alpha / config.r
-        self.covariances = AdapterStatistics.load(folder / STATISTICS_NAME).tasks[0].covariances
+        self.measured = AdapterStatistics.load(folder / STATISTICS_NAME).tasks[0]
 
     def delta(self, module: str) -> LowRankDelta:
         """The layer's low-rank delta in float32, scaling folded in."""
@@ -44,9 +44,9 @@ class Task:
 
     def covariance(self, module: str, dtype: torch.dtype, ridge: float) -> Tensor:
         """The full matrix `C_t`, ridge included, computed in `dtype` from the low-rank statistics."""
-        low_rank = self.covariances[module]
+        low_rank = self.measured.covariance_of(module)
         assert isinstance(low_rank, LowRankCovariance)
-        factor = low_rank.rows().to(dtype)
+        factor = low_rank.factor_rows().to(dtype)
         matrix = factor.T @ factor
         matrix.diagonal().add_(low_rank.remainder)
         matrix.diagonal().add_(ridge * matrix.diagonal().mean())

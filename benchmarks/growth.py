@@ -70,7 +70,7 @@ def make_tasks(point: Point) -> Tasks:
             for layer in LAYERS
         }
         factor = random(point.statistics_rank, point.width)
-        tasks.append((LowRankCovariance(remainder=0.01, tokens=1024, factor=factor), deltas))
+        tasks.append((LowRankCovariance(remainder=0.01, factor=factor), deltas))
     return tasks
 
 

@@ -21,10 +21,11 @@ from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from peft_many.algebra.covariance import LowRankCovariance, added_covariances
+from peft_many.algebra.covariance import LowRankCovariance
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
 from peft_many.algebra.residual import output_norm, relative_residual
 from peft_many.algebra.spectrum import eigen_directions
+from peft_many.algebra.sums import added_covariances
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def make_tasks(sizes: Sizes) -> list[Task]:
     made = []
     for _ in range(sizes.tasks):
         own = ((1 - sizes.shared) ** 0.5 * decay) * rotation()
-        whole = LowRankCovariance(remainder=0.0, tokens=1, factor=torch.cat([common, own]))
+        whole = LowRankCovariance(remainder=0.0, factor=torch.cat([common, own]))
         A = torch.randn(sizes.adapter_rank, sizes.width, generator=generator)
         B = torch.randn(sizes.out, sizes.adapter_rank, generator=generator)
         made.append((eigen_directions(whole).keep(sizes.statistics_rank), LowRankDelta(A=A, B=B)))

@@ -23,10 +23,10 @@ from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from peft_many.algebra.covariance import Covariance, CovarianceAccumulator, LowRankCovariance
+from peft_many.algebra.covariance import Covariance, LowRankCovariance
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
-from peft_many.algebra.sketch import CovarianceSketch
-from peft_many.algebra.spectrum import Spectrum, truncate
+from peft_many.algebra.sketch import CovarianceAccumulator, CovarianceSketch
+from peft_many.algebra.spectrum import Spectrum, eigen_directions
 
 TASKS = 3
 
@@ -81,7 +81,7 @@ class Incremental:
         energies = self.factor.square().sum(1)
         directions = self.factor / energies.clamp(min=1e-300).sqrt()[:, None]
         rest = max(0.0, self.energy - energies.sum().item()) / self.tokens
-        return Spectrum(energies / self.tokens, directions, rest, self.tokens).keep(self.size)
+        return Spectrum(energies / self.tokens, directions, rest).keep(self.size)
 
 
 class FrequentDirections(Incremental):
@@ -124,7 +124,7 @@ def sketch(make: Callable[[int, int], Any], rows: Tensor, sizes: Sizes) -> tuple
     running = make(sizes.width, sizes.size)
     for batch in rows.split(sizes.batch):
         running.update(batch)
-    result = truncate(running.result(), 1.0, rank=sizes.rank)
+    result = eigen_directions(running.result()).keep(sizes.rank)
     return result, time.perf_counter() - start
 
 
@@ -171,7 +171,7 @@ def measure(kind: str, sizes: Sizes, bar: Any) -> list[dict[str, Any]]:
             "seconds": seconds,
         }
 
-    results = [row(BEST, [truncate(covariance, 1.0, rank=sizes.rank) for covariance in exact], 0.0)]
+    results = [row(BEST, [eigen_directions(covariance).keep(sizes.rank) for covariance in exact], 0.0)]
     for name, make in SKETCHES.items():
         found = [sketch(make, rows, sizes) for rows in tasks]
         results.append(row(name, [one for one, _ in found], statistics.mean(seconds for _, seconds in found)))

@@ -29,7 +29,14 @@ from tqdm.auto import tqdm
 
 from peft_many import MAnyConfig
 from peft_many.algebra.covariance import LowRankCovariance
-from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics, TaskStatistics, weight_fingerprint
+from peft_many.files.fingerprints import weight_fingerprint
+from peft_many.files.statistics import (
+    STATISTICS_NAME,
+    AdapterStatistics,
+    ImageStatistics,
+    InputStatistics,
+    TaskStatistics,
+)
 
 KEY_PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -117,9 +124,9 @@ def _write_task(many: Path, lora: Path, sizes: Sizes, t: int) -> None:
     statistics = TaskStatistics(
         name=f"task_{t}",
         samples=256,
-        images=256,
-        covariances=dict(_covariances(sizes, generator)),
-        prototypes={PROJECTOR: torch.randn(sizes.image_width, generator=generator)},
+        inputs=dict(_inputs(sizes, generator)),
+        input_of={module: group[0] for group in sizes.groups() for module in group},
+        projectors={PROJECTOR: ImageStatistics(torch.randn(sizes.image_width, generator=generator), None, 256)},
         fingerprints=fingerprints,
     )
     weights |= {f"{KEY_PREFIX}{PROJECTOR}.{key}": tensor for key, tensor in _projector(sizes, generator).items()}
@@ -139,8 +146,8 @@ def _layer_names() -> list[str]:
     return sorted(name.rpartition(".")[2] for names in SHARED_INPUTS for name in names)
 
 
-def _covariances(sizes: Sizes, generator: torch.Generator) -> Iterator[tuple[str, LowRankCovariance]]:
-    """One object for each distinct input, by every layer that it reaches."""
+def _inputs(sizes: Sizes, generator: torch.Generator) -> Iterator[tuple[str, InputStatistics]]:
+    """Each distinct input, by the first layer that it reaches."""
     for g, group in enumerate(sizes.groups()):
         width = sizes.shape(group[0])[0]
         rank = min(sizes.statistics_rank, width)
@@ -151,8 +158,8 @@ def _covariances(sizes: Sizes, generator: torch.Generator) -> Iterator[tuple[str
         share[1:] *= (1 - COMMON_SHARE) / share[1:].sum() if rank > 1 else 1.0
         share[0] = COMMON_SHARE if rank > 1 else 1.0
         factor *= (width * share).sqrt()[:, None]  # so that the mean squared input is one
-        covariance = LowRankCovariance(remainder=REMAINDER_SHARE, tokens=4096, factor=factor).in_half_precision()
-        yield from dict.fromkeys(group, covariance).items()
+        covariance = LowRankCovariance(remainder=REMAINDER_SHARE, factor=factor).in_half_precision()
+        yield group[0], InputStatistics(covariance, 4096)
 
 
 def _projector(sizes: Sizes, generator: torch.Generator) -> dict[str, Tensor]:

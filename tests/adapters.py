@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_many import MAnyConfig, collect_statistics
+from peft_many.algebra.covariance import Covariance
+from peft_many.files.statistics import TaskStatistics
 from tests import tiny
 
 WEIGHTS = "adapter_model.safetensors"
@@ -73,11 +75,10 @@ def make(
     rows: int = 4,
     images: bool = True,
     measure: Sequence[str] | str | None = None,
+    energy: float = 1.0,
     **options: Any,
 ) -> Made:
     """Train (at random) an adapter, measure it and save it, by default with whole covariances."""
-    if issubclass(kind, MAnyConfig):
-        options = {"energy": 1.0, **options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(base(family), kind(**{"r": 4, "lora_alpha": 8, **options}))
@@ -85,10 +86,8 @@ def make(
     deltas = effective_deltas(model, base(family))
     loader = batches(model, family, seed, rows, images)
     with recorded(model) as inputs:
-        statistics = collect_statistics(model, loader, target_modules=measure, progress=False)
+        collect_statistics(model, loader, also_measure=measure, energy=energy, progress=False)
     model.save_pretrained(folder)
-    if not issubclass(kind, MAnyConfig):  # which has no `energy`
-        statistics.save(folder, energy=1.0)
     return Made(folder, deltas, {name: torch.cat(parts) for name, parts in inputs.items()})
 
 
@@ -101,6 +100,11 @@ def make_loha(folder: Path, seed: int = 0) -> Made:
     model.save_pretrained(folder)
     layers = {name: module for name, module in model.get_base_model().named_modules() if name.endswith("q_proj")}
     return Made(folder, {name: layer.get_delta_weight("default").double() for name, layer in layers.items()}, {})
+
+
+def covariances(task: TaskStatistics) -> dict[str, Covariance]:
+    """By layer."""
+    return {layer: task.inputs[key].covariance for layer, key in task.input_of.items()}
 
 
 def scatter(model: nn.Module, seed: int) -> None:

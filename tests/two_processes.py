@@ -14,6 +14,7 @@ from peft_many import MAnyConfig, collect_statistics, merge_adapter_files
 from peft_many.files.adapter import UnmergeableAdapterError
 from peft_many.files.processes import ProcessFailedError
 from tests import tiny
+from tests.adapters import covariances
 from tests.tuner.test_training import Samples, collate
 
 torch.set_num_threads(1)
@@ -23,14 +24,14 @@ main = accelerator.is_main_process
 
 
 def assert_same(found, expected, tolerance: float) -> None:
-    assert list(found.covariances) == list(expected.covariances)
-    for name, covariance in expected.covariances.items():
-        assert found.covariances[name].tokens == covariance.tokens
-        gap = torch.linalg.matrix_norm(found.covariances[name].dense() - covariance.dense(), 2)
+    assert list(found.input_of) == list(expected.input_of)
+    for name, covariance in covariances(expected).items():
+        assert found.tokens_of(name) == expected.tokens_of(name)
+        gap = torch.linalg.matrix_norm(found.covariance_of(name).dense() - covariance.dense(), 2)
         assert gap <= tolerance * covariance.trace, (name, gap / covariance.trace)
-    assert [names for _, names in found.groups()] == [names for _, names in expected.groups()]
-    for name, prototype in expected.prototypes.items():
-        torch.testing.assert_close(found.prototypes[name], prototype, atol=1e-6, rtol=1e-5)
+    assert dict(found.input_of) == dict(expected.input_of)
+    for name, seen in expected.projectors.items():
+        torch.testing.assert_close(found.projectors[name].prototype, seen.prototype, atol=1e-6, rtol=1e-5)
     assert (found.samples, found.images) == (expected.samples, expected.images)
 
 
@@ -49,25 +50,27 @@ for seed, name in enumerate(("names", "more")):
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     assert torch.equal(*accelerator.gather(weights[None]).unbind()), "the processes have trained apart"
 
-    alone = collect_statistics(model, plain, across_processes=False, progress=False).tasks[0]
+    alone = collect_statistics(model, plain, energy=1.0, across_processes=False, progress=False).tasks[0]
     assert alone.samples == 16
-    together = collect_statistics(prepared, loader, progress=False).tasks[0]
+    together = collect_statistics(prepared, loader, energy=1.0, progress=False).tasks[0]
     assert_same(together, alone, 1e-12)
     first = collect_statistics(prepared, loader, max_samples=8, progress=False).tasks[0]
     assert first.samples == 8
     sketched = collect_statistics(prepared, loader, rank=8, progress=False).tasks[0]
     best = collect_statistics(model, plain, rank=8, across_processes=False, progress=False).tasks[0]
-    for layer, covariance in sketched.covariances.items():
-        exact, trace = alone.covariances[layer].dense(), alone.covariances[layer].trace
+    for layer, covariance in covariances(sketched).items():
+        exact, trace = alone.covariance_of(layer).dense(), alone.covariance_of(layer).trace
         assert len(covariance.factor) <= 8
         error, error_alone = (
-            torch.linalg.matrix_norm(c.dense() - exact, 2) / trace for c in (covariance, best.covariances[layer])
+            torch.linalg.matrix_norm(c.dense() - exact, 2) / trace for c in (covariance, best.covariance_of(layer))
         )
         assert error < 1.5 * error_alone + 1e-3, (layer, error, error_alone)
     batches = list(plain)
-    uneven = collect_statistics(prepared, batches if main else [], max_samples=None, progress=False).tasks[0]
+    uneven = collect_statistics(prepared, batches if main else [], max_samples=None, energy=1.0, progress=False).tasks[
+        0
+    ]
     assert_same(uneven, alone, 1e-12)
-    digest = torch.stack([c.dense().sum() for c in together.covariances.values()])
+    digest = torch.stack([c.dense().sum() for c in covariances(together).values()])
     assert torch.equal(*accelerator.gather(digest[None]).unbind()), "every process must hold the same statistics"
 
     def fail_in_the_second(model, batch):

@@ -134,7 +134,7 @@ def _gaussian(known: Sequence[Tensor], features: Tensor) -> Tensor:
 
 
 def _distances(known: Sequence[Tensor], features: Tensor) -> Tensor:
-    metric = shared_metric([centred(rows) for rows in known])
+    metric = shared_metric([centred(rows) for rows in known], [len(rows) for rows in known])
     return metric.squared_distances(features, torch.stack([rows.mean(0) for rows in known]))
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from .eight_bits import Scales, from_eight_bits, to_eight_bits
+
+_BLOCK = 256  # rows of a symmetric product that are computed at once
 
 
 class InvalidCovarianceError(ValueError):
@@ -26,12 +27,11 @@ class Covariance(ABC):
     Args:
         remainder (`float`):
             `ρ ≥ 0`, the energy that every direction has beyond `G`: what truncation discarded, and the ridge.
-        tokens (`int`):
-            The number of input vectors that were averaged.
     """
 
     remainder: float
-    tokens: int
+
+    is_factored: ClassVar[bool] = False  # whether `G` is held by a factor, and not by a matrix of `in × in`
 
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         return self  # Immutable, large and shared: copies of a model need no copies of it.
@@ -43,8 +43,13 @@ class Covariance(ABC):
 
     @property
     def rank(self) -> int:
-        """How many rows a factor of `G` has."""
+        """How many rows `factor_rows` has."""
         return self.width
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
     @abstractmethod
@@ -54,6 +59,23 @@ class Covariance(ABC):
     @abstractmethod
     def dense(self) -> Tensor:
         """`C` as one float64 matrix of shape `(in, in)`."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is held in, by name."""
+
+    def numbers(self) -> dict[str, float]:
+        """What else it is made of, by name."""
+        return {"remainder": self.remainder}
+
+    def factor_rows(self, device: torch.device | str | None = None) -> Tensor:
+        """`S` with `Sᵀ S = G`, shape `(rank, in)`, float64."""
+        values, vectors = torch.linalg.eigh(replace(self, remainder=0.0).dense())
+        return (vectors * values.clamp(min=0.0).sqrt()).T.to(device)
+
+    def add_to(self, total: Tensor, weight: float) -> None:
+        """Add `w C` to a float64 matrix of shape `(in, in)`, to its lower triangle at least."""
+        total.add_(self.dense().to(total.device), alpha=weight)
 
     @abstractmethod
     def product(self, rows: Tensor) -> Tensor:
@@ -88,6 +110,9 @@ class DenseCovariance(Covariance):
     @property
     def trace(self) -> float:
         return self.matrix.diagonal().double().sum().item() + self.remainder * self.width
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"matrix": self.matrix}
 
     def dense(self) -> Tensor:
         matrix = self.matrix.double().clone()
@@ -129,6 +154,8 @@ class LowRankCovariance(Covariance):
     scale: float = 1.0
     scales: Scales | None = None
 
+    is_factored = True
+
     @property
     def width(self) -> int:
         return self.factor.shape[1]
@@ -142,9 +169,20 @@ class LowRankCovariance(Covariance):
         squared = self.scale * self.scale  # infinite where `scale**2` is an OverflowError
         return self._stored().square().sum(dtype=torch.float64).item() * squared + self.remainder * self.width
 
-    def rows(self, device: torch.device | str | None = None) -> Tensor:
-        """`S` in float64, shape `(k, in)`."""
+    def tensors(self) -> dict[str, Tensor]:
+        if self.scales is None:
+            return {"factor": self.factor}
+        return {"factor": self.factor, "row_scales": self.scales.rows, "column_exponents": self.scales.columns}
+
+    def numbers(self) -> dict[str, float]:
+        return {"remainder": self.remainder, "scale": self.scale}
+
+    def factor_rows(self, device: torch.device | str | None = None) -> Tensor:
         return self._stored(torch.float64, device) * self.scale
+
+    def add_to(self, total: Tensor, weight: float) -> None:
+        add_lower_gram(total, weight**0.5 * self.factor_rows(total.device).T)
+        total.diagonal().add_(weight * self.remainder)
 
     def _stored(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
         """`S / scale` exactly as it is stored; in float64 if it is stored so and else in float32, or in `dtype`."""
@@ -160,7 +198,7 @@ class LowRankCovariance(Covariance):
         Entries keep 11 bits, over 30 powers of two below the largest one. The trace is rounded with them: what a
         large input channel loses is nothing that the remainder could make up for, which all channels have.
         """
-        rows = self.rows()
+        rows = self.factor_rows()
         largest = rows.abs().max().item() if rows.numel() else 0.0
         if largest == 0.0 or not math.isfinite(largest):
             return replace(self, factor=self.factor.half(), scales=None)
@@ -172,17 +210,17 @@ class LowRankCovariance(Covariance):
 
     def in_eight_bits(self) -> LowRankCovariance:
         """The same with a factor in int8, with scales for its rows and columns."""
-        numbers, scales = to_eight_bits(self.rows())
+        numbers, scales = to_eight_bits(self.factor_rows())
         return replace(self, factor=numbers, scale=1.0, scales=scales)
 
     def dense(self) -> Tensor:
-        factor = self.rows()
+        factor = self.factor_rows()
         matrix = factor.T @ factor
         matrix.diagonal().add_(self.remainder)
         return matrix
 
     def product(self, rows: Tensor) -> Tensor:
-        factor = self.rows(rows.device)
+        factor = self.factor_rows(rows.device)
         return (rows.double() @ factor.T) @ factor + self.remainder * rows.double()
 
     def energy(self, rows: Tensor) -> float:
@@ -206,94 +244,13 @@ class LowRankCovariance(Covariance):
             raise InvalidCovarianceError("it holds NaN or Inf")
 
 
-@dataclass(frozen=True)
-class CovarianceSum(Covariance):
-    """A weighted sum of covariances, `Σ_t w_t C_t + ρ I`: the `R` of a merge. The parts are `(w_t, C_t)`."""
-
-    parts: tuple[tuple[float, Covariance], ...]
-
-    @property
-    def width(self) -> int:
-        return self.parts[0][1].width
-
-    @property
-    def trace(self) -> float:
-        return sum(weight * part.trace for weight, part in self.parts) + self.remainder * self.width
-
-    def dense(self) -> Tensor:
-        matrix = self.remainder * torch.eye(self.width, dtype=torch.float64)
-        for weight, part in self.parts:
-            matrix.add_(part.dense(), alpha=weight)
-        return matrix
-
-    def product(self, rows: Tensor) -> Tensor:
-        return sum((w * part.product(rows) for w, part in self.parts), start=self.remainder * rows.double())
-
-    def check(self) -> None:
-        for _, part in self.parts:
-            part.check()
-
-
 def _check_remainder(remainder: float) -> None:
     if not math.isfinite(remainder) or remainder < 0:
         raise InvalidCovarianceError(f"its remainder is {remainder}; a mean of squares is finite and not negative")
 
 
-class CovarianceAccumulator:
-    """Sums `x xᵀ` over batches and gives their mean.
-
-    Products and sums are float64: float32 products leave noise of 1e-7 of the *largest* eigenvalue in directions that
-    no token reached, far above a small ridge, and the merge divides by those directions.
-
-    Args:
-        width (`int`): The number of input features.
-        device (`torch.device`): Where to accumulate; that of the activations is the natural choice.
-    """
-
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.tokens = 0
-
-    def update(self, inputs: Tensor) -> None:
-        """Add the rows of `inputs`, shape `(tokens, in)`, any floating dtype.
-
-        Raises:
-            FloatingPointError: There is NaN or Inf among them.
-        """
-        rows = inputs.detach().to(device=self.total.device, dtype=torch.float64)
-        if not math.isfinite(rows.square().sum().item()):
-            raise FloatingPointError("the inputs hold NaN or Inf")
-        self.total.addmm_(rows.T, rows)
-        self.tokens += rows.shape[0]
-
-    def result(self) -> DenseCovariance:
-        """The mean of `x xᵀ` over all rows so far, on the CPU; zero if there were none."""
-        # addmm is symmetric up to rounding; make it so to the bit, as it is stored and checked.
-        mean = (self.total + self.total.T).div_(2 * max(self.tokens, 1))
-        return DenseCovariance(remainder=0.0, tokens=self.tokens, matrix=mean.cpu())
-
-
-def mean_covariance(parts: Sequence[Covariance]) -> Covariance:
-    """The covariance of inputs that were measured in parts, by several processes say: their mean, weighted by tokens.
-
-    Args:
-        parts (`Sequence[Covariance]`): At least one, of one width.
-    """
-    tokens = sum(part.tokens for part in parts)
-    return added_covariances([(part.tokens / max(tokens, 1), part) for part in parts])
-
-
-def added_covariances(parts: Sequence[tuple[float, Covariance]]) -> Covariance:
-    """`Σ_t f_t C_t` as one covariance: whole if any part is, else of low rank, `Σ_t k_t`; sums are float64.
-
-    Args:
-        parts (`Sequence[tuple[float, Covariance]]`): `(f_t, C_t)` with `f_t ≥ 0`; at least one, of one width.
-    """
-    tokens = sum(part.tokens for _, part in parts)
-    remainder = sum(factor * part.remainder for factor, part in parts)
-    low_rank = [(factor, part) for factor, part in parts if isinstance(part, LowRankCovariance)]
-    if len(low_rank) < len(parts):
-        matrix = sum((factor * replace(part, remainder=0.0).dense() for factor, part in parts), torch.zeros(()))
-        return DenseCovariance(remainder=remainder, tokens=tokens, matrix=matrix)
-    rows = torch.cat([factor**0.5 * part.rows() for factor, part in low_rank])
-    return LowRankCovariance(remainder=remainder, tokens=tokens, factor=rows.float())
+def add_lower_gram(matrix: Tensor, rows: Tensor) -> None:
+    """Add `rows · rowsᵀ` to the lower triangle of `matrix`, which is all that a Cholesky factorisation reads."""
+    for start in range(0, len(rows), _BLOCK):
+        end = min(start + _BLOCK, len(rows))
+        matrix[start:end, :end].addmm_(rows[start:end], rows[:end].T)

@@ -59,6 +59,16 @@ class _Task:
     deltas: Mapping[str, LowRankDelta]
 
 
+@dataclass(frozen=True)
+class _Block:
+    """A task's share in a layer: `w_t`, `C_t`, its delta, and the rows `w_t A_t C_t R⁻¹` of `A*` that come of it."""
+
+    weight: float
+    covariance: Covariance
+    delta: LowRankDelta
+    rows: Tensor
+
+
 class LeastSquaresMerge:
     """Merges the task deltas of layers that share one input.
 
@@ -130,37 +140,47 @@ class LeastSquaresMerge:
             SingularMergeError: A direction has no energy in any task and there is no ridge.
             OverflowError: A merged delta is beyond the range of float16.
         """
-        tasks = self._tasks
-        if any(task.weight * task.covariance.trace > 0 for task in tasks):
-            parts = [(task.weight, task.covariance) for task in tasks]
+        layers = self._solved().items()
+        return {name: self._merged_layer(name, blocks, rank, dtype, keep_blocks) for name, blocks in layers}
+
+    def _parts(self) -> list[tuple[float, Covariance]]:
+        """The `(w_t, C_t)` of `R`."""
+        if any(task.weight * task.covariance.trace > 0 for task in self._tasks):
+            return [(task.weight, task.covariance) for task in self._tasks]
+        # Nobody saw a token here: every direction is an unseen one, and these get the mean delta.
+        return [(task.weight, _identity(task.covariance.width)) for task in self._tasks]
+
+    def _solved(self) -> dict[str, list[_Block]]:
+        """By layer, the blocks of the tasks that trained it, in the order of adding."""
+        parts = self._parts()
+        own = [(name, t, delta) for t, task in enumerate(self._tasks) for name, delta in task.deltas.items()]
+        if all(weight == 0 for weight, _ in parts):  # then no task counts
+            rows = [torch.zeros_like(delta.A, dtype=torch.float64, device=self.device) for _, _, delta in own]
         else:
-            # Nobody saw a token here: every direction is an unseen one, and these get the mean delta.
-            parts = [(task.weight, _identity(task.covariance.width)) for task in tasks]
-        blocks = [(name, t, delta) for t, task in enumerate(tasks) for name, delta in task.deltas.items()]
-        if all(task.weight == 0 for task in tasks):  # nobody has a say here
-            rows = [torch.zeros_like(delta.A, dtype=torch.float64, device=self.device) for _, _, delta in blocks]
-        else:
-            rows = inverse_scatter_product(parts, [(t, delta.A) for _, t, delta in blocks], self.device)
-        merged = {}
-        for name in dict.fromkeys(name for name, _, _ in blocks):
-            own = [i for i, (of, _, _) in enumerate(blocks) if of == name]
-            B = torch.cat([blocks[i][2].B.to(self.device) for i in own], dim=1)
-            A = torch.cat([rows[i] for i in own])
-            is_full = not keep_blocks and has_full_rank([blocks[i][2].A.shape[0] for i in own], (len(B), A.shape[1]))
-            if rank is not None and rank < (min(len(B), *A.shape) if is_full else len(A)):
-                tasks_of = [(blocks[i][1], blocks[i][2].A.to(self.device)) for i in own]
-                moments = torch.cat([parts[t][0] * parts[t][1].product(task_A) for t, task_A in tasks_of])
-                merged[name] = rounded_delta(name, *compress(A, B, moments, rank), dtype, stacked=False)
-            elif keep_blocks:
-                task_A = torch.cat([blocks[i][2].A.to(self.device) for i in own])
-                merged[name] = rounded_delta(name, A, B, dtype, stacked=True, task_A=task_A)
-            elif is_full:
-                merged[name] = rounded_delta(name, *_without_blocks(A, B), dtype, stacked=False)
-            elif rounding_loss(A, B, dtype) > LARGEST_ROUNDING_LOSS[dtype]:  # the blocks are large and cancel
-                merged[name] = rounded_delta(name, *orthonormal(A, B), dtype, stacked=False)
-            else:
-                merged[name] = rounded_delta(name, A, B, dtype, stacked=True)
-        return merged
+            rows = inverse_scatter_product(parts, [(t, delta.A) for _, t, delta in own], self.device)
+        layers: dict[str, list[_Block]] = {}
+        for (name, t, delta), solved in zip(own, rows):
+            layers.setdefault(name, []).append(_Block(*parts[t], delta, solved))
+        return layers
+
+    def _merged_layer(
+        self, name: str, blocks: Sequence[_Block], rank: int | None, dtype: torch.dtype, keep_blocks: bool
+    ) -> MergedDelta:
+        """The blocks of one layer in the factorisation that keeps them best, or cut to the rank."""
+        B = torch.cat([block.delta.B.to(self.device) for block in blocks], dim=1)
+        A = torch.cat([block.rows for block in blocks])
+        own_A = [block.delta.A.to(self.device) for block in blocks]
+        is_full = not keep_blocks and has_full_rank([len(rows) for rows in own_A], (len(B), A.shape[1]))
+        if rank is not None and rank < (min(len(B), *A.shape) if is_full else len(A)):
+            moments = [block.weight * block.covariance.product(rows) for block, rows in zip(blocks, own_A)]
+            return rounded_delta(name, *compress(A, B, torch.cat(moments), rank), dtype, stacked=False)
+        if keep_blocks:
+            return rounded_delta(name, A, B, dtype, stacked=True, task_A=torch.cat(own_A))
+        if is_full:
+            return rounded_delta(name, *_without_blocks(A, B), dtype, stacked=False)
+        if rounding_loss(A, B, dtype) > LARGEST_ROUNDING_LOSS[dtype]:  # the blocks are large and cancel
+            return rounded_delta(name, *orthonormal(A, B), dtype, stacked=False)
+        return rounded_delta(name, A, B, dtype, stacked=True)
 
 
 def rounded_delta(
@@ -195,4 +215,4 @@ def _without_blocks(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _identity(width: int) -> Covariance:
-    return LowRankCovariance(remainder=1.0, tokens=0, factor=torch.zeros(0, width))
+    return LowRankCovariance(remainder=1.0, factor=torch.zeros(0, width))

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .covariance import Covariance, LowRankCovariance
-
-_BLOCK = 256  # rows of a symmetric product that are computed at once
+from .covariance import Covariance, add_lower_gram
 
 
 class SingularMergeError(ValueError):
@@ -37,8 +35,7 @@ def inverse_scatter_product(
     """
     width = parts[0][1].width
     rank, rows = sum(part.rank for _, part in parts), sum(A.shape[0] for _, A in blocks)
-    have_factors = all(isinstance(part, LowRankCovariance) for _, part in parts)
-    if have_factors and span_is_cheaper(width, rank, rows):
+    if span_is_cheaper(width, rank, rows):  # never with a part that is held whole, whose rank is the width
         return _in_span(parts, blocks, device)
     return _by_cholesky(parts, blocks, device)
 
@@ -76,11 +73,7 @@ def _by_cholesky(
     width = parts[0][1].width
     scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
     for weight, part in parts:
-        if isinstance(part, LowRankCovariance):
-            _add_lower_gram(scatter, weight**0.5 * part.rows(device).T)
-            scatter.diagonal().add_(weight * part.remainder)
-        else:
-            scatter.add_(part.dense().to(device), alpha=weight)
+        part.add_to(scatter, weight)
     moments = torch.cat([parts[t][0] * parts[t][1].product(A.to(device)) for t, A in blocks])
     solved = torch.cholesky_solve(moments.T, _cholesky(scatter)).T
     return list(solved.split([A.shape[0] for _, A in blocks]))
@@ -96,17 +89,16 @@ def _in_span(
 
         w A C_t R⁻¹ = A F_tᵀ N_t Z + (w ρ_t / ρ) (A − A Zᵀ N Z),   N_t: the rows of N that belong to F_t
     """
-    covariances = [part for _, part in parts if isinstance(part, LowRankCovariance)]
-    weights = [weight for weight, _ in parts]
+    weights, covariances = [weight for weight, _ in parts], [part for _, part in parts]
     ends = list(itertools.accumulate(part.rank for part in covariances))
     stacked = torch.empty(ends[-1], covariances[0].width, dtype=torch.float64, device=device)
     for end, weight, part in zip(ends, weights, covariances):
-        torch.mul(part.rows(device), weight**0.5, out=stacked[end - part.rank : end])
+        torch.mul(part.factor_rows(device), weight**0.5, out=stacked[end - part.rank : end])
     remainder = sum(weight * part.remainder for weight, part in zip(weights, covariances))
     if remainder <= 0:
         raise SingularMergeError("the tasks' inputs leave directions unseen; merge with `ridge` above 0")
     kernel = torch.zeros(len(stacked), len(stacked), dtype=torch.float64, device=device)
-    _add_lower_gram(kernel, stacked)
+    add_lower_gram(kernel, stacked)
     kernel.diagonal().add_(remainder)
     root = _cholesky(kernel)
 
@@ -121,13 +113,6 @@ def _in_span(
     spanned = torch.cholesky_solve(torch.cat([in_span for in_span, _ in coefficients]).T, root).T @ stacked
     parts_of = spanned.split([A.shape[0] for _, A in blocks])
     return [part + share * A.to(device).double() for part, (_, share), (_, A) in zip(parts_of, coefficients, blocks)]
-
-
-def _add_lower_gram(matrix: Tensor, rows: Tensor) -> None:
-    """Add `rows · rowsᵀ` to the lower triangle of `matrix`, which is all that a Cholesky factorisation reads."""
-    for start in range(0, len(rows), _BLOCK):
-        end = min(start + _BLOCK, len(rows))
-        matrix[start:end, :end].addmm_(rows[start:end], rows[:end].T)
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A streaming sketch of a covariance: bounded memory whatever the layer's width, matrix products only."""
+"""Running sums of a layer's inputs: whole, or a streaming sketch in bounded memory whatever the layer's width."""
 
 from __future__ import annotations
 
@@ -9,11 +9,55 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .covariance import LowRankCovariance
+from .covariance import DenseCovariance, LowRankCovariance
 from .spectrum import Spectrum, eigen_directions
 
 # Features that are multiplied at a time: their copies in float32 then stay in the cache, which halves the cost.
 _BLOCK = 2048
+
+
+def running_covariance(
+    width: int, size: int | None = None, device: torch.device | str = "cpu"
+) -> CovarianceAccumulator | CovarianceSketch:
+    """A sketch of `size` directions, or, of inputs that are no wider and with no `size`, the whole sum."""
+    device = torch.device(device)
+    if size is not None and size < width:
+        return CovarianceSketch(width, size, device)
+    return CovarianceAccumulator(width, "cpu" if device.type == "mps" else device)  # there is no float64 on "mps"
+
+
+class CovarianceAccumulator:
+    """Sums `x xᵀ` over batches and gives their mean.
+
+    Products and sums are float64: float32 products leave noise of 1e-7 of the *largest* eigenvalue in directions that
+    no token reached, far above a small ridge, and the merge divides by those directions.
+
+    Args:
+        width (`int`): The number of input features.
+        device (`torch.device`): Where to accumulate; that of the activations is the natural choice.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add the rows of `inputs`, shape `(tokens, in)`, any floating dtype.
+
+        Raises:
+            FloatingPointError: There is NaN or Inf among them.
+        """
+        rows = inputs.detach().to(device=self.total.device, dtype=torch.float64)
+        if not math.isfinite(rows.square().sum().item()):
+            raise FloatingPointError("the inputs hold NaN or Inf")
+        self.total.addmm_(rows.T, rows)
+        self.tokens += rows.shape[0]
+
+    def result(self) -> DenseCovariance:
+        """The mean of `x xᵀ` over all rows so far, on the CPU; zero if there were none."""
+        # addmm is symmetric up to rounding; make it so to the bit, as it is stored and checked.
+        mean = (self.total + self.total.T).div_(2 * max(self.tokens, 1))
+        return DenseCovariance(remainder=0.0, matrix=mean.cpu())
 
 
 class CovarianceSketch:
@@ -103,7 +147,7 @@ class CovarianceSketch:
         if self._test is None:
             rows = torch.cat([torch.zeros(0, self.width), *(rows.cpu().double() for rows in self._first)])
             factor = rows / max(self.tokens, 1) ** 0.5
-            return eigen_directions(LowRankCovariance(remainder=0.0, tokens=self.tokens, factor=factor))
+            return eigen_directions(LowRankCovariance(remainder=0.0, factor=factor))
         assert self._sum is not None
         assert self._core is not None
         test, moved, core = (part.cpu().double() for part in (self._test, self._sum, self._core))
@@ -122,7 +166,7 @@ class CovarianceSketch:
         directions = mixing.T @ halves / values[:, None].sqrt()
         values = (values - shift).clamp(min=0.0)
         rest = max(0.0, self.energy / self.tokens - values.sum().item())
-        return Spectrum(values, directions, rest, self.tokens)
+        return Spectrum(values, directions, rest)
 
 
 def _energy(rows: Tensor) -> float:

@@ -1,38 +1,21 @@
-"""Eigen-directions of a covariance, and how many of them are worth keeping."""
+"""Eigen-directions of a covariance, and which of them are kept."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .covariance import Covariance, LowRankCovariance
+from .lpm import LowRankDelta
 
-
-def truncate(
-    covariance: Covariance,
-    energy: float,
-    dtype: torch.dtype = torch.float32,
-    *,
-    rank: int | None = None,
-) -> LowRankCovariance:
-    """Keep the eigen-directions that hold a share of the energy, and spread the rest evenly (MAny*).
-
-    With eigenvalues `σ_1 ≥ σ_2 ≥ …` the smallest `k` with `Σ_{i≤k} σ_i ≥ energy · tr C` is kept, at most `rank`; the
-    remainder is the mean of the discarded eigenvalues, and the kept eigenvalues and the trace stay exact. Plain
-    truncation, without the remainder, lets the merge extrapolate freely where a task had little energy.
-
-    Args:
-        covariance ([`Covariance`]): What to truncate, width `in`.
-        energy (`float`): The share of `tr C` to keep, in (0, 1].
-        dtype (`torch.dtype`): The dtype of the factor; the eigendecomposition is float64.
-        rank (`int`, *optional*): The most directions to keep.
-
-    Returns:
-        [`LowRankCovariance`]: `C ≈ Sᵀ S + ρ I`, `S` of shape `(k, in)` and in `dtype`.
-    """
-    return eigen_directions(covariance).truncate(energy, dtype, rank=rank)
+DEFAULT_RANK = 256
+DEFAULT_ENERGY = 0.9999
+# A sketch follows this many directions more than are kept, as a share; its last ones are inaccurate.
+OVERSAMPLING = 0.25
 
 
 @dataclass(frozen=True)
@@ -43,13 +26,11 @@ class Spectrum:
         values (`torch.Tensor`): Shape `(k,)`, float64, falling.
         directions (`torch.Tensor`): Shape `(k, in)`, float64, orthonormal rows.
         rest (`float`): The sum of all other eigenvalues.
-        tokens (`int`): As in [`Covariance`].
     """
 
     values: Tensor
     directions: Tensor
     rest: float
-    tokens: int
 
     @property
     def trace(self) -> float:
@@ -61,43 +42,155 @@ class Spectrum:
         others = self.directions.shape[1] - kept
         return (self.values[kept:].sum().item() + self.rest) / others if others else 0.0
 
-    def truncate(
-        self, energy: float, dtype: torch.dtype = torch.float32, *, rank: int | None = None
-    ) -> LowRankCovariance:
-        """As [`truncate`]."""
-        if not 0.0 < energy <= 1.0:
-            raise ValueError(f"`energy` is the share of the variance to keep, in (0, 1], but it is {energy}.")
-        total = self.trace
-        kept = int(torch.searchsorted(self.values.cumsum(0), energy * total).item()) + 1 if total > 0 else 0
-        return self.keep(kept if rank is None else min(kept, rank), dtype)
+    def leading(self, rank: int) -> Spectrum:
+        """The first `rank` directions apart, and all others together."""
+        rest = self.rest + self.values[rank:].sum().item()
+        return Spectrum(self.values[:rank], self.directions[:rank], rest)
 
     def keep(self, kept: int, dtype: torch.dtype = torch.float32) -> LowRankCovariance:
-        """The covariance with its first `kept` eigenvalues, and the others' mean; the factor in `dtype`."""
+        """The covariance `Sᵀ S + ρ I` with its first `kept` eigenvalues, and for `ρ` the mean of the others (MAny*).
+
+        Kept eigenvalues and the trace stay exact. Plain truncation, without the remainder, lets the merge extrapolate
+        freely where a task had little energy.
+
+        Args:
+            kept (`int`): How many directions to keep, at most; fewer if the spectrum has fewer.
+            dtype (`torch.dtype`): Of the factor.
+        """
         kept = min(kept, len(self.values))
         while kept and self.values[kept - 1] < self.remainder(kept) * (1 - 1e-9):
             kept -= 1  # below the mean of those after it: a sketch underestimates its last directions
         remainder = self.remainder(kept)
         scale = (self.values[:kept] - remainder).clamp(min=0.0).sqrt()
         factor = (scale[:, None] * self.directions[:kept]).to(dtype)
-        return LowRankCovariance(remainder=remainder, tokens=self.tokens, factor=factor.contiguous())
+        return LowRankCovariance(remainder=remainder, factor=factor.contiguous())
+
+    def rank_of_energy(self, energy: float) -> int:
+        """The smallest `k` with `σ_1 + … + σ_k ≥ energy · tr C`; one more than are known if these do not suffice."""
+        total = self.trace
+        return int(torch.searchsorted(self.values.cumsum(0), energy * total).item()) + 1 if total > 0 else 0
+
+    def rank_within(self, deltas: Iterable[LowRankDelta], error: float) -> int:
+        """The fewest directions that keep the expected error of a merged delta within a budget.
+
+        Truncation changes `C_t` by `E`, and with it, to first order, the merged delta by `(ΔW_t − ΔW*) E R⁻¹`, which
+        on the tasks' inputs weighs at most `‖(ΔW_t − ΔW*) E C_t^-½‖`. A direction `v_i` with eigenvalue `σ_i`,
+        replaced by the remainder `ρ_k`, has its share `(σ_i − ρ_k)² / max(σ_i, ρ_k)` in it, times how much
+        `ΔW_t − ΔW*` does there. The other tasks are not known yet; they are taken to do as much as this one, evenly in
+        all directions. Keeping energy instead asks how large an input is, but not whether any delta reads it.
+
+        Args:
+            deltas (`Iterable[LowRankDelta]`):
+                `ΔW_t` of each layer that has this input; none: as if they were isotropic.
+            error (`float`): The budget, as a share of `‖ΔW_t C_t^½‖`, the size of the delta's outputs.
+
+        Returns:
+            `int`: `k`; all directions of the spectrum if no fewer suffice.
+        """
+        followed, others = len(self.values), self.directions.shape[1] - len(self.values)
+        values = torch.cat([self.values, self.values.new_tensor([self.rest / max(others, 1)])])
+        counts = torch.ones(followed + 1, dtype=torch.float64)
+        counts[-1] = others
+        readings = [counts * _reading(delta, self) for delta in deltas] or [counts]
+        for kept in range(followed):
+            remainder = self.remainder(kept)
+            tail = values[kept:]
+            larger = torch.maximum(tail, tail.new_tensor(remainder))
+            share = (tail - remainder).square() / torch.clamp(larger, min=1e-300)
+            lost = [(read[kept:] * share).sum() / (read * values).sum().clamp(min=1e-300) for read in readings]
+            if max(lost).item() <= error**2:
+                return kept
+        return followed
+
+
+def _reading(delta: LowRankDelta, spectrum: Spectrum) -> Tensor:
+    """`‖ΔW v_i‖²` for each direction and the mean of all others, and the same again for tasks yet unknown."""
+    A, B = delta.A.double().cpu(), delta.B.double().cpu()
+    gram = B.T @ B
+    seen = A @ spectrum.directions.T
+    own = ((gram @ seen) * seen).sum(0)
+    whole = ((gram @ A) * A).sum()
+    others = spectrum.directions.shape[1] - len(own)
+    beyond = ((whole - own.sum()) / max(others, 1)).clamp(min=0.0)
+    return torch.cat([own, beyond[None]]) + whole / spectrum.directions.shape[1]
 
 
 def eigen_directions(covariance: Covariance) -> Spectrum:
     """The eigendecomposition in float64: in the span of the factor if it has fewer rows than columns, else whole."""
-    if isinstance(covariance, LowRankCovariance) and covariance.rank < covariance.width:
-        rows = covariance.rows()
+    if covariance.rank < covariance.width:
+        rows = covariance.factor_rows()
         values, mixing = torch.linalg.eigh(rows @ rows.T)
         values, mixing = _falling(values, mixing, covariance.width)
         seen = int((values > 0).sum().item())
         values, directions = values[:seen], mixing.T[:seen] @ rows / values[:seen, None].sqrt()
-        rest = covariance.remainder * (covariance.width - seen)
-        return Spectrum(values + covariance.remainder, directions, rest, covariance.tokens)
+        return Spectrum(values + covariance.remainder, directions, covariance.remainder * (covariance.width - seen))
     values, vectors = torch.linalg.eigh(covariance.dense())
     values, vectors = _falling(values, vectors, covariance.width)
-    return Spectrum(values, vectors.T, 0.0, covariance.tokens)
+    return Spectrum(values, vectors.T, 0.0)
 
 
 def _falling(values: Tensor, vectors: Tensor, width: int) -> tuple[Tensor, Tensor]:
     values, vectors = values.flip(0), vectors.flip(1)
     # Below what float64 resolves beside the largest, an eigenvalue is rounding, and may even be negative.
     return torch.where(values > width * torch.finfo(torch.float64).eps * values[:1], values, 0.0), vectors
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How much of a covariance is kept, and in what.
+
+    Args:
+        rank (`int`, *optional*):
+            The most directions. Defaults to 256, and to all with `energy=1.0` and no `error_budget`.
+        energy (`float`): The share of `tr C` to keep, in (0, 1], as far as `rank` allows.
+        error_budget (`float`, *optional*): Choose by `Spectrum.rank_within`, and not by `energy`.
+        dtype (`torch.dtype`): float16 or int8.
+    """
+
+    rank: int | None = None
+    energy: float = DEFAULT_ENERGY
+    error_budget: float | None = None
+    dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.energy <= 1.0:
+            raise ValueError(f"`energy` is a share, in (0, 1], but it is {self.energy}.")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"`rank` must be at least 1, but it is {self.rank}.")
+        if self.error_budget is not None and not self.error_budget > 0:
+            raise ValueError(f"`error_budget` must be positive, but it is {self.error_budget}.")
+        if self.dtype not in (torch.float16, torch.int8):
+            raise ValueError(f"`dtype` must be torch.float16 or torch.int8, but it is {self.dtype}.")
+        if self.most is None and self.dtype == torch.int8:
+            raise ValueError(
+                "`energy=1.0` keeps whole matrices in float64; `dtype=torch.int8` needs a `rank` or less energy."
+            )
+
+    @property
+    def most(self) -> int | None:
+        """The most directions that are kept; `None` if covariances are kept whole."""
+        if self.rank is None and self.energy == 1.0 and self.error_budget is None:
+            return None
+        return self.rank or DEFAULT_RANK
+
+    @property
+    def followed(self) -> int | None:
+        """How many directions a sketch has to follow for that."""
+        return None if self.most is None else self.most + math.ceil(OVERSAMPLING * self.most)
+
+    def apply(self, covariance: Covariance, deltas: Sequence[LowRankDelta] = ()) -> Covariance:
+        """The covariance `Sᵀ S + ρ I` with the directions that are worth it, or the one given if all are kept.
+
+        Args:
+            covariance ([`Covariance`]): What to truncate.
+            deltas (`Sequence[LowRankDelta]`): For `error_budget`, the task's deltas of the layers with this input.
+        """
+        if self.most is None:
+            return covariance
+        spectrum = eigen_directions(covariance)
+        if self.error_budget is None:
+            kept = spectrum.rank_of_energy(self.energy)
+        else:
+            kept = spectrum.rank_within(deltas, self.error_budget)
+        truncated = spectrum.keep(min(kept, self.most))
+        return truncated.in_half_precision() if self.dtype == torch.float16 else truncated.in_eight_bits()

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .covariance import Covariance, DenseCovariance, LowRankCovariance, mean_covariance
-from .spectrum import Spectrum, eigen_directions
+from .covariance import Covariance, LowRankCovariance
+from .spectrum import eigen_directions
+from .sums import mean_covariance
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ def centred(rows: Tensor) -> LowRankCovariance:
     """The covariance of some rows about their own mean, shape `(n, d)` with `n ≥ 2`; exact, float64."""
     rows = rows.double()
     factor = (rows - rows.mean(0)) / (len(rows) - 1) ** 0.5
-    return LowRankCovariance(remainder=0.0, tokens=len(rows), factor=factor)
+    return LowRankCovariance(remainder=0.0, factor=factor)
 
 
 def gaussian_draws(covariance: Covariance, count: int, generator: torch.Generator) -> Tensor:
     """Gaussian vectors of mean zero and this covariance, shape `(count, d)`, float64.
 
     Args:
-        covariance ([`Covariance`]): Dense or of low rank.
+        covariance ([`Covariance`]): Width `d`.
         count (`int`): How many.
         generator (`torch.Generator`): Where the randomness comes from, on the CPU.
     """
@@ -62,25 +63,22 @@ def gaussian_draws(covariance: Covariance, count: int, generator: torch.Generato
         return torch.randn(count, width, dtype=torch.float64, generator=generator)
 
     drawn = covariance.remainder**0.5 * normal(covariance.width)
-    if isinstance(covariance, LowRankCovariance):
-        return drawn + normal(covariance.rank) @ covariance.rows()
-    assert isinstance(covariance, DenseCovariance)
-    values, vectors = torch.linalg.eigh(covariance.matrix.double())
-    return drawn + normal(covariance.width) @ (vectors * values.clamp(min=0.0).sqrt()).T
+    return drawn + normal(covariance.rank) @ covariance.factor_rows()
 
 
-def shared_metric(spreads: Sequence[Covariance], rank: int = 256) -> FeatureMetric:
+def shared_metric(spreads: Sequence[Covariance], images: Sequence[int], rank: int = 256) -> FeatureMetric:
     """The metric of the tasks' common covariance about their own means, shrunk for the number of images it is from.
 
     Shrinkage towards a multiple of the identity is the oracle approximating one (OAS; Chen, Wiesel, Eldar, Hero 2010,
     arXiv 0907.4698, equation 23), which knows only the covariance and the number of samples. In float64.
 
     Args:
-        spreads (`Sequence[Covariance]`): Of each task, about its own mean; `tokens` counts images.
+        spreads (`Sequence[Covariance]`): Of each task, about its own mean.
+        images (`Sequence[int]`): How many images each is from.
         rank (`int`): The most directions that are kept; the others share their mean variance.
     """
-    spectrum = _cut(eigen_directions(mean_covariance(spreads)), rank)
-    values, width, images = spectrum.values, spectrum.directions.shape[1], sum(spread.tokens for spread in spreads)
+    spectrum = eigen_directions(mean_covariance(spreads, images)).leading(rank)
+    values, width = spectrum.values, spectrum.directions.shape[1]
     others = width - len(values)
     level = spectrum.rest / others if others else 0.0
     trace = values.sum().item() + spectrum.rest
@@ -89,12 +87,7 @@ def shared_metric(spreads: Sequence[Covariance], rank: int = 256) -> FeatureMetr
     if mean == 0.0:  # every image of a task has the same features
         return FeatureMetric(spectrum.directions[:0], torch.ones(1, dtype=torch.float64))
     gap = squared - trace * mean
-    share = ((1 - 2 / width) * squared + trace**2) / ((images + 1 - 2 / width) * gap) if gap > 0 else 1.0
+    share = ((1 - 2 / width) * squared + trace**2) / ((sum(images) + 1 - 2 / width) * gap) if gap > 0 else 1.0
     share = min(1.0, share)
     variances = torch.cat([values, values.new_tensor([level])])
     return FeatureMetric(spectrum.directions, (1 - share) * variances + share * mean)
-
-
-def _cut(spectrum: Spectrum, rank: int) -> Spectrum:
-    rest = spectrum.rest + spectrum.values[rank:].sum().item()
-    return Spectrum(spectrum.values[:rank], spectrum.directions[:rank], rest, spectrum.tokens)

@@ -6,20 +6,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
-from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
-from ..algebra.covariance import Covariance, LowRankCovariance, added_covariances
-from ..algebra.spectrum import eigen_directions
+from ..algebra.covariance import LowRankCovariance
+from ..algebra.spectrum import Truncation
+from ..algebra.sums import added_covariances
 from ..files.adapter import TaskAdapter
+from ..files.fingerprints import weight_fingerprint
 from ..files.partial import partial_folder
-from ..files.statistics import AdapterStatistics, TaskStatistics, weight_fingerprint
+from ..files.statistics import AdapterStatistics, ImageStatistics, InputStatistics, TaskStatistics
 from ..files.stored_delta import KEY_PREFIX
 from ..hub.sources import HubArguments
 from ..merging.group import merged_deltas, tensors_of
@@ -112,7 +112,9 @@ def pool_adapters(
     )
     name = task_name or _joined([task.name for task in plan.tasks])
     tensors = {f"{KEY_PREFIX}{key}": tensor.contiguous() for key, tensor in plan.projector_tensors.items()}
-    covariances: dict[str, Covariance] = {}
+    truncation = Truncation(rank=statistics_rank, energy=1.0)
+    inputs: dict[str, InputStatistics] = {}
+    input_of: dict[str, str] = {}
     fingerprints: dict[str, list[float]] = {}
     for group in tqdm(plan.groups, desc=f"Pooling {len(plan.tasks)} tasks", unit="input", disable=not progress):
         tensors |= tensors_of(merged_deltas(plan, group, device))
@@ -120,15 +122,16 @@ def pool_adapters(
         for module in group:
             A, B = (tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] for half in "AB")
             fingerprints[module] = weight_fingerprint(A, B)
-        pooled = _pooled_covariance(plan.tasks, group[0], statistics_rank)
+        pooled = _pooled_input(plan.tasks, group[0], truncation)
         if pooled is not None:
-            covariances |= dict.fromkeys(group, pooled)
+            inputs[group[0]] = pooled
+            input_of |= dict.fromkeys(group, group[0])
     statistics = TaskStatistics(
         name=name,
         samples=sum(task.statistics.samples for task in plan.tasks),
-        images=sum(task.statistics.images for task in plan.tasks),
-        covariances=covariances,
-        **_pooled_images(plan.tasks, statistics_rank),
+        inputs=inputs,
+        input_of=input_of,
+        projectors=_pooled_images(plan.tasks, truncation),
         fingerprints=fingerprints,
         weight=sum(task.weight for task in plan.tasks),
     )
@@ -156,31 +159,29 @@ def _config_of(prepared: PreparedMerge, name: str, statistics: TaskStatistics) -
     return replace(config, task_name=name, pool=PoolRecord(pooled, [*prepared.operations[:-1], done]))
 
 
-def _pooled_covariance(tasks: Sequence[TaskAdapter], module: str, rank: int) -> Covariance | None:
+def _pooled_input(tasks: Sequence[TaskAdapter], module: str, truncation: Truncation) -> InputStatistics | None:
     """`Σ_t w_t C_t / Σ_t w_t` with the sum of all weights below, so that the pool's weight times it is their `R`."""
     whole = sum(task.weight for task in tasks)
-    known = [(task.weight / whole, c) for task in tasks if (c := task.statistics.covariances.get(module)) is not None]
-    return _cut(added_covariances(known), rank) if known else None
+    measured = [(task.weight / whole, task.statistics) for task in tasks]
+    known = [(share, c) for share, of in measured if (c := of.covariance_of(module)) is not None]
+    if not known:
+        return None
+    tokens = sum(task.statistics.tokens_of(module) for task in tasks)
+    return InputStatistics(truncation.apply(added_covariances(known)), tokens)
 
 
-def _cut(covariance: Covariance, rank: int) -> LowRankCovariance:
-    return eigen_directions(covariance).keep(rank).in_half_precision()
-
-
-def _pooled_images(tasks: Sequence[TaskAdapter], rank: int) -> dict[str, Any]:
-    """Prototypes and spreads of all images together, by projector; a spread only where all tasks have one."""
-    prototypes: dict[str, Tensor] = {}
-    spreads: dict[str, Covariance] = {}
-    for projector in dict.fromkeys(name for task in tasks for name in task.statistics.prototypes):
-        seen = [task.statistics for task in tasks if projector in task.statistics.prototypes]
-        images = sum(task.images for task in seen)
-        means = torch.stack([task.prototypes[projector].double() for task in seen])
-        shares = torch.tensor([task.images / images for task in seen], dtype=torch.float64)
-        prototypes[projector] = (shares @ means).float()
-        if all(projector in task.spreads for task in seen):
-            within = added_covariances([(share.item(), task.spreads[projector]) for share, task in zip(shares, seen)])
-            apart = shares.sqrt()[:, None] * (means - shares @ means)
-            between = LowRankCovariance(remainder=0.0, tokens=0, factor=apart)
-            spread = _cut(added_covariances([(1.0, within), (1.0, between)]), rank)
-            spreads[projector] = replace(spread, tokens=images)
-    return {"prototypes": prototypes, "spreads": spreads}
+def _pooled_images(tasks: Sequence[TaskAdapter], truncation: Truncation) -> dict[str, ImageStatistics]:
+    """All images together, by projector; a spread only where all tasks have one."""
+    pooled = {}
+    for projector in dict.fromkeys(name for task in tasks for name in task.statistics.projectors):
+        seen = [task.statistics.projectors[projector] for task in tasks if projector in task.statistics.projectors]
+        images = sum(one.images for one in seen)
+        means = torch.stack([one.prototype.double() for one in seen])
+        shares = torch.tensor([one.images / images for one in seen], dtype=torch.float64)
+        spread, spreads = None, [one.spread for one in seen if one.spread is not None]
+        if len(spreads) == len(seen):
+            within = added_covariances(list(zip(shares.tolist(), spreads)))
+            between = LowRankCovariance(remainder=0.0, factor=shares.sqrt()[:, None] * (means - shares @ means))
+            spread = truncation.apply(added_covariances([(1.0, within), (1.0, between)]))
+        pooled[projector] = ImageStatistics((shares @ means).float(), spread, images)
+    return pooled

@@ -17,11 +17,13 @@ from tqdm.auto import tqdm
 from ..algebra.lpm import LowRankDelta
 from ..algebra.refit import LayerRefit
 from ..algebra.scatter import SingularMergeError
-from ..files.statistics import AdapterStatistics, TaskStatistics, weight_fingerprint
+from ..files.fingerprints import weight_fingerprint
+from ..files.statistics import AdapterStatistics, TaskStatistics
 from ..merging.operations import REFIT, operation
 from ..records import MergeRecord
-from ..statistics.forward import batch_size, device_of, forward, masks_of, only_active, state_kept
-from ..statistics.hooks import LayerCapture, layers_by_input
+from ..statistics.capture import LayerCapture, layers_by_input
+from ..statistics.forward import batch_size, device_of, forward, only_active, state_kept
+from ..statistics.tokens import masks_of
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import lora_layers
 
@@ -248,7 +250,7 @@ def _samples(batches: Iterable[Any], most: int | None, task: str, device: torch.
 
 def _own_deltas(statistics: AdapterStatistics, t: int, pairs: Mapping[str, _Pair]) -> dict[str, LowRankDelta]:
     """A task's own deltas by layer, on the CPU, apart from the weights that are written."""
-    deltas = {path: statistics.own_delta(t, path, pairs[path].B.cpu()) for path in statistics.tasks[t].deltas}
+    deltas = {path: statistics.own_delta(t, path, pairs[path].B.cpu()) for path in statistics.tasks[t].lora_A}
     return {path: LowRankDelta(A=delta.A, B=delta.B.clone()) for path, delta in deltas.items()}
 
 
@@ -262,7 +264,7 @@ def _rewritten(
             replace(
                 task,
                 lora_B={path: delta.B for path, delta in own[task.name or ""].items()},
-                fingerprints={path: prints[path] for path in task.deltas},
+                fingerprints={path: prints[path] for path in task.lora_A},
             )
             for task in statistics.tasks
         )

@@ -38,7 +38,7 @@ class ProjectorBench:
         self.name = name
         self._base = _plain(module)
         self._own = _plain(module)
-        self.tasks = [task for task in tasks if name in task.projectors or name in task.statistics.prototypes]
+        self.tasks = [task for task in tasks if name in task.projectors or name in task.statistics.projectors]
         self.can_run = all(self._draws(task) is not None for task in self.tasks) and self._works_on_rows()
 
     def mean(self) -> dict[str, Tensor]:
@@ -110,12 +110,11 @@ class ProjectorBench:
 
     def _draws(self, task: TaskAdapter) -> Tensor | None:
         """Image means as the task's, `(draws, 1, d)`, from a Gaussian; the same each time."""
-        mean = task.statistics.prototypes.get(self.name)
-        spread = task.statistics.spreads.get(self.name)
-        if mean is None or spread is None or spread.width != len(mean):
+        seen = task.statistics.projectors.get(self.name)
+        if seen is None or seen.spread is None:
             return None
         generator = torch.Generator().manual_seed(0)
-        return (mean.double() + gaussian_draws(spread, _DRAWS, generator))[:, None]
+        return (seen.prototype.double() + gaussian_draws(seen.spread, _DRAWS, generator))[:, None]
 
     def _works_on_rows(self) -> bool:
         """Whether it can be run on image means, row by row; and its linear layers, in the order in which they run."""

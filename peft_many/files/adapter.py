@@ -171,7 +171,7 @@ def _read_statistics(source: AdapterSource, config: PeftConfig) -> tuple[list[Te
             f"{source.name} is a merge and has no statistics: its {STATISTICS_NAME}, which holds its tasks' deltas, "
             "is missing. Merge the tasks' own adapters, or get the file from where the merge comes from."
         )
-    return [], AdapterStatistics((TaskStatistics(name=None, samples=0, images=0, covariances={}, prototypes={}),))
+    return [], AdapterStatistics((TaskStatistics(name=None, samples=0),))
 
 
 def _read_config(source: AdapterSource) -> PeftConfig:
@@ -231,7 +231,7 @@ def _single_task(
 ) -> TaskAdapter:
     projectors: dict[str, dict[str, Tensor]] = {}
     # A plain LoRA adapter does not say which of its modules is a projector; measuring it found out.
-    known = getattr(config, "projector_modules", None) or list(measured.prototypes)
+    known = getattr(config, "projector_modules", None) or list(measured.projectors)
     if not known and not measured.is_measured:
         known = _named_like_projectors(rest)
     for key, tensor in rest.items():
@@ -280,7 +280,7 @@ def _origin(source: AdapterSource, config: PeftConfig) -> Origin:
 
 
 # Of the options that a task's adapter was trained with, those that a merge's config keeps.
-_TOLD_OPTIONS = ("r", "lora_alpha", "use_rslora", "energy")
+_TOLD_OPTIONS = ("r", "lora_alpha", "use_rslora")
 
 
 # The last path component of a projector, by the names that transformers' families use: there is no model to look at.
@@ -320,14 +320,14 @@ def _tasks_of_merge(
             f"{source.name} names {len(merge.tasks)} tasks, but its statistics hold {len(statistics.tasks)}."
         )
     columns = dict.fromkeys(pairs, 0)
-    unstacked = {module for task in statistics.tasks for module in task.lora_B if module in task.deltas}
+    unstacked = {module for task in statistics.tasks for module in task.lora_B if module in task.lora_A}
     tasks = []
     for about, measured in zip(merge.tasks, statistics.tasks):
         name = f"{source.name}, task '{about.name}'"
         if measured.name != about.name:
             raise UnmergeableAdapterError(f"{name}: its statistics are those of '{measured.name}'.")
         deltas = {}
-        for module, A in measured.deltas.items():
+        for module, A in measured.lora_A.items():
             disagreement = f"{source.name}: its weights and its statistics disagree on '{module}'."
             if module not in pairs or A.shape[1] != pairs[module].shape("A")[1]:
                 raise UnmergeableAdapterError(disagreement)
@@ -341,8 +341,8 @@ def _tasks_of_merge(
             deltas[module] = delta_in_merge(pairs[module], measured, module, block, name)
         projectors: dict[str, dict[str, Tensor]] = {}
         for projector, routed in merge.routing.items():
-            order = routed.names
-            if about.name in order and len(measured.prototypes.get(projector, ())) != routed.width:
+            order, seen = routed.names, measured.projectors.get(projector)
+            if about.name in order and (seen is None or len(seen.prototype) != routed.width):
                 raise UnmergeableAdapterError(f"{name}: its statistics lack its prototype at '{projector}'.")
             prefix = f"{projector}.experts.task_{order.index(about.name)}." if about.name in order else None
             expert = {k.removeprefix(prefix): v for k, v in rest.items() if prefix and k.startswith(prefix)}
@@ -374,7 +374,7 @@ def _tasks_of_merge(
 def _check_statistics_fit(task: TaskAdapter) -> None:
     """The covariances must be those of the layers that were trained."""
     for module, delta in task.deltas.items():
-        covariance = task.statistics.covariances.get(module)
+        covariance = task.statistics.covariance_of(module)
         if covariance is not None and covariance.width != delta.shape[1]:
             raise UnmergeableAdapterError(
                 f"{task.source}: the covariance of '{module}' has width {covariance.width}, but its LoRA has "

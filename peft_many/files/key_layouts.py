@@ -36,7 +36,7 @@ def with_current_names(adapters: Sequence[Adapter], base: nn.Module | None) -> l
         return [_renamed(adapter, names_there, type(base).__name__) for adapter in adapters]
     adapters = [_renamed(adapter, names_before_v5) for adapter in adapters]
     tasks = [task for adapter in adapters for task in adapter.tasks]
-    names = [name for task in tasks for name in (*task.deltas, *task.projectors, *task.statistics.prototypes)]
+    names = [name for task in tasks for name in (*task.deltas, *task.projectors, *task.statistics.projectors)]
     for old, new in _OLD_BESIDE_NEW:
         if any(name.startswith(new) for name in names):
             adapters = [_renamed(adapter, functools.partial(old.sub, new)) for adapter in adapters]
@@ -59,7 +59,7 @@ def _renamed_task(task: TaskAdapter, current: Names, model: str) -> TaskAdapter:
                 f"{task.source}: the adapter's key '{KEY_PREFIX}{name}' matches no module of {model}: it was trained "
                 "on another base model."
             )
-    known = (*task.deltas, *task.projectors, *task.statistics.covariances, *task.statistics.prototypes)
+    known = (*task.deltas, *task.projectors, *task.statistics.input_of, *task.statistics.projectors)
     if all(current(name) in (name, None) for name in known):
         return task
     return replace(
@@ -73,13 +73,13 @@ def _renamed_task(task: TaskAdapter, current: Names, model: str) -> TaskAdapter:
 def _renamed_statistics(statistics: TaskStatistics, current: Names) -> TaskStatistics:
     return replace(
         statistics,
-        covariances=_by_new_name(statistics.covariances, current),
+        inputs=_by_new_name(statistics.inputs, current),
+        input_of={name: current(key) or key for name, key in _by_new_name(statistics.input_of, current).items()},
+        projectors=_by_new_name(statistics.projectors, current),
         fingerprints=_by_new_name(statistics.fingerprints, current),
         shapes=_by_new_name(statistics.shapes, current),
-        deltas=_by_new_name(statistics.deltas, current),
+        lora_A=_by_new_name(statistics.lora_A, current),
         lora_B=_by_new_name(statistics.lora_B, current),
-        prototypes=_by_new_name(statistics.prototypes, current),
-        spreads=_by_new_name(statistics.spreads, current),
     )
 
 

@@ -18,8 +18,9 @@ from ..algebra.lpm import LowRankDelta
 from ..families.linears import features_of_linear, is_linear
 from ..families.module_names import names_on
 from .bare_model import BareLinear, bare_model, dense_delta
+from .fingerprints import same_weights, tensors_fingerprint
 from .peft_methods import PeftMethod, described, method_of
-from .statistics import TaskStatistics, same_weights, tensors_fingerprint
+from .statistics import TaskStatistics
 from .stored_delta import KEY_PREFIX, StoredDelta, UnmergeableAdapterError, check_finite
 from .tensor_file import TensorFile
 

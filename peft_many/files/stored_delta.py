@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..algebra.lpm import LowRankDelta
 from .errors import AdapterFileError
-from .statistics import TaskStatistics, same_weights, weight_fingerprint
+from .fingerprints import same_weights, weight_fingerprint
+from .statistics import TaskStatistics
 from .tensor_file import TensorFile
 
 KEY_PREFIX = "base_model.model."
@@ -92,7 +93,7 @@ def delta_in_merge(
     pair: StoredPair, measured: TaskStatistics, module: str, block: slice | None, name: str
 ) -> StoredDelta:
     """A task's delta; `block` says which part of the merged pair is the task's, if one is."""
-    A = measured.deltas[module]
+    A = measured.lora_A[module]
 
     def columns() -> Tensor:
         return measured.lora_B[module].float() if block is None else pair.columns()[:, block]

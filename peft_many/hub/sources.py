@@ -80,11 +80,11 @@ class RemoteStatistics:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_token": None}
 
-    def save(self, folder: str | os.PathLike[str], energy: float = 1.0) -> None:
-        """Download the file and write it into `folder` as it is (`energy` was applied when it was first saved)."""
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Download the file and write it into `folder` as it is."""
         try:
             path = hf_hub_download(**self.where, token=self._token)
-            AdapterStatistics.load(path).save(folder, energy=1.0)
+            AdapterStatistics.load(path).save(folder)
         except (EntryNotFoundError, TRANSPORT_ERROR, StatisticsError) as error:
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 return  # the adapter has none

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..files.adapter import Adapter, TaskAdapter
+from ..files.statistics import group_by_input
 from ..files.stored_delta import UnmergeableAdapterError
 
 
@@ -44,7 +45,7 @@ def check_same_base(adapters: Sequence[Adapter]) -> None:
 
 
 def shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:
-    """The layers that any task trained, grouped by the covariances that describe their input; shapes are checked."""
+    """The layers that any task trained, those that share their input in every task together; shapes are checked."""
     shapes: dict[str, tuple[tuple[int, int], TaskAdapter]] = {}
     for task in tasks:
         for module, delta in task.deltas.items():
@@ -55,13 +56,7 @@ def shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:
                     f"'{module}' is {first_shape[0]} x {first_shape[1]} in {first.source}, but "
                     f"{shape[0]} x {shape[1]} in {task.source}: they were trained on different base models."
                 )
-    groups: dict[tuple[int, ...] | str, list[str]] = {}
-    for module in sorted(shapes):
-        covariances = [task.statistics.covariances.get(module) for task in tasks]
-        known = any(covariance is not None for covariance in covariances)
-        inputs = tuple(map(id, covariances)) if known else module  # a layer that nobody measured is by itself
-        groups.setdefault(inputs, []).append(module)
-    return list(groups.values())
+    return group_by_input(sorted(shapes), [task.statistics for task in tasks])
 
 
 def check_whole_projectors(tasks: Sequence[TaskAdapter], projectors: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ def merge_by_method(
         heard = [task for task in tasks if task.weight > 0]
         if any(task.delta.A.shape[0] > 0 for task in heard):
             result = method.merge(heard, module)
-        else:  # nobody has a say here
+        else:  # no task that counts has trained it
             result = LowRankDelta(A=B.new_zeros(0, shape[1]), B=B[:, :0])
         A, B_merged = _of_rank(result, plan.rank_of(module), plan.options.dtype)
         stacked = B_merged.shape == B.shape and bool((B_merged == B).all())
@@ -43,8 +43,8 @@ def merge_by_method(
 def _layer_task(
     task: TaskAdapter, module: str, shape: tuple[int, int], method: MergeMethod, device: str | torch.device
 ) -> LayerTask | None:
-    """A task's part in a layer; `None`, no say, where the method needs a covariance and nobody measured it."""
-    covariance = task.statistics.covariances.get(module) if method.needs_covariances else None
+    """A task's part in a layer; `None` where the method needs a covariance and it was not measured."""
+    covariance = task.statistics.covariance_of(module) if method.needs_covariances else None
     if method.needs_covariances:
         if covariance is None:
             return None

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..algebra.lpm import LeastSquaresMerge, MergedDelta, SingularMergeError
-from ..files.statistics import check_covariance, weight_fingerprint
+from ..files.fingerprints import weight_fingerprint
+from ..files.statistics import check_covariance
 from ..files.stored_delta import KEY_PREFIX, TASK_WEIGHT, UnmergeableAdapterError
-from ..files.tensor_file import bytes_of
 from .by_method import merge_by_method
 from .interference import layer_residuals
 from .prepare import PreparedMerge
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What the merge's statistics and its config say of a merged layer.
+
+    Args:
+        stacked (`bool`): As in [`MergedDelta`].
+        fingerprints (`dict[str, list[float]]`): By task that trained it, of its block of the merged weights.
+        residuals (`dict[str, float]`): What merging costs, as of `layer_residuals`.
+    """
+
+    stacked: bool
+    fingerprints: dict[str, list[float]]
+    residuals: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -25,25 +38,22 @@ class MergedGroup:
 
     Args:
         tensors (`dict[str, torch.Tensor]`): For the weights file, by key.
-        record (`dict[str, Any]`): What the merge's statistics and a later run must know of it, as JSON.
+        layers (`dict[str, LayerRecord]`): By layer.
     """
 
     tensors: dict[str, Tensor]
-    record: dict[str, Any]
+    layers: dict[str, LayerRecord]
 
 
 def merge_group(plan: PreparedMerge, group: Sequence[str], device: str | torch.device) -> MergedGroup:
     """Merge layers that share their input; what was read for it is given back."""
     merged = merged_deltas(plan, group, device)
-    tensors = tensors_of(merged)
-    record = {
-        "stacked": {module: delta.stacked for module, delta in merged.items()},
-        "fingerprints": {module: _fingerprints(plan, module, delta) for module, delta in merged.items()},
-        "residuals": {module: layer_residuals(plan, module, delta) for module, delta in merged.items()},
-        "checksums": {key: zlib.crc32(bytes_of(tensor)) for key, tensor in tensors.items()},
+    layers = {
+        module: LayerRecord(delta.stacked, _fingerprints(plan, module, delta), layer_residuals(plan, module, delta))
+        for module, delta in merged.items()
     }
     plan.release()
-    return MergedGroup(tensors, record)
+    return MergedGroup(tensors_of(merged), layers)
 
 
 def merged_deltas(plan: PreparedMerge, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:
@@ -75,7 +85,7 @@ def _merge_by_lpm(plan: PreparedMerge, group: Sequence[str], device: str | torch
     assert options.ridge is not None
     problem = LeastSquaresMerge(options.ridge, device)
     for task in plan.tasks:
-        covariance = task.statistics.covariances.get(group[0])
+        covariance = task.statistics.covariance_of(group[0])
         if covariance is not None:
             check_covariance(covariance, f"{task.source}: the covariance of '{group[0]}'")
             deltas = {module: task.deltas[module].read() for module in group if module in task.deltas}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from ..algebra.covariance import Covariance
 from ..algebra.lpm import LowRankDelta, MergedDelta
@@ -23,14 +22,13 @@ def layer_residuals(plan: PreparedMerge, module: str, merged: MergedDelta) -> di
 def _measured(task: TaskAdapter, module: str) -> tuple[LowRankDelta, Covariance | None]:
     """What merging has checked already."""
     delta = task.deltas[module]
-    return LowRankDelta(A=delta.rows(), B=delta.columns()), task.statistics.covariances.get(module)
+    return LowRankDelta(A=delta.rows(), B=delta.columns()), task.statistics.covariance_of(module)
 
 
-def mean_residuals(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """By task the mean over layers, from what was recorded of each group of layers; four digits are kept."""
+def mean_residuals(residuals: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """By task the mean over layers, from each layer's residuals by task; four digits are kept."""
     by_task: dict[str, list[float]] = {}
-    for record in records:
-        for residuals in record["residuals"].values():
-            for task, residual in residuals.items():
-                by_task.setdefault(task, []).append(residual)
+    for of_layer in residuals:
+        for task, residual in of_layer.items():
+            by_task.setdefault(task, []).append(residual)
     return {task: float(f"{math.fsum(found) / len(found):.4g}") for task, found in by_task.items()}

@@ -6,6 +6,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..hub.sources import ADAPTER_FILES
 from ..records import MergeOptions
 from ..records.options import takes_merge_options
 from .base_model import check_fits_model, untouched_on_failure
-from .group import merge_group
+from .group import LayerRecord, merge_group
 from .interference import mean_residuals
 from .merged_config import merged_config
 from .merged_statistics import merged_statistics
@@ -132,13 +133,13 @@ def merge_adapter_sequence(
     config.loaded_from = "The merge"  # some of its words are the adapters' own, and are not trusted
     check_fits_model(config, {key: shape for key, (_, shape) in plan.tensors().items()}, model)
     tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in plan.projector_tensors.items()}
-    records = {}
+    layers: dict[str, LayerRecord] = {}
     for group in _progress(plan, plan.groups, progress):
         merged = merge_group(plan, group, device)
         tensors |= merged.tensors
-        records[group[0]] = merged.record
-    config.statistics = merged_statistics(plan, records, in_memory=True)
-    config.merge = plan.record(mean_residuals(records.values()))
+        layers |= merged.layers
+    config.statistics = merged_statistics(plan, layers, in_memory=True)
+    config.merge = plan.record(mean_residuals(layer.residuals for layer in layers.values()))
     config.base_model_name_or_path = None  # which get_peft_model sets to the model's own
     if is_offloaded(model):
         return load_on_offloaded(model, config, tensors, adapter_name)
@@ -227,7 +228,9 @@ def merge_adapter_files(
                 for key, tensor in merged.tensors.items():
                     writer.write(key, tensor)
                 writer.flush()
-                partial.record(group[0], merged.record)
+                checksums = {key: zlib.crc32(bytes_of(tensor)) for key, tensor in merged.tensors.items()}
+                layers = {module: asdict(layer) for module, layer in merged.layers.items()}
+                partial.record(group[0], {"layers": layers, "checksums": checksums})
             if partial.is_first:
                 for name, tensor in plan.projector_tensors.items():
                     writer.write(f"{KEY_PREFIX}{name}", tensor)
@@ -235,9 +238,11 @@ def merge_adapter_files(
         if partial.is_first:
             if (output / CARD_NAME).is_file():
                 shutil.copyfile(output / CARD_NAME, partial.folder / CARD_NAME)  # what is not ours in it stays
-            records = partial.recorded()
-            merged_config(plan, plan.record(mean_residuals(records.values()))).save_pretrained(partial.folder)
-            merged_statistics(plan, records).save(partial.folder, energy=1.0, sources=plan.files)
+            found = [record["layers"] for record in partial.recorded().values()]
+            records = {module: LayerRecord(**layer) for group in found for module, layer in group.items()}
+            interference = mean_residuals(layer.residuals for layer in records.values())
+            merged_config(plan, plan.record(interference)).save_pretrained(partial.folder)
+            merged_statistics(plan, records).save(partial.folder, sources=plan.files)
     return output
 
 

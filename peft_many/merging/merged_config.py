@@ -40,7 +40,6 @@ def merged_config(
         base_model_name_or_path=_common(configs, "base_model_name_or_path"),
         revision=_common(configs, "revision"),
         inference_mode=True,
-        energy=1.0,  # what the tasks' statistics kept is kept
         merge=record,
         statistics=statistics,
     )

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from ..files.statistics import AdapterStatistics
+from .group import LayerRecord
 from .prepare import PreparedMerge
 
 
-def merged_statistics(plan: PreparedMerge, records: Mapping[str, Any], in_memory: bool = False) -> AdapterStatistics:
+def merged_statistics(
+    plan: PreparedMerge, layers: Mapping[str, LayerRecord], in_memory: bool = False
+) -> AdapterStatistics:
     """Each task's statistics with its deltas.
 
     Args:
         plan ([`PreparedMerge`]): The merge.
-        records (`Mapping[str, Any]`): What was recorded of each group of layers when it was merged.
+        layers (`Mapping[str, LayerRecord]`): What came of each merged layer.
         in_memory (`bool`): Whether to read the deltas now, or each time they are asked for.
     """
-    stacked = {module: yes for record in records.values() for module, yes in record["stacked"].items()}
-    prints = {module: tasks for record in records.values() for module, tasks in record["fingerprints"].items()}
     measured = []
     for task in plan.tasks:
         A = _Reading({module: delta.rows for module, delta in task.deltas.items()})
-        B = _Reading({module: delta.columns for module, delta in task.deltas.items() if not stacked[module]})
+        B = _Reading({module: delta.columns for module, delta in task.deltas.items() if not layers[module].stacked})
         measured.append(
             replace(
                 task.statistics,
                 name=task.name,
                 weight=task.weight,
-                deltas=dict(A) if in_memory else A,
+                lora_A=dict(A) if in_memory else A,
                 lora_B=dict(B) if in_memory else B,
-                fingerprints={module: prints[module][task.name] for module in task.deltas},
+                fingerprints={module: layers[module].fingerprints[task.name] for module in task.deltas},
             )
         )
     return AdapterStatistics(tuple(measured))

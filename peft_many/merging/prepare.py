@@ -93,7 +93,7 @@ class PreparedMerge:
         """Multiplications that merging a group takes, for sharing groups out; by other methods, in proportion."""
         if self.options.merge_method is not None:
             return float(sum(math.prod(self.shape_of(layer)) for layer in group))
-        covariances = [task.statistics.covariances.get(group[0]) for task in self.tasks]
+        covariances = [task.statistics.covariance_of(group[0]) for task in self.tasks]
         rank = sum(covariance.rank for covariance in covariances if covariance is not None)
         return cost(self.shape_of(group[0])[1], rank, sum(sum(self.ranks_of(layer)) for layer in group))
 

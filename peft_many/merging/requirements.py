@@ -47,7 +47,7 @@ def _check_covariances(task: TaskAdapter) -> None:
             f"{task.source} has no statistics: load it, run `collect_statistics(model, dataloader)` on its task's "
             f"data, and save it again; or merge by a method that needs none ({', '.join(without_statistics())})."
         )
-    module = next((module for module in task.deltas if module not in task.statistics.covariances), None)
+    module = next((module for module in task.deltas if module not in task.statistics.input_of), None)
     if module is not None:
         raise UnmergeableAdapterError(
             f"{task.source} trained '{module}', but its statistics hold no covariance for it; "
@@ -62,7 +62,7 @@ def _check_prototypes(task: TaskAdapter, projectors: Sequence[str]) -> None:
             "run `collect_statistics` on it, or pass `projectors='mean'`."
         )
     for projector in task.projectors:
-        if projector not in task.statistics.prototypes:
+        if projector not in task.statistics.projectors:
             raise UnmergeableAdapterError(
                 f"{task.source} trained the projector '{projector}', but its statistics hold no visual prototype: no "
                 "image passed while they were collected. `projectors='mean'` needs none."

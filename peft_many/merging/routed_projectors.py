@@ -36,13 +36,13 @@ def route_projectors(
     names = {name for task in tasks for name in task.projectors}
     if untrained_too:
         adapted = {module for task in tasks for module in task.deltas}
-        seen = {name for task in tasks for name in task.statistics.prototypes}
+        seen = {name for task in tasks for name in task.statistics.projectors}
         names |= {name for name in seen if not any(module.startswith(f"{name}.") for module in adapted)}
     for projector in sorted(names):
-        routed = [task for task in tasks if projector in task.statistics.prototypes and task.weight > 0]
+        routed = [task for task in tasks if projector in task.statistics.projectors and task.weight > 0]
         if not routed:
             continue
-        prototypes = [task.statistics.prototypes[projector].float() for task in routed]
+        prototypes = [task.statistics.projectors[projector].prototype.float() for task in routed]
         for task, prototype in zip(routed, prototypes):
             if prototype.shape != prototypes[0].shape:
                 raise UnmergeableAdapterError(
@@ -52,7 +52,8 @@ def route_projectors(
         directions = None
         tensors[f"{projector}.prototypes"] = torch.stack(prototypes)
         if router == "gaussian":
-            metric = shared_metric([_spread(task, projector) for task in routed])
+            images = [task.statistics.projectors[projector].images for task in routed]
+            metric = shared_metric([_spread(task, projector) for task in routed], images)
             directions = len(metric.directions)
             tensors[f"{projector}.directions"] = metric.directions.float().contiguous()
             tensors[f"{projector}.variances"] = metric.variances.float()
@@ -66,16 +67,10 @@ def route_projectors(
 
 
 def _spread(task: TaskAdapter, projector: str) -> Any:
-    spread = task.statistics.spreads.get(projector)
+    spread = task.statistics.projectors[projector].spread
     if spread is None:
         raise UnmergeableAdapterError(
             f"{task.source} does not say how its images at '{projector}' differ, which `router='gaussian'` needs: it "
-            "saw a single one, or was measured by an earlier version. Run `collect_statistics` again, or pass "
-            "`router='cosine'`."
-        )
-    if spread.width != len(task.statistics.prototypes[projector]):
-        raise UnmergeableAdapterError(
-            f"{task.source}: the spread of its images at '{projector}' has width {spread.width}, and their prototype "
-            f"{len(task.statistics.prototypes[projector])}; its statistics are damaged."
+            "saw a single one. Run `collect_statistics` again with more samples, or pass `router='cosine'`."
         )
     return spread

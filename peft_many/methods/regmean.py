@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algebra.covariance import Covariance, LowRankCovariance
+from ..algebra.covariance import Covariance
 from ..algebra.lpm import LowRankDelta
 from ..algebra.scatter import SingularMergeError, span_is_cheaper
 from .base import LayerTask, MergeMethod, check_share
@@ -42,10 +42,9 @@ class RegMean(MergeMethod):
     def merge(self, tasks: Sequence[LayerTask], layer: str = "") -> LowRankDelta:
         """`B = [B_1 … B_T]`, `A = [w_1 A_1 G_1; …; w_T A_T G_T] (Σ_t w_t G_t)⁻¹`."""
         covariances = [task.covariance for task in tasks if task.covariance is not None]
-        factored = [covariance for covariance in covariances if isinstance(covariance, LowRankCovariance)]
         rank, rows = sum(c.rank for c in covariances), sum(task.delta.A.shape[0] for task in tasks)
-        if len(factored) == len(tasks) and span_is_cheaper(covariances[0].width, rank, rows):
-            A = self._in_span(tasks, factored)
+        if span_is_cheaper(covariances[0].width, rank, rows):  # never with one that is held whole
+            A = self._in_span(tasks, covariances)
         else:
             A = self._by_cholesky(tasks, covariances)
         return LowRankDelta(A=A, B=torch.cat([task.delta.B for task in tasks], dim=1))
@@ -62,7 +61,7 @@ class RegMean(MergeMethod):
             moments.append(task.weight * task.delta.A.double() @ matrix)
         return torch.cholesky_solve(torch.cat(moments).T, _cholesky(total)).T
 
-    def _in_span(self, tasks: Sequence[LayerTask], covariances: Sequence[LowRankCovariance]) -> Tensor:
+    def _in_span(self, tasks: Sequence[LayerTask], covariances: Sequence[Covariance]) -> Tensor:
         """`R = Zᵀ Z + D`, `Z` stacks `√(w_t α) S_t`, `D` is diagonal: with `N = (I + Z D⁻¹ Zᵀ)⁻¹`, `Z R⁻¹ = N Z D⁻¹`.
 
         w A G_t R⁻¹ = A Z_tᵀ N_t Z D⁻¹ + A D_t D⁻¹ (I − Zᵀ N Z D⁻¹),   N_t: the rows of N that belong to Z_t
@@ -70,7 +69,7 @@ class RegMean(MergeMethod):
         device = tasks[0].delta.A.device
         diagonals, stacked = [], []
         for task, covariance in zip(tasks, covariances):
-            rows = covariance.rows(device)
+            rows = covariance.factor_rows(device)
             diagonal = (1 - self.alpha) * rows.square().sum(0) + covariance.remainder
             diagonals.append(task.weight * diagonal)
             stacked.append((task.weight * self.alpha) ** 0.5 * rows)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..algebra.covariance import Covariance
 from ..algebra.lpm import LeastSquaresMerge, LowRankDelta
 from ..algebra.residual import effective_rank_of_inputs, effective_rank_of_outputs, relative_residual
 from ..algebra.routing import task_weights
 from ..algebra.spread import gaussian_draws, shared_metric
-from ..files.statistics import TaskStatistics, check_covariance
+from ..files.statistics import TaskStatistics, check_covariance, group_by_input
 from ..records import MergeOptions, MergeRecord
 
 DRAWN_IMAGES = 512  # of each task, to tell where its images would be sent
@@ -120,24 +121,25 @@ def report_on(
     pairs = torch.full((len(layers), len(tasks), len(tasks)), torch.nan, dtype=torch.float64)
     weight_bytes = 0
     with tqdm(total=len(layers), desc="Reporting", unit="layer", disable=not progress) as bar:
-        for group in _sharing_inputs(layers, tasks):
+        for group in group_by_input(layers, tasks):
             for task in tasks:
-                if group[0] in task.covariances:
-                    check_covariance(task.covariances[group[0]], f"'{task.name}': the covariance of '{group[0]}'")
+                covariance = task.covariance_of(group[0])
+                if covariance is not None:
+                    check_covariance(covariance, f"'{task.name}': the covariance of '{group[0]}'")
             trained: dict[str, dict[int, LowRankDelta]] = {}
             for layer in group:
                 whole, row = merged(layer), places[layer]
                 weight_bytes += whole.A.nbytes + whole.B.nbytes
                 trained[layer] = {t: own(t, layer) for t, task in enumerate(tasks) if _is_known(task, layer)}
                 for t, delta in trained[layer].items():
-                    covariance = tasks[t].covariances[layer]
+                    covariance = _covariance(tasks[t], layer)
                     residuals[row, t] = relative_residual(whole, delta, covariance)
                     output_ranks[row, t] = effective_rank_of_outputs(delta, covariance)
                 bar.update()
             for t, task in enumerate(tasks):
-                if _is_seen(task, group[0]):
+                if task.tokens_of(group[0]) > 0:
                     rows = [places[layer] for layer in group]
-                    input_ranks[rows, t] = effective_rank_of_inputs(task.covariances[group[0]])
+                    input_ranks[rows, t] = effective_rank_of_inputs(_covariance(task, group[0]))
             for s, t in itertools.combinations(range(len(tasks)), 2) if conflicts else ():
                 for layer, one, two in _losses(group, trained, tasks, (s, t), merge.options.ridge):
                     pairs[places[layer], s, t], pairs[places[layer], t, s] = one, two
@@ -159,21 +161,14 @@ def report_on(
     )
 
 
-def _sharing_inputs(layers: Iterable[str], tasks: Sequence[TaskStatistics]) -> list[list[str]]:
-    """The layers by what was measured of their inputs."""
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for layer in layers:
-        groups.setdefault(tuple(id(task.covariances.get(layer)) for task in tasks), []).append(layer)
-    return list(groups.values())
-
-
-def _is_seen(task: TaskStatistics, layer: str) -> bool:
-    return layer in task.covariances and task.covariances[layer].tokens > 0
+def _covariance(task: TaskStatistics, layer: str) -> Covariance:
+    """Of a layer that was measured."""
+    return task.inputs[task.input_of[layer]].covariance
 
 
 def _is_known(task: TaskStatistics, layer: str) -> bool:
     """Whether a task trained a layer, and saw tokens there."""
-    return layer in task.deltas and _is_seen(task, layer)
+    return layer in task.lora_A and task.tokens_of(layer) > 0
 
 
 def _losses(
@@ -184,9 +179,9 @@ def _losses(
     ridge: float | None,
 ) -> Iterable[tuple[str, float, float]]:
     """By layer, what each task of a pair loses in a merge of the two, with equal weights."""
-    if not all(_is_seen(tasks[t], group[0]) for t in pair):
+    if not all(tasks[t].tokens_of(group[0]) > 0 for t in pair):
         return
-    covariances = [tasks[t].covariances[group[0]] for t in pair]
+    covariances = [_covariance(tasks[t], group[0]) for t in pair]
     problem = LeastSquaresMerge() if ridge is None else LeastSquaresMerge(ridge)
     for t, covariance in zip(pair, covariances):
         problem.add(covariance, {layer: trained[layer][t] for layer in group if t in trained[layer]})
@@ -202,18 +197,19 @@ def _losses(
 def _confusion(options: MergeOptions, names: Sequence[str], projector: str, tasks: Sequence[TaskStatistics]) -> Tensor:
     """Where images of each task would be sent, `(routed, routed)`, from images drawn as they were measured."""
     known = {task.name: task for task in tasks}
-    routed = [known[name] for name in names]
+    routed = [known[name].projectors[projector] for name in names]
     assert options.temperature is not None
-    prototypes = torch.stack([task.prototypes[projector].float() for task in routed])
+    prototypes = torch.stack([seen.prototype.float() for seen in routed])
     metric = None
     if options.router == "gaussian":
-        metric = shared_metric([task.spreads[projector] for task in routed if projector in task.spreads])
+        spread = [seen for seen in routed if seen.spread is not None]
+        metric = shared_metric([seen.spread for seen in spread if seen.spread], [seen.images for seen in spread])
     generator = torch.Generator().manual_seed(0)
     rows = []
-    for task, prototype in zip(routed, prototypes):
-        images = prototype[None]  # all that is known of tasks measured on one image, or before spreads were kept
-        if projector in task.spreads:
-            images = prototype + gaussian_draws(task.spreads[projector], DRAWN_IMAGES, generator).float()
+    for seen, prototype in zip(routed, prototypes):
+        images = prototype[None]  # all that is known of tasks measured on one image
+        if seen.spread is not None:
+            images = prototype + gaussian_draws(seen.spread, DRAWN_IMAGES, generator).float()
         weights = task_weights(images, prototypes, metric, options.temperature, options.top_k, options.abstain_above)
         rows.append(weights.mean(0))
     return torch.stack(rows).double()

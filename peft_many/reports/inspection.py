@@ -8,7 +8,6 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from ..algebra.covariance import Covariance, LowRankCovariance
 from ..files.adapter import Adapter, TaskAdapter, read_adapter
 from ..files.card import CARD_NAME
 from ..files.stored_delta import KEY_PREFIX
@@ -167,7 +166,7 @@ def _first_trained(adapter: Adapter) -> str:
 
 def _inspect_task(task: TaskAdapter, told: TaskRecord | None) -> TaskInspection:
     measured = task.statistics
-    covariances = [covariance for covariance, _ in measured.groups()]
+    covariances = [one.covariance for one in measured.inputs.values()]
     ranks = [delta.rank for delta in task.deltas.values()]
     kept = [covariance.rank for covariance in covariances]
     energies = [1 - c.remainder * c.width / c.trace for c in covariances if c.trace > 0]
@@ -183,20 +182,13 @@ def _inspect_task(task: TaskAdapter, told: TaskRecord | None) -> TaskInspection:
         projectors=sorted(task.projectors),
         samples=measured.samples,
         images=measured.images,
-        measured_layers=len(measured.covariances),
+        measured_layers=len(measured.input_of),
         covariances=len(covariances),
         covariance_ranks=(min(kept), max(kept)) if kept else None,
         energy=sum(energies) / len(energies) if energies else None,
-        covariance_bytes=sum(map(_bytes, covariances)),
-        prototypes={name: len(prototype) for name, prototype in measured.prototypes.items()},
-        spreads=sorted(measured.spreads),
+        covariance_bytes=sum(covariance.nbytes for covariance in covariances),
+        prototypes={name: len(seen.prototype) for name, seen in measured.projectors.items()},
+        spreads=sorted(name for name, seen in measured.projectors.items() if seen.spread is not None),
         interference=None if told is None else told.interference,
         datasets=task.origin.datasets,
     )
-
-
-def _bytes(covariance: Covariance) -> int:
-    if isinstance(covariance, LowRankCovariance):
-        return covariance.factor.nbytes + sum(scale.nbytes for scale in covariance.scales or ())
-    matrix = getattr(covariance, "matrix", None)
-    return 0 if matrix is None else matrix.nbytes

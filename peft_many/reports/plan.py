@@ -172,7 +172,7 @@ def _notes(plan: PreparedMerge) -> list[str]:
     needs_covariances = method is None or method.needs_covariances
     for task in plan.tasks:
         missing = [module for module in layers if module not in task.deltas]
-        silent = [module for module in missing if module not in task.statistics.covariances]
+        silent = [module for module in missing if module not in task.statistics.input_of]
         if task.weight == 0:
             kept = "its LoRA is kept, its projector is not" if task.projectors else "it is kept"
             notes.append(f"'{task.name}' has weight 0: {kept}, and it has no say.")
@@ -185,7 +185,7 @@ def _notes(plan: PreparedMerge) -> list[str]:
         if 0 < task.statistics.samples < _FEW_SAMPLES:
             notes.append(f"'{task.name}' was measured on {task.statistics.samples} samples; 32 to 128 are enough.")
         for projector in plan.routing:
-            if projector not in task.statistics.prototypes:
+            if projector not in task.statistics.projectors:
                 notes.append(f"'{task.name}' saw no image at '{projector}', so no image is sent to it.")
             elif projector not in task.projectors:
                 notes.append(f"'{task.name}' has no projector '{projector}' of its own: the base model's serves.")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, PeftWarning
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .hooks import MASK_NAMES
+from .tokens import MASK_NAMES
 
 
 @contextlib.contextmanager
@@ -67,25 +66,6 @@ def forward(model: nn.Module, batch: Any, forward_fn: Callable[[nn.Module, Any],
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter is."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-
-
-def masks_of(batch: Any, has_encoder: bool) -> dict[str, torch.Tensor]:
-    """The 2-D attention masks of a batch, as booleans: which positions are tokens and which are padding."""
-    if not isinstance(batch, Mapping):
-        return {}
-    for name in MASK_NAMES:
-        if isinstance(batch.get(name), torch.Tensor) and batch[name].dim() != 2:
-            warnings.warn(
-                f"`{name}` has shape {tuple(batch[name].shape)}; only masks of shape (rows, length) tell padding from "
-                "tokens, so padding is counted.",
-                PeftWarning,
-                stacklevel=3,
-            )
-    masks = {name: batch[name].bool() for name in MASK_NAMES if isinstance(batch.get(name), torch.Tensor)}
-    if has_encoder and MASK_NAMES[1] not in masks and isinstance(batch.get("labels"), torch.Tensor):
-        # Models make the decoder's inputs from the labels, whose padding data collators mark by -100.
-        masks[MASK_NAMES[1]] = batch["labels"] != -100
-    return {name: mask for name, mask in masks.items() if mask.dim() == 2}
 
 
 def batch_size(batch: Any) -> int:

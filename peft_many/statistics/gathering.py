@@ -3,86 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..algebra.covariance import Covariance, LowRankCovariance, mean_covariance
-from ..algebra.spectrum import eigen_directions
+from ..algebra.covariance import Covariance
+from ..algebra.spectrum import Truncation
 from ..algebra.spread import centred
 from ..files.processes import from_every_process
-from .prototype_hooks import PooledFeatures
+from ..files.statistics import ImageStatistics, InputStatistics
+from .images import PooledFeatures
+from .inputs import MeasuredInputs, added_inputs
 
-# Directions in which the spread of a task's images is kept.
-LARGEST_SPREAD = 256
+# How much is kept of the spread of a task's images.
+SPREAD = Truncation(rank=256, energy=1.0)
 
 
-def gather_covariances(
-    found: Mapping[str, Covariance], finish: Callable[[Covariance, list[str]], Covariance], several: bool
-) -> dict[str, Covariance]:
-    """The covariances over all processes, one input at a time, so that no process holds the others' all at once.
+def gather_inputs(
+    found: MeasuredInputs, finish: Callable[[Covariance, list[str]], Covariance], several: bool
+) -> MeasuredInputs:
+    """The inputs over all processes, one at a time, so that no process holds the others' all at once.
 
-    Layers share one object if they did in every process where a token reached them. Where an input was sketched, each
+    Layers share an input if they did in every process where a token reached them. Where an input was sketched, each
     process followed directions of its own; the sum is as accurate as the least accurate part.
 
     Args:
-        found (`Mapping[str, Covariance]`): What this process measured, by layer.
+        found ([`MeasuredInputs`]): What this process measured.
         finish (`Callable`): Makes the covariance to keep out of the sum and the layers' names.
         several (`bool`): Whether there are other processes, which then all make this call.
 
     Returns:
-        `dict[str, Covariance]`: The same in every process, in the order of `found`.
+        [`MeasuredInputs`]: The same in every process, layers in the order of `found`.
     """
     gather = from_every_process if several else _alone
-    everyone = gather({name: (id(c), c.tokens) for name, c in found.items()})
+    everyone = gather({name: key if found.inputs[key].tokens else None for name, key in found.input_of.items()})
     known = list(dict.fromkeys(name for one in everyone for name in one))
-    groups: dict[tuple[object, ...], list[str]] = {}
+    groups: dict[tuple[str | None, ...] | str, list[str]] = {}
     for name in known:
-        seen = tuple(one[name][0] if one.get(name, (0, 0))[1] > 0 else None for one in everyone)
-        groups.setdefault(seen if any(seen) else (name,), []).append(name)
-    result: dict[str, Covariance] = {}
+        seen = tuple(one.get(name) for one in everyone)
+        groups.setdefault(seen if any(seen) else name, []).append(name)
+    inputs: dict[str, InputStatistics] = {}
+    input_of: dict[str, str] = {}
     for names in groups.values():
-        parts = [part for part in gather(next((found[name] for name in names if name in found), None)) if part]
-        covariance = parts[0] if len(parts) == 1 else mean_covariance(parts)
-        result |= dict.fromkeys(names, finish(covariance, names))
-    return {name: result[name] for name in known}
+        own = next((found.inputs[found.input_of[name]] for name in names if name in found.input_of), None)
+        total = added_inputs([part for part in gather(own) if part is not None])
+        inputs[names[0]] = InputStatistics(finish(total.covariance, names), total.tokens)
+        input_of |= dict.fromkeys(names, names[0])
+    return MeasuredInputs(inputs, {name: input_of[name] for name in known})
 
 
-@dataclass(frozen=True)
-class ImageStatistics:
-    """What is known of a task's images, by projector.
-
-    Args:
-        prototypes (`dict[str, torch.Tensor]`): The mean of their pooled features, shape `(d,)`, float32.
-        spreads (`dict[str, LowRankCovariance]`): Their covariance about that mean, if there are two images or more.
-        images (`int`): How many there were.
-    """
-
-    prototypes: dict[str, Tensor]
-    spreads: dict[str, LowRankCovariance]
-    images: int
-
-
-def gather_prototypes(found: Mapping[str, PooledFeatures], several: bool) -> ImageStatistics:
-    """The images of all processes together.
+def gather_images(found: Mapping[str, PooledFeatures], several: bool) -> dict[str, ImageStatistics]:
+    """The images of all processes together, by projector.
 
     Args:
         found (`Mapping[str, PooledFeatures]`): What this process measured, by projector.
-        several (`bool`): As in `gather_covariances`.
+        several (`bool`): As in `gather_inputs`.
     """
     everyone = (from_every_process if several else _alone)(dict(found))
-    prototypes, spreads, images = {}, {}, 0
+    gathered = {}
     for name in dict.fromkeys(name for one in everyone for name in one):
         parts = [one[name] for one in everyone if name in one]
-        count = sum(part.images for part in parts)
-        prototypes[name] = (torch.stack([part.total for part in parts]).sum(0) / count).float()
+        images = sum(part.images for part in parts)
+        prototype = (torch.stack([part.total for part in parts]).sum(0) / images).float()
         rows = torch.cat([kept for part in parts for kept in part.kept])
-        if len(rows) > 1:
-            spreads[name] = eigen_directions(centred(rows)).keep(LARGEST_SPREAD).in_half_precision()
-        images = max(images, count)
-    return ImageStatistics(prototypes, spreads, images)
+        gathered[name] = ImageStatistics(prototype, SPREAD.apply(centred(rows)) if len(rows) > 1 else None, images)
+    return gathered
 
 
 def _alone(value: Any) -> list[Any]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..algebra.lpm import LowRankDelta
 from ..families.linears import features_of_linear, is_linear
+from ..files.fingerprints import weight_fingerprint
 from ..files.peft_deltas import fingerprint_of, tensor_keys
 from ..files.peft_methods import is_plain_lora, method_of
-from ..files.statistics import weight_fingerprint
 from ..files.stored_delta import KEY_PREFIX
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers

@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
+from ..algebra.spectrum import DEFAULT_ENERGY
 from ..files.card import update_card
-from ..files.statistics import DEFAULT_ENERGY
 from ..records import MergeRecord, PoolRecord
 from ..records.checking import RecordError
 
@@ -24,7 +24,7 @@ FORMAT_VERSION = 2
 class Statistics(Protocol):
     """What a config carries beside its fields: an adapter's statistics, or where on the Hub they are."""
 
-    def save(self, folder: str | os.PathLike[str], energy: float = ...) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write them into a folder."""
 
 
@@ -138,7 +138,7 @@ class MAnyConfig(LoraConfig):
             os.replace(Path(beside, CONFIG_NAME), Path(save_directory, CONFIG_NAME))
         update_card(Path(save_directory), self)
         if self.statistics is not None:
-            self.statistics.save(save_directory, self.energy)
+            self.statistics.save(save_directory)
 
 
 Record = TypeVar("Record", MergeRecord, PoolRecord)

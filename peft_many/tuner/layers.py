@@ -6,7 +6,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..algebra.covariance import Covariance, CovarianceSum
+from ..algebra.covariance import Covariance
+from ..algebra.sums import CovarianceSum
 from ..files.statistics import AdapterStatistics
 
 
@@ -35,7 +36,8 @@ def hang_on_layers(model: nn.Module, adapter_name: str, statistics: AdapterStati
     merge get `R = Σ_t w_t C_t`. `delete_adapter` drops them with the adapter.
     """
     for name, layer in adapted_layers(model, adapter_name).items():
-        parts = [(task.weight, task.covariances[name]) for task in statistics.tasks if name in task.covariances]
+        found = [(task.weight, task.covariance_of(name)) for task in statistics.tasks]
+        parts = [(weight, covariance) for weight, covariance in found if covariance is not None]
         if not parts:
             continue
         if not hasattr(layer, "covariance"):
@@ -44,6 +46,5 @@ def hang_on_layers(model: nn.Module, adapter_name: str, statistics: AdapterStati
             layer.other_param_names = (*layer.other_param_names, "covariance")
         covariance: Covariance = parts[0][1]
         if len(statistics.tasks) > 1:
-            tokens = sum(part.tokens for _, part in parts)
-            covariance = CovarianceSum(remainder=0.0, tokens=tokens, parts=tuple(parts))
+            covariance = CovarianceSum(remainder=0.0, parts=tuple(parts))
         layer.covariance[adapter_name] = covariance

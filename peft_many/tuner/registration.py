@@ -22,11 +22,9 @@ def register() -> None:
         _let_configs_save_statistics()
 
 
-def give_statistics(config: PeftConfig, statistics: Statistics | None, energy: float = 1.0) -> None:
+def give_statistics(config: PeftConfig, statistics: Statistics | None) -> None:
     """Make a config carry statistics, so that saving the adapter saves them too; of any PEFT type."""
     config.statistics = statistics
-    if not isinstance(config, MAnyConfig):
-        config.energy = energy
 
 
 def _let_configs_save_statistics() -> None:
@@ -41,7 +39,7 @@ def _let_configs_save_statistics() -> None:
     def save_pretrained(self: Any, save_directory: str, **kwargs: Any) -> None:
         original(self, save_directory, **kwargs)
         if not isinstance(self, MAnyConfig) and getattr(self, "statistics", None) is not None:
-            self.statistics.save(save_directory, self.energy)
+            self.statistics.save(save_directory)
 
     save_pretrained.saves_statistics = True  # type: ignore[attr-defined]
     owner.save_pretrained = save_pretrained

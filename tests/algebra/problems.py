@@ -8,8 +8,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_many.algebra.covariance import CovarianceAccumulator, DenseCovariance
+from peft_many.algebra.covariance import Covariance, DenseCovariance, LowRankCovariance
 from peft_many.algebra.lpm import LowRankDelta
+from peft_many.algebra.sketch import CovarianceAccumulator
+from peft_many.algebra.spectrum import eigen_directions
 
 
 @dataclass
@@ -66,6 +68,15 @@ def objective(tasks: list[Task], merged: Tensor, ridge: float) -> float:
         total += task.weight * ((gap @ task.inputs.T).square().sum() / len(task.inputs)).item()
         total += task.weight * (ridge * energy * gap.square().sum()).item()
     return total
+
+
+def truncate(
+    covariance: Covariance, energy: float, dtype: torch.dtype = torch.float32, rank: int | None = None
+) -> LowRankCovariance:
+    """The covariance with a share of its energy, in a factor that nothing has rounded yet."""
+    spectrum = eigen_directions(covariance)
+    kept = spectrum.rank_of_energy(energy)
+    return spectrum.keep(kept if rank is None else min(kept, rank), dtype)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_many.algebra.covariance import CovarianceAccumulator, InvalidCovarianceError, LowRankCovariance
+from peft_many.algebra.covariance import InvalidCovarianceError, LowRankCovariance
 from peft_many.algebra.eight_bits import Scales, from_eight_bits, to_eight_bits
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
-from peft_many.algebra.spectrum import truncate
-from tests.algebra.problems import make_tasks, seeds
+from peft_many.algebra.sketch import CovarianceAccumulator
+from tests.algebra.problems import make_tasks, seeds, truncate
 
 
 @given(seeds, st.integers(0, 4), st.integers(0, 40), st.sampled_from([1e-30, 1.0, 1e30]))
@@ -75,7 +75,7 @@ def test_all_forms_of_one_covariance_agree(seed):
 
 @pytest.mark.parametrize("wrong", ["no scales", "too few", "of floats", "not finite"])
 def test_factors_and_scales_that_do_not_fit(wrong):
-    eight = LowRankCovariance(0.1, 5, torch.randn(2, 40)).in_eight_bits()
+    eight = LowRankCovariance(0.1, torch.randn(2, 40)).in_eight_bits()
     factor, (rows, columns) = eight.factor, eight.scales
     factor, scales = {
         "no scales": (factor, None),
@@ -84,4 +84,4 @@ def test_factors_and_scales_that_do_not_fit(wrong):
         "not finite": (factor, Scales(rows * torch.nan, columns)),
     }[wrong]
     with pytest.raises(InvalidCovarianceError):
-        LowRankCovariance(0.1, 5, factor, 1.0, scales).check()
+        LowRankCovariance(0.1, factor, 1.0, scales).check()

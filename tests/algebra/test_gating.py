@@ -86,7 +86,7 @@ def test_blocks_that_cancel_are_kept_if_asked_for(seed, gap):
     others = [LowRankDelta(A, B), LowRankDelta(turn @ A, (rest - 0.7 * B) @ turn.T)]
     problem = LeastSquaresMerge()
     for delta, weight in zip(others, (0.7, 1.0)):  # on the same inputs, so that nearly nothing remains
-        covariance = DenseCovariance(remainder=0.0, tokens=9, matrix=torch.eye(6, dtype=torch.float64))
+        covariance = DenseCovariance(remainder=0.0, matrix=torch.eye(6, dtype=torch.float64))
         problem.add(covariance, {"layer": delta}, weight)
     plain, kept = problem.solve()["layer"], problem.solve(keep_blocks=True)["layer"]
     assert not plain.stacked or gap > 1e-3
@@ -101,7 +101,7 @@ def test_blocks_that_cancel_are_kept_if_asked_for(seed, gap):
 def test_own_rows_beyond_the_range_of_half_precision_are_an_error():
     problem = LeastSquaresMerge()
     for size in (1e5, -1e5):
-        covariance = DenseCovariance(remainder=0.0, tokens=9, matrix=torch.eye(6, dtype=torch.float64))
+        covariance = DenseCovariance(remainder=0.0, matrix=torch.eye(6, dtype=torch.float64))
         problem.add(covariance, {"layer": LowRankDelta(torch.full((2, 6), size), torch.ones(5, 2))})
     assert problem.solve(dtype=torch.float16)["layer"].A.isfinite().all()  # half of it
     with pytest.raises(OverflowError, match=r"'layer' has entries beyond the range of torch\.float16"):

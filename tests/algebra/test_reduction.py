@@ -89,7 +89,7 @@ def test_blocks_that_cancel_are_stored_otherwise():
     problem, reference = LeastSquaresMerge(ridge=0.0), [0, 0]
     for angle in (0.0, 1e-3, -2e-3):
         factor = 1e4 * (direction + angle * other)[None]
-        covariance = LowRankCovariance(remainder=1.0, tokens=1, factor=factor)
+        covariance = LowRankCovariance(remainder=1.0, factor=factor)
         own = LowRankDelta(delta.A + 1e-6 * angle, delta.B)
         problem.add(covariance, {"layer": own})
         reference = [reference[0] + own.dense() @ covariance.dense(), reference[1] + covariance.dense()]

@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peft_many.algebra.covariance import (
-    Covariance,
-    CovarianceAccumulator,
-    CovarianceSum,
-    DenseCovariance,
-    LowRankCovariance,
-)
-from peft_many.algebra.sketch import CovarianceSketch
-from peft_many.algebra.spectrum import truncate
+from peft_many.algebra.covariance import Covariance, DenseCovariance, LowRankCovariance
+from peft_many.algebra.sketch import CovarianceAccumulator, CovarianceSketch
+from peft_many.algebra.sums import CovarianceSum
+from tests.algebra.problems import truncate
 from tests.algebra.properties import MergingProperties
 
 
@@ -34,7 +29,7 @@ class TestDense(MergingProperties):
 class TestDenseInFloat32(MergingProperties):
     def statistic(self, inputs: Tensor) -> Covariance:
         exact = accumulated(inputs)
-        return DenseCovariance(exact.remainder, exact.tokens, exact.matrix.float())
+        return DenseCovariance(exact.remainder, exact.matrix.float())
 
 
 class TestDenseAndRemainder(MergingProperties):
@@ -42,14 +37,14 @@ class TestDenseAndRemainder(MergingProperties):
 
     def statistic(self, inputs: Tensor) -> Covariance:
         exact = accumulated(inputs)
-        return DenseCovariance(0.01 * exact.trace / exact.width, exact.tokens, 0.99 * exact.matrix)
+        return DenseCovariance(0.01 * exact.trace / exact.width, 0.99 * exact.matrix)
 
 
 class TestLowRank(MergingProperties):
     """All directions that the tokens span, and no remainder."""
 
     def statistic(self, inputs: Tensor) -> Covariance:
-        return LowRankCovariance(0.0, len(inputs), inputs / len(inputs) ** 0.5)
+        return LowRankCovariance(0.0, inputs / len(inputs) ** 0.5)
 
 
 class TestLowRankAndRemainder(MergingProperties):
@@ -84,4 +79,4 @@ class TestSum(MergingProperties):
         first, second = accumulated(inputs[:half]), accumulated(inputs[half:])
         share = half / len(inputs)
         parts = ((share, truncate(first, 0.999, torch.float64)), (1 - share, second))
-        return CovarianceSum(remainder=0.0, tokens=len(inputs), parts=parts)
+        return CovarianceSum(remainder=0.0, parts=parts)

@@ -17,8 +17,7 @@ from peft_many.algebra.residual import (
     relative_residual,
     relative_residuals,
 )
-from peft_many.algebra.spectrum import truncate
-from tests.algebra.problems import make_tasks, seeds
+from tests.algebra.problems import make_tasks, seeds, truncate
 
 
 @given(seeds)
@@ -113,5 +112,5 @@ def test_effective_ranks_are_those_of_the_spectra(seed):
 
 
 def test_the_remainder_spreads_over_all_directions():
-    covariance = LowRankCovariance(remainder=2.0, tokens=5, factor=torch.zeros(1, 9))
+    covariance = LowRankCovariance(remainder=2.0, factor=torch.zeros(1, 9))
     assert effective_rank_of_inputs(covariance) == pytest.approx(9)

@@ -16,7 +16,7 @@ def problem(seed, tasks, rank, width, half=False):
     parts = []
     for _ in range(tasks):
         factor = torch.randn(rank, width, generator=generator) * torch.logspace(0, -3, rank)[:, None]
-        covariance = LowRankCovariance(remainder=1e-4, tokens=9, factor=factor)
+        covariance = LowRankCovariance(remainder=1e-4, factor=factor)
         parts.append((0.5, covariance.in_half_precision() if half else covariance))
     blocks = [(t, torch.randn(3, width, generator=generator)) for t in range(tasks) for _ in range(2)]
     return parts, blocks

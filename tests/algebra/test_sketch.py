@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_many.algebra.covariance import CovarianceAccumulator, DenseCovariance, LowRankCovariance, mean_covariance
+from peft_many.algebra.covariance import DenseCovariance, LowRankCovariance
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
-from peft_many.algebra.sketch import CovarianceSketch
-from peft_many.algebra.spectrum import eigen_directions, truncate
-from tests.algebra.problems import relative_error, seeds
+from peft_many.algebra.sketch import CovarianceAccumulator, CovarianceSketch
+from peft_many.algebra.spectrum import eigen_directions
+from peft_many.algebra.sums import mean_covariance
+from tests.algebra.problems import relative_error, seeds, truncate
 
 WIDTH = 96
 
@@ -25,7 +26,7 @@ def inputs(seed, tokens=1500, width=WIDTH, decay=1.0, outlier=0.0):
 
 
 def exact(rows):
-    return DenseCovariance(remainder=0.0, tokens=len(rows), matrix=rows.double().T @ rows.double() / len(rows))
+    return DenseCovariance(remainder=0.0, matrix=rows.double().T @ rows.double() / len(rows))
 
 
 def sketched(rows, size, batch=100):
@@ -45,9 +46,10 @@ def test_the_error_is_little_more_than_the_best_of_that_rank(seed, decay, outlie
     rows = inputs(seed, decay=decay, outlier=outlier)
     covariance = exact(rows)
     best = spectral_error(truncate(covariance, 1.0, torch.float64, rank=24), covariance)
-    found = truncate(sketched(rows, 36, batch).result(), 1.0, torch.float64, rank=24)
+    sketch = sketched(rows, 36, batch)
+    assert sketch.tokens == len(rows)
+    found = truncate(sketch.result(), 1.0, torch.float64, rank=24)
     assert len(found.factor) <= 24
-    assert found.tokens == len(rows)
     assert found.trace == pytest.approx(covariance.trace, rel=1e-5)
     assert spectral_error(found, covariance) < 2 * best + 1e-2
     found.check()
@@ -68,8 +70,9 @@ def test_no_direction_gets_more_energy_than_it_has(seed):
 @pytest.mark.parametrize("tokens", [0, 1, 19, 20, 39])
 def test_few_tokens_are_kept_as_they_are(tokens):
     rows = inputs(3, tokens=tokens)
-    found = sketched(rows, 20, batch=4).result()
-    assert found.tokens == tokens
+    sketch = sketched(rows, 20, batch=4)
+    assert sketch.tokens == tokens
+    found = sketch.result()
     assert found.factor.shape == (min(tokens, 20), WIDTH)
     spectrum = sketched(rows, 20, batch=4).spectrum()
     expected = rows.double().T @ rows.double() / max(tokens, 1)
@@ -146,11 +149,10 @@ def test_parts_add_up(seed, lengths):
     """What several processes sketched, weighted by their tokens."""
     parts = [inputs(seed + i, tokens=length) for i, length in enumerate(lengths)]
     whole = exact(torch.cat(parts))
-    dense = mean_covariance([exact(part) for part in parts])
-    assert dense.tokens == sum(lengths)
+    dense = mean_covariance([exact(part) for part in parts], lengths)
     assert relative_error(dense.dense(), whole.dense()) < 1e-12
     low_rank = [truncate(exact(part), 0.9, torch.float64) for part in parts]
-    mean = mean_covariance(low_rank)
+    mean = mean_covariance(low_rank, lengths)
     assert isinstance(mean, LowRankCovariance)
     expected = sum(length * part.dense() for length, part in zip(lengths, low_rank)) / sum(lengths)
     assert relative_error(mean.dense(), expected) < 1e-6
@@ -160,8 +162,8 @@ def test_parts_add_up(seed, lengths):
 def test_parts_without_a_token_count_for_nothing():
     empty = CovarianceSketch(WIDTH, 20).result()
     one = sketched(inputs(0), 20).result()
-    assert relative_error(mean_covariance([empty, one]).dense(), one.dense()) < 1e-6
-    assert mean_covariance([empty, empty]).trace == 0.0
+    assert relative_error(mean_covariance([empty, one], [0, 9]).dense(), one.dense()) < 1e-6
+    assert mean_covariance([empty, empty], [0, 0]).trace == 0.0
 
 
 @pytest.mark.parametrize("outlier", [0.0, 30.0])

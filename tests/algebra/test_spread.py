@@ -38,7 +38,7 @@ def shrunk(rows):
 @given(seeds, st.integers(3, 40))
 def test_distances_are_those_of_the_shrunken_covariance(seed, images):
     means, rows = tasks_of(seed, images=images)
-    metric = shared_metric([centred(part) for part in rows])
+    metric = shared_metric([centred(part) for part in rows], [len(part) for part in rows])
     inverse = torch.linalg.inv(shrunk(rows))
     difference = rows[0].double()[:, None] - means.double()
     expected = torch.einsum("mnd,de,mne->mn", difference, inverse, difference)
@@ -51,7 +51,8 @@ def test_distances_are_those_of_the_shrunken_covariance(seed, images):
 def test_directions_that_are_not_kept_share_their_mean_variance(seed, rank):
     _, rows = tasks_of(seed)
     spreads = [centred(part) for part in rows]
-    whole, cut = shared_metric(spreads), shared_metric(spreads, rank)
+    images = [len(part) for part in rows]
+    whole, cut = shared_metric(spreads, images), shared_metric(spreads, images, rank)
     assert len(cut.directions) == min(rank, len(whole.directions))
     trace = cut.variances[:-1].sum() + (WIDTH - len(cut.directions)) * cut.variances[-1]
     assert trace.item() == pytest.approx(torch.stack([torch.cov(part.double().T) for part in rows]).mean(0).trace())
@@ -61,7 +62,7 @@ def test_it_tells_tasks_apart_that_cosines_confuse():
     _, rows = tasks_of(0)
     fresh = tasks_of(0, images=80)[1]
     prototypes = torch.stack([part.mean(0) for part in rows])
-    metric = shared_metric([centred(part) for part in rows])
+    metric = shared_metric([centred(part) for part in rows], [len(part) for part in rows])
     right = {"cosine": 0.0, "metric": 0.0}
     for t, part in enumerate(fresh):
         right["cosine"] += (routing_weights(part, prototypes, 0.02).argmax(1) == t).float().mean().item() / 3
@@ -72,14 +73,14 @@ def test_it_tells_tasks_apart_that_cosines_confuse():
 
 def test_images_that_are_all_alike_have_a_metric_too():
     rows = torch.ones(5, WIDTH)
-    found = shared_metric([centred(rows)]).squared_distances(2 * torch.ones(1, WIDTH), rows[:1])
+    found = shared_metric([centred(rows)], [5]).squared_distances(2 * torch.ones(1, WIDTH), rows[:1])
     assert found.item() == pytest.approx(WIDTH)
 
 
 def test_draws_have_the_covariance():
     factor = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    low = LowRankCovariance(remainder=0.3, tokens=9, factor=factor)
-    dense = DenseCovariance(remainder=0.3, tokens=9, matrix=factor.T @ factor)
+    low = LowRankCovariance(remainder=0.3, factor=factor)
+    dense = DenseCovariance(remainder=0.3, matrix=factor.T @ factor)
     for covariance in (low, dense):
         drawn = gaussian_draws(covariance, 40000, torch.Generator().manual_seed(0))
         assert relative_error(drawn.T @ drawn / len(drawn), low.dense()) < 0.03

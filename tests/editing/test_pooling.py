@@ -11,7 +11,7 @@ from peft_many import merge_adapter_files, pool_adapters
 from peft_many.files.statistics import AdapterStatistics
 from peft_many.files.stored_delta import UnmergeableAdapterError
 from tests import adapters
-from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, distance, merged_deltas
+from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, covariances, distance, merged_deltas
 
 NAMES = "abcd"
 
@@ -72,10 +72,10 @@ def test_pools_are_pooled_further_as_tasks_come(made, folders, tmp_path):
     assert one.weight == two.weight == 4.0
     assert one.images == two.images
     assert one.samples == two.samples
-    torch.testing.assert_close(one.prototypes[PROJECTOR], two.prototypes[PROJECTOR])
-    assert distance(one.spreads[PROJECTOR].dense(), two.spreads[PROJECTOR].dense()) < 1e-2
-    for layer, covariance in two.covariances.items():
-        assert distance(one.covariances[layer].dense(), covariance.dense()) < 1e-2
+    torch.testing.assert_close(one.projectors[PROJECTOR].prototype, two.projectors[PROJECTOR].prototype)
+    assert distance(one.projectors[PROJECTOR].spread.dense(), two.projectors[PROJECTOR].spread.dense()) < 1e-2
+    for layer, covariance in covariances(two).items():
+        assert distance(one.covariance_of(layer).dense(), covariance.dense()) < 1e-2
 
 
 def test_images_of_all_tasks_count_alike(folders, tmp_path):
@@ -83,14 +83,14 @@ def test_images_of_all_tasks_count_alike(folders, tmp_path):
     tasks = [AdapterStatistics.load(folder / STATISTICS).tasks[0] for folder in folders.values()]
     (pooled,) = AdapterStatistics.load(pool(list(folders.values()), tmp_path / "pool") / STATISTICS).tasks
     images = sum(task.images for task in tasks)
-    mean = sum(task.images * task.prototypes[PROJECTOR].double() for task in tasks) / images
+    mean = sum(task.images * task.projectors[PROJECTOR].prototype.double() for task in tasks) / images
     second = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     for task in tasks:
-        own = task.prototypes[PROJECTOR].double()
-        second += task.images / images * (task.spreads[PROJECTOR].dense() + torch.outer(own, own))
+        own = task.projectors[PROJECTOR].prototype.double()
+        second += task.images / images * (task.projectors[PROJECTOR].spread.dense() + torch.outer(own, own))
     assert pooled.images == images
-    torch.testing.assert_close(pooled.prototypes[PROJECTOR].double(), mean, rtol=1e-5, atol=1e-6)
-    assert distance(pooled.spreads[PROJECTOR].dense(), second - torch.outer(mean, mean)) < 2e-3
+    torch.testing.assert_close(pooled.projectors[PROJECTOR].prototype.double(), mean, rtol=1e-5, atol=1e-6)
+    assert distance(pooled.projectors[PROJECTOR].spread.dense(), second - torch.outer(mean, mean)) < 2e-3
 
 
 def test_the_size_does_not_grow_with_the_tasks(folders, tmp_path):

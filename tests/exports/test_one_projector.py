@@ -13,7 +13,7 @@ from peft_many.algebra.covariance import DenseCovariance
 from peft_many.algebra.spread import centred
 from peft_many.exports.one_projector import _RIDGE, ProjectorBench, benches
 from peft_many.files.adapter import TaskAdapter, UnmergeableAdapterError
-from peft_many.files.statistics import TaskStatistics
+from peft_many.files.statistics import ImageStatistics, TaskStatistics
 from tests import tiny
 
 WIDTH, OUT, NAME = 6, 5, "projector"
@@ -41,7 +41,8 @@ class Grid(nn.Module):
 def task(name: str, seed: int, module: nn.Module | None, images: int = 12, **changes) -> TaskAdapter:
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(images, WIDTH, generator=generator) + 2 * torch.randn(WIDTH, generator=generator)
-    statistics = TaskStatistics(name, images, images, {}, {NAME: features.mean(0)}, {NAME: centred(features)})
+    seen = ImageStatistics(features.mean(0), centred(features), images)
+    statistics = TaskStatistics(name, images, projectors={NAME: seen})
     projectors = {} if module is None else {NAME: module.state_dict()}
     made = TaskAdapter(name, 1.0, {}, statistics, {}, projectors, name)
     return dataclasses.replace(made, **changes)
@@ -100,9 +101,9 @@ def test_tasks_with_one_projector_get_it():
 
 def test_dense_spreads_and_zero_weights():
     tasks = [task(str(seed), seed, module(TwoLayers, seed)) for seed in range(3)]
-    spread = tasks[0].statistics.spreads[NAME]
-    dense = DenseCovariance(0.0, spread.tokens, spread.dense())
-    statistics = dataclasses.replace(tasks[0].statistics, spreads={NAME: dense})
+    seen = tasks[0].statistics.projectors[NAME]
+    dense = dataclasses.replace(seen, spread=DenseCovariance(0.0, seen.spread.dense()))
+    statistics = dataclasses.replace(tasks[0].statistics, projectors={NAME: dense})
     other = [dataclasses.replace(tasks[0], statistics=statistics), *tasks[1:]]
     found = [ProjectorBench(NAME, module(TwoLayers, 9), some) for some in (tasks, other)]
     x, y = (bench._drawn(some[0])[:, 0] for bench, some in zip(found, (tasks, other)))
@@ -119,7 +120,9 @@ def test_dense_spreads_and_zero_weights():
 def test_what_cannot_be_run_on_image_means():
     grids = [task(str(seed), seed, module(Grid, seed)) for seed in range(2)]
     assert ProjectorBench(NAME, module(Grid, 9), grids).fitted() is None
-    blind = dataclasses.replace(grids[0].statistics, spreads={})
+    seen = grids[0].statistics.projectors[NAME]
+    projectors = {NAME: dataclasses.replace(seen, spread=None)}
+    blind = dataclasses.replace(grids[0].statistics, projectors=projectors)
     tasks = [task("a", 0, module(TwoLayers, 0), statistics=blind), task("b", 1, module(TwoLayers, 1))]
     bench = ProjectorBench(NAME, module(TwoLayers, 9), tasks)
     assert bench.fitted() is None

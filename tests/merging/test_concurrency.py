@@ -70,20 +70,20 @@ def test_two_merges_into_one_folder(good, tmp_path, other):
 def test_a_reader_during_a_writer(good, tmp_path):
     """Statistics that are replaced while they are read: one or the other, never something of both."""
     both = [AdapterStatistics.load(good[name] / STATISTICS) for name in "ab"]
-    both[0].save(tmp_path, 1.0)
+    both[0].save(tmp_path)
 
     def write() -> None:
         for i in range(300):
-            both[i % 2].save(tmp_path, 1.0)
+            both[i % 2].save(tmp_path)
 
-    key = next(iter(both[0].tasks[0].covariances))
-    traces = {task.name: task.covariances[key].trace for task in (one.tasks[0] for one in both)}
+    key = next(iter(both[0].tasks[0].input_of))
+    traces = {task.name: task.covariance_of(key).trace for task in (one.tasks[0] for one in both)}
     pid, seen = started(write), set()
     until = time.monotonic() + 30
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         assert time.monotonic() < until
         (task,) = AdapterStatistics.load(tmp_path / STATISTICS).tasks
-        assert task.covariances[key].trace == traces[task.name]
+        assert task.covariance_of(key).trace == traces[task.name]
         seen.add(task.name)
     assert seen == {"a", "b"}
 

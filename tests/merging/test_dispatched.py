@@ -14,7 +14,7 @@ from torch import nn
 from peft_many import collect_statistics, merge_adapter_files, merge_adapter_sequence
 from peft_many.files.statistics import TaskStatistics
 from peft_many.files.stored_delta import UnmergeableAdapterError
-from tests.adapters import PROJECTOR, base, batches, logits, make
+from tests.adapters import PROJECTOR, base, batches, covariances, logits, make
 
 PARTS = {"model.vision_tower": "cpu", PROJECTOR: "cpu", "model.language_model": "disk", "lm_head": "cpu"}
 
@@ -38,11 +38,13 @@ def measured(model: nn.Module) -> TaskStatistics:
 
 
 def assert_same(found: TaskStatistics, expected: TaskStatistics) -> None:
-    assert found.covariances.keys() == expected.covariances.keys()
-    for name, covariance in expected.covariances.items():
-        torch.testing.assert_close(found.covariances[name].matrix, covariance.matrix)
+    assert found.input_of.keys() == expected.input_of.keys()
+    for name, covariance in covariances(expected).items():
+        torch.testing.assert_close(found.covariance_of(name).matrix, covariance.matrix)
         assert found.fingerprints.get(name) == pytest.approx(expected.fingerprints.get(name))
-    torch.testing.assert_close(found.prototypes, expected.prototypes)
+    assert found.projectors.keys() == expected.projectors.keys()
+    for name, seen in expected.projectors.items():
+        torch.testing.assert_close(found.projectors[name].prototype, seen.prototype)
 
 
 def to_disk(model: nn.Module, folder: Path) -> nn.Module:

@@ -188,7 +188,7 @@ def test_truncated_statistics_come_close(shelf, tmp_path):
     """0.999 of the energy: near the optimum in the metric of the inputs, and not the average."""
     made = shelf("truncated a")
     tasks = [made, shelf("b")]
-    factor = AdapterStatistics.load(made.folder / STATISTICS).tasks[0].covariances[LAYER].factor
+    factor = AdapterStatistics.load(made.folder / STATISTICS).tasks[0].covariance_of(LAYER).factor
     assert factor.shape[0] < factor.shape[1]
     found = merged_deltas(merge(tmp_path, *(task.folder for task in tasks)))
     for layer, delta in found.items():

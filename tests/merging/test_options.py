@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
 from peft_many.files.adapter import UnmergeableAdapterError
-from peft_many.files.statistics import AdapterStatistics, same_weights, weight_fingerprint
+from peft_many.files.fingerprints import same_weights, weight_fingerprint
+from peft_many.files.statistics import AdapterStatistics
 from peft_many.tuner.projector import ProjectorMixture
 from tests.adapters import (
     PROJECTOR,
@@ -30,6 +31,7 @@ from tests.adapters import (
     base,
     batches,
     but_operations,
+    covariances,
     distance,
     effective_deltas,
     files,
@@ -447,7 +449,7 @@ def stored_optimum(folders: Sequence[Path], layer: str, ridge: float) -> Tensor:
     for folder in folders:
         config, tensors = MAnyConfig.from_pretrained(folder), load_file(folder / WEIGHTS)
         A, B = (tensors[f"{PREFIX}{layer}.lora_{half}.weight"].double() for half in "AB")
-        C = AdapterStatistics.load(folder / STATISTICS).tasks[0].covariances[layer].dense()
+        C = AdapterStatistics.load(folder / STATISTICS).tasks[0].covariance_of(layer).dense()
         C = C + ridge * C.diagonal().mean() * torch.eye(len(C), dtype=torch.float64)
         moments, scatter = moments + config.lora_alpha / config.r * B @ A @ C, scatter + C
     return torch.linalg.solve(scatter, moments.T).T
@@ -467,7 +469,7 @@ def test_the_factors_are_in_half_precision_and_fewer_than_inputs(shelf):
     """So that the test above is about that: it must reach the form in the factors' span, and the dense one."""
     rows = {}
     for name in ("truncated a", "truncated b", "truncated few"):
-        found = AdapterStatistics.load(shelf(name).folder / STATISTICS).tasks[0].covariances.values()
+        found = covariances(AdapterStatistics.load(shelf(name).folder / STATISTICS).tasks[0]).values()
         assert {covariance.factor.dtype for covariance in found} == {torch.float16}
         rows[name] = max(len(covariance.factor) for covariance in found)
     assert rows["truncated few"] + rows["truncated b"] < 32

@@ -8,8 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_many.algebra.covariance import CovarianceAccumulator
 from peft_many.algebra.lpm import LowRankDelta
+from peft_many.algebra.sketch import CovarianceAccumulator
 from peft_many.methods import LayerTask
 
 seeds = st.integers(0, 10_000)

@@ -111,7 +111,7 @@ def test_each_layer_is_what_the_method_makes_of_the_tasks(shelf, tmp_path, name,
     found = merged_deltas(merge(tmp_path / "merged", tasks, method=name, weights=weights))
     assert set(found) == set(tasks[0].deltas)
     for layer, delta in found.items():
-        covariances = [AdapterStatistics.load(t.folder / STATISTICS).tasks[0].covariances[layer] for t in tasks]
+        covariances = [AdapterStatistics.load(t.folder / STATISTICS).tasks[0].covariance_of(layer) for t in tasks]
         layer_tasks = [
             LayerTask(stored_delta(task, layer), weight, covariance)
             for task, weight, covariance in zip(tasks, weights, covariances, strict=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from peft_many.algebra.covariance import DenseCovariance, LowRankCovariance
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
 from peft_many.algebra.scatter import SingularMergeError
-from peft_many.algebra.spectrum import truncate
 from peft_many.methods import LayerTask, RegMean
+from tests.algebra.problems import truncate
 from tests.methods.layers import dense, layer_tasks, relative_error, seeds
 
 
@@ -72,10 +72,10 @@ def test_inputs_that_no_task_uses_get_the_mean_delta(form):
     for task in layer_tasks(3, width=40):
         C = task.covariance.dense()
         C[5], C[:, 5] = 0, 0
-        covariance = DenseCovariance(remainder=0.0, tokens=40, matrix=C)
+        covariance = DenseCovariance(remainder=0.0, matrix=C)
         if form == "span":
-            rows = truncate(covariance, 1.0, torch.float64).rows()[:4]
-            covariance = LowRankCovariance(remainder=0.0, tokens=40, factor=rows * (torch.arange(40) != 5))
+            rows = truncate(covariance, 1.0, torch.float64).factor_rows()[:4]
+            covariance = LowRankCovariance(remainder=0.0, factor=rows * (torch.arange(40) != 5))
         tasks.append(replace(task, covariance=covariance))
     merged = dense(RegMean().merge(tasks))
     total = sum(task.weight for task in tasks)
@@ -85,7 +85,7 @@ def test_inputs_that_no_task_uses_get_the_mean_delta(form):
 
 
 def test_where_nobody_saw_anything_it_is_the_mean():
-    nothing = LowRankCovariance(remainder=0.0, tokens=0, factor=torch.zeros(0, 14))
+    nothing = LowRankCovariance(remainder=0.0, factor=torch.zeros(0, 14))
     tasks = [replace(task, covariance=nothing) for task in layer_tasks(4)]
     total = sum(task.weight for task in tasks)
     mean = sum(task.weight / total * task.delta.dense() for task in tasks)
@@ -95,9 +95,9 @@ def test_where_nobody_saw_anything_it_is_the_mean():
 @pytest.mark.parametrize("form", ["dense", "span"])
 def test_with_alpha_one_unseen_directions_are_an_error(form):
     factor = torch.ones(1, 14)
-    covariance = LowRankCovariance(remainder=0.0, tokens=1, factor=factor)
+    covariance = LowRankCovariance(remainder=0.0, factor=factor)
     if form == "dense":
-        covariance = DenseCovariance(remainder=0.0, tokens=1, matrix=factor.T @ factor)
+        covariance = DenseCovariance(remainder=0.0, matrix=factor.T @ factor)
     tasks = [LayerTask(LowRankDelta(torch.ones(2, 14), torch.ones(11, 2)), 1.0, covariance)]
     with pytest.raises(SingularMergeError, match="alpha"):
         RegMean(alpha=1.0).merge(tasks)

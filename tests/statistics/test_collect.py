@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
-from peft_many.algebra.covariance import CovarianceAccumulator, DenseCovariance, LowRankCovariance
+from peft_many.algebra.covariance import LowRankCovariance
+from peft_many.algebra.sketch import CovarianceAccumulator
 from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics
 from peft_many.routing.image_calls import WATCHED_METHODS
 from peft_many.tuner.layers import lora_layers
 from tests import tiny
+from tests.adapters import covariances
 from tests.files import making
 from tests.files.making import PROJECTORS, perturb, pictures
 
@@ -41,7 +43,9 @@ def adapted(family: str = "llava", **options: Any) -> PeftModel:
 
 
 def collect(model: nn.Module, batches: Any, **options: Any) -> AdapterStatistics:
-    return collect_statistics(model, batches, **{"progress": False, **options})
+    """Whole covariances where a test does not say how much of them to keep."""
+    whole = {} if {"rank", "energy", "error_budget", "dtype"} & {*options} else {"energy": 1.0}
+    return collect_statistics(model, batches, **{"progress": False, **whole, **options})
 
 
 def text_batches(kind: str = "llama", count: int = 2, rows: int = 3) -> list[dict[str, Tensor]]:
@@ -127,11 +131,11 @@ def test_covariances_are_second_moments_of_real_tokens(family: str) -> None:
     (task,) = collect(model, batches).tasks
     masks = [batch["attention_mask"].bool() for batch in batches]
     assert any(not mask.all() for mask in masks)
-    assert set(task.covariances) == set(names)
+    assert set(task.input_of) == set(names)
     for name in names:
         expected = second_moment([rows[mask] for rows, mask in zip(seen[name], masks, strict=True)])
-        assert task.covariances[name].tokens == sum(int(mask.sum()) for mask in masks)
-        torch.testing.assert_close(task.covariances[name].dense(), expected, atol=1e-5, rtol=1e-4)
+        assert task.tokens_of(name) == sum(int(mask.sum()) for mask in masks)
+        torch.testing.assert_close(task.covariance_of(name).dense(), expected, atol=1e-5, rtol=1e-4)
 
 
 @family
@@ -141,7 +145,7 @@ def test_prototypes_are_means_over_images_of_pooled_projector_inputs(family: str
     batches = [tiny.batch(model, family, rows), tiny.batch(model, family, rows[2:])]
     (task,) = collect(model, batches).tasks
     images = [image for row in [*rows, *rows[2:]] for image in row]
-    assert set(task.prototypes) == set(PROJECTORS[family])
+    assert set(task.projectors) == set(PROJECTORS[family])
     base = making.shared_base(family)
     for projector in PROJECTORS[family]:
         pooled = []
@@ -151,8 +155,8 @@ def test_prototypes_are_means_over_images_of_pooled_projector_inputs(family: str
             (features,) = seen[projector]
             pooled.append(features.double().reshape(-1, features.shape[-1]).mean(0))
         expected = torch.stack(pooled).mean(0)
-        assert task.prototypes[projector].dtype == torch.float32
-        torch.testing.assert_close(task.prototypes[projector].double(), expected, atol=1e-5, rtol=1e-4)
+        assert task.projectors[projector].prototype.dtype == torch.float32
+        torch.testing.assert_close(task.projectors[projector].prototype.double(), expected, atol=1e-5, rtol=1e-4)
         assert task.images == len(pooled)
     assert task.samples == 4 + 2
 
@@ -162,23 +166,25 @@ def test_layers_with_one_input_hold_one_object() -> None:
     (task,) = collect(model, making.task_batches(model, "llava", 0)).tasks
     for index in (0, 1):
         layer = f"model.language_model.layers.{index}"
-        qkv = [task.covariances[f"{layer}.self_attn.{name}_proj"] for name in "qkv"]
-        gate, up = (task.covariances[f"{layer}.mlp.{name}_proj"] for name in ("gate", "up"))
+        qkv = [task.covariance_of(f"{layer}.self_attn.{name}_proj") for name in "qkv"]
+        gate, up = (task.covariance_of(f"{layer}.mlp.{name}_proj") for name in ("gate", "up"))
         assert qkv[0] is qkv[1] is qkv[2]
         assert gate is up
-    assert len({id(covariance) for covariance in task.covariances.values()}) == 2 * 4
+    assert len({id(covariance) for covariance in covariances(task).values()}) == 2 * 4
     attention = model.get_base_model().model.language_model.layers[0].self_attn
     assert attention.q_proj.covariance["default"] is attention.k_proj.covariance["default"]
-    assert attention.q_proj.covariance["default"] is task.covariances["model.language_model.layers.0.self_attn.q_proj"]
+    assert attention.q_proj.covariance["default"] is task.covariance_of(
+        "model.language_model.layers.0.self_attn.q_proj"
+    )
 
 
 def test_sharing_can_be_turned_off_and_gives_the_same_numbers() -> None:
     model = adapted("llama")
     (shared,) = collect(model, text_batches()).tasks
     (apart,) = collect(model, text_batches(), share_inputs=False).tasks
-    assert len({id(covariance) for covariance in apart.covariances.values()}) == 14
-    for name, covariance in shared.covariances.items():
-        assert torch.equal(covariance.dense(), apart.covariances[name].dense())
+    assert len({id(covariance) for covariance in covariances(apart).values()}) == 14
+    for name, covariance in covariances(shared).items():
+        assert torch.equal(covariance.dense(), apart.covariance_of(name).dense())
 
 
 @pytest.mark.parametrize(("max_samples", "batches"), [(1, 1), (3, 1), (4, 2), (6, 2), (7, 3), (None, 5), (100, 5)])
@@ -194,46 +200,46 @@ def test_max_samples_stops_after_the_batch_that_reaches_it(max_samples: int | No
     assert task.samples == 3 * batches
     assert len(taken) == batches
     tokens = sum(int(batch["attention_mask"].sum()) for batch in taken)
-    assert {covariance.tokens for covariance in task.covariances.values()} == {tokens}
+    assert {measured.tokens for measured in task.inputs.values()} == {tokens}
 
 
 def test_unadapted_layers_with_the_input_of_an_adapted_one_are_covered() -> None:
     model = adapted("llava", target_modules=r".*language_model.*q_proj")
     (task,) = collect(model, making.task_batches(model, "llava", 0)).tasks
     expected = {f"model.language_model.layers.{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qkv"}
-    assert set(task.covariances) == expected
+    assert set(task.input_of) == expected
 
 
 @pytest.mark.parametrize(
     ("wanted", "names"),
     [(["up_proj"], ["gate", "up"]), ("all-linear", ["gate", "up", "down"]), (r".*\.mlp\.down_proj", ["down"])],
 )
-def test_target_modules_adds_layers(wanted: Any, names: list[str]) -> None:
+def test_also_measure_adds_layers(wanted: Any, names: list[str]) -> None:
     model = adapted("llama", target_modules=["q_proj"])
     batches = text_batches()
-    (task,) = collect(model, batches, target_modules=wanted).tasks
+    (task,) = collect(model, batches, also_measure=wanted).tasks
     mlp = {f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in names}
     qkv = {f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qkv"}
     output = {f"model.layers.{i}.self_attn.o_proj" for i in (0, 1)} if wanted == "all-linear" else set()
-    assert set(task.covariances) == mlp | qkv | output
+    assert set(task.input_of) == mlp | qkv | output
     with recorded(model.eval(), sorted(mlp)) as seen, torch.no_grad():
         for batch in batches:
             model(**batch)
     for name in mlp:
         rows = [r[batch["attention_mask"].bool()] for r, batch in zip(seen[name], batches, strict=True)]
-        torch.testing.assert_close(task.covariances[name].dense(), second_moment(rows), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(task.covariance_of(name).dense(), second_moment(rows), atol=1e-5, rtol=1e-4)
 
 
-def test_target_modules_may_be_conv1d_layers() -> None:
+def test_also_measure_may_name_conv1d_layers() -> None:
     model = adapted("gpt2", target_modules=["c_attn"], fan_in_fan_out=True)
-    (task,) = collect(model, text_batches(), target_modules="all-linear").tasks
-    assert {name.rpartition("h.0.")[2] for name in task.covariances if "h.0." in name} == {
+    (task,) = collect(model, text_batches(), also_measure="all-linear").tasks
+    assert {name.rpartition("h.0.")[2] for name in task.input_of if "h.0." in name} == {
         "attn.c_attn",
         "attn.c_proj",
         "mlp.c_fc",
         "mlp.c_proj",
     }
-    assert task.covariances["transformer.h.0.mlp.c_proj"].width == 128
+    assert task.covariance_of("transformer.h.0.mlp.c_proj").width == 128
 
 
 @pytest.mark.parametrize("length", [7, 5])  # as long as the source, and not
@@ -253,22 +259,22 @@ def test_an_encoder_decoder_has_two_masks(length: int, masked_by: str) -> None:
     with recorded(model.eval(), names) as seen, torch.no_grad():
         model(**batch)
     (task,) = collect(model, [batch]).tasks
-    assert set(task.covariances) == set(names)
+    assert set(task.input_of) == set(names)
     for name in names:
         from_encoder = name.startswith("encoder.") or "EncDecAttention.k" in name or "EncDecAttention.v" in name
         mask = source["attention_mask"].bool() if from_encoder else target_mask
-        assert task.covariances[name].tokens == mask.sum(), name
+        assert task.tokens_of(name) == mask.sum(), name
         expected = second_moment([seen[name][0][mask]])
-        torch.testing.assert_close(task.covariances[name].dense(), expected, atol=1e-5, rtol=1e-4)
-    cross = {id(c) for n, c in task.covariances.items() if n.endswith(("EncDecAttention.k", "EncDecAttention.v"))}
+        torch.testing.assert_close(task.covariance_of(name).dense(), expected, atol=1e-5, rtol=1e-4)
+    cross = {id(c) for n, c in covariances(task).items() if n.endswith(("EncDecAttention.k", "EncDecAttention.v"))}
     assert len(cross) == 1  # all decoder layers read the same encoder output
 
 
 def test_fewer_tokens_than_features() -> None:
     model = adapted("llama")
     (task,) = collect(model, [{"input_ids": torch.tensor([[5, 6, 7]])}]).tasks
-    covariance = task.covariances["model.layers.0.mlp.down_proj"]
-    assert covariance.tokens == 3 < covariance.width == 48
+    covariance = task.covariance_of("model.layers.0.mlp.down_proj")
+    assert task.tokens_of("model.layers.0.mlp.down_proj") == 3 < covariance.width == 48
     assert torch.linalg.matrix_rank(covariance.dense()) == 3
     covariance.check()
 
@@ -277,14 +283,14 @@ def test_text_only_data_gives_no_prototype() -> None:
     model = adapted("llava")
     (task,) = collect(model, [tiny.batch(model, "llava", [[], []])]).tasks
     assert task.images == 0
-    assert task.prototypes == {}
+    assert task.projectors == {}
 
 
 def test_an_overridden_projector_gets_a_prototype() -> None:
     model = adapted("llava", projector_modules=["multi_modal_projector.linear_2"])
     (task,) = collect(model, making.task_batches(model, "llava", 0)).tasks
-    assert set(task.prototypes) == {"model.multi_modal_projector", "model.multi_modal_projector.linear_2"}
-    assert task.prototypes["model.multi_modal_projector.linear_2"].shape == (tiny.TEXT_WIDTH,)
+    assert set(task.projectors) == {"model.multi_modal_projector", "model.multi_modal_projector.linear_2"}
+    assert task.projectors["model.multi_modal_projector.linear_2"].prototype.shape == (tiny.TEXT_WIDTH,)
 
 
 def test_adapters_in_the_vision_tower_see_no_text_masks(recwarn: pytest.WarningsRecorder) -> None:
@@ -296,10 +302,10 @@ def test_adapters_in_the_vision_tower_see_no_text_masks(recwarn: pytest.Warnings
     tower, projector = "model.vision_tower.encoder.layers.0.self_attn.q_proj", "model.multi_modal_projector.linear_1"
     batch["attention_mask"][0, 0] = 0
     (task,) = collect(model, [batch]).tasks
-    assert task.covariances[tower].tokens == 2 * 17
-    assert task.covariances[projector].tokens == 2 * 16
-    language = task.covariances["model.language_model.layers.0.self_attn.q_proj"]
-    assert language.tokens == batch["attention_mask"].sum()
+    assert task.tokens_of(tower) == 2 * 17
+    assert task.tokens_of(projector) == 2 * 16
+    language = "model.language_model.layers.0.self_attn.q_proj"
+    assert task.tokens_of(language) == batch["attention_mask"].sum()
     assert not [warning for warning in recwarn if issubclass(warning.category, PeftWarning)]
 
 
@@ -307,8 +313,8 @@ def test_dropout_and_its_randomness_are_off() -> None:
     model = adapted("llama", lora_dropout=0.5).train()
     (one,) = collect(model, text_batches()).tasks
     (two,) = collect(model, text_batches()).tasks
-    for name, covariance in one.covariances.items():
-        assert torch.equal(covariance.dense(), two.covariances[name].dense())
+    for name, covariance in covariances(one).items():
+        assert torch.equal(covariance.dense(), two.covariance_of(name).dense())
 
 
 # The state
@@ -382,8 +388,8 @@ def test_an_adapter_that_is_not_active_is_measured_alone() -> None:
     assert_unchanged(model, before)
     (default,) = collect(model, batches).tasks
     name = "model.language_model.layers.1.mlp.down_proj"
-    assert torch.equal(task.covariances[name].dense(), expected.covariances[name].dense())
-    assert not torch.allclose(task.covariances[name].dense(), default.covariances[name].dense(), rtol=1e-2)
+    assert torch.equal(task.covariance_of(name).dense(), expected.covariance_of(name).dense())
+    assert not torch.allclose(task.covariance_of(name).dense(), default.covariance_of(name).dense(), rtol=1e-2)
     layer = model.get_base_model().get_submodule(name)
     assert set(layer.covariance) == {"default", "other"}
     assert model.peft_config["other"].statistics.tasks[0] is task
@@ -397,8 +403,8 @@ def test_disabled_adapters_are_enabled_for_the_pass() -> None:
         before = state_of(model)
         (task,) = collect(model, batches).tasks
         assert_unchanged(model, before)
-    for name, covariance in expected.covariances.items():
-        assert torch.equal(task.covariances[name].dense(), covariance.dense())
+    for name, covariance in covariances(expected).items():
+        assert torch.equal(task.covariance_of(name).dense(), covariance.dense())
 
 
 def test_an_adapter_merged_into_the_weights_measures_alike() -> None:
@@ -408,8 +414,8 @@ def test_an_adapter_merged_into_the_weights_measures_alike() -> None:
     before = state_of(model)
     (task,) = collect(model, text_batches()).tasks
     assert_unchanged(model, before)
-    for name, covariance in expected.covariances.items():
-        torch.testing.assert_close(task.covariances[name].dense(), covariance.dense(), atol=1e-5, rtol=1e-4)
+    for name, covariance in covariances(expected).items():
+        torch.testing.assert_close(task.covariance_of(name).dense(), covariance.dense(), atol=1e-5, rtol=1e-4)
 
 
 # Errors
@@ -521,8 +527,8 @@ def test_a_plain_lora_adapter_with_a_trained_projector(tmp_path: Path) -> None:
         model = get_peft_model(tiny.build("llava"), config)
         perturb(model, "default", seed=task)
         (measured,) = collect(model, making.task_batches(model, "llava", making.STYLES[task])).tasks
-        assert set(measured.prototypes) == {"model.multi_modal_projector"}
-        assert len(measured.covariances) == 14
+        assert set(measured.projectors) == {"model.multi_modal_projector"}
+        assert len(measured.input_of) == 14
         folders.append(tmp_path / f"task-{task}")
         model.save_pretrained(str(folders[-1]))
         assert (folders[-1] / STATISTICS_NAME).is_file()
@@ -542,9 +548,9 @@ def test_a_transformers_model_with_add_adapter(kind: type, tmp_path: Path) -> No
     before = state_of(model)
     (task,) = collect(model, batches).tasks
     assert_unchanged(model, before)
-    assert "model.language_model.layers.0.self_attn.q_proj" in task.covariances
-    assert set(task.prototypes) == {"model.multi_modal_projector"}
-    assert model.model.language_model.layers[0].self_attn.q_proj.covariance["task"].tokens > 0
+    assert "model.language_model.layers.0.self_attn.q_proj" in task.input_of
+    assert set(task.projectors) == {"model.multi_modal_projector"}
+    assert model.model.language_model.layers[0].self_attn.q_proj.covariance["task"].trace > 0
     model.save_pretrained(str(tmp_path))
     assert AdapterStatistics.load(tmp_path / STATISTICS_NAME).tasks[0].samples == task.samples
 
@@ -561,8 +567,8 @@ def test_a_model_wrapped_by_ddp(tmp_path: Path) -> None:
         assert wrapped.module.training
     finally:
         torch.distributed.destroy_process_group()
-    for name, covariance in expected.covariances.items():
-        assert torch.equal(task.covariances[name].dense(), covariance.dense())
+    for name, covariance in covariances(expected).items():
+        assert torch.equal(task.covariance_of(name).dense(), covariance.dense())
 
 
 def test_a_bf16_base() -> None:
@@ -578,9 +584,9 @@ def test_a_bf16_base() -> None:
     masks = [batch["attention_mask"].bool() for batch in batches]
     for name in names:
         rows = [rows[mask] for rows, mask in zip(seen[name], masks, strict=True)]
-        assert task.covariances[name].matrix.dtype == torch.float64  # type: ignore[attr-defined]
-        torch.testing.assert_close(task.covariances[name].dense(), second_moment(rows), atol=1e-9, rtol=1e-9)
-    assert all(prototype.dtype == torch.float32 for prototype in task.prototypes.values())
+        assert task.covariance_of(name).matrix.dtype == torch.float64  # type: ignore[attr-defined]
+        torch.testing.assert_close(task.covariance_of(name).dense(), second_moment(rows), atol=1e-9, rtol=1e-9)
+    assert all(seen.prototype.dtype == torch.float32 for seen in task.projectors.values())
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
@@ -595,9 +601,9 @@ def test_gradient_checkpointing_counts_nothing_twice() -> None:
     (task,) = collect(model, batches).tasks
     assert_unchanged(model, before)
     assert model.get_base_model().is_gradient_checkpointing
-    for name, covariance in expected.covariances.items():
-        assert torch.equal(task.covariances[name].dense(), covariance.dense())
-        assert task.covariances[name].tokens == covariance.tokens
+    for name, covariance in covariances(expected).items():
+        assert torch.equal(task.covariance_of(name).dense(), covariance.dense())
+        assert task.tokens_of(name) == expected.tokens_of(name)
 
 
 def test_a_forward_function_of_the_users() -> None:
@@ -611,7 +617,7 @@ def test_a_forward_function_of_the_users() -> None:
     inputs = text_batches()
     (task,) = collect(model, [(batch, "note") for batch in inputs], forward_fn=forward).tasks
     assert calls == ["note"] * 2
-    assert {c.tokens for c in task.covariances.values()} == {2 * 3 * 7}  # no mask where it is looked for
+    assert {measured.tokens for measured in task.inputs.values()} == {2 * 3 * 7}  # no mask where it is looked for
 
 
 @pytest.mark.parametrize("make", [lambda ids: (ids,), lambda ids: [ids, torch.ones(1)], lambda ids: ids])
@@ -620,9 +626,9 @@ def test_batches_of_positional_arguments(make: Callable[[Tensor], Any]) -> None:
     dataset = torch.arange(8).reshape(4, 2)
     (task,) = collect(model, [make(dataset[:2]), make(dataset[2:])]).tasks
     assert task.samples == 4
-    assert set(task.covariances) == {"line"}
+    assert set(task.input_of) == {"line"}
     expected = second_moment([model.get_base_model().table(dataset).detach().reshape(-1, 8)])
-    torch.testing.assert_close(task.covariances["line"].dense(), expected)
+    torch.testing.assert_close(task.covariance_of("line").dense(), expected)
 
 
 def test_a_shuffling_dataloader_is_left_where_it_was() -> None:
@@ -673,7 +679,7 @@ def test_measuring_again_replaces_what_was_measured() -> None:
     (second,) = collect(model, text_batches(count=1)).tasks
     assert second.samples < first.samples
     layer = model.get_base_model().model.layers[0].mlp.down_proj
-    assert layer.covariance["default"] is second.covariances["model.layers.0.mlp.down_proj"]
+    assert layer.covariance["default"] is second.covariance_of("model.layers.0.mlp.down_proj")
     assert model.peft_config["default"].statistics.tasks == (second,)
 
 
@@ -697,26 +703,47 @@ def test_weights_in_shards_are_an_error_that_says_what_to_do() -> None:
         collect(model, text_batches())
 
 
-def test_wide_inputs_are_sketched_and_narrow_ones_are_whole() -> None:
+def test_wide_inputs_are_sketched_and_all_are_truncated() -> None:
     model = adapted("llama")
     (whole,) = collect(model, text_batches(count=5)).tasks
-    widths = sorted({covariance.width for covariance in whole.covariances.values()})
-    rank = widths[0]  # those of this width stay whole
+    widths = sorted({covariance.width for covariance in covariances(whole).values()})
+    rank = widths[0]  # those of this width are summed up whole
     (task,) = collect(model, text_batches(count=5), rank=rank).tasks
-    for name, covariance in task.covariances.items():
-        exact = whole.covariances[name]
-        assert covariance.tokens == exact.tokens
+    for name, covariance in covariances(task).items():
+        exact = whole.covariance_of(name)
+        assert task.tokens_of(name) == whole.tokens_of(name)
         assert covariance.trace == pytest.approx(exact.trace, rel=1e-3)
-        if covariance.width == rank:
-            assert isinstance(covariance, DenseCovariance)
-            assert torch.equal(covariance.dense(), exact.dense())
-        else:
-            assert isinstance(covariance, LowRankCovariance)
-            assert covariance.factor.shape[0] <= rank
-            assert covariance.factor.dtype == torch.float16
-            error = torch.linalg.matrix_norm(covariance.dense() - exact.dense(), 2)
-            assert error < 0.02 * exact.trace
-    assert task.groups() == [(task.covariances[names[0]], names) for _, names in whole.groups()]
+        assert isinstance(covariance, LowRankCovariance)
+        assert covariance.factor.shape[0] <= rank
+        assert covariance.factor.dtype == torch.float16
+        error = torch.linalg.matrix_norm(covariance.dense() - exact.dense(), 2)
+        assert error < (0.001 if covariance.width == rank else 0.02) * exact.trace
+    assert task.input_of == whole.input_of
+
+
+def test_what_is_saved_is_what_hangs_on_the_layers(tmp_path: Path) -> None:
+    """However it was truncated: to the config's share of the energy, to another one, or not at all."""
+    for number, (options, energy) in enumerate([({}, None), ({"energy": 0.9}, None), ({}, 0.9), ({}, 1.0)]):
+        model = adapted("llama", **options)
+        (task,) = collect(model, text_batches(count=5), energy=energy).tasks
+        model.save_pretrained(tmp_path / f"{number}")
+        (saved,) = AdapterStatistics.load(tmp_path / f"{number}" / STATISTICS_NAME).tasks
+        for name, layer in lora_layers(model.get_base_model(), "default").items():
+            assert layer.covariance["default"] is task.covariance_of(name)
+            assert torch.equal(saved.covariance_of(name).dense(), task.covariance_of(name).dense())
+        kept = {covariance.is_factored for covariance in covariances(task).values()}
+        assert kept == {energy != 1.0}
+        assert model.peft_config["default"].energy == options.get("energy", 0.9999)
+
+
+def test_the_configs_energy_is_what_is_kept_unless_one_says_otherwise() -> None:
+    by_config, by_call = adapted("llama", energy=0.9), adapted("llama")
+    (one,) = collect(by_config, text_batches(), energy=None).tasks
+    (two,) = collect(by_call, text_batches(), energy=0.9).tasks
+    (more,) = collect(by_call, text_batches(), energy=None).tasks
+    for name, covariance in covariances(one).items():
+        assert torch.equal(covariance.factor, two.covariance_of(name).factor)  # type: ignore[attr-defined]
+    assert sum(c.rank for c in covariances(more).values()) > sum(c.rank for c in covariances(one).values())
 
 
 def test_no_matrix_of_the_inputs_width_is_held_while_collecting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -735,14 +762,14 @@ def test_an_error_budget_chooses_the_rank_of_each_input() -> None:
     model = adapted("llama")
     perturb(model, "default", seed=1)
     loose, tight = (
-        collect(model, text_batches(count=5), error_budget=budget).tasks[0].covariances for budget in (0.3, 0.01)
+        covariances(collect(model, text_batches(count=5), error_budget=budget).tasks[0]) for budget in (0.3, 0.01)
     )
     (whole,) = collect(model, text_batches(count=5), energy=1.0).tasks
     assert all(len(loose[name].factor) <= len(tight[name].factor) for name in loose)
     assert sum(len(c.factor) for c in loose.values()) < sum(len(c.factor) for c in tight.values())
     for name, layer in lora_layers(model.get_base_model(), "default").items():
         delta = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
-        exact, found = whole.covariances[name].dense(), tight[name].dense()
+        exact, found = whole.covariance_of(name).dense(), tight[name].dense()
         gap = ((delta @ (found - exact)) @ delta.T).trace().abs()
         assert gap < 0.02 * ((delta @ exact) @ delta.T).trace()
 
@@ -752,8 +779,8 @@ def test_an_error_budget_counts_also_where_the_config_keeps_all_energy() -> None
     for model in (plain, whole):
         perturb(model, "default", seed=1)
     (expected,), (found,) = (collect(m, text_batches(), error_budget=0.3).tasks for m in (plain, whole))
-    for name, covariance in found.covariances.items():
-        assert torch.equal(covariance.factor, expected.covariances[name].factor)
+    for name, covariance in covariances(found).items():
+        assert torch.equal(covariance.factor, expected.covariance_of(name).factor)
 
 
 def test_eight_bits_are_half_the_bytes_and_as_good_a_merge(tmp_path: Path) -> None:
@@ -761,23 +788,24 @@ def test_eight_bits_are_half_the_bytes_and_as_good_a_merge(tmp_path: Path) -> No
     perturb(model, "default", seed=1)
     (half,) = collect(model, text_batches(count=5), rank=12).tasks
     (eight,) = collect(model, text_batches(count=5), rank=12, dtype=torch.int8).tasks
-    for name, covariance in eight.covariances.items():
+    for name, covariance in covariances(eight).items():
         assert covariance.factor.dtype == torch.int8
-        assert covariance.remainder == half.covariances[name].remainder
-        error = torch.linalg.matrix_norm(covariance.dense() - half.covariances[name].dense(), 2)
+        assert covariance.remainder == half.covariance_of(name).remainder
+        error = torch.linalg.matrix_norm(covariance.dense() - half.covariance_of(name).dense(), 2)
         assert error < 0.01 * covariance.trace
-    assert sum(c.factor.nbytes for c, _ in eight.groups()) == sum(c.factor.nbytes for c, _ in half.groups()) / 2
+    sizes = [sum(one.covariance.factor.nbytes for one in kept.inputs.values()) for kept in (eight, half)]
+    assert sizes[0] == sizes[1] / 2
     model.save_pretrained(tmp_path)
     saved = AdapterStatistics.load(tmp_path / STATISTICS_NAME).tasks[0]
     merged = merge_adapter_files([tmp_path], tmp_path / "merged", progress=False)
     for kept in (saved, AdapterStatistics.load(merged / STATISTICS_NAME).tasks[0]):
-        for name, covariance in eight.covariances.items():
-            assert torch.equal(kept.covariances[name].dense(), covariance.dense())
+        for name, covariance in covariances(eight).items():
+            assert torch.equal(kept.covariance_of(name).dense(), covariance.dense())
 
 
 def test_narrow_inputs_are_in_eight_bits_too() -> None:
     (task,) = collect(adapted("llama"), text_batches(), dtype=torch.int8).tasks
-    assert {covariance.factor.dtype for covariance in task.covariances.values()} == {torch.int8}
+    assert {covariance.factor.dtype for covariance in covariances(task).values()} == {torch.int8}
 
 
 @pytest.mark.parametrize("wrong", [{"dtype": torch.float32}, {"dtype": torch.int8, "energy": 1.0}])

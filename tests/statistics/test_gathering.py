@@ -10,10 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_many.algebra.covariance import Covariance, CovarianceAccumulator, LowRankCovariance
-from peft_many.algebra.sketch import CovarianceSketch
-from peft_many.statistics.gathering import ImageStatistics, gather_covariances, gather_prototypes
-from peft_many.statistics.prototype_hooks import MOST_KEPT_IMAGES, PooledFeatures
+from peft_many.algebra.covariance import Covariance, LowRankCovariance
+from peft_many.algebra.sketch import CovarianceAccumulator, CovarianceSketch
+from peft_many.files.statistics import InputStatistics
+from peft_many.statistics.gathering import gather_images, gather_inputs
+from peft_many.statistics.images import MOST_KEPT_IMAGES, PooledFeatures
+from peft_many.statistics.inputs import MeasuredInputs
 from tests.algebra.problems import relative_error, seeds
 from tests.files.test_partial import in_processes
 
@@ -37,37 +39,47 @@ def sketched(inputs: Tensor, size: int = 4) -> Covariance:
     return sketch.result()
 
 
-def measured(groups: Mapping[tuple[str, ...], Tensor], measure=whole) -> dict[str, Covariance]:
-    """One covariance object for each group of layers that share an input."""
-    return {name: covariance for names, inputs in groups.items() for covariance in [measure(inputs)] for name in names}
+def measured(groups: Mapping[tuple[str, ...], Tensor], measure=whole) -> MeasuredInputs:
+    """What was measured of each group of layers that share an input."""
+    inputs = {names[0]: InputStatistics(measure(rows_), len(rows_)) for names, rows_ in groups.items()}
+    return MeasuredInputs(inputs, {name: names[0] for names in groups for name in names})
 
 
 def as_it_is(covariance: Covariance, names: list[str]) -> Covariance:
     return covariance
 
 
-def gathered(monkeypatch, parts: Sequence[dict[str, Covariance]], finish=as_it_is) -> list[dict[str, Covariance]]:
+def by_layer(found: MeasuredInputs) -> dict[str, InputStatistics]:
+    """What each layer reads; layers that share an input have one object."""
+    assert all(found.input_of[key] == key for key in found.inputs)
+    return {name: found.inputs[key] for name, key in found.input_of.items()}
+
+
+def gathered(monkeypatch, parts: Sequence[MeasuredInputs], finish=as_it_is) -> list[dict[str, InputStatistics]]:
     """What every process has in the end."""
-    return in_processes(monkeypatch, len(parts), lambda process: gather_covariances(parts[process], finish, True))
+
+    def gather(process: int) -> dict[str, InputStatistics]:
+        return by_layer(gather_inputs(parts[process], finish, True))
+
+    return in_processes(monkeypatch, len(parts), gather)
 
 
-def groups_of(found: Mapping[str, Covariance]) -> list[list[str]]:
+def groups_of(found: Mapping[str, InputStatistics]) -> list[list[str]]:
     return [[name for name in found if found[name] is one] for one in {id(c): c for c in found.values()}.values()]
 
 
-def assert_same(found: Mapping[str, Covariance], expected: Mapping[str, Covariance], tolerance: float = 1e-12) -> None:
+def assert_same(found: Mapping[str, InputStatistics], whole_: MeasuredInputs, tolerance: float = 1e-12) -> None:
+    expected = by_layer(whole_)
     assert list(found) == list(expected)
-    for name, covariance in expected.items():
-        assert found[name].tokens == covariance.tokens
-        assert relative_error(found[name].dense(), covariance.dense()) < tolerance
+    for name, one in expected.items():
+        assert found[name].tokens == one.tokens
+        assert relative_error(found[name].covariance.dense(), one.covariance.dense()) < tolerance
     assert groups_of(found) == groups_of(expected)
 
 
 def test_alone_one_keeps_what_one_found():
     found = measured({QKV: rows(0, 9), DOWN: rows(1, 9, 4)})
-    result = gather_covariances(found, as_it_is, several=False)
-    assert list(result) == list(found)
-    assert all(result[name] is found[name] for name in found)
+    assert gather_inputs(found, as_it_is, several=False) == found
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -88,7 +100,7 @@ def test_sums_of_sketches_are_exact_as_long_as_each_is(monkeypatch, shares):
     inputs = rows(0, sum(shares), 9)
     parts = [measured({QKV: part}, sketched) for part in inputs.split(shares)]
     for result in gathered(monkeypatch, parts):
-        assert isinstance(result["q"], LowRankCovariance)
+        assert isinstance(result["q"].covariance, LowRankCovariance)
         assert_same(result, measured({QKV: inputs}), 1e-6)
 
 
@@ -96,33 +108,33 @@ def test_sketches_that_dropped_directions_keep_the_trace(monkeypatch):
     inputs = rows(0, 40, 9) * torch.logspace(0, -2, 9)
     parts = [measured({QKV: part}, sketched) for part in inputs.split((30, 10))]
     for result in gathered(monkeypatch, parts):
-        assert abs(result["q"].trace / whole(inputs).trace - 1) < 1e-6
-        assert relative_error(result["q"].dense(), whole(inputs).dense()) < 0.05
+        assert abs(result["q"].covariance.trace / whole(inputs).trace - 1) < 1e-6
+        assert relative_error(result["q"].covariance.dense(), whole(inputs).dense()) < 0.05
 
 
 def test_every_process_holds_the_same_to_the_bit(monkeypatch):
     parts = [measured({QKV: rows(i, 5 + i)}) for i in range(3)]
     first, *others = gathered(monkeypatch, parts)
     for other in others:
-        assert torch.equal(other["q"].dense(), first["q"].dense())
+        assert torch.equal(other["q"].covariance.dense(), first["q"].covariance.dense())
 
 
 def test_what_is_kept_is_made_once_of_each_sum(monkeypatch):
-    made: list[tuple[tuple[str, ...], int]] = []
+    made: list[tuple[str, ...]] = []
 
     def finish(covariance: Covariance, names: list[str]) -> Covariance:
-        made.append((tuple(names), covariance.tokens))
+        made.append(tuple(names))
         return covariance.with_ridge(1.0)
 
     found = measured({QKV: rows(0, 5), DOWN: rows(1, 5, 4)})
-    result = gather_covariances(found, finish, several=False)
-    assert made == [(QKV, 5), (DOWN, 5)]
+    result = by_layer(gather_inputs(found, finish, several=False))
+    assert made == [QKV, DOWN]
     assert result["q"] is result["v"]
-    assert result["q"].trace == pytest.approx(2 * found["q"].trace)
+    assert result["q"].covariance.trace == pytest.approx(2 * found.inputs["q"].covariance.trace)
     for result in gathered(monkeypatch, [found, measured({QKV: rows(2, 2), DOWN: rows(3, 2, 4)})], finish):
         assert result["down"].tokens == 7
-        assert result["down"].trace == pytest.approx(result["down"].remainder * 4 * 2)
-    assert sorted(made[2:]) == [(DOWN, 7)] * 2 + [(QKV, 7)] * 2
+        assert result["down"].covariance.trace == pytest.approx(result["down"].covariance.remainder * 4 * 2)
+    assert sorted(made[2:]) == [DOWN] * 2 + [QKV] * 2
 
 
 # ------------------------------------------------------------------------------------------------- shared inputs
@@ -135,9 +147,9 @@ def test_layers_that_share_their_input_everywhere_share_one_object(monkeypatch):
 
 
 def test_the_order_of_the_layers_is_kept(monkeypatch):
-    shared, own = whole(rows(0, 4)), whole(rows(1, 4))
-    found = {"q": shared, "o": own, "k": shared}
-    assert list(gather_covariances(found, as_it_is, several=False)) == ["q", "o", "k"]
+    inputs = {"q": InputStatistics(whole(rows(0, 4)), 4), "o": InputStatistics(whole(rows(1, 4)), 4)}
+    found = MeasuredInputs(inputs, {"q": "q", "o": "o", "k": "q"})
+    assert list(gather_inputs(found, as_it_is, several=False).input_of) == ["q", "o", "k"]
     for result in gathered(monkeypatch, [found, found]):
         assert list(result) == ["q", "o", "k"]
         assert groups_of(result) == [["q", "k"], ["o"]]
@@ -148,8 +160,8 @@ def test_layers_that_share_their_input_in_one_process_only_are_kept_apart(monkey
     parts = [measured({QKV: one}), measured({("q", "k"): other, ("v",): rows(2, 4)})]
     for result in gathered(monkeypatch, parts):
         assert groups_of(result) == [["q", "k"], ["v"]]
-        assert relative_error(result["k"].dense(), whole(torch.cat([one, other])).dense()) < 1e-12
-        assert relative_error(result["v"].dense(), whole(torch.cat([one, rows(2, 4)])).dense()) < 1e-12
+        assert relative_error(result["k"].covariance.dense(), whole(torch.cat([one, other])).dense()) < 1e-12
+        assert relative_error(result["v"].covariance.dense(), whole(torch.cat([one, rows(2, 4)])).dense()) < 1e-12
 
 
 def test_a_process_that_saw_no_token_does_not_part_layers(monkeypatch):
@@ -157,7 +169,7 @@ def test_a_process_that_saw_no_token_does_not_part_layers(monkeypatch):
     nothing = torch.zeros(0, WIDTH)
     unseen = measured({(name,): nothing for name in QKV})
     for parts in ([measured({QKV: rows(0, 4)}), unseen], [unseen, measured({QKV: rows(0, 4)}), unseen], [unseen] * 2):
-        seen = any(part["q"].tokens for part in parts)
+        seen = any(part.inputs["q"].tokens for part in parts)
         for result in gathered(monkeypatch, parts):
             assert [result[name].tokens for name in QKV] == [4 if seen else 0] * 3
             assert groups_of(result) == ([["q", "k", "v"]] if seen else [["q"], ["k"], ["v"]])
@@ -183,28 +195,28 @@ def test_layers_that_only_one_process_reached(monkeypatch):
         assert [result[name].tokens for name in ("both", "here", "there", "nowhere")] == [8, 2, 1, 0]
         assert groups_of(result) == [["both"], ["here"], ["there"], ["nowhere"]]
         for name in ("both", "here", "there"):
-            assert relative_error(result[name].dense(), expected[name].dense()) < 1e-12
-        assert not result["nowhere"].dense().any()
+            assert relative_error(result[name].covariance.dense(), expected.inputs[name].covariance.dense()) < 1e-12
+        assert not result["nowhere"].covariance.dense().any()
 
 
 @pytest.mark.parametrize("measure", [whole, sketched])
 def test_layers_of_several_widths_that_no_process_reached(monkeypatch, measure):
     widths = {"a": 9, "b": 5, "c": 9}
-    part = {name: measure(torch.zeros(0, width)) for name, width in widths.items()}
+    part = measured({(name,): torch.zeros(0, width) for name, width in widths.items()}, measure)
     for result in gathered(monkeypatch, [part, part, part]):
-        assert {name: covariance.width for name, covariance in result.items()} == widths
-        assert [covariance.tokens for covariance in result.values()] == [0, 0, 0]
-        assert all(not covariance.dense().any() for covariance in result.values())
+        assert {name: one.covariance.width for name, one in result.items()} == widths
+        assert [one.tokens for one in result.values()] == [0, 0, 0]
+        assert not any(one.covariance.dense().any() for one in result.values())
         assert len(groups_of(result)) == 3
 
 
 def test_a_layer_that_another_process_does_not_know(monkeypatch):
     """A process whose batches were none has no hooks that fired, and knows no input at all."""
     inputs = rows(0, 4)
-    for parts in ([measured({QKV: inputs}), {}], [{}, measured({QKV: inputs})]):
+    for parts in ([measured({QKV: inputs}), measured({})], [measured({}), measured({QKV: inputs})]):
         for result in gathered(monkeypatch, parts):
             assert_same(result, measured({QKV: inputs}))
-    assert gathered(monkeypatch, [{}, {}]) == [{}, {}]
+    assert gathered(monkeypatch, [measured({})] * 2) == [{}, {}]
 
 
 # ---------------------------------------------------------------------------------------------------- prototypes
@@ -221,13 +233,12 @@ def seen(**features: Tensor) -> dict[str, PooledFeatures]:
 
 def test_alone_a_prototype_is_the_mean():
     features = rows(0, 7)
-    found = gather_prototypes(seen(projector=features), several=False)
+    found = gather_images(seen(projector=features), several=False)["projector"]
     assert found.images == 7
-    assert found.prototypes["projector"].dtype == torch.float32
-    torch.testing.assert_close(found.prototypes["projector"], features.double().mean(0).float(), atol=0, rtol=0)
-    assert found.spreads["projector"].tokens == 7
-    assert relative_error(found.spreads["projector"].dense(), torch.cov(features.double().T)) < 1e-2
-    assert gather_prototypes({}, several=False) == ImageStatistics({}, {}, 0)
+    assert found.prototype.dtype == torch.float32
+    torch.testing.assert_close(found.prototype, features.double().mean(0).float(), atol=0, rtol=0)
+    assert relative_error(found.spread.dense(), torch.cov(features.double().T)) < 1e-2
+    assert gather_images({}, several=False) == {}
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -235,33 +246,32 @@ def test_alone_a_prototype_is_the_mean():
 def test_images_are_those_of_all_processes(monkeypatch, seed, shares):
     features = rows(seed, sum(shares))
     parts = [seen(projector=part) for part in features.split(shares)]
-    alone = gather_prototypes(seen(projector=features), several=False)
-    for found in in_processes(monkeypatch, len(parts), lambda process: gather_prototypes(parts[process], True)):
+    alone = gather_images(seen(projector=features), several=False)["projector"]
+    for result in in_processes(monkeypatch, len(parts), lambda process: gather_images(parts[process], True)):
+        found = result["projector"]
         assert found.images == sum(shares)
-        torch.testing.assert_close(
-            found.prototypes["projector"], features.double().mean(0).float(), atol=1e-6, rtol=1e-6
-        )
-        assert torch.equal(found.spreads["projector"].factor, alone.spreads["projector"].factor)
+        torch.testing.assert_close(found.prototype, features.double().mean(0).float(), atol=1e-6, rtol=1e-6)
+        assert torch.equal(found.spread.factor, alone.spread.factor)
 
 
 def test_a_projector_that_only_one_process_reached(monkeypatch):
     here, there = rows(0, 2), rows(1, 3, 4)
     parts = [seen(one=here), seen(one=rows(2, 4), two=there), {}]
-    for found in in_processes(monkeypatch, 3, lambda process: gather_prototypes(parts[process], True)):
-        assert list(found.prototypes) == ["one", "two"]
-        assert found.images == 6
-        torch.testing.assert_close(found.prototypes["two"], there.mean(0))
-        torch.testing.assert_close(found.prototypes["one"], torch.cat([here, rows(2, 4)]).mean(0))
+    for found in in_processes(monkeypatch, 3, lambda process: gather_images(parts[process], True)):
+        assert list(found) == ["one", "two"]
+        assert [found[name].images for name in found] == [6, 3]
+        torch.testing.assert_close(found["two"].prototype, there.mean(0))
+        torch.testing.assert_close(found["one"].prototype, torch.cat([here, rows(2, 4)]).mean(0))
 
 
 def test_a_single_image_has_no_spread():
-    assert gather_prototypes(seen(projector=rows(0, 1)), several=False).spreads == {}
+    assert gather_images(seen(projector=rows(0, 1)), several=False)["projector"].spread is None
 
 
 def test_features_are_kept_of_a_bounded_number_of_images():
     features = rows(0, MOST_KEPT_IMAGES + 5, 2)
     found = seen(projector=features)
     assert sum(len(part) for part in found["projector"].kept) == MOST_KEPT_IMAGES
-    gathered_ = gather_prototypes(found, several=False)
+    gathered_ = gather_images(found, several=False)["projector"]
     assert gathered_.images == MOST_KEPT_IMAGES + 5
-    torch.testing.assert_close(gathered_.prototypes["projector"], features.mean(0))
+    torch.testing.assert_close(gathered_.prototype, features.mean(0))

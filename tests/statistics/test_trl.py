@@ -71,7 +71,7 @@ def test_sft_trainer_with_pictures(toy, tmp_path):
     task = PeftConfig.from_pretrained(tmp_path / "scenes").statistics.tasks[0]
     assert (task.name, task.samples, task.images) == ("scenes", 32, 32)
     projector = "model.multi_modal_projector"
-    assert list(task.prototypes) == [projector]
+    assert list(task.projectors) == [projector]
     data = script("question_data")
     collate = data.Collator(AutoProcessor.from_pretrained(toy / "model"))
     batch = collate([data.Questions(toy / "scenes.jsonl")[i] for i in range(4)])
@@ -109,7 +109,7 @@ def test_sft_trainer_with_text(toy, tmp_path, packing):
     )
     trainer.train()
     task = trainer.model.peft_config["default"].statistics.tasks[0]
-    counted = {covariance.tokens for covariance in task.covariances.values()}
+    counted = {measured.tokens for measured in task.inputs.values()}
     # The trainer ends every text by an end-of-sequence token; no padding may be counted.
     assert counted == {tokens + len(rows)}
     assert (task.samples < len(rows)) == packing, "packed texts share a row"

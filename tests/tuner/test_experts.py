@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from peft_many import collect_statistics, merge_adapter_files
 from peft_many.algebra.covariance import DenseCovariance
-from peft_many.statistics.hooks import CovarianceHooks
+from peft_many.statistics.inputs import CovarianceHooks, MeasuredInputs
 from tests import tiny
 from tests.adapters import Made, distance, merged_deltas, reference
 from tests.files.making import perturb
@@ -120,16 +120,15 @@ def test_experts_are_measured_on_their_own_tokens(padded, intermediate):
     with warnings.catch_warnings():
         warnings.simplefilter("error", PeftWarning)
         task = collect_statistics(model, rows_of(1, padded), energy=1.0, progress=False).tasks[0]
-    assert task.covariances.keys() == expected.keys()
+    assert task.input_of.keys() == expected.keys()
     assert len({len(rows) for rows in expected.values()}) > 2
     for name, rows in expected.items():
-        found = task.covariances[name]
+        found = task.covariance_of(name)
         assert isinstance(found, DenseCovariance)
-        assert found.tokens == len(rows), name
+        assert task.tokens_of(name) == len(rows), name
         assert distance(found.matrix, rows.T @ rows / len(rows)) < 1e-4, name
-    assert (
-        task.covariances["model.layers.0.mlp.experts.1.gate_proj"]
-        is (task.covariances["model.layers.0.mlp.experts.1.up_proj"])
+    assert task.covariance_of("model.layers.0.mlp.experts.1.gate_proj") is (
+        task.covariance_of("model.layers.0.mlp.experts.1.up_proj")
     )
 
 
@@ -168,8 +167,8 @@ def test_switch_transformers():
     expected = seen_by(model, batches(padded=False), ("wi", "wo"))
     task = collect_statistics(model, batches(padded=True), energy=1.0, progress=False).tasks[0]
     for name, rows in expected.items():
-        assert task.covariances[name].tokens == len(rows), name
-        assert distance(task.covariances[name].matrix, rows.T @ rows / len(rows)) < 1e-4, name
+        assert task.tokens_of(name) == len(rows), name
+        assert distance(task.covariance_of(name).matrix, rows.T @ rows / len(rows)) < 1e-4, name
 
 
 def test_an_expert_without_tokens_has_no_say():
@@ -178,7 +177,7 @@ def test_an_expert_without_tokens_has_no_say():
         base.model.layers[0].mlp.gate.weight.zero_()  # the first two experts win every tie
     with pytest.warns(PeftWarning, match=r"No token reached .*experts"):
         task = collect_statistics(trained(base, TARGETS, 1), rows_of(1, True), energy=1.0, progress=False).tasks[0]
-    unseen = [name for name, covariance in task.covariances.items() if covariance.tokens == 0]
+    unseen = [name for name in task.input_of if task.tokens_of(name) == 0]
     assert len(unseen) == 6
     assert all(name.startswith("model.layers.0.mlp.experts.") for name in unseen)
 
@@ -192,7 +191,7 @@ def test_no_hooks_stay():
     model = trained(build(), TARGETS, 1)
     collect_statistics(model, rows_of(1, True), progress=False)
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert CovarianceHooks({}, {}).result() == {}
+    assert CovarianceHooks({}, {}).result() == MeasuredInputs({}, {})
 
 
 @pytest.mark.parametrize("family", ["MixtralForCausalLM", "Qwen2MoeForCausalLM"])

@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration, PreT
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
 from peft_many.files.stored_delta import UnmergeableAdapterError
 from tests import tiny
-from tests.adapters import distance, make, recorded
+from tests.adapters import covariances, distance, make, recorded
 
 PROJECTOR = "model.multi_modal_projector"
 UNTOUCHED = (PROJECTOR, "lm_head")
@@ -95,8 +95,8 @@ def test_quantised_layers_train_are_measured_and_merge(load, tmp_path):
     model.eval()
     with recorded(model) as inputs:
         task = collect_statistics(model, [batch], progress=False).tasks[0]
-    assert len(task.covariances) == 14
-    for name, covariance in task.covariances.items():
+    assert len(task.input_of) == 14
+    for name, covariance in covariances(task).items():
         rows = torch.cat(inputs[name])
         assert distance(covariance.matrix, rows.T @ rows / len(rows)) < 1e-5, name
     model.save_pretrained(tmp_path / "adapter")

@@ -9,8 +9,10 @@ from peft.utils import PeftWarning
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_many.statistics.hooks import CovarianceHooks
-from peft_many.statistics.prototype_hooks import PrototypeHooks
+from peft_many.files.statistics import InputStatistics
+from peft_many.statistics.images import PrototypeHooks
+from peft_many.statistics.inputs import CovarianceHooks, MeasuredInputs
+from peft_many.statistics.tokens import TokenRows
 
 WIDTH = 6
 
@@ -37,16 +39,24 @@ def second_moment(*rows: Tensor) -> Tensor:
     return together.T @ together / len(together)
 
 
-def hooked(block: Block, batches: list[Tensor], measured: str = "qkv", masks: Any = None, **options: Any) -> Any:
+def by_layer(measured: MeasuredInputs) -> dict[str, InputStatistics]:
+    """What each layer reads; layers that share an input have one object."""
+    assert all(measured.input_of[key] == key for key in measured.inputs)
+    return {layer: measured.inputs[key] for layer, key in measured.input_of.items()}
+
+
+def hooked(
+    block: Block, batches: list[Tensor], measured: str = "qkv", masks: Any = None, unmasked: Any = (), **options: Any
+) -> dict[str, InputStatistics]:
     layers = dict(block.named_children())
     bystanders = {name: layer for name, layer in layers.items() if name not in measured}
-    with CovarianceHooks({name: layers[name] for name in measured}, bystanders, **options) as hooks, torch.no_grad():
+    wanted = {name: layers[name] for name in measured}
+    with CovarianceHooks(wanted, bystanders, TokenRows(unmasked=unmasked), **options) as hooks, torch.no_grad():
         for batch in batches:
-            hooks.masks = masks or {}
+            hooks.begin_batch(masks)
             block(batch)
-            hooks.end_of_batch()
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in block.modules())
-    return hooks.result()
+    return by_layer(hooks.result())
 
 
 def same_input(block: Block, hidden: Tensor) -> None:
@@ -58,9 +68,9 @@ def test_one_tensor_at_three_layers_is_summed_once() -> None:
     found = hooked(Block(same_input), batches)
     assert found["q"] is found["k"] is found["v"]
     assert found["q"].tokens == 2 * 3 + 5
-    assert found["q"].matrix.dtype == torch.float64
-    torch.testing.assert_close(found["q"].matrix, second_moment(*batches), atol=1e-13, rtol=1e-12)
-    assert torch.equal(found["q"].matrix, found["q"].matrix.T)
+    assert found["q"].covariance.matrix.dtype == torch.float64
+    torch.testing.assert_close(found["q"].covariance.matrix, second_moment(*batches), atol=1e-13, rtol=1e-12)
+    assert torch.equal(found["q"].covariance.matrix, found["q"].covariance.matrix.T)
 
 
 def test_equal_tensors_are_not_the_same_tensor() -> None:
@@ -70,12 +80,12 @@ def test_equal_tensors_are_not_the_same_tensor() -> None:
     found = hooked(Block(copies), [inputs(2, 3)])
     assert found["q"] is found["v"]
     assert found["k"] is not found["q"]
-    assert torch.equal(found["k"].matrix, found["q"].matrix)
+    assert torch.equal(found["k"].covariance.matrix, found["q"].covariance.matrix)
 
 
 def test_sharing_can_be_turned_off() -> None:
     found = hooked(Block(same_input), [inputs(2, 3)], share=False)
-    assert len({id(covariance) for covariance in found.values()}) == 3
+    assert len({id(measured) for measured in found.values()}) == 3
     assert set(hooked(Block(same_input), [inputs(2, 3)], measured="q", share=False)) == {"q"}
 
 
@@ -89,8 +99,8 @@ def test_a_tensor_that_was_changed_in_between_is_another_input() -> None:
     expected = second_moment(first)
     found = hooked(Block(in_place), [first])
     assert found["k"] is found["v"]
-    torch.testing.assert_close(found["q"].matrix, expected)
-    torch.testing.assert_close(found["k"].matrix, 4 * expected)
+    torch.testing.assert_close(found["q"].covariance.matrix, expected)
+    torch.testing.assert_close(found["k"].covariance.matrix, 4 * expected)
 
 
 def test_memory_that_is_used_again_is_another_input() -> None:
@@ -100,7 +110,7 @@ def test_memory_that_is_used_again_is_another_input() -> None:
 
     found = hooked(Block(fresh), [inputs(2, 3) for _ in range(4)])
     for name, factor in (("q", 1), ("k", 2), ("v", 4)):
-        torch.testing.assert_close(found[name].matrix, factor**2 * second_moment(inputs(2, 3)))
+        torch.testing.assert_close(found[name].covariance.matrix, factor**2 * second_moment(inputs(2, 3)))
 
 
 @pytest.mark.parametrize("measured", ["q", "k", "v"])
@@ -134,8 +144,10 @@ def test_a_layer_that_reads_the_inputs_of_two_gets_the_sum_of_both() -> None:
     found = hooked(Block(merged_attention), batches)
     assert found["k"] is found["v"]
     assert (found["q"].tokens, found["k"].tokens) == (2 * 3 + 5, 2 * 3 + 5 + 2 + 1)
-    torch.testing.assert_close(found["q"].matrix, second_moment(*batches))
-    torch.testing.assert_close(found["k"].matrix, second_moment(*batches, *(batch[:, :1] + 1 for batch in batches)))
+    torch.testing.assert_close(found["q"].covariance.matrix, second_moment(*batches))
+    torch.testing.assert_close(
+        found["k"].covariance.matrix, second_moment(*batches, *(batch[:, :1] + 1 for batch in batches))
+    )
 
 
 def test_sums_of_two_inputs_are_what_turning_sharing_off_gives() -> None:
@@ -143,11 +155,11 @@ def test_sums_of_two_inputs_are_what_turning_sharing_off_gives() -> None:
     apart = hooked(Block(merged_attention), batches, share=False)
     for size in (None, 4):
         found = hooked(Block(merged_attention), batches, size=size)
-        for name, covariance in apart.items():
-            assert found[name].tokens == covariance.tokens
-            assert found[name].trace == pytest.approx(covariance.trace)
+        for name, measured in apart.items():
+            assert found[name].tokens == measured.tokens
+            assert found[name].covariance.trace == pytest.approx(measured.covariance.trace)
             if size is None:
-                torch.testing.assert_close(found[name].dense(), covariance.dense())
+                torch.testing.assert_close(found[name].covariance.dense(), measured.covariance.dense())
 
 
 def test_an_unadapted_layer_that_reads_the_inputs_of_two_comes_along_only_if_an_adapted_one_does() -> None:
@@ -171,7 +183,7 @@ def test_layers_that_share_in_some_calls_only_are_an_error_that_says_what_to_do(
         hooked(Block(sometimes), [inputs(2, 3), inputs(2, 3, seed=1)])
     calls.clear()
     found = hooked(Block(sometimes), [inputs(2, 3), inputs(2, 3, seed=1)], share=False)
-    torch.testing.assert_close(found["k"].matrix, second_moment(inputs(2, 3), inputs(2, 3, seed=1) + 1))
+    torch.testing.assert_close(found["k"].covariance.matrix, second_moment(inputs(2, 3), inputs(2, 3, seed=1) + 1))
 
 
 def test_a_layer_that_runs_twice_on_one_tensor_counts_it_twice() -> None:
@@ -180,7 +192,7 @@ def test_a_layer_that_runs_twice_on_one_tensor_counts_it_twice() -> None:
 
     found = hooked(Block(twice), [inputs(2, 3)], measured="qk")
     assert found["q"].tokens == 12
-    torch.testing.assert_close(found["q"].matrix, second_moment(inputs(2, 3)))
+    torch.testing.assert_close(found["q"].covariance.matrix, second_moment(inputs(2, 3)))
 
 
 def test_a_layer_that_never_runs_has_a_covariance_of_zero() -> None:
@@ -189,8 +201,8 @@ def test_a_layer_that_never_runs_has_a_covariance_of_zero() -> None:
 
     found = hooked(Block(only_q), [inputs(2, 3)])
     assert found["v"].tokens == 0
-    assert not found["v"].matrix.any()
-    assert found["v"].width == WIDTH
+    assert not found["v"].covariance.matrix.any()
+    assert found["v"].covariance.width == WIDTH
 
 
 def test_inputs_by_keyword_and_in_inference_mode() -> None:
@@ -201,7 +213,7 @@ def test_inputs_by_keyword_and_in_inference_mode() -> None:
 
     found = hooked(Block(by_keyword), [inputs(2, 3)])
     assert found["q"] is found["k"]
-    torch.testing.assert_close(found["q"].matrix, second_moment(inputs(2, 3) + 1))
+    torch.testing.assert_close(found["q"].covariance.matrix, second_moment(inputs(2, 3) + 1))
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -213,7 +225,7 @@ def test_padding_does_not_count(flat: bool) -> None:
 
     found = hooked(Block(run), [inputs(2, 3)], measured="q", masks={"attention_mask": mask})
     assert found["q"].tokens == 4
-    torch.testing.assert_close(found["q"].matrix, second_moment(inputs(2, 3)[mask]))
+    torch.testing.assert_close(found["q"].covariance.matrix, second_moment(inputs(2, 3)[mask]))
 
 
 def test_an_input_that_fits_no_mask_is_warned_of_once_if_there_is_padding() -> None:
@@ -265,9 +277,9 @@ def test_conv1d_layers_have_a_width_too() -> None:
     layer = Conv1D(3, WIDTH)
     with CovarianceHooks({"seen": layer, "unseen": Conv1D(3, WIDTH)}, {}) as hooks:
         layer(inputs(2, 3))
-    found = hooks.result()
-    torch.testing.assert_close(found["seen"].dense(), second_moment(inputs(2, 3)))
-    assert found["unseen"].width == WIDTH
+    found = by_layer(hooks.result())
+    torch.testing.assert_close(found["seen"].covariance.dense(), second_moment(inputs(2, 3)))
+    assert found["unseen"].covariance.width == WIDTH
 
 
 def test_low_precision_inputs_are_summed_in_float64() -> None:
@@ -275,7 +287,9 @@ def test_low_precision_inputs_are_summed_in_float64() -> None:
     with CovarianceHooks({"layer": layer}, {}) as hooks:
         for batch in batches:
             layer(batch)
-    torch.testing.assert_close(hooks.result()["layer"].dense(), second_moment(*batches), atol=1e-13, rtol=1e-12)
+    torch.testing.assert_close(
+        by_layer(hooks.result())["layer"].covariance.dense(), second_moment(*batches), atol=1e-13, rtol=1e-12
+    )
 
 
 class Translator(nn.Module):
@@ -299,16 +313,16 @@ def test_each_side_of_an_encoder_decoder_has_its_own_mask() -> None:
         "decoder_attention_mask": torch.tensor([[1, 0, 0], [1, 1, 0]]).bool(),
     }
     layers = {"encoder": model.encoder[0], "decoder": model.decoder, "cross": model.cross}
-    with CovarianceHooks(layers, {}, text_encoder=model.encoder) as hooks, torch.no_grad():
-        hooks.masks = masks
+    with CovarianceHooks(layers, {}, TokenRows(text_encoder=model.encoder)) as hooks, torch.no_grad():
+        hooks.begin_batch(masks)
         model(source, target)
-    found, encoded = hooks.result(), model.encoder(source).detach()
+    found, encoded = by_layer(hooks.result()), model.encoder(source).detach()
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     reference = {"encoder": (source, "attention_mask"), "decoder": (target, "decoder_attention_mask")}
     reference["cross"] = (encoded, "attention_mask")
     for name, (rows, mask) in reference.items():
         assert found[name].tokens == masks[mask].sum()
-        torch.testing.assert_close(found[name].dense(), second_moment(rows[masks[mask]]))
+        torch.testing.assert_close(found[name].covariance.dense(), second_moment(rows[masks[mask]]))
 
 
 def test_prototypes_are_means_over_images_not_over_batches() -> None:

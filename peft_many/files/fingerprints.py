@@ -1,0 +1,53 @@
+"""Fingerprints of weights: they tell whether an adapter was trained further since it was measured or merged."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LARGEST_FINGERPRINTED = 1 << 20
+
+
+def weight_fingerprint(A: Tensor, B: Tensor) -> list[float]:
+    """Nine numbers that move with any change of a LoRA's weights, and hardly with a cast to another dtype.
+
+    The norm of `B`, and the components of `A` and `B`, each of norm one, along four fixed directions: a norm alone
+    moves in second order only. A factor on `A`, such as the LoRA scaling, changes nothing.
+    """
+    return [B.float().norm().item(), *_components(A), *_components(B)]
+
+
+def tensors_fingerprint(tensors: Sequence[Tensor]) -> list[float]:
+    """As `weight_fingerprint`, of any tensors: the norm of all, and four components of each.
+
+    Of large tensors, which layers share, a part has to do.
+    """
+    parts = [tensor.flatten()[:LARGEST_FINGERPRINTED] for tensor in tensors]
+    norm = math.hypot(*(part.float().norm().item() for part in parts))
+    return [norm, *(component for part in parts for component in _components(part))]
+
+
+def same_weights(one: Sequence[float], two: Sequence[float]) -> bool:
+    """Whether two fingerprints can be those of the same weights, up to rounding to bfloat16 and back.
+
+    That moves the eight components by 3e-3 together, whatever the size of the layer, and hardly ever by 7.5e-3;
+    training that moves one layer's `A` or `B` by 1 % moves them by 1.3e-2, about.
+    """
+    if not len(one) == len(two) > 0:
+        return False
+    return abs(one[0] - two[0]) <= 1e-3 * max(one[0], two[0]) and math.dist(one[1:], two[1:]) <= 7.5e-3
+
+
+def _components(matrix: Tensor) -> list[float]:
+    flat = matrix.detach().cpu().float().flatten()
+    return (_directions(len(flat)) @ flat / flat.norm().clamp(min=1e-30)).tolist()
+
+
+@functools.lru_cache(maxsize=8)  # the layers of a model have few sizes
+def _directions(length: int) -> Tensor:
+    index = torch.arange(1, length + 1, dtype=torch.float64)
+    return torch.stack([torch.cos(frequency * index) for frequency in (1, 2, 3, 4)]).float()

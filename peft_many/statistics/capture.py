@@ -1,0 +1,92 @@
+"""Keeping what goes into layers and comes out of them, for refitting; and which layers share an input."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..families.layouts import features_of
+from .tokens import rows_by_mask
+
+
+class _Enough(Exception):  # noqa: N818 - no error
+    """Ends a forward pass once everything has been seen."""
+
+
+class LayerCapture:
+    """Keeps inputs and outputs of some layers that share an input, and ends each forward pass after them.
+
+    Each `with` block is for one forward pass; the next one adds to what was seen.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = layers
+        # Set before each pass: which positions are tokens, `(rows, length)`; see `MASK_NAMES`.
+        self.masks: Mapping[str, Tensor] = {}
+        self._inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self._outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self._waiting: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> LayerCapture:
+        self._waiting = set(self.layers)
+        for name, layer in self.layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        while self._handles:
+            self._handles.pop().remove()
+        return kind is _Enough
+
+    def inputs(self, name: str) -> Tensor:
+        """All tokens that arrived at a layer, shape `(tokens, in)`."""
+        return torch.cat(self._inputs[name])
+
+    def outputs(self, name: str) -> Tensor:
+        """What came out of a layer for them, shape `(tokens, out)`."""
+        return torch.cat(self._outputs[name])
+
+    def _hook(self, name: str) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            inputs = features_of(args, kwargs)
+            self._inputs[name].append(rows_by_mask(inputs, self.masks.values())[0].clone())
+            self._outputs[name].append(rows_by_mask(output, self.masks.values())[0].clone())
+            self._waiting.discard(name)
+            if not self._waiting:
+                raise _Enough
+
+        return hook
+
+
+def layers_by_input(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[list[str]]:
+    """The layers in the order in which they run in one forward pass, those that share an input together.
+
+    Raises:
+        RuntimeError: A layer does not take part, or takes part more than once.
+    """
+    arrived: list[tuple[str, Tensor]] = []
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda layer, args, kwargs, name=name: arrived.append((name, features_of(args, kwargs))), with_kwargs=True
+        )
+        for name, layer in layers.items()
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    calls = Counter(name for name, _ in arrived)
+    strange = next((name for name in layers if calls[name] != 1), None)
+    if strange is not None:
+        raise RuntimeError(f"'{strange}' runs {calls[strange]} times in a forward pass; it has to run once.")
+    groups: dict[int, list[str]] = {}
+    for name, inputs in arrived:  # which keeps the tensors alive, so that no two have one id
+        groups.setdefault(id(inputs), []).append(name)
+    return list(groups.values())

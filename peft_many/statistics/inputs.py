@@ -1,0 +1,213 @@
+"""The hooks that measure the inputs of layers: each distinct input is summed up once, whichever layers read it."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..algebra.sketch import CovarianceAccumulator, CovarianceSketch, running_covariance
+from ..algebra.sums import mean_covariance
+from ..families.layouts import features_of
+from ..files.statistics import InputStatistics
+from .tokens import TokenRows
+
+
+@dataclass(frozen=True)
+class MeasuredInputs:
+    """Distinct inputs by id, and the id of the input that each layer reads, as in [`TaskStatistics`]."""
+
+    inputs: Mapping[str, InputStatistics]
+    input_of: Mapping[str, str]
+
+
+@dataclass
+class _Arrival:
+    """A tensor of the running forward pass and the layers that it arrived at."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    leader: str | None = None
+    waiting: list[str] = field(default_factory=list)
+
+
+class SharedInputs:
+    """Which layers share an input: those at which the very same tensor arrives in every call.
+
+    The first measured layer that a tensor arrives at leads: its sum is that of all others.
+
+    Args:
+        measured (`Collection[str]`): The layers that can lead.
+        share (`bool`): Whether to look for shared inputs; without, each layer leads itself.
+    """
+
+    def __init__(self, measured: Collection[str], share: bool = True) -> None:
+        self.measured, self.share = measured, share
+        self._calls: Counter[str] = Counter()
+        self._led_by: dict[str, Counter[str]] = {}
+        self._arrivals: dict[int, _Arrival] = {}
+
+    def arrived(self, name: str, inputs: Tensor) -> bool:
+        """Note that a tensor arrived at a layer; whether the layer leads, so that it is the one to sum it up."""
+        self._calls[name] += 1
+        arrival = self._arrival(name, inputs)
+        leads = name in self.measured and arrival.leader is None
+        if leads:
+            arrival.leader = name
+            for earlier in arrival.waiting:
+                self._led_by.setdefault(earlier, Counter())[name] += 1
+        if arrival.leader is None:
+            arrival.waiting.append(name)
+        else:
+            self._led_by.setdefault(name, Counter())[arrival.leader] += 1
+        return leads
+
+    def forget(self) -> None:
+        """Forget the tensors of this batch, whose identity may be reused in the next."""
+        self._arrivals.clear()
+
+    def leaders(self, name: str) -> tuple[str, ...]:
+        """The layers whose sums make up all that arrived at this one, and nothing else; none if it has no such sum.
+
+        They are several where a layer reads two inputs in turn, of which others read one: keys in attention over
+        decoder and encoder at once read those of the queries, and the encoder's.
+
+        Raises:
+            RuntimeError: A measured layer shared another's input in some of that one's calls only.
+        """
+        led = self._led_by.get(name, Counter())
+        whole = all(times == self._led_by[leader][leader] for leader, times in led.items())
+        if whole and led.total() == self._calls[name]:
+            return tuple(sorted(led))
+        if name in self.measured:
+            raise RuntimeError(
+                f"'{name}' shared its input with {sorted(led)} in some calls and not in others; "
+                "call collect_statistics with share_inputs=False."
+            )
+        return ()
+
+    def _arrival(self, name: str, inputs: Tensor) -> _Arrival:
+        arrival = self._arrivals.get(id(inputs)) if self.share else None
+        version = 0 if inputs.is_inference() else inputs._version  # inference tensors have none
+        if (
+            arrival is not None
+            and arrival.tensor() is inputs
+            and arrival.version == version
+            and arrival.leader != name
+        ):
+            return arrival
+        arrival = self._arrivals[id(inputs)] = _Arrival(weakref.ref(inputs), version)
+        return arrival
+
+
+class CovarianceHooks:
+    """Sums up the inputs of layers while the `with` block runs, a shared input only once.
+
+    Args:
+        measured (`Mapping[str, nn.Module]`): Linear layers by path, each of which gets a covariance.
+        bystanders (`Mapping[str, nn.Module]`):
+            Further linear layers, which get a covariance only if they share the input of a measured one.
+        tokens ([`TokenRows`], *optional*): Tells padding from tokens; by default all rows are tokens.
+        size (`int`, *optional*): The most directions that are followed of an input; `None` follows all.
+        share (`bool`): Whether to look for shared inputs.
+    """
+
+    def __init__(
+        self,
+        measured: Mapping[str, Any],
+        bystanders: Mapping[str, nn.Module],
+        tokens: TokenRows | None = None,
+        size: int | None = None,
+        share: bool = True,
+    ) -> None:
+        self.measured = measured
+        self.bystanders = bystanders if share else {}
+        self.tokens = tokens or TokenRows()
+        self.size = size
+        self.shared = SharedInputs(measured, share)
+        self._sums: dict[str, CovarianceAccumulator | CovarianceSketch] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> CovarianceHooks:
+        self.tokens.__enter__()
+        for name, layer in [*self.measured.items(), *self.bystanders.items()]:
+            self._handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.shared.forget()
+        self.tokens.__exit__(*error)
+
+    def begin_batch(self, batch: Any) -> None:
+        """Take the attention masks of a batch, and forget the tensors of the one before."""
+        self.shared.forget()
+        self.tokens.begin_batch(batch)
+
+    def result(self) -> MeasuredInputs:
+        """What was measured of every layer that has a sum.
+
+        Raises:
+            RuntimeError: As `SharedInputs.leaders`.
+        """
+        sums: dict[str, InputStatistics] = {}
+        for name in list(self._sums):  # each is let go before the next is finished: they are large
+            running = self._sums.pop(name)
+            sums[name] = InputStatistics(running.result(), running.tokens)
+        inputs: dict[str, InputStatistics] = {}
+        input_of: dict[str, str] = {}
+        id_of: dict[tuple[str, ...], str] = {}
+        for name, layer in self.measured.items():
+            leaders = self.shared.leaders(name)
+            if not leaders:  # it never ran
+                inputs[name] = InputStatistics(running_covariance(_input_width(layer), self.size).result(), 0)
+                input_of[name] = name
+                continue
+            if leaders not in id_of:
+                id_of[leaders], inputs[name] = name, added_inputs([sums[leader] for leader in leaders])
+            input_of[name] = id_of[leaders]
+        for name in self.bystanders:
+            leaders = self.shared.leaders(name)
+            if leaders in id_of:
+                input_of[name] = id_of[leaders]
+        return MeasuredInputs(inputs, input_of)
+
+    def _hook(self, name: str) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = features_of(args, kwargs)
+            if self.shared.arrived(name, inputs):
+                self._sum_up(name, layer, inputs)
+
+        return hook
+
+    def _sum_up(self, name: str, layer: Any, inputs: Tensor) -> None:
+        width = _input_width(layer)
+        if inputs.shape[-1] != width:
+            raise RuntimeError(f"The input of '{name}' has {inputs.shape[-1]} features, not {width} as the layer.")
+        rows = self.tokens.rows_of(name, inputs)
+        if name not in self._sums:
+            self._sums[name] = running_covariance(width, self.size, inputs.device)
+        try:
+            self._sums[name].update(rows)
+        except FloatingPointError:
+            raise RuntimeError(f"The input of '{name}' holds NaN or Inf; its covariance would be worthless.") from None
+
+
+def added_inputs(parts: list[InputStatistics]) -> InputStatistics:
+    """One input that was measured in parts; at least one."""
+    if len(parts) == 1:
+        return parts[0]
+    counts = [part.tokens for part in parts]
+    return InputStatistics(mean_covariance([part.covariance for part in parts], counts), sum(counts))
+
+
+def _input_width(layer: Any) -> int:
+    layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    return int(layer.in_features if hasattr(layer, "in_features") else layer.nx)  # `Conv1D` has its own name for it

@@ -1,0 +1,252 @@
+"""Telling padding from tokens: by the attention masks of the batch, and by content where no mask reaches."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils import PeftWarning
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..families.layouts import features_of
+
+# Of the text, and of the decoder's text in an encoder-decoder model.
+MASK_NAMES = ("attention_mask", "decoder_attention_mask")
+
+
+class TokenRows:
+    """Tells which rows of a layer's input are tokens, while the `with` block runs.
+
+    Args:
+        layers (`Collection[str]`): The layers to tell it for, to follow padding into mixtures of experts.
+        model (`nn.Module`, *optional*): What these layers are parts of.
+        unmasked (`Collection[str]`): Layers whose inputs are no text, so that attention masks mean nothing there.
+        text_encoder (`nn.Module`, *optional*): The text encoder of an encoder-decoder model.
+    """
+
+    def __init__(
+        self,
+        layers: Collection[str] = (),
+        model: nn.Module | None = None,
+        unmasked: Collection[str] = (),
+        text_encoder: nn.Module | None = None,
+    ) -> None:
+        self.unmasked, self.text_encoder = unmasked, text_encoder
+        # Of the running batch: which positions are tokens, `(rows, length)`; see `MASK_NAMES`.
+        self.masks: Mapping[str, Tensor] = {}
+        self._routed = RoutedRows([] if model is None else [name for name in layers if name not in unmasked])
+        self._around = {} if model is None else {path: model.get_submodule(path) for path in self._routed.around}
+        self._encoding = False
+        self._encoded: weakref.ref[Tensor] | None = None
+        self._handles: list[RemovableHandle] = []
+        self._warned = False
+
+    def __enter__(self) -> TokenRows:
+        for path, module in self._around.items():
+            self._handles.append(module.register_forward_pre_hook(self._passing(path), with_kwargs=True))
+        if self.text_encoder is not None:
+            self._handles.append(self.text_encoder.register_forward_pre_hook(self._encoder_begins))
+            self._handles.append(self.text_encoder.register_forward_hook(self._encoder_ends))
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._routed.forget()
+        if error is None and self._routed.searched and not self._routed.recognised:
+            warnings.warn(
+                "No row of padding was found again among the rows that routers sent on, so some of it may have been "
+                "counted. Batches without padding avoid this.",
+                PeftWarning,
+                stacklevel=3,
+            )
+
+    def begin_batch(self, batch: Any) -> None:
+        """Take the masks of a batch, and forget what was seen of the one before."""
+        self.masks = masks_of(batch, self.text_encoder is not None)
+        self._routed.forget()
+
+    def rows_of(self, name: str, inputs: Tensor) -> Tensor:
+        """The rows of a layer's input that are tokens, shape `(tokens, in)`."""
+        masks = self._masks_of(name, inputs)
+        rows, masked = rows_by_mask(inputs, masks)
+        if masked or all(mask.all() for mask in masks):
+            return rows
+        tokens = self._routed.tokens(name, rows)
+        if tokens is not None:
+            return rows[tokens]
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The input of '{name}', of shape {tuple(inputs.shape)}, fits no attention mask of the batch, so "
+                "padding could not be left out of its covariance. Batches without padding avoid this.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        return rows
+
+    def _passing(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = features_of(args, kwargs) if args or kwargs else None
+            masks = [mask for mask in self._masks_of(path, inputs) if not mask.all()]
+            if masks:
+                self._routed.note(path, inputs, _mask_that_fits(inputs, masks))
+
+        return hook
+
+    def _encoder_begins(self, *_: object) -> None:
+        self._encoding = True
+
+    def _encoder_ends(self, encoder: nn.Module, args: Any, output: Any) -> None:
+        self._encoding = False
+        self._encoded = weakref.ref(output if isinstance(output, Tensor) else output[0])
+
+    def _masks_of(self, name: str, inputs: object) -> Sequence[Tensor]:
+        """The masks that can belong to an input. In an encoder-decoder, cross-attention reads the encoder's output."""
+        if name in self.unmasked:
+            return []
+        if self.text_encoder is None:
+            return list(self.masks.values())
+        of_encoder = self._encoding or (self._encoded is not None and self._encoded() is inputs)
+        mask = self.masks.get(MASK_NAMES[0] if of_encoder else MASK_NAMES[1])
+        return [] if mask is None else [mask]
+
+
+def masks_of(batch: Any, has_encoder: bool) -> dict[str, Tensor]:
+    """The 2-D attention masks of a batch, as booleans: which positions are tokens and which are padding."""
+    if not isinstance(batch, Mapping):
+        return {}
+    masks = {name: batch[name].bool() for name in MASK_NAMES if isinstance(batch.get(name), Tensor)}
+    for name, mask in masks.items():
+        if mask.dim() != 2:
+            warnings.warn(
+                f"`{name}` has shape {tuple(mask.shape)}; only masks of shape (rows, length) tell padding from "
+                "tokens, so padding is counted.",
+                PeftWarning,
+                stacklevel=3,
+            )
+    if has_encoder and MASK_NAMES[1] not in masks and isinstance(batch.get("labels"), Tensor):
+        # Models make the decoder's inputs from the labels, whose padding data collators mark by -100.
+        masks[MASK_NAMES[1]] = batch["labels"] != -100
+    return {name: mask for name, mask in masks.items() if mask.dim() == 2}
+
+
+def rows_by_mask(inputs: Tensor, masks: Iterable[Tensor]) -> tuple[Tensor, bool]:
+    """The rows of `inputs` that are tokens by the mask that fits, shape `(tokens, in)`, and whether one does.
+
+    Not a copy if there is no mask, or all are tokens.
+    """
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    mask = _mask_that_fits(inputs, masks)
+    if mask is None:
+        return rows, False
+    kept = mask.reshape(-1).to(rows.device)
+    return rows if kept.all() else rows[kept], True
+
+
+def _mask_that_fits(inputs: object, masks: Iterable[Tensor]) -> Tensor | None:
+    """The mask of the rows of an input, `(rows, length, in)` or flattened."""
+    if not isinstance(inputs, Tensor):
+        return None
+    for mask in masks:
+        if inputs.shape[:-1] == mask.shape or (inputs.dim() == 2 and len(inputs) == mask.numel()):
+            return mask
+    return None
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The rows that went into a module.
+
+    Args:
+        tokens (`torch.Tensor`): Which of them are tokens, shape `(rows,)`, bool.
+        padding (`torch.Tensor`): A hash of each row of padding.
+        width (`int`): Features of a row.
+    """
+
+    tokens: Tensor
+    padding: Tensor
+    width: int
+
+
+class RoutedRows:
+    """Tells padding inside mixtures of experts, where each expert gets some of the rows and no mask.
+
+    Follows rows of padding from a module whose input fits the attention mask into the modules inside of it.
+
+    A router copies rows to experts as they are, so that a row of padding is known by its content. Layers further
+    inside an expert get other features, but one row for each of the expert's.
+
+    Args:
+        layers (`Collection[str]`): The paths of the layers to tell it for.
+    """
+
+    def __init__(self, layers: Collection[str]) -> None:
+        self.around = {path for layer in layers for path in _parents(layer)}
+        self._seen: dict[str, _Seen] = {}
+        # Whether rows were compared, and padding was among them: a router that changes rows would hide it.
+        self.searched = self.recognised = False
+
+    def note(self, path: str, inputs: object, tokens: Tensor | None) -> None:
+        """Note what goes into one of the modules `around` the layers.
+
+        Args:
+            path (`str`): Of the module.
+            inputs (`object`): Its first argument.
+            tokens (`torch.Tensor`, *optional*): Which rows are tokens, if the attention mask fits; any shape, bool.
+        """
+        self._seen.pop(path, None)
+        if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.dim() < 2:
+            return
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if tokens is not None:
+            tokens = tokens.reshape(-1).to(rows.device)
+            self._seen[path] = _Seen(tokens, _hashes(rows[~tokens]), rows.shape[1])
+            return
+        outer = self._outer(path, rows)
+        if outer is not None:
+            self._seen[path] = _Seen(self._tokens(rows, outer), outer.padding, rows.shape[1])
+
+    def tokens(self, layer: str, rows: Tensor) -> Tensor | None:
+        """Which rows of a layer's input, shape `(rows, in)`, are tokens; `None` if that cannot be told."""
+        outer = self._outer(layer, rows)
+        return None if outer is None else self._tokens(rows, outer)
+
+    def forget(self) -> None:
+        """Forget the rows of this batch."""
+        self._seen.clear()
+
+    def _outer(self, path: str, rows: Tensor) -> _Seen | None:
+        """The nearest module around another one that got the same rows, or from which rows may have been copied."""
+        around = [self._seen[parent] for parent in _parents(path) if parent in self._seen]
+        return next((seen for seen in around if len(seen.tokens) == len(rows) or seen.width == rows.shape[1]), None)
+
+    def _tokens(self, rows: Tensor, outer: _Seen) -> Tensor:
+        if rows.shape[1] == outer.width:
+            padding = torch.isin(_hashes(rows), outer.padding)
+            self.searched = True
+            self.recognised = self.recognised or bool(padding.any())
+            if padding.any() or len(rows) != len(outer.tokens):
+                return ~padding
+        return outer.tokens
+
+
+def _parents(path: str) -> list[str]:
+    """The paths of the modules around one, the nearest first."""
+    return [path.rsplit(".", levels)[0] for levels in range(1, path.count(".") + 1)]
+
+
+def _hashes(rows: Tensor) -> Tensor:
+    """A number for the very bits of each row, shape `(rows,)`, int64; products wrap around."""
+    bits = rows.contiguous().view(_BITS[rows.element_size()]).long()
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.randint(1 << 62, (rows.shape[1],), generator=generator) * 2 + 1
+    return (bits * odd.to(rows.device)).sum(1)
