@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
+from typing_extensions import Unpack
 
 from ..algebra.reduction import padded
 from ..files.adapter import read_adapter
@@ -17,9 +17,6 @@ from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.prepare import AdapterPath
 from .export import Export, new_folder, notes_on_gate, read_pairs, write_card
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for `max_lora_rank`
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from typing_extensions import Unpack
 
 from ..files.adapter import Adapter, read_adapter
 from ..files.key_layouts import with_current_names
@@ -13,9 +14,6 @@ from ..merging.mean_projectors import average_projectors
 from ..merging.prepare import AdapterPath
 from .base_model import BaseModel, fold, put_projector
 from .export import Export, new_folder, notes_on_gate, write_card
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 _USAGE = """from transformers import {kind}
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from ..files.adapter import Adapter, read_adapter
 from ..files.key_layouts import with_current_names
@@ -22,9 +23,6 @@ from ..records import MergeRecord
 from ..tuner.config import MAnyConfig
 from .base_model import BaseModel, fold, model_class
 from .export import Export, new_folder, notes_on_gate, write_card
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 _USAGE = """import peft_many
 

@@ -6,10 +6,11 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..algebra.lpm import LowRankDelta
 from ..files.adapter import read_adapter
@@ -20,9 +21,6 @@ from ..merging.prepare import AdapterPath
 from ..records import merge_of
 from ..tuner.layers import lora_layers
 from .costs import MergeReport, report_on
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["MergeReport", "merge_report", "save_report"]
 
