@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 # What CI runs of PEFT's own tests; `python tests/peft_suite/run.py` runs all parts that concern LoRA.
 PEFT_PARTS := test_config test_custom_models test_decoder_models test_lora_variants test_low_level_api
 
-.PHONY: demo bench test peft-suite lint types docs build clean
+.PHONY: demo bench test peft-suite lint rooms types docs build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo
@@ -24,6 +24,11 @@ peft-suite: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+# docs/architecture.png: the rooms and their imports as they are.
+rooms: $(VENV)/.dev
+	$(BIN)/python scripts/draw_rooms.py
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

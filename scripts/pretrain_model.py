@@ -1,4 +1,4 @@
-"""Pre-trains one of the benchmark's tiny models from scratch, as the checkpoint that ships with the package was.
+"""Pre-trains one of the benchmark's tiny models from scratch, as the checkpoint in benchmarks/mini_ucit was.
 
     python scripts/pretrain_model.py llava --output llava                # half an hour on two CPU cores
     python scripts/pretrain_model.py llava --steps 200 --output /tmp/try

@@ -11,7 +11,6 @@ import typer
 
 _NEEDED = ("jinja2", "matplotlib", "rich", "sklearn")
 
-
 app = typer.Typer(add_completion=False)
 
 
@@ -33,7 +32,7 @@ def bench(
     Every method gets the same training budget. What was measured already is kept: a run that was interrupted goes on
     where it stopped. Results are JSON, one file for each model and seed; the report is made of them alone.
 
-        python -m benchmarks.mini_ucit --quick  (under four minutes on two cores)
+    python -m benchmarks.mini_ucit --quick  (under four minutes on two cores)
 
     python -m benchmarks.mini_ucit  (everything; overnight, and then some)
 
@@ -43,7 +42,7 @@ def bench(
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        _stop(f"The benchmark needs {', '.join(missing)}: pip install 'peft-many[bench]'.")
+        _stop(f"The benchmark needs {', '.join(missing)}: pip install -e '.[bench]'")
     from rich.console import Console
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""The benchmark's tiny models: their tokenizer, architectures, the checkpoint that ships with the package, batches."""
+"""The benchmark's tiny models: their tokenizer, architectures, the checkpoint that lies beside them, batches."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _QWEN_PATCH = CELL // 2  # Qwen2-VL merges two by two patches
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A tiny vision-language model: its architecture, how it takes pictures, and where its weights are shipped.
+    """A tiny vision-language model: its architecture, how it takes pictures, and where its weights are.
 
     Args:
         name (`str`): What the benchmark calls it.
         about (`str`): One line for people.
         configure (`Callable`): From the tokenizer to the configuration.
         picture_inputs (`Callable`): From uint8 images (SIZE, SIZE, 3) to the model's arguments.
-        checkpoint (`Path`, *optional*): The pre-trained weights, if they come with the package.
+        checkpoint (`Path`, *optional*): The pre-trained weights, if the repository has them.
         bfloat16 (`bool`): Whether pre-training multiplies in bfloat16, which pays from some width on.
         learning_rate (`float`): Of pre-training, at its highest; halved for twice the width.
     """
@@ -62,7 +62,7 @@ class TinyModel:
         """The pre-trained model, in float32 (stored in float16 to be small), in evaluation mode."""
         where = folder or self.checkpoint
         if where is None:
-            raise ValueError(f"The weights of '{self.name}' do not come with the package; name their folder.")
+            raise ValueError(f"The weights of '{self.name}' are not in the repository; name their folder.")
         return AutoModelForImageTextToText.from_pretrained(where, dtype=torch.float32).eval()
 
 

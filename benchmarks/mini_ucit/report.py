@@ -10,7 +10,7 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from peft_many.files.atomic import replace_file
-from peft_many.reports.page_parts import STYLE, embedded
+from peft_many.reports.page import STYLE, embedded
 
 from . import pictures
 from .ablations import numbers

@@ -1,4 +1,4 @@
 """The demo: a tiny LLaVA learns conflicting image-question tasks, is merged, and is asked what it remembers.
 
-Run it with `python -m examples.demo`. It needs the extra `peft-many[demo]`.
+Run it from the top of the repository: `make demo`, or `python -m examples.demo` after `pip install -e '.[demo]'`.
 """

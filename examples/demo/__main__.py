@@ -11,7 +11,6 @@ import typer
 
 _NEEDED = ("matplotlib", "rich", "sklearn")
 
-
 app = typer.Typer(add_completion=False)
 
 
@@ -30,7 +29,7 @@ def demo(
     """
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        typer.secho(f"The demo needs {', '.join(missing)}: pip install 'peft-many[demo]'.", err=True, fg="red")
+        typer.secho(f"The demo needs {', '.join(missing)}: pip install -e '.[demo]'", err=True, fg="red")
         raise typer.Exit(1)
     from transformers.utils import logging
 

@@ -28,7 +28,7 @@ def export(
     ] = None,
     projector: Annotated[
         str | None,
-        typer.Option(metavar="TASK", help="model: whose projector to keep. [dim]default: all merged to one[/dim]"),
+        typer.Option(metavar="TASK", help="model: whose projector to keep. [dim]default: the mean of all[/dim]"),
     ] = None,
     dry_run: a.DryRun = False,
     json: a.Json = False,

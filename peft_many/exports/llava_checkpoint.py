@@ -23,7 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files.adapter import read_adapter
 from ..files.partial import partial_folder
+from ..files.source import AdapterSource
 from ..files.stored_delta import KEY_PREFIX
 from ..tuner.config import MAnyConfig
 
@@ -76,32 +78,40 @@ def import_llava_checkpoint(
     source, output = Path(folder).expanduser(), Path(output_dir).expanduser()
     settings = _read_settings(source)
     tensors = _renamed(source, _read_weights(source))
-    modules = _check_shapes(source, settings, tensors)
-    ranks = {new: _setting(settings, old, "rank_pattern", "r") for new, old in modules.items()}
-    alphas = {new: _setting(settings, old, "alpha_pattern", "lora_alpha") for new, old in modules.items()}
-    rank, alpha = settings["r"], settings["lora_alpha"]
-    projectors = [PROJECTOR] if any(key.startswith(PROJECTOR) for key in tensors) else []
-    config = MAnyConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=settings.get("lora_dropout", 0.0),
-        use_rslora=settings.get("use_rslora", False),
-        # By full names: the ends of the names would match the vision tower's layers too.
-        target_modules=list(modules),
-        rank_pattern={_escaped(name): r for name, r in ranks.items() if r != rank},
-        alpha_pattern={_escaped(name): a for name, a in alphas.items() if a != alpha},
-        projector_modules=projectors,
-        modules_to_save=projectors or None,
-        task_name=task_name or source.resolve().name,
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    )
+    config = _config_of(settings, tensors, task_name or source.resolve().name, base_model)
     key = hashlib.sha256(f"import {source.resolve()} {config.to_dict()}".encode()).hexdigest()
     with partial_folder(output, key) as partial:
         weights = {f"{KEY_PREFIX}{name}": _copy(tensor) for name, tensor in tensors.items()}
         save_file(weights, partial.folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(partial.folder)
+        for pair in read_adapter(AdapterSource(partial.folder, str(source))).pairs.values():
+            pair.read()  # both refuse what does not fit together, or is no number
     return output
+
+
+def _config_of(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], task_name: str, base_model: str | None
+) -> MAnyConfig:
+    modules = sorted({name.partition(".lora_")[0] for name in tensors if ".lora_" in name})
+    rank, alpha = settings["r"], settings["lora_alpha"]
+    ranks = {module: _setting(settings, module, "rank_pattern", rank) for module in modules}
+    alphas = {module: _setting(settings, module, "alpha_pattern", alpha) for module in modules}
+    projectors = [PROJECTOR] if any(key.startswith(PROJECTOR) for key in tensors) else []
+    return MAnyConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=settings.get("lora_dropout", 0.0),
+        use_rslora=settings.get("use_rslora", False),
+        # By full names: the ends of the names would match the vision tower's layers too.
+        target_modules=modules,
+        rank_pattern={re.escape(name): r for name, r in ranks.items() if r != rank},
+        alpha_pattern={re.escape(name): a for name, a in alphas.items() if a != alpha},
+        projector_modules=projectors,
+        modules_to_save=projectors or None,
+        task_name=task_name,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -109,14 +119,10 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _escaped(name: str) -> str:
-    return name.replace(".", r"\.")
-
-
-def _setting(settings: Mapping[str, Any], module: str, pattern: str, default: str) -> int:
-    """A layer's rank or alpha, by the checkpoint's own name for the layer."""
+def _setting(settings: Mapping[str, Any], module: str, pattern: str, default: int) -> int:
+    """A layer's rank or alpha, which the checkpoint gives by its own name for the layer."""
     patterns = settings.get(pattern) or {}
-    value: int = patterns.get(get_pattern_key(patterns, module), settings[default])
+    value: int = patterns.get(get_pattern_key(patterns, module.replace(LANGUAGE_MODEL, "model", 1)), default)
     return value
 
 
@@ -180,7 +186,8 @@ def _load(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"'{path}' holds no tensors by name.")
     for key, tensor in content.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.ndim > 0
+        if not dense or not tensor.is_floating_point():
             raise ValueError(f"'{path}': '{key}' is no dense tensor of floating point numbers.")
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise ValueError(f"'{path}': '{key}' claims more numbers than the file has.")
@@ -207,51 +214,29 @@ def _renamed(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"'{source}' holds {len(unknown)} tensors that belong to no module of transformers' LLaVA or are no plain "
             f"LoRA weights: {named}."
         )
+    _check_projector(source, found)
     return found
 
 
-def _check_shapes(source: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Check that the tensors fit each other and the settings; gives transformers' and LLaVA's name of each layer."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    modules = {}
-    for new in sorted({name.partition(".lora_")[0] for name in shapes if ".lora_" in name}):
-        A, B = (shapes.get(f"{new}.lora_{half}.weight") for half in "AB")
-        old = new.replace(LANGUAGE_MODEL, "model", 1)
-        if A is None or B is None:
-            raise ValueError(f"'{source}': layer '{old}' lacks its lora_{'A' if A is None else 'B'} tensor.")
-        rank = _setting(settings, old, "rank_pattern", "r")
-        if len(A) != 2 or len(B) != 2 or not A[0] == B[1] == rank:
-            raise ValueError(
-                f"'{source}': layer '{old}' has LoRA shapes {A} and {B}, but its config says rank {rank}."
-            )
-        modules[new] = old
-    if not modules:
-        raise ValueError(f"'{source}' holds no LoRA weights.")
-    _check_projector(source, shapes)
-    return modules
-
-
-def _check_projector(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    projector = {name.removeprefix(f"{PROJECTOR}."): shape for name, shape in shapes.items() if PROJECTOR in name}
-    if not projector:
+def _check_projector(source: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Two layers, of which the first gives the width of the language model; or none, if the projector was frozen."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(PROJECTOR)}
+    if not found:
         return
-    parts = [f"{layer}.{part}" for layer in _PROJECTOR_LAYERS.values() for part in ("weight", "bias")]
-    missing = [part for part in parts if part not in projector]
-    if missing:
-        old = {layer: index for index, layer in _PROJECTOR_LAYERS.items()}
-        layer, _, part = missing[0].partition(".")
-        raise ValueError(f"'{source}': the projector lacks its tensor 'mm_projector.{old[layer]}.{part}'.")
-    width = next((A[1] for name, A in shapes.items() if name.endswith(".self_attn.q_proj.lora_A.weight")), None)
-    hidden = projector["linear_1.bias"][0] if projector["linear_1.bias"] else 0
-    wanted: dict[str, tuple[int, ...]] = {
-        "linear_1.weight": (hidden, *projector["linear_1.weight"][1:]),
-        "linear_1.bias": (hidden,),
-        "linear_2.weight": (hidden, hidden),
-        "linear_2.bias": (hidden,),
+    width = next(
+        (A.shape[-1] for name, A in tensors.items() if name.endswith(".self_attn.q_proj.lora_A.weight")), None
+    )
+    first = (*found.get(f"{PROJECTOR}.linear_1.weight", ()), 0, 0)[:2]
+    hidden = first[0] if width is None else width
+    wanted = {
+        f"{PROJECTOR}.linear_1.weight": (hidden, first[1]),
+        f"{PROJECTOR}.linear_1.bias": (hidden,),
+        f"{PROJECTOR}.linear_2.weight": (hidden, hidden),
+        f"{PROJECTOR}.linear_2.bias": (hidden,),
     }
-    if projector != wanted or len(projector["linear_1.weight"]) != 2 or width not in (None, hidden):
+    wrong = next((name for name in wanted if found.get(name) != wanted[name]), None)
+    if wrong is not None:
         raise ValueError(
-            f"'{source}': the projector's shapes do not fit each other"
-            + (f" and the language model's width of {width}" if width is not None else "")
-            + f": {projector}."
+            f"'{source}': the projector's '{wrong}' has shape {found.get(wrong, 'none, it is missing')}, but to fit "
+            f"the other tensors it must be {wanted[wrong]}."
         )

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
+from typing_extensions import Unpack
 
 from ..algebra.reduction import padded
-from ..files.adapter import Adapter, read_adapter
+from ..files.adapter import read_adapter
+from ..files.key_layouts import with_current_names
 from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
-from ..hub.sources import find_adapter
+from ..hub.sources import HubArguments, find_adapter
 from ..merging.prepare import AdapterPath
-from .result import Export, new_folder, read_pairs, with_names_of, write_card
+from .export import Export, new_folder, notes_on_gate, read_pairs, write_card
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for `max_lora_rank`
 
@@ -25,14 +26,7 @@ model = PeftModel.from_pretrained(base_model, "this/adapter")
 """
 
 
-def export_lora(
-    adapter: AdapterPath,
-    output_dir: str | os.PathLike[str],
-    *,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> Export:
+def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> Export:
     """Write a merge or an adapter as a plain PEFT LoRA, which loads without this package.
 
     Every layer has the same rank, the smallest that vLLM knows and that all fit in (8, 16, 32, 64, 128, 256, 320,
@@ -42,9 +36,7 @@ def export_lora(
     Args:
         adapter (`str`): The folder or Hub id of a merge, or of one task's adapter.
         output_dir (`str`): The folder to create; it must not exist, or be empty.
-        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
-        cache_dir (`str`, *optional*): Where Hub downloads are kept.
-        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+        **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
     Returns:
         [`Export`]: The folder, and what is lost.
@@ -52,9 +44,16 @@ def export_lora(
     Raises:
         UnmergeableAdapterError: It is no additive LoRA, or a rank is above 512.
         AdapterNotFoundError, StatisticsError, FileExistsError: As in [`merge_adapter_files`].
+
+    Example:
+        ```python
+        from peft_many import export_lora
+
+        export_lora("merged", "lora")  # then: vllm serve … --enable-lora --lora-modules merged=lora
+        ```
     """
-    source = find_adapter(adapter, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    read = with_names_of(read_adapter(source), None)
+    source = find_adapter(adapter, **hub)
+    (read,) = with_current_names([read_adapter(source)], None)
     pairs = read_pairs(read)
     largest = max(A.shape[0] for A, _ in pairs.values())
     rank = next((served for served in SERVED_RANKS if served >= largest), None)
@@ -79,24 +78,18 @@ def export_lora(
         wide_A, wide_B = padded(A, B, rank)
         tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = wide_A.contiguous()
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = wide_B.contiguous()
-    notes = _notes(read, rank, pairs[next(iter(pairs))][0].dtype)
-    output = Path(output_dir).expanduser()
-    with new_folder(output, read, "lora") as partial:
-        save_file(tensors, partial.folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(partial.folder)
-        title = f"A LoRA of {len(read.tasks)} task{'s' if len(read.tasks) > 1 else ''}"
-        base = read.config.base_model_name_or_path
-        write_card(partial.folder, title, read, base, _USAGE, notes, library_name="peft")
-    return Export(output, notes)
-
-
-def _notes(adapter: Adapter, rank: int, dtype: torch.dtype) -> list[str]:
-    notes = [f"All layers have rank {rank} (vLLM: `max_lora_rank={rank}`), in {str(dtype).removeprefix('torch.')}."]
-    if any(task.projectors for task in adapter.tasks):
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    notes = [f"All layers have rank {rank} (vLLM: `max_lora_rank={rank}`), in {dtype}."]
+    if any(task.projectors for task in read.tasks):
         notes.append(
             "The tasks' projectors are not in it: outputs are the adapter's on text, and images are seen through the "
             "base model's projector."
         )
-    if adapter.is_gated:
-        notes.append("It is the merged LoRA for all inputs; images choose no task's own any more (`gate_lora`).")
-    return notes
+    notes += notes_on_gate(read)
+    output = Path(output_dir).expanduser()
+    with new_folder(output, read, "lora") as folder:
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(folder)
+        base = read.config.base_model_name_or_path
+        write_card(folder, "A LoRA of {tasks}", read, base, _USAGE, notes, library_name="peft")
+    return Export(output, notes)

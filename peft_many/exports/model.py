@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+from typing_extensions import Unpack
 
 from ..files.adapter import Adapter, read_adapter
-from ..hub.sources import find_adapter
+from ..files.key_layouts import with_current_names
+from ..hub.sources import HubArguments, find_adapter
+from ..merging.mean_projectors import average_projectors
 from ..merging.prepare import AdapterPath
-from .folding import GATE_LOST, NO_TOKENIZER, BaseModel, copy_besides, folded, load_base
-from .one_projector import ProjectorBench, benches
-from .result import Export, new_folder, with_names_of, write_card
-
-# Measured with the six tasks of docs/mini-ucit.md, one seed, 150 pictures each.
-_SEEN = (
-    "on the tiny LLaVA of peft_many's Mini-UCIT, right answers about images fell from 71 % to 29 % with shares of 6 "
-    "to 25 %, and to 19 % with the mean of the projectors"
-)
+from .base_model import BaseModel, fold, put_projector
+from .export import Export, new_folder, notes_on_gate, write_card
 
 _USAGE = """from transformers import {kind}
 
@@ -35,31 +27,22 @@ def export_model(
     *,
     base_model: str | os.PathLike[str] | None = None,
     projector: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
+    **hub: Unpack[HubArguments],
 ) -> Export:
     """Fold a merge or an adapter into its base model and write a full model, which loads without this package.
 
-    On text the outputs are those of the adapter, up to the rounding of the base model's dtype. On images much is lost:
-    a plain model has one projector, which cannot be the routed mixture. By default it is the tasks' projectors merged
-    in closed form: layer by layer, the least-squares fit to what each task's own gives on images like its task's. The
-    statistics know the images' means over their patches and how these vary, so that is what it is fitted on: Gaussian
-    draws of image means, where single patches vary more. On the tiny LLaVA of Mini-UCIT this answers 29 % rightly, the
-    mean of the projectors 19 %, one task's own 18 and 20 % (that task as ever), and routing 71 %. A projector that
-    cannot be run on image means (one that wants its patches in a grid, or merges several into one), or whose tasks
-    have no spreads, becomes the mean of the tasks' by their weights. `projector_loss` says how much of each task's
-    projector training is lost.
+    On text the outputs are those of the adapter, up to the rounding of the base model's dtype. On images most is lost:
+    a plain model has one projector, which cannot be the routed mixture. It is the mean of the tasks' projectors by
+    their weights, or that of one task. On the tiny LLaVA of Mini-UCIT the mean answers 19 % rightly and one task's own
+    18 to 20 % (that task as ever), where routing answers 71 %: if images matter, use [`export_routed_model`].
 
     Args:
         adapter (`str`): The folder or Hub id of a merge, or of one task's adapter.
         output_dir (`str`): The folder to create; it must not exist, or be empty.
         base_model (`str`, *optional*): Folder or Hub id (`"me/model@revision"`), if the adapter does not say it.
         projector (`str`, *optional*):
-            The task whose projector is kept in place of the fit. Of averaged projectors there is only the mean.
-        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
-        cache_dir (`str`, *optional*): Where Hub downloads are kept.
-        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+            The task whose projector is kept in place of the mean. Of averaged projectors there is only the mean.
+        **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
     Returns:
         [`Export`]: The folder, and what is lost.
@@ -68,76 +51,61 @@ def export_model(
         ValueError: There is no such task, or nobody says which the base model is.
         UnmergeableAdapterError: The adapter is damaged, or does not fit the base model.
         FileNotFoundError, FileExistsError, StatisticsError: As in [`merge_adapter_files`].
+
+    Example:
+        ```python
+        from peft_many import export_model
+
+        export_model("merged", "model", projector="clevr")
+        ```
     """
-    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     read = read_adapter(find_adapter(adapter, **hub))
-    base = BaseModel.of(base_model, read)
+    base = BaseModel.of(base_model, read, hub)
     _check_task(read, projector)
     output = Path(output_dir).expanduser()
-    with new_folder(output, read, "model", base, projector) as partial:
-        model = load_base(base, hub)
-        read = with_names_of(read, model)
-        found = [_chosen(bench, read, projector) for bench in benches(model, read.tasks)]
-        plain = folded(model, read, {one.name: one.tensors for one in found if one.tensors})
-        plain.save_pretrained(partial.folder)
-        notes = _notes(read, found)
-        if not copy_besides(base, partial.folder, hub):
-            notes.append(NO_TOKENIZER)
-        title = f"A model with {len(read.tasks)} task{'s' if len(read.tasks) > 1 else ''} folded in"
+    with new_folder(output, read, "model", base, projector) as folder:
+        model = base.load()
+        (read,) = with_current_names([read], model)
+        plain = fold(model, read)
+        chosen = [task for task in read.tasks if projector in (None, task.name)]
+        averaged, tensors = average_projectors(chosen)
+        for name in averaged:
+            prefix = f"{name}."
+            put_projector(
+                plain, name, {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            )
+        plain.save_pretrained(folder)
+        notes = [*notes_on_gate(read), *_notes_on_projectors(read, projector)]
+        notes = (notes or ["Outputs are the adapter's, up to rounding."]) + base.copy_tokenizer(folder)
         usage = _USAGE.format(kind=type(plain).__name__)
-        write_card(partial.folder, title, read, base.name, usage, notes, library_name="transformers")
-    return Export(output, notes, {one.name: one.loss for one in found if one.loss})
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """The projector of the exported model; no tensors if it is the base model's."""
-
-    name: str
-    tensors: Mapping[str, Tensor]
-    what: str
-    loss: dict[str, float]
-
-
-def _chosen(bench: ProjectorBench, adapter: Adapter, task_name: str | None) -> _Chosen:
-    if adapter.averaged_projectors:  # the tasks' own are not known
-        return _Chosen(bench.name, bench.mean(), "the mean that the merge has", {})
-    if task_name is not None:
-        task = next(task for task in adapter.tasks if task.name == task_name)
-        tensors = task.projectors.get(bench.name, {})
-        return _Chosen(bench.name, tensors, f"that of '{task_name}'", bench.loss(tensors))
-    if len(adapter.tasks) == 1:
-        return _Chosen(bench.name, bench.mean(), "the adapter's", bench.loss(bench.mean()))
-    fitted = bench.fitted()
-    if fitted is not None:
-        return _Chosen(bench.name, fitted, "the least-squares fit to the tasks'", bench.loss(fitted))
-    why = "no way to run it on image means, or no spread of the images"
-    return _Chosen(
-        bench.name, bench.mean(), f"the mean of the tasks' by their weights ({why})", bench.loss(bench.mean())
-    )
+        title = "A model with {tasks} folded in"
+        write_card(folder, title, read, base.name, usage, notes, library_name="transformers")
+    return Export(output, notes)
 
 
 def _check_task(adapter: Adapter, task_name: str | None) -> None:
-    names = [task.name for task in adapter.tasks]
-    if task_name is not None and task_name not in names:
-        raise ValueError(f"`projector` names the task '{task_name}', but the tasks are {', '.join(map(repr, names))}.")
-    if any(task.name == task_name and task.origin.projectors_left_out for task in adapter.tasks):
+    if task_name is None:
+        return
+    task = next((task for task in adapter.tasks if task.name == task_name), None)
+    if task is None:
+        names = ", ".join(f"'{task.name}'" for task in adapter.tasks)
+        raise ValueError(f"`projector` names the task '{task_name}', but the tasks are {names}.")
+    if task.origin.projectors_left_out:
         raise ValueError(f"'{task_name}' had the weight 0 in this merge, so its projector was not kept.")
     mean = next((name for name, tasks in adapter.averaged_projectors.items() if len(tasks) > 1), None)
-    if task_name is not None and mean is not None:
+    if mean is not None:
         raise ValueError(f"The projector '{mean}' is the mean of several tasks' already; leave `projector` out.")
 
 
-def _notes(adapter: Adapter, projectors: Sequence[_Chosen]) -> list[str]:
-    notes = []
-    if adapter.is_gated:
-        notes.append(GATE_LOST)
-    for one in projectors:
-        if len(adapter.tasks) > 1 and one.loss:
-            shares = ", ".join(f"{task} {share:.0%}" for task, share in one.loss.items())
-            notes.append(
-                f"The projector '{one.name}' is {one.what}; it is not routed any more. Lost of what training changed "
-                f"in each task's own, on means of images like the task's (100 %: as far off as the base model's): "
-                f"{shares}. On patches, which vary more, more is lost; {_SEEN}. Text is not affected."
-            )
-    return notes or ["Outputs are the adapter's, up to rounding."]
+def _notes_on_projectors(adapter: Adapter, task_name: str | None) -> list[str]:
+    """What one projector in place of the routed ones loses; nothing where none was routed."""
+    routed = sorted(adapter.merge.routing) if adapter.merge is not None else []
+    if len(adapter.tasks) == 1 or not routed:
+        return []
+    kept = "the mean of the tasks' by their weights" if task_name is None else f"that of '{task_name}'"
+    names = " and ".join(f"'{name}'" for name in routed)
+    return [
+        f"The projector {names} is {kept}, and not routed any more. Text is not affected; of what the tasks learnt "
+        "about images most is lost. On the tiny LLaVA of peft_many's Mini-UCIT, right answers about images fell from "
+        "71 % to 19 % with the mean, and to 18 and 20 % with one task's own. `export_routed_model` keeps the routing."
+    ]

@@ -12,15 +12,17 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from ..files.adapter import Adapter, read_adapter
+from ..files.key_layouts import with_current_names
 from ..files.stored_delta import KEY_PREFIX
-from ..hub.sources import find_adapter
+from ..hub.sources import HubArguments, find_adapter
 from ..merging.prepare import AdapterPath
 from ..records import MergeRecord
 from ..tuner.config import MAnyConfig
-from .folding import GATE_LOST, NO_TOKENIZER, BaseModel, copy_besides, folded, load_base, model_class
-from .result import Export, new_folder, with_names_of, write_card
+from .base_model import BaseModel, fold, model_class
+from .export import Export, new_folder, notes_on_gate, write_card
 
 _USAGE = """import peft_many
 
@@ -33,9 +35,7 @@ def export_routed_model(
     output_dir: str | os.PathLike[str],
     *,
     base_model: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
+    **hub: Unpack[HubArguments],
 ) -> Export:
     """Fold a merge into its base model and write one folder with everything, which goes on routing images.
 
@@ -46,9 +46,7 @@ def export_routed_model(
         adapter (`str`): The folder or Hub id of a merge with routed projectors.
         output_dir (`str`): The folder to create; it must not exist, or be empty.
         base_model (`str`, *optional*): Folder or Hub id (`"me/model@revision"`), if the adapter does not say it.
-        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
-        cache_dir (`str`, *optional*): Where Hub downloads are kept.
-        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+        **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
     Returns:
         [`Export`]: The folder, and what is lost.
@@ -57,29 +55,34 @@ def export_routed_model(
         ValueError: There is nothing to route, or nobody says which the base model is.
         UnmergeableAdapterError: The adapter is damaged, or does not fit the base model.
         FileNotFoundError, FileExistsError, StatisticsError: As in [`merge_adapter_files`].
+
+    Example:
+        ```python
+        from peft_many import export_routed_model, load_routed_model
+
+        export_routed_model("merged", "model", base_model="llava-hf/llava-1.5-7b-hf")
+        model = load_routed_model("model")
+        ```
     """
-    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     source = find_adapter(adapter, **hub)
     read = read_adapter(source)
     if read.merge is None or not read.merge.routing:
         raise ValueError(f"{source.name} routes no projector; `export_model` loses nothing there.")
-    base = BaseModel.of(base_model, read)
+    base = BaseModel.of(base_model, read, hub)
     output = Path(output_dir).expanduser()
-    with new_folder(output, read, "routed", base) as partial:
-        model = load_base(base, hub)
-        plain = folded(model, with_names_of(read, model), {})
-        plain.save_pretrained(partial.folder)
-        _save_projectors(read, read.merge, partial.folder)
+    with new_folder(output, read, "routed", base) as folder:
+        model = base.load()
+        (renamed,) = with_current_names([read], model)
+        fold(model, renamed).save_pretrained(folder)
+        _save_projectors(read, read.merge, folder)
         notes = [
             "Loads with peft_many only. Read as a plain model without it, images would be seen through the base "
-            "model's projector."
+            "model's projector.",
+            *notes_on_gate(read),
+            *base.copy_tokenizer(folder),
         ]
-        if read.is_gated:
-            notes.append(GATE_LOST)
-        if not copy_besides(base, partial.folder, hub):
-            notes.append(NO_TOKENIZER)
-        title = f"A model with {len(read.tasks)} tasks folded in and routed projectors"
-        write_card(partial.folder, title, read, base.name, _USAGE, notes, library_name="peft")
+        title = "A model with {tasks} folded in and routed projectors"
+        write_card(folder, title, read, base.name, _USAGE, notes, library_name="peft")
     return Export(output, notes)
 
 
@@ -110,8 +113,11 @@ def load_routed_model(
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
-        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        place = Path(snapshot_download(str(folder), revision=revision, **hub))
+        place = Path(
+            snapshot_download(
+                str(folder), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            )
+        )
     if not (place / CONFIG_NAME).is_file() or not (place / "config.json").is_file():
         raise ValueError(f"'{folder}' is no model that `export_routed_model` wrote.")
     kind = model_class(AutoConfig.from_pretrained(place), str(folder))

@@ -49,7 +49,7 @@ def _renamed(adapter: Adapter, current: Names, model: str = "") -> Adapter:
         return adapter
     config = copy.copy(adapter.config)
     config.target_modules = sorted({name for task in tasks for name in task.deltas})  # the config's words are old too
-    return replace(adapter, config=config, tasks=tasks)
+    return replace(adapter, config=config, tasks=tasks, pairs=_by_new_name(adapter.pairs, current))
 
 
 def _renamed_task(task: TaskAdapter, current: Names, model: str) -> TaskAdapter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import re
 from collections.abc import Sequence
@@ -12,7 +14,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .costs import MergeReport
-from .page_parts import STYLE, embedded
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; }
+.wide { overflow-x: auto; }
+footer, dd { color: #666; }
+"""
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -56,6 +67,13 @@ def page(report: MergeReport, figure: Figure) -> str:
     )
 
 
+def embedded(figure: Figure) -> str:
+    """A picture as text, for the `src` of an image: `data:image/png;base64,…`."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def draw(report: MergeReport) -> Figure:
     """Residuals as a heatmap of layers and tasks, and beside it the conflicts and where images go."""
     squares: list[tuple[str, Tensor, Sequence[str]]] = []
@@ -97,9 +115,7 @@ def _draw_residuals(axis: Axes, report: MergeReport) -> None:
     assert axis.figure is not None
     axis.figure.colorbar(image, ax=axis, shrink=0.5, pad=0.02)
     axis.set_title("residual by layer and task", fontsize=9)
-    axis.set_xticks(
-        range(len(report.tasks)), report.tasks, rotation=60, ha="right", rotation_mode="anchor", fontsize=7
-    )
+    _name_columns(axis, report.tasks)
     places = _labelled(report.layers)
     axis.set_yticks(list(places), list(places.values()), fontsize=6)
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..algebra.lpm import LowRankDelta
 from ..files.adapter import read_adapter
 from ..files.atomic import replace_file
 from ..files.statistics import AdapterStatistics
-from ..hub.sources import find_adapter
+from ..hub.sources import HubOptions, find_adapter
 from ..merging.prepare import AdapterPath
 from ..records import merge_of
 from ..tuner.layers import lora_layers
@@ -25,13 +26,7 @@ __all__ = ["MergeReport", "merge_report", "save_report"]
 
 
 def merge_report(
-    merge: AdapterPath | PeftModel,
-    *,
-    conflicts: bool = True,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    progress: bool = True,
+    merge: AdapterPath | PeftModel, *, conflicts: bool = True, progress: bool = True, **hub: Unpack[HubOptions]
 ) -> MergeReport:
     """What merging costs each task, layer by layer, before any evaluation; no base model is loaded.
 
@@ -41,14 +36,9 @@ def merge_report(
         conflicts (`bool`, defaults to `True`):
             Whether to merge the tasks in pairs too, to find those that contradict each other; that takes about as long
             as the merge itself.
-        token (`str` or `bool`, *optional*):
-            As in [`~huggingface_hub.snapshot_download`], like the next two.
-        cache_dir (`str`, *optional*):
-            Where Hub downloads are kept.
-        local_files_only (`bool`, defaults to `False`):
-            Use only what is in the cache.
         progress (`bool`, defaults to `True`):
             Show a progress bar.
+        **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
     Returns:
         [`MergeReport`]: Residuals, conflicts, effective ranks, where images go, and sizes.
@@ -56,10 +46,19 @@ def merge_report(
     Raises:
         ValueError: The adapter is no merge.
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
+
+    Example:
+        ```python
+        from peft_many import merge_report, save_report
+
+        report = merge_report("merged")
+        print(report.interference)
+        save_report(report, "report")
+        ```
     """
     if isinstance(merge, PeftModel):
         return _of_model(merge, conflicts, progress)
-    source = find_adapter(merge, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    source = find_adapter(merge, **hub)
     adapter = read_adapter(source)
     if adapter.merge is None:
         raise ValueError(f"{source.name} is no merge; only merges can be reported on.")

@@ -1,4 +1,4 @@
-"""What every export has in common: what is read, the folder that is written, and what is said of it."""
+"""What every export has in common: the tensors that it reads, the folder that it becomes, the card that says so."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files.adapter import Adapter
 from ..files.card import CARD_NAME
-from ..files.key_layouts import with_current_names
-from ..files.partial import PartialFolder, partial_folder
+from ..files.partial import partial_folder
 from ..files.stored_delta import KEY_PREFIX
 from ..version import __version__
 
@@ -28,29 +27,10 @@ class Export:
     Args:
         folder (`Path`): Where it is.
         notes (`list[str]`): What it cannot do that the adapter could; the folder's `README.md` says so too.
-        projector_loss (`dict[str, dict[str, float]]`):
-            By projector and task, how far the one projector of a folded model is from the task's own, as a share of
-            how far training moved that: 0 is the task's own, 1 as far from it as the base model's.
     """
 
     folder: Path
     notes: list[str]
-    projector_loss: dict[str, dict[str, float]] = field(default_factory=dict)
-
-
-def with_names_of(adapter: Adapter, model: nn.Module | None) -> Adapter:
-    """The adapter with its layers called as in the model, or, without one, as transformers calls them today.
-
-    Raises:
-        UnmergeableAdapterError: A layer or projector matches no module of the model.
-    """
-    (named,) = with_current_names([adapter], model)
-    names = {
-        old: new
-        for before, after in zip(adapter.tasks, named.tasks)
-        for old, new in zip(before.deltas, after.deltas, strict=True)
-    }
-    return replace(named, pairs={names[module]: pair for module, pair in adapter.pairs.items()})
 
 
 def read_pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
@@ -65,38 +45,54 @@ def read_pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
         read = {module: delta.read() for module, delta in sorted(adapter.tasks[0].deltas.items())}
         return {module: (delta.A, delta.B) for module, delta in read.items()}
     found = {}
-    for module in sorted(adapter.pairs):
-        pair = adapter.pairs[module]
-        dtype = adapter.files[0].dtype(f"{KEY_PREFIX}{pair.module}.lora_A.weight")
+    for module, pair in sorted(adapter.pairs.items()):
+        dtype = pair.weights.dtype(f"{KEY_PREFIX}{pair.module}.lora_A.weight")
         delta = pair.read()
         found[module] = (delta.A.to(dtype), delta.B.to(dtype))
     return found
 
 
+def notes_on_gate(adapter: Adapter) -> list[str]:
+    """What no export can keep of a merge with `gate_lora`."""
+    if adapter.is_gated:
+        return ["It has the merged LoRA for all inputs; images choose no task's own any more (`gate_lora`)."]
+    return []
+
+
 @contextmanager
-def new_folder(output: Path, adapter: Adapter, *how: Any) -> Iterator[PartialFolder]:
+def new_folder(output: Path, adapter: Adapter, *how: Any) -> Iterator[Path]:
     """A folder that becomes `output` when the block ends well."""
     inputs = [(str(file.path), file.path.stat().st_mtime_ns) for file in adapter.files]
     key = hashlib.sha256(json.dumps([__version__, inputs, how], default=str).encode()).hexdigest()
     with partial_folder(output, key) as partial:
-        yield partial
+        yield partial.folder
 
 
 def write_card(
     folder: Path, title: str, adapter: Adapter, base_model: str | None, usage: str, notes: Sequence[str], **data: Any
 ) -> None:
-    """Write the model card of an export."""
+    """Write the model card of an export.
+
+    Args:
+        folder (`Path`): The export.
+        title (`str`): What it is; `{tasks}` in it becomes "3 tasks".
+        adapter ([`Adapter`]): What was exported.
+        base_model (`str`, *optional*): Folder or Hub id.
+        usage (`str`): Python that loads it.
+        notes (`Sequence[str]`): Those of [`Export`].
+        **data (`Any`): Of the card's metadata.
+    """
     # A folder of the user's own is nobody else's business, and no model that the Hub could link to.
     known = base_model if base_model is not None and not Path(base_model).exists() else None
     about = ModelCardData(base_model=known, tags=["continual-learning", "lora", "merge", "peft-many"], **data)
+    tasks = "1 task" if len(adapter.tasks) == 1 else f"{len(adapter.tasks)} tasks"
     rows = "\n".join(
         f"| {task.name} | {task.origin.source} | {task.origin.revision or ''} | {task.weight:g} |"
         for task in adapter.tasks
     )
     said = "\n".join(f"- {note}" for note in notes)
     text = (
-        f"# {title}\n\nExported by `peft_many` {__version__} "
-        "(MAny, arXiv 2604.14016).\n\n"
+        f"# {title.format(tasks=tasks)}\n\nExported by `peft_many` {__version__} (MAny, arXiv 2604.14016).\n\n"
         f"```python\n{usage}```\n\n{said}\n\n| task | source | revision | weight |\n|---|---|---|---|\n{rows}\n"
     )
     ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}").save(folder / CARD_NAME)

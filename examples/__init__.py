@@ -1,0 +1,1 @@
+"""Whole scripts to copy from, and the demo: `python -m examples.demo`. Run from a checkout."""

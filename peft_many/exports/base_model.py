@@ -1,0 +1,168 @@
+"""The base model of an adapter: loaded, given the adapter's deltas for good, and saved with its tokenizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import get_peft_model, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from ..files.adapter import Adapter
+from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from ..hub.sources import TRANSPORT_ERROR, HubArguments, first_line
+from ..merging.base_model import check_fits_model
+from ..tuner.config import MAnyConfig
+from .export import read_pairs
+
+# What tokenizers, processors and generation are made of; no weights and no code.
+_BESIDES = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.*",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which model an adapter belongs to.
+
+    Args:
+        name (`str`): A folder or Hub id.
+        revision (`str`, *optional*): On the Hub.
+        hub ([`HubArguments`]): How to download it.
+    """
+
+    name: str
+    revision: str | None
+    hub: HubArguments = field(repr=False)
+
+    @classmethod
+    def of(cls, given: str | os.PathLike[str] | None, adapter: Adapter, hub: HubArguments) -> BaseModel:
+        """The one given (`"me/model@revision"` too), or the one that the adapter's config names.
+
+        Raises:
+            ValueError: Nobody says which model it is.
+        """
+        if given is None:
+            name, revision = adapter.config.base_model_name_or_path, adapter.config.revision
+        elif Path(given).expanduser().is_dir():
+            name, revision = str(Path(given).expanduser()), None
+        else:
+            name, _, at = str(given).partition("@")
+            revision = at or None
+        if not name:
+            raise ValueError("The adapter does not say which base model it is of; pass `base_model`.")
+        return cls(name, revision, hub)
+
+    def load(self) -> PreTrainedModel:
+        """The model, in the dtype that it is stored in. No code but transformers' own is run.
+
+        Raises:
+            ValueError: Transformers does not know its class.
+            FileNotFoundError: It cannot be found.
+        """
+        try:
+            config = AutoConfig.from_pretrained(self.name, revision=self.revision, **self.hub)
+            kind = model_class(config, self.name)
+            model: PreTrainedModel = kind.from_pretrained(self.name, revision=self.revision, dtype="auto", **self.hub)
+        except OSError as error:  # which those of the Hub are too
+            raise FileNotFoundError(f"The base model '{self.name}' cannot be loaded: {first_line(error)}") from None
+        return model.eval()
+
+    def copy_tokenizer(self, folder: Path) -> list[str]:
+        """Copy the model's tokenizer and processor files; what to note if there are none.
+
+        Raises:
+            FileNotFoundError: The Hub did not give them.
+        """
+        source = Path(self.name)
+        missing = ["No tokenizer or processor was found beside the base model, so none is here."]
+        if not source.is_dir():
+            try:
+                source = Path(
+                    snapshot_download(self.name, revision=self.revision, allow_patterns=list(_BESIDES), **self.hub)
+                )
+            except LocalEntryNotFoundError:  # the model is from a cache that has nothing else of it
+                return missing
+            except (OSError, TRANSPORT_ERROR) as error:
+                raise FileNotFoundError(
+                    f"The tokenizer of the base model '{self.name}' cannot be fetched: {first_line(error)}; try again."
+                ) from None
+        found = [path for pattern in _BESIDES for path in source.glob(pattern) if path.is_file()]
+        for path in found:
+            if not (folder / path.name).exists():  # transformers wrote its own
+                shutil.copyfile(path, folder / path.name)
+        return [] if any(path.name != "generation_config.json" for path in found) else missing
+
+
+def model_class(config: Any, name: str) -> Any:
+    """Transformers' class of the model, as its config says.
+
+    Raises:
+        ValueError: Transformers has none of that name; no other code is run.
+    """
+    kind = getattr(transformers, (config.architectures or ["None"])[0], None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise ValueError(f"The model '{name}' is of a class that transformers does not have.")
+    return kind
+
+
+def fold(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+    """Add an adapter's deltas to the model's weights, in place; of a merge with a gate, the merged LoRA.
+
+    Raises:
+        UnmergeableAdapterError: The adapter does not fit the model.
+    """
+    pairs = read_pairs(adapter)
+    rank = max(A.shape[0] for A, _ in pairs.values())
+    ranks = {module.replace(".", r"\."): A.shape[0] for module, (A, _) in pairs.items() if A.shape[0] != rank}
+    config = MAnyConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=ranks,
+        alpha_pattern=dict(ranks),
+        target_modules=sorted(pairs),
+        projector_modules=[],
+        fan_in_fan_out=bool(getattr(adapter.config, "fan_in_fan_out", False)),
+        inference_mode=True,
+    )
+    tensors = {}
+    for module, (A, B) in pairs.items():
+        tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = A.float()
+        tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = B.float()
+    check_fits_model(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, model)
+    peft_model = get_peft_model(model, config)
+    set_peft_model_state_dict(peft_model, tensors)
+    plain: PreTrainedModel = peft_model.merge_and_unload()
+    return plain
+
+
+def put_projector(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Replace the weights of the model's projector.
+
+    Raises:
+        UnmergeableAdapterError: The model does not have it, or another one.
+    """
+    try:
+        model.get_submodule(name).load_state_dict(tensors)
+    except (AttributeError, RuntimeError) as error:
+        raise UnmergeableAdapterError(
+            f"The adapter's projector '{name}' does not fit this {type(model).__name__}: it was trained on another "
+            f"base model. ({' '.join(str(error).split())})"
+        ) from None
