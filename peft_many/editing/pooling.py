@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..algebra.covariance import Covariance, LowRankCovariance, added_covariances
 from ..algebra.spectrum import eigen_directions
 from ..files.adapter import TaskAdapter
-from ..files.partial import partial_folder
+from ..files.atomic import new_folder
 from ..files.statistics import AdapterStatistics, TaskStatistics, weight_fingerprint
 from ..files.stored_delta import KEY_PREFIX
 from ..merging.group import merged_deltas, tensors_of
@@ -129,9 +129,9 @@ def pool_adapters(
         fingerprints=fingerprints,
         weight=sum(task.weight for task in plan.tasks),
     )
-    with partial_folder(Path(output_dir).expanduser(), plan.key()) as partial:
-        save_file(tensors, partial.folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-        _config_of(plan, name, statistics).save_pretrained(partial.folder)
+    with new_folder(Path(output_dir).expanduser()) as folder:
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+        _config_of(plan, name, statistics).save_pretrained(folder)
     return Path(output_dir).expanduser()
 
 

@@ -6,7 +6,6 @@ built on it do (MCITlib, CoIN, MLLM-CL): the LoRA weights, and apart from them t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files.partial import partial_folder
+from ..files.atomic import new_folder
 from ..files.stored_delta import KEY_PREFIX
 from ..tuner.config import MAnyConfig
 
@@ -96,11 +95,10 @@ def import_llava_checkpoint(
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
-    key = hashlib.sha256(f"import {source.resolve()} {config.to_dict()}".encode()).hexdigest()
-    with partial_folder(output, key) as partial:
+    with new_folder(output) as partial:
         weights = {f"{KEY_PREFIX}{name}": _copy(tensor) for name, tensor in tensors.items()}
-        save_file(weights, partial.folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(partial.folder)
+        save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(partial)
     return output
 
 

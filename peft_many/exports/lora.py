@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 
 from ..algebra.reduction import padded
 from ..files.adapter import Adapter, read_adapter
+from ..files.atomic import new_folder
 from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
 from ..hub.sources import find_adapter
 from ..merging.prepare import AdapterPath
-from .result import Export, new_folder, read_pairs, with_names_of, write_card
+from .result import Export, read_pairs, with_names_of, write_card
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for `max_lora_rank`
 
@@ -81,12 +82,12 @@ def export_lora(
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = wide_B.contiguous()
     notes = _notes(read, rank, pairs[next(iter(pairs))][0].dtype)
     output = Path(output_dir).expanduser()
-    with new_folder(output, read, "lora") as partial:
-        save_file(tensors, partial.folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(partial.folder)
+    with new_folder(output) as folder:
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(folder)
         title = f"A LoRA of {len(read.tasks)} task{'s' if len(read.tasks) > 1 else ''}"
         base = read.config.base_model_name_or_path
-        write_card(partial.folder, title, read, base, _USAGE, notes, library_name="peft")
+        write_card(folder, title, read, base, _USAGE, notes, library_name="peft")
     return Export(output, notes)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from ..files.adapter import Adapter, read_adapter
+from ..files.atomic import new_folder
 from ..hub.sources import find_adapter
 from ..merging.prepare import AdapterPath
 from .folding import GATE_LOST, NO_TOKENIZER, BaseModel, copy_besides, folded, load_base
 from .one_projector import ProjectorBench, benches
-from .result import Export, new_folder, with_names_of, write_card
+from .result import Export, with_names_of, write_card
 
 # Measured with the six tasks of docs/mini-ucit.md, one seed, 150 pictures each.
 _SEEN = (
@@ -74,18 +75,18 @@ def export_model(
     base = BaseModel.of(base_model, read)
     _check_task(read, projector)
     output = Path(output_dir).expanduser()
-    with new_folder(output, read, "model", base, projector) as partial:
+    with new_folder(output) as folder:
         model = load_base(base, hub)
         read = with_names_of(read, model)
         found = [_chosen(bench, read, projector) for bench in benches(model, read.tasks)]
         plain = folded(model, read, {one.name: one.tensors for one in found if one.tensors})
-        plain.save_pretrained(partial.folder)
+        plain.save_pretrained(folder)
         notes = _notes(read, found)
-        if not copy_besides(base, partial.folder, hub):
+        if not copy_besides(base, folder, hub):
             notes.append(NO_TOKENIZER)
         title = f"A model with {len(read.tasks)} task{'s' if len(read.tasks) > 1 else ''} folded in"
         usage = _USAGE.format(kind=type(plain).__name__)
-        write_card(partial.folder, title, read, base.name, usage, notes, library_name="transformers")
+        write_card(folder, title, read, base.name, usage, notes, library_name="transformers")
     return Export(output, notes, {one.name: one.loss for one in found if one.loss})
 
 

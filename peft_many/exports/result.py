@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,6 @@ from torch import Tensor, nn
 from ..files.adapter import Adapter
 from ..files.card import CARD_NAME
 from ..files.key_layouts import with_current_names
-from ..files.partial import PartialFolder, partial_folder
 from ..files.stored_delta import KEY_PREFIX
 from ..version import __version__
 
@@ -71,15 +67,6 @@ def read_pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
         delta = pair.read()
         found[module] = (delta.A.to(dtype), delta.B.to(dtype))
     return found
-
-
-@contextmanager
-def new_folder(output: Path, adapter: Adapter, *how: Any) -> Iterator[PartialFolder]:
-    """A folder that becomes `output` when the block ends well."""
-    inputs = [(str(file.path), file.path.stat().st_mtime_ns) for file in adapter.files]
-    key = hashlib.sha256(json.dumps([__version__, inputs, how], default=str).encode()).hexdigest()
-    with partial_folder(output, key) as partial:
-        yield partial
 
 
 def write_card(

@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from ..files.adapter import Adapter, read_adapter
+from ..files.atomic import new_folder
 from ..files.stored_delta import KEY_PREFIX
 from ..hub.sources import find_adapter
 from ..merging.prepare import AdapterPath
 from ..records import MergeRecord
 from ..tuner.config import MAnyConfig
 from .folding import GATE_LOST, NO_TOKENIZER, BaseModel, copy_besides, folded, load_base, model_class
-from .result import Export, new_folder, with_names_of, write_card
+from .result import Export, with_names_of, write_card
 
 _USAGE = """import peft_many
 
@@ -65,21 +66,21 @@ def export_routed_model(
         raise ValueError(f"{source.name} routes no projector; `export_model` loses nothing there.")
     base = BaseModel.of(base_model, read)
     output = Path(output_dir).expanduser()
-    with new_folder(output, read, "routed", base) as partial:
+    with new_folder(output) as folder:
         model = load_base(base, hub)
         plain = folded(model, with_names_of(read, model), {})
-        plain.save_pretrained(partial.folder)
-        _save_projectors(read, read.merge, partial.folder)
+        plain.save_pretrained(folder)
+        _save_projectors(read, read.merge, folder)
         notes = [
             "Loads with peft_many only. Read as a plain model without it, images would be seen through the base "
             "model's projector."
         ]
         if read.is_gated:
             notes.append(GATE_LOST)
-        if not copy_besides(base, partial.folder, hub):
+        if not copy_besides(base, folder, hub):
             notes.append(NO_TOKENIZER)
         title = f"A model with {len(read.tasks)} tasks folded in and routed projectors"
-        write_card(partial.folder, title, read, base.name, _USAGE, notes, library_name="peft")
+        write_card(folder, title, read, base.name, _USAGE, notes, library_name="peft")
     return Export(output, notes)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor
 from ..algebra.lpm import LeastSquaresMerge, MergedDelta, SingularMergeError
 from ..files.statistics import check_covariance, weight_fingerprint
 from ..files.stored_delta import KEY_PREFIX, TASK_WEIGHT, UnmergeableAdapterError
-from ..files.tensor_file import bytes_of
 from .by_method import merge_by_method
 from .interference import layer_residuals
 from .prepare import PreparedMerge
@@ -25,7 +23,7 @@ class MergedGroup:
 
     Args:
         tensors (`dict[str, torch.Tensor]`): For the weights file, by key.
-        record (`dict[str, Any]`): What the merge's statistics and a later run must know of it, as JSON.
+        record (`dict[str, Any]`): What the merge's statistics must know of it.
     """
 
     tensors: dict[str, Tensor]
@@ -35,15 +33,13 @@ class MergedGroup:
 def merge_group(plan: PreparedMerge, group: Sequence[str], device: str | torch.device) -> MergedGroup:
     """Merge layers that share their input; what was read for it is given back."""
     merged = merged_deltas(plan, group, device)
-    tensors = tensors_of(merged)
     record = {
         "stacked": {module: delta.stacked for module, delta in merged.items()},
         "fingerprints": {module: _fingerprints(plan, module, delta) for module, delta in merged.items()},
         "residuals": {module: layer_residuals(plan, module, delta) for module, delta in merged.items()},
-        "checksums": {key: zlib.crc32(bytes_of(tensor)) for key, tensor in tensors.items()},
     }
     plan.release()
-    return MergedGroup(tensors, record)
+    return MergedGroup(tensors_of(merged), record)
 
 
 def merged_deltas(plan: PreparedMerge, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:

@@ -15,7 +15,7 @@ from peft_many.algebra.sketch import CovarianceSketch
 from peft_many.statistics.gathering import ImageStatistics, gather_covariances, gather_prototypes
 from peft_many.statistics.prototype_hooks import MOST_KEPT_IMAGES, PooledFeatures
 from tests.algebra.problems import relative_error, seeds
-from tests.files.test_partial import in_processes
+from tests.files.test_processes import in_processes
 
 WIDTH = 6
 QKV, DOWN = ("q", "k", "v"), ("down",)
