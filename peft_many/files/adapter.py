@@ -18,7 +18,7 @@ from ..records import MergeRecord, Operation, Origin, PoolRecord, merge_of
 from .card import data_sets_of
 from .lora_pairs import split_pairs
 from .peft_deltas import deltas_by_peft
-from .peft_methods import check_options, is_plain_lora, method_of, name_of
+from .peft_methods import check_method, check_options, is_plain_lora, name_of
 from .source import AdapterSource
 from .statistics import (
     STATISTICS_NAME,
@@ -187,11 +187,10 @@ def _read_config(source: AdapterSource) -> PeftConfig:
         # ValueError covers broken JSON and the messages of configs, which are written for people.
         reason = f"{error} is unknown" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} cannot be used: {reason}.") from error
-    if not is_plain_lora(config):
-        try:
-            method_of(config)
-        except ValueError as error:
-            raise UnmergeableAdapterError(f"{source.name} {error}; it cannot be merged.") from None
+    try:
+        check_method(config)
+    except ValueError as error:
+        raise UnmergeableAdapterError(f"{source.name} {error}; it cannot be merged.") from None
     check_config(config, source.name)
     return config
 
