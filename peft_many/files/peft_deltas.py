@@ -191,14 +191,11 @@ def _of_model(adapter: str, config: PeftConfig, keys: TensorKeys, base: nn.Modul
 
 def _base_weight(adapter: str, name: str, module: nn.Module) -> Tensor:
     weight = getattr(module, "weight", None)
-    if (
-        isinstance(weight, Tensor)
-        and weight.is_floating_point()
-        and type(weight.data) is Tensor
-        and not weight.is_meta
-    ):
+    offloaded = isinstance(weight, Tensor) and weight.is_meta
+    plain = isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.is_floating_point()
+    if isinstance(weight, Tensor) and plain and not offloaded:
         return weight.detach().cpu()
-    why = "not in memory (offloaded?)" if getattr(weight, "is_meta", False) else "quantised"
+    why = "not in memory (offloaded?)" if offloaded else "quantised"
     raise UnmergeableAdapterError(
         f"{adapter}: its delta depends on the base weight of '{name}', which is {why}. Merge on the base model as it "
         "was, loaded whole; the merge can be loaded on this one."
