@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_sequence
-from peft_many.files.partial import partial_folder
+from peft_many.files.atomic import new_folder
 from peft_many.tuner.layers import lora_layers
 
 from .model import Collator, TinyModel
@@ -201,8 +201,8 @@ class Workshop:
         """A folder of this name, made by `make` if it is not there yet; whole or not at all."""
         folder = self.folder / name
         if not folder.exists():
-            with partial_folder(folder, name) as partial:
-                make(partial.folder)
+            with new_folder(folder) as partial:
+                make(partial)
         return folder
 
     def _wrapped(self, model: nn.Module, task_name: str | None = None) -> PeftModel:

@@ -17,8 +17,8 @@ from ..algebra.covariance import LowRankCovariance
 from ..algebra.spectrum import Truncation
 from ..algebra.sums import added_covariances
 from ..files.adapter import TaskAdapter
+from ..files.atomic import new_folder
 from ..files.fingerprints import weight_fingerprint
-from ..files.partial import partial_folder
 from ..files.statistics import AdapterStatistics, ImageStatistics, InputStatistics, TaskStatistics
 from ..files.stored_delta import KEY_PREFIX
 from ..hub.sources import HubArguments
@@ -135,9 +135,9 @@ def pool_adapters(
         fingerprints=fingerprints,
         weight=sum(task.weight for task in plan.tasks),
     )
-    with partial_folder(Path(output_dir).expanduser(), plan.key()) as partial:
-        save_file(tensors, partial.folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-        _config_of(plan, name, statistics).save_pretrained(partial.folder)
+    with new_folder(Path(output_dir).expanduser()) as folder:
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+        _config_of(plan, name, statistics).save_pretrained(folder)
     return Path(output_dir).expanduser()
 
 

@@ -12,13 +12,14 @@ from typing import Any
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft import get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..files.adapter import Adapter
 from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
-from ..hub.sources import TRANSPORT_ERROR, HubArguments, first_line
+from ..hub.sources import HubArguments, first_line
 from ..merging.base_model import check_fits_model
 from ..tuner.config import MAnyConfig
 from .export import read_pairs
@@ -100,7 +101,7 @@ class BaseModel:
                 )
             except LocalEntryNotFoundError:  # the model is from a cache that has nothing else of it
                 return missing
-            except (OSError, TRANSPORT_ERROR) as error:
+            except (OSError, httpx.HTTPError) as error:
                 raise FileNotFoundError(
                     f"The tokenizer of the base model '{self.name}' cannot be fetched: {first_line(error)}; try again."
                 ) from None

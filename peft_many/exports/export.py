@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from torch import Tensor
 
 from ..files.adapter import Adapter
 from ..files.card import CARD_NAME
-from ..files.partial import partial_folder
 from ..files.stored_delta import KEY_PREFIX
 from ..version import __version__
 
@@ -57,15 +53,6 @@ def notes_on_gate(adapter: Adapter) -> list[str]:
     if adapter.is_gated:
         return ["It has the merged LoRA for all inputs; images choose no task's own any more (`gate_lora`)."]
     return []
-
-
-@contextmanager
-def new_folder(output: Path, adapter: Adapter, *how: Any) -> Iterator[Path]:
-    """A folder that becomes `output` when the block ends well."""
-    inputs = [(str(file.path), file.path.stat().st_mtime_ns) for file in adapter.files]
-    key = hashlib.sha256(json.dumps([__version__, inputs, how], default=str).encode()).hexdigest()
-    with partial_folder(output, key) as partial:
-        yield partial.folder
 
 
 def write_card(

@@ -6,7 +6,6 @@ built on it do (MCITlib, CoIN, MLLM-CL): the LoRA weights, and apart from them t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files.adapter import read_adapter
-from ..files.partial import partial_folder
+from ..files.atomic import new_folder
 from ..files.source import AdapterSource
 from ..files.stored_delta import KEY_PREFIX
 from ..tuner.config import MAnyConfig
@@ -79,12 +78,11 @@ def import_llava_checkpoint(
     settings = _read_settings(source)
     tensors = _renamed(source, _read_weights(source))
     config = _config_of(settings, tensors, task_name or source.resolve().name, base_model)
-    key = hashlib.sha256(f"import {source.resolve()} {config.to_dict()}".encode()).hexdigest()
-    with partial_folder(output, key) as partial:
+    with new_folder(output) as partial:
         weights = {f"{KEY_PREFIX}{name}": _copy(tensor) for name, tensor in tensors.items()}
-        save_file(weights, partial.folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(partial.folder)
-        for pair in read_adapter(AdapterSource(partial.folder, str(source))).pairs.values():
+        save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(partial)
+        for pair in read_adapter(AdapterSource(partial, str(source))).pairs.values():
             pair.read()  # both refuse what does not fit together, or is no number
     return output
 

@@ -12,11 +12,12 @@ from typing_extensions import Unpack
 
 from ..algebra.reduction import padded
 from ..files.adapter import read_adapter
+from ..files.atomic import new_folder
 from ..files.key_layouts import with_current_names
 from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.prepare import AdapterPath
-from .export import Export, new_folder, notes_on_gate, read_pairs, write_card
+from .export import Export, notes_on_gate, read_pairs, write_card
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for `max_lora_rank`
 
@@ -87,7 +88,7 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
         )
     notes += notes_on_gate(read)
     output = Path(output_dir).expanduser()
-    with new_folder(output, read, "lora") as folder:
+    with new_folder(output) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(folder)
         base = read.config.base_model_name_or_path

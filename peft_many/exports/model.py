@@ -8,12 +8,13 @@ from pathlib import Path
 from typing_extensions import Unpack
 
 from ..files.adapter import Adapter, read_adapter
+from ..files.atomic import new_folder
 from ..files.key_layouts import with_current_names
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.mean_projectors import average_projectors
 from ..merging.prepare import AdapterPath
 from .base_model import BaseModel, fold, put_projector
-from .export import Export, new_folder, notes_on_gate, write_card
+from .export import Export, notes_on_gate, write_card
 
 _USAGE = """from transformers import {kind}
 
@@ -63,7 +64,7 @@ def export_model(
     base = BaseModel.of(base_model, read, hub)
     _check_task(read, projector)
     output = Path(output_dir).expanduser()
-    with new_folder(output, read, "model", base, projector) as folder:
+    with new_folder(output) as folder:
         model = base.load()
         (read,) = with_current_names([read], model)
         plain = fold(model, read)

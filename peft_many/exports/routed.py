@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from typing_extensions import Unpack
 
 from ..files.adapter import Adapter, read_adapter
+from ..files.atomic import new_folder
 from ..files.key_layouts import with_current_names
 from ..files.stored_delta import KEY_PREFIX
 from ..hub.sources import HubArguments, find_adapter
@@ -22,7 +23,7 @@ from ..merging.prepare import AdapterPath
 from ..records import MergeRecord
 from ..tuner.config import MAnyConfig
 from .base_model import BaseModel, fold, model_class
-from .export import Export, new_folder, notes_on_gate, write_card
+from .export import Export, notes_on_gate, write_card
 
 _USAGE = """import peft_many
 
@@ -70,7 +71,7 @@ def export_routed_model(
         raise ValueError(f"{source.name} routes no projector; `export_model` loses nothing there.")
     base = BaseModel.of(base_model, read, hub)
     output = Path(output_dir).expanduser()
-    with new_folder(output, read, "routed", base) as folder:
+    with new_folder(output) as folder:
         model = base.load()
         (renamed,) = with_current_names([read], model)
         fold(model, renamed).save_pretrained(folder)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,25 +17,23 @@ from ..records import MergeRecord, Operation, Origin, PoolRecord, merge_of
 from .card import data_sets_of
 from .lora_pairs import split_pairs
 from .peft_deltas import deltas_by_peft
-from .peft_methods import check_options, is_plain_lora, method_of, name_of
+from .peft_methods import check_method, check_options, is_plain_lora, name_of
+from .projectors import projectors_in_merge, projectors_of_adapter
 from .source import AdapterSource
-from .statistics import (
-    STATISTICS_NAME,
-    AdapterStatistics,
-    StatisticsError,
-    TaskStatistics,
-    open_statistics,
-)
+from .statistics import STATISTICS_NAME, AdapterStatistics, StatisticsError, TaskStatistics, open_statistics
 from .stored_delta import (
     KEY_PREFIX,
     StoredDelta,
     StoredPair,
     UnmergeableAdapterError,
-    delta_in_merge,
     delta_of_adapter,
+    deltas_in_merge,
 )
 from .tensor_file import TensorFile
 from .untrusted import LARGEST_CONFIG, NONSENSE_ERRORS, check_config
+
+# Of the options that a task's adapter was trained with, those that a merge's config keeps.
+_TOLD_OPTIONS = ("r", "lora_alpha", "use_rslora")
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,11 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: n
         pairs, rest = split_pairs(source.name, config, weights)
         tasks = _tasks_of_merge(source, merge, statistics, pairs, rest)
     else:
-        measured = _of_one_task(source, statistics)
+        if len(statistics.tasks) != 1:
+            raise UnmergeableAdapterError(
+                f"{source.name} is no merge, but its statistics hold {len(statistics.tasks)} tasks."
+            )
+        measured = statistics.tasks[0]
         if isinstance(config, LoraConfig) and is_plain_lora(config):
             pairs, rest = split_pairs(source.name, config, weights)
             deltas = {name: delta_of_adapter(pair, measured, name, source.name) for name, pair in pairs.items()}
@@ -187,11 +188,10 @@ def _read_config(source: AdapterSource) -> PeftConfig:
         # ValueError covers broken JSON and the messages of configs, which are written for people.
         reason = f"{error} is unknown" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} cannot be used: {reason}.") from error
-    if not is_plain_lora(config):
-        try:
-            method_of(config)
-        except ValueError as error:
-            raise UnmergeableAdapterError(f"{source.name} {error}; it cannot be merged.") from None
+    try:
+        check_method(config)
+    except ValueError as error:
+        raise UnmergeableAdapterError(f"{source.name} {error}; it cannot be merged.") from None
     check_config(config, source.name)
     return config
 
@@ -214,53 +214,20 @@ def _open_weights(source: AdapterSource) -> TensorFile:
         raise UnmergeableAdapterError(f"{path} is damaged or truncated ({error}).") from None
 
 
-def _of_one_task(source: AdapterSource, statistics: AdapterStatistics) -> TaskStatistics:
-    if len(statistics.tasks) != 1:
-        raise UnmergeableAdapterError(
-            f"{source.name} is no merge, but its statistics hold {len(statistics.tasks)} tasks."
-        )
-    return statistics.tasks[0]
-
-
 def _single_task(
     source: AdapterSource,
     config: PeftConfig,
     measured: TaskStatistics,
     deltas: Mapping[str, StoredDelta],
-    rest: dict[str, Tensor],
+    rest: Mapping[str, Tensor],
 ) -> TaskAdapter:
-    projectors: dict[str, dict[str, Tensor]] = {}
-    # A plain LoRA adapter does not say which of its modules is a projector; measuring it found out.
-    known = getattr(config, "projector_modules", None) or list(measured.projectors)
-    if not known and not measured.is_measured:
-        known = _named_like_projectors(rest)
-    for key, tensor in rest.items():
-        projector = next((name for name in known if key.startswith(f"{name}.")), None)
-        if projector is None:
-            raise UnmergeableAdapterError(
-                f"{source.name}: tensor '{key}' belongs to a module that is trained whole and is no projector; "
-                "such modules cannot be merged."
-                + ("" if known else " (If it is one: no image passed while its statistics were collected.)")
-            )
-        if not _is_saved_whole(projector, config):
-            raise UnmergeableAdapterError(
-                f"{source.name}: tensor '{key}' is a part of the projector '{projector}'; only projectors that "
-                f"are trained whole can be merged (`modules_to_save=['{projector.rpartition('.')[2]}']`)."
-            )
-        projectors.setdefault(projector, {})[key.removeprefix(f"{projector}.")] = tensor
-    lost = next((name for name in known if name not in projectors and _is_saved_whole(name, config)), None)
-    if lost is not None:
-        raise UnmergeableAdapterError(
-            f"{source.name} trained the projector '{lost}', but its {SAFETENSORS_WEIGHTS_NAME} has no tensor of it: "
-            "the file is incomplete; save or download the adapter again."
-        )
     return TaskAdapter(
         name=getattr(config, "task_name", None) or measured.name or source.short_name,
         weight=measured.weight,  # 1 but of pooled tasks
         origin=_origin(source, config),
         statistics=measured,
         deltas=deltas,
-        projectors=projectors,
+        projectors=projectors_of_adapter(source.name, config, measured, rest),
         source=source.name,
     )
 
@@ -279,96 +246,36 @@ def _origin(source: AdapterSource, config: PeftConfig) -> Origin:
     )
 
 
-# Of the options that a task's adapter was trained with, those that a merge's config keeps.
-_TOLD_OPTIONS = ("r", "lora_alpha", "use_rslora")
-
-
-# The last path component of a projector, by the names that transformers' families use: there is no model to look at.
-PROJECTOR_NAME = re.compile(
-    r"multi_modal_projector|mm_projector|projector|connector|merger|deepstack_merger_list|aligner|"
-    r"language_projection|vision_projection"
-)
-
-
-def _named_like_projectors(rest: Iterable[str]) -> list[str]:
-    """The modules of these tensors that transformers' families call so that they are projectors."""
-    parents = {key.rsplit(".", levels)[0]: None for key in rest for levels in range(key.count("."), 0, -1)}
-    found: list[str] = []
-    for path in parents:
-        inside = any(path.startswith(f"{outer}.") for outer in found)
-        if PROJECTOR_NAME.fullmatch(path.rpartition(".")[2]) and not inside:
-            found.append(path)
-    return found
-
-
-def _is_saved_whole(module: str, config: PeftConfig) -> bool:
-    """Whether `modules_to_save` names the module or one around it; PEFT compares the ends of paths."""
-    around = [module.rsplit(".", levels)[0] for levels in range(module.count(".") + 1)]
-    return any(path.endswith(name) for path in around for name in getattr(config, "modules_to_save", None) or [])
-
-
 def _tasks_of_merge(
     source: AdapterSource,
     merge: MergeRecord,
     statistics: AdapterStatistics,
-    pairs: dict[str, StoredPair],
-    rest: dict[str, Tensor],
+    pairs: Mapping[str, StoredPair],
+    rest: Mapping[str, Tensor],
 ) -> tuple[TaskAdapter, ...]:
-    """Take a merge apart: the statistics hold every `A_t`; the `B_t` are columns of the merged `B`, or there too."""
+    """Take a merge apart."""
     if len(merge.tasks) != len(statistics.tasks):
         raise UnmergeableAdapterError(
             f"{source.name} names {len(merge.tasks)} tasks, but its statistics hold {len(statistics.tasks)}."
         )
-    columns = dict.fromkeys(pairs, 0)
-    unstacked = {module for task in statistics.tasks for module in task.lora_B if module in task.lora_A}
-    tasks = []
     for about, measured in zip(merge.tasks, statistics.tasks):
-        name = f"{source.name}, task '{about.name}'"
         if measured.name != about.name:
-            raise UnmergeableAdapterError(f"{name}: its statistics are those of '{measured.name}'.")
-        deltas = {}
-        for module, A in measured.lora_A.items():
-            disagreement = f"{source.name}: its weights and its statistics disagree on '{module}'."
-            if module not in pairs or A.shape[1] != pairs[module].shape("A")[1]:
-                raise UnmergeableAdapterError(disagreement)
-            start, own = columns[module], measured.lora_B.get(module)
-            if (module in unstacked) != (own is not None):
-                raise UnmergeableAdapterError(disagreement)
-            if own is not None and tuple(own.shape) != (pairs[module].shape("B")[0], A.shape[0]):
-                raise UnmergeableAdapterError(disagreement)
-            end = columns[module] = start + A.shape[0] if own is None else pairs[module].shape("A")[0]
-            block = None if own is not None else slice(start, end)
-            deltas[module] = delta_in_merge(pairs[module], measured, module, block, name)
-        projectors: dict[str, dict[str, Tensor]] = {}
-        for projector, routed in merge.routing.items():
-            order, seen = routed.names, measured.projectors.get(projector)
-            if about.name in order and (seen is None or len(seen.prototype) != routed.width):
-                raise UnmergeableAdapterError(f"{name}: its statistics lack its prototype at '{projector}'.")
-            prefix = f"{projector}.experts.task_{order.index(about.name)}." if about.name in order else None
-            expert = {k.removeprefix(prefix): v for k, v in rest.items() if prefix and k.startswith(prefix)}
-            projectors |= {projector: expert} if expert else {}
-        for projector, averaged in merge.averaged_projectors.items():
-            if about.name in averaged:  # the mean of these tasks' projectors stands for each of them
-                prefix = f"{projector}."
-                mean = {k.removeprefix(prefix): v for k, v in rest.items() if k.startswith(prefix)}
-                if not mean:
-                    raise UnmergeableAdapterError(f"{source.name} lacks the tensors of its projector '{projector}'.")
-                projectors[projector] = mean
-        tasks.append(
-            TaskAdapter(
-                name=about.name,
-                weight=float(about.weight),
-                origin=about.origin,
-                statistics=measured,
-                deltas=deltas,
-                projectors=projectors,
-                source=name,
+            raise UnmergeableAdapterError(
+                f"{source.name}, task '{about.name}': its statistics are those of '{measured.name}'."
             )
+    parts = zip(merge.tasks, statistics.tasks, deltas_in_merge(source.name, pairs, statistics))
+    return tuple(
+        TaskAdapter(
+            name=about.name,
+            weight=float(about.weight),
+            origin=about.origin,
+            statistics=measured,
+            deltas=deltas,
+            projectors=projectors_in_merge(source.name, merge, measured, about.name, rest),
+            source=f"{source.name}, task '{about.name}'",
         )
-    wrong = next((module for module, pair in pairs.items() if columns[module] != pair.shape("A")[0]), None)
-    if wrong is not None:
-        raise UnmergeableAdapterError(f"{source.name}: its weights and its statistics disagree on '{wrong}'.")
-    return tuple(tasks)
+        for about, measured, deltas in parts
+    )
 
 
 def _check_statistics_fit(task: TaskAdapter) -> None:

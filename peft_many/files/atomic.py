@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: first under a temporary name, then renamed."""
+"""Files and folders that are written whole or not at all: first in a hidden place beside their own, then renamed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
@@ -20,14 +22,72 @@ def replace_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, default_mode(0o666))
+        mask = os.umask(0)  # which can only be read by setting it
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def writable_place(path: Path, replaced: Collection[str] = ()) -> tuple[Path, Path]:
-    """Where a new folder really goes, and the nearest folder above it that exists, on the same file system.
+@contextlib.contextmanager
+def new_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
+    """Give an empty folder that becomes `path` when the block ends well; folders above it are made as needed.
+
+    After an error or Ctrl-C nothing is left. A process that is killed leaves a hidden folder beside `path`, which the
+    next call for this path removes.
+
+    Args:
+        path (`Path`): The final place.
+        replaced (`Collection[str]`): Names of files that may be in `path`, which is replaced whole then.
+
+    Raises:
+        FileExistsError: `path` exists and is not an empty folder, or holds other files than these.
+        BlockingIOError: Another process is writing there.
+        OSError: It cannot be created. That is found out before the block runs.
+    """
+    path = writable_place(path, replaced)
+    missing = [parent for parent in path.parents if not parent.exists()]
+    try:
+        with _reserved(path) as hidden:
+            new = hidden / "new"
+            shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+            new.mkdir()
+            yield new
+            writable_place(path, replaced)  # again: somebody may have put something there
+            if replaced:
+                replace_folder(new, path)
+            else:
+                os.replace(new, path)  # an empty folder in the way is replaced, anything else refused
+    finally:
+        for parent in missing:
+            with contextlib.suppress(OSError):  # of those that hold something now
+                parent.rmdir()
+
+
+@contextlib.contextmanager
+def _reserved(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path` that no other process has at the same time."""
+    hidden = path.parent / f".{path.name}.partial"
+    above = next(parent for parent in path.parents if parent.exists())
+    try:
+        hidden.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"The output folder '{path}' cannot be created: '{above}': {error.strerror}.") from None
+    lock = FileLock(hidden / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(f"Another process is writing '{path}'.") from None
+    try:
+        yield hidden
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        lock.release()
+
+
+def writable_place(path: Path, replaced: Collection[str] = ()) -> Path:
+    """Where a new folder really goes.
 
     Args:
         path (`Path`): The new folder.
@@ -39,17 +99,16 @@ def writable_place(path: Path, replaced: Collection[str] = ()) -> tuple[Path, Pa
     path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"The output folder '{path}' is a file; nothing was written.")
-    if path.exists():
-        found = sorted(inside.name for inside in path.iterdir())
-        if found and not replaced:
-            raise FileExistsError(f"The output folder '{path}' already exists and is not empty; nothing was written.")
-        strange = next((name for name in found if name not in replaced or not (path / name).is_file()), None)
-        if strange is not None:
-            raise FileExistsError(
-                f"The output folder '{path}' holds '{strange}', which is no file of an adapter and would be lost; "
-                "nothing was written."
-            )
-    return path, next(parent for parent in path.parents if parent.exists())
+    found = sorted(inside.name for inside in path.iterdir()) if path.exists() else []
+    if found and not replaced:
+        raise FileExistsError(f"The output folder '{path}' already exists and is not empty; nothing was written.")
+    strange = next((name for name in found if name not in replaced or not (path / name).is_file()), None)
+    if strange is not None:
+        raise FileExistsError(
+            f"The output folder '{path}' holds '{strange}', which is no file of an adapter and would be lost; "
+            "nothing was written."
+        )
+    return path
 
 
 def replace_folder(new: Path, path: Path) -> None:
@@ -78,10 +137,3 @@ def _exchange(one: Path, two: Path) -> bool:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0
-
-
-def default_mode(mode: int) -> int:
-    """The mode that a file or folder gets which is created with `mode`, as the user's mask says."""
-    mask = os.umask(0)  # which can only be read by setting it
-    os.umask(mask)
-    return mode & ~mask

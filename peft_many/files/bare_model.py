@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .peft_methods import as_lora, name_of
+from .peft_methods import name_of
 
 _ADAPTER = "default"
 
@@ -59,7 +60,7 @@ def bare_model(config: PeftConfig, tensors: Mapping[str, Tensor], linears: Mappi
         *parents, name = path.split(".")
         parent = root
         for step in parents:
-            if step not in parent._modules:
+            if not hasattr(parent, step):
                 parent.add_module(step, nn.Module())
             parent = parent.get_submodule(step)
         parent.add_module(name, linear.build())
@@ -98,8 +99,9 @@ def dense_delta(model: PeftModel, module: str, linear: BareLinear) -> Tensor:
 
 def _for_bare_layers(config: PeftConfig, layers: list[str]) -> PeftConfig:
     """The config without what concerns the rest of the model."""
-    if name_of(config) == "MANY":
-        config = as_lora(config)
+    if name_of(config) == "MANY":  # an extension of LoRA; these layers need none of it
+        kept = [field.name for field in dataclasses.fields(LoraConfig) if field.init and field.name != "peft_type"]
+        config = LoraConfig(**{name: getattr(config, name) for name in kept})
     config = copy.copy(config)
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # every weight gets loaded; others look at the model or at data

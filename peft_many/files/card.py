@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..records import MergeOptions, MergeRecord, Operation, PooledTask, PoolRecord, TaskRecord, merge_of
 from ..version import __version__

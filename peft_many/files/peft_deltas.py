@@ -7,8 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -19,10 +18,11 @@ from ..families.linears import features_of_linear, is_linear
 from ..families.module_names import names_on
 from .bare_model import BareLinear, bare_model, dense_delta
 from .fingerprints import same_weights, tensors_fingerprint
-from .peft_methods import PeftMethod, described, method_of
+from .peft_methods import described, needs_base, rank_bound
 from .statistics import TaskStatistics
 from .stored_delta import KEY_PREFIX, StoredDelta, UnmergeableAdapterError, check_finite
 from .tensor_file import TensorFile
+from .upstream import prefix_of
 
 # Entries of the largest layer that is believed on the word of a statistics file; real ones have a third of that.
 LARGEST_LAYER = 1 << 31
@@ -52,7 +52,7 @@ class TensorKeys:
 
 def tensor_keys(config: PeftConfig, keys: Iterable[str]) -> TensorKeys:
     """Tell the tensors of an adapter apart by PEFT's prefix of the method."""
-    marker = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
+    marker = f".{prefix_of(config)}"
     found = TensorKeys({}, [], [])
     for key in sorted(keys):
         if not key.startswith(KEY_PREFIX):
@@ -76,88 +76,94 @@ def deltas_by_peft(
 
     Args:
         adapter (`str`): Its name, for messages.
-        config ([`~peft.PeftConfig`]): Its config.
+        config ([`~peft.PeftConfig`]): Its config, of a method that can be merged.
         weights (`TensorFile`): Its tensors.
         measured ([`TaskStatistics`]): Its statistics, which know how large its layers are.
         base (`torch.nn.Module`, *optional*): The base model, which knows that too.
 
     Raises:
-        UnmergeableAdapterError: The method adds no delta to linear layers, the sizes of the layers or the base weights
-            are needed and not known, or the tensors do not fit the config.
+        UnmergeableAdapterError: The sizes of the layers or the base weights are needed and not known, or the tensors
+            do not fit the config.
     """
-    try:
-        method = method_of(config)
-    except ValueError as error:
-        raise UnmergeableAdapterError(f"{adapter} {error}; it cannot be merged.") from None
     keys = tensor_keys(config, weights)
-    if method.needs_base and base is None:
+    for name in _SIZES:
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size > LARGEST_SIZE:
+            raise UnmergeableAdapterError(f"{adapter}: its config gives `{name}` as {size}, which no adapter has.")
+    if base is not None:
+        linears = _of_model(adapter, config, keys, base)
+    elif needs_base(config):
         layer = next(iter(keys.own), "its layers")
         raise UnmergeableAdapterError(
             f"{adapter} {described(config)}: its delta on '{layer}' depends on the base weights. Merge it with "
             "`merge_adapter_sequence`, which has the base model."
         )
-    for name in _SIZES:
-        size = getattr(config, name, None)
-        if isinstance(size, int) and size > LARGEST_SIZE:
-            raise UnmergeableAdapterError(f"{adapter}: its config gives `{name}` as {size}, which no adapter has.")
-    linears = (
-        _of_statistics(adapter, config, keys, measured)
-        if base is None
-        else _of_model(adapter, config, keys, base, with_weights=method.needs_base)
-    )
-    mine = {key: weights[key] for key in weights if key not in keys.rest}
+    else:
+        linears = _of_statistics(adapter, config, keys, measured)
     try:
-        model = bare_model(config, mine, linears)
+        model = bare_model(config, {key: weights[key] for key in weights if key not in keys.rest}, linears)
     except ValueError as error:
         raise UnmergeableAdapterError(f"{adapter} {described(config)}: {error}.") from error
-
-    def factors(module: str) -> LowRankDelta:
-        delta = dense_delta(model, module, linears[module])
-        check_finite(delta, f"{adapter}: the delta of '{module}'")
-        try:
-            return factored(delta, _rank_of(method, config, keys, weights, linears[module], module))
-        except RankError as error:
-            raise UnmergeableAdapterError(
-                f"{adapter}: the delta of '{module}' is not what its config says: {error}."
-            ) from None
-
-    latest = functools.lru_cache(maxsize=1)(factors)  # reading, `rows` and `columns` come one after another
-
-    def stored(module: str) -> StoredDelta:
-        def read() -> LowRankDelta:
-            for key in keys.of_layer(module):
-                check_finite(weights[key], f"{weights.path}: tensor '{key}'")
-            known = measured.fingerprints.get(module)
-            if known is not None and not same_weights(known, fingerprint_of(weights, keys, module)):
-                raise UnmergeableAdapterError(
-                    f"{adapter} was trained further after its statistics were collected ('{module}' has changed); "
-                    "run `collect_statistics` again."
-                )
-            return latest(module)
-
-        rank = _rank_of(method, config, keys, weights, linears[module], module)
-        rows, columns = (lambda: latest(module).A), (lambda: latest(module).B)
-        return StoredDelta(linears[module].shape, rank, read, rows=rows, columns=columns)
-
+    layers = _Layers(adapter, config, weights, keys, measured, linears, model)
     rest = {key.removeprefix(KEY_PREFIX): weights[key] for key in keys.rest}
     for name, tensor in rest.items():
         check_finite(tensor, f"{weights.path}: tensor '{KEY_PREFIX}{name}'")
-    return {module: stored(module) for module in linears}, rest
+    return {module: layers.stored(module) for module in linears}, rest
 
 
-def _rank_of(
-    method: PeftMethod, config: PeftConfig, keys: TensorKeys, weights: TensorFile, linear: BareLinear, module: str
-) -> int:
-    if method.rank is None:
-        return min(linear.shape)
-    prefix = f"{KEY_PREFIX}{module}."
-    shapes = {key.removeprefix(prefix): weights.shape(key) for key in keys.own.get(module, [])}
-    return max(1, min(method.rank(shapes, config), *linear.shape))
+@dataclass(eq=False)
+class _Layers:
+    """An adapter on a bare model, and what is needed to read and check the delta of one of its layers."""
+
+    adapter: str
+    config: PeftConfig
+    weights: TensorFile
+    keys: TensorKeys
+    measured: TaskStatistics
+    linears: Mapping[str, BareLinear]
+    model: PeftModel
+
+    def __post_init__(self) -> None:
+        # Reading a layer, its rows and its columns come one after another.
+        self.factors = functools.lru_cache(maxsize=1)(self._compute)
+
+    def stored(self, module: str) -> StoredDelta:
+        return StoredDelta(
+            self.linears[module].shape,
+            self._rank(module),
+            read=lambda: self._read(module),
+            rows=lambda: self.factors(module).A,
+            columns=lambda: self.factors(module).B,
+        )
+
+    def _rank(self, module: str) -> int:
+        prefix = f"{KEY_PREFIX}{module}."
+        shapes = {key.removeprefix(prefix): self.weights.shape(key) for key in self.keys.own.get(module, [])}
+        return rank_bound(self.config, shapes, self.linears[module].shape)
+
+    def _read(self, module: str) -> LowRankDelta:
+        for key in self.keys.of_layer(module):
+            check_finite(self.weights[key], f"{self.weights.path}: tensor '{key}'")
+        known = self.measured.fingerprints.get(module)
+        if known is not None and not same_weights(known, fingerprint_of(self.weights, self.keys, module)):
+            raise UnmergeableAdapterError(
+                f"{self.adapter} was trained further after its statistics were collected ('{module}' has changed); "
+                "run `collect_statistics` again."
+            )
+        return self.factors(module)
+
+    def _compute(self, module: str) -> LowRankDelta:
+        delta = dense_delta(self.model, module, self.linears[module])
+        check_finite(delta, f"{self.adapter}: the delta of '{module}'")
+        try:
+            return factored(delta, self._rank(module))
+        except RankError as error:
+            raise UnmergeableAdapterError(
+                f"{self.adapter}: the delta of '{module}' is not what its config says: {error}."
+            ) from None
 
 
-def _of_model(
-    adapter: str, config: PeftConfig, keys: TensorKeys, base: nn.Module, with_weights: bool
-) -> dict[str, BareLinear]:
+def _of_model(adapter: str, config: PeftConfig, keys: TensorKeys, base: nn.Module) -> dict[str, BareLinear]:
     """The layers of a base model that an adapter adapts, in the order of the model."""
     linears: dict[str, BareLinear] = {}
     names = names_on(base)
@@ -173,7 +179,7 @@ def _of_model(
                 f"{adapter} adapts '{name}', which is no linear layer in this {type(base).__name__}, but a "
                 f"{type(module).__name__}; only deltas of linear layers can be merged."
             )
-        weight = _base_weight(adapter, name, module) if with_weights else None
+        weight = _base_weight(adapter, name, module) if needs_base(config) else None
         linears[trained[name]] = BareLinear((shape[0], shape[1]), weight, isinstance(module, Conv1D))
     missing = next((name for name in keys.own if name not in linears), None)
     if missing is not None:
@@ -186,17 +192,15 @@ def _of_model(
 
 def _base_weight(adapter: str, name: str, module: nn.Module) -> Tensor:
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_meta:
-        raise UnmergeableAdapterError(
-            f"{adapter}: its delta depends on the base weight of '{name}', which is not in memory (offloaded?). Merge "
-            "on a base model that is loaded whole."
-        )
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or type(weight.data) is not Tensor:
-        raise UnmergeableAdapterError(
-            f"{adapter}: its delta depends on the base weight of '{name}', which is quantised. Merge on the base "
-            "model as it was before; the merge can be loaded on the quantised one."
-        )
-    return weight.detach().cpu()
+    offloaded = isinstance(weight, Tensor) and weight.is_meta
+    plain = isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.is_floating_point()
+    if isinstance(weight, Tensor) and plain and not offloaded:
+        return weight.detach().cpu()
+    why = "not in memory (offloaded?)" if offloaded else "quantised"
+    raise UnmergeableAdapterError(
+        f"{adapter}: its delta depends on the base weight of '{name}', which is {why}. Merge on the base model as it "
+        "was, loaded whole; the merge can be loaded on this one."
+    )
 
 
 def _of_statistics(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+
+from .atomic import new_folder
 
 T = TypeVar("T")
 
@@ -37,6 +41,8 @@ def from_every_process(value: Any) -> list[Any]:
 def together(step: Callable[[], T]) -> T:
     """Do a step in every process; if it fails in one, it fails in all. Alone, simply do it.
 
+    Otherwise the others would wait for the failed one until they time out.
+
     Raises:
         ProcessFailedError: It failed in another process; in that one, its own error.
     """
@@ -47,18 +53,40 @@ def together(step: Callable[[], T]) -> T:
         result = step()
     except Exception as failure:
         error = failure
-    fail_together(error)
-    return result
-
-
-def fail_together(error: BaseException | None) -> None:
-    """Raise if any process failed: its own error in that one, and one that names it in the others.
-
-    Otherwise the others would wait for the failed one until they time out.
-    """
     found = from_every_process(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     for process, message in enumerate(found):
         if message is not None:
             raise ProcessFailedError(f"Process {process} failed: {message}")
+    return result
+
+
+def in_first(step: Callable[[], T]) -> T:
+    """Do a step in the first process only; its result, or its failure, is everyone's. Alone, simply do it."""
+    state = current_processes()
+    mine = together(lambda: step() if state is None or state.is_main_process else None)
+    result: T = from_every_process(mine)[0]
+    return result
+
+
+def share(steps: Sequence[T], cost: Callable[[T], float]) -> list[T]:
+    """This process's share of the steps; everyone's costs about the same. Alone, all."""
+    state = current_processes()
+    if state is None:
+        return list(steps)
+    loads, mine = [0.0] * state.num_processes, []
+    for step in sorted(steps, key=cost, reverse=True):
+        idlest = loads.index(min(loads))
+        loads[idlest] += cost(step)
+        if idlest == state.process_index:
+            mine.append(step)
+    return mine
+
+
+@contextlib.contextmanager
+def shared_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
+    """As [`new_folder`], one for all processes. They must all enter and leave, and fail only [`together`] inside."""
+    with contextlib.ExitStack() as stack:
+        yield in_first(lambda: stack.enter_context(new_folder(path, replaced)))
+        in_first(stack.close)

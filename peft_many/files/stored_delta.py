@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..algebra.lpm import LowRankDelta
 from .errors import AdapterFileError
 from .fingerprints import same_weights, weight_fingerprint
-from .statistics import TaskStatistics
+from .statistics import AdapterStatistics, TaskStatistics
 from .tensor_file import TensorFile
 
 KEY_PREFIX = "base_model.model."
@@ -89,7 +89,50 @@ def _is_as_measured(measured: TaskStatistics, module: str, weights: LowRankDelta
     return fingerprint is None or same_weights(fingerprint, weight_fingerprint(weights.A, weights.B))
 
 
-def delta_in_merge(
+def deltas_in_merge(
+    adapter: str, pairs: Mapping[str, StoredPair], statistics: AdapterStatistics
+) -> list[dict[str, StoredDelta]]:
+    """The deltas of each task of a merge, by layer.
+
+    The statistics hold every `A_t`; the `B_t` are blocks of columns of the merged `B`, or are in the statistics too.
+
+    Args:
+        adapter (`str`): The merge's name, for messages.
+        pairs (`Mapping[str, StoredPair]`): The merged LoRA by layer.
+        statistics ([`AdapterStatistics`]): Of its tasks.
+
+    Raises:
+        UnmergeableAdapterError: Weights and statistics disagree.
+    """
+    ends = dict.fromkeys(pairs, 0)  # of the columns that tasks have taken so far
+    unstacked = {module for task in statistics.tasks for module in task.lora_B if module in task.lora_A}
+    found = []
+    for task in statistics.tasks:
+        deltas = {}
+        for module, A in task.lora_A.items():
+            pair, own = pairs.get(module), task.lora_B.get(module)
+            if (
+                pair is None
+                or A.shape[1] != pair.shape("A")[1]
+                or (module in unstacked) != (own is not None)
+                or (own is not None and tuple(own.shape) != (pair.shape("B")[0], A.shape[0]))
+            ):
+                raise _disagreement(adapter, module)
+            block = slice(ends[module], ends[module] + A.shape[0]) if own is None else None
+            ends[module] = pair.shape("A")[0] if block is None else block.stop
+            deltas[module] = _delta_in_merge(pair, task, module, block, f"{adapter}, task '{task.name}'")
+        found.append(deltas)
+    wrong = next((module for module, pair in pairs.items() if ends[module] != pair.shape("A")[0]), None)
+    if wrong is not None:
+        raise _disagreement(adapter, wrong)
+    return found
+
+
+def _disagreement(adapter: str, module: str) -> UnmergeableAdapterError:
+    return UnmergeableAdapterError(f"{adapter}: its weights and its statistics disagree on '{module}'.")
+
+
+def _delta_in_merge(
     pair: StoredPair, measured: TaskStatistics, module: str, block: slice | None, name: str
 ) -> StoredDelta:
     """A task's delta; `block` says which part of the merged pair is the task's, if one is."""

@@ -137,10 +137,6 @@ class TensorFileWriter:
         self._file.seek(self._start + about["data_offsets"][0])
         self._file.write(bytes_of(tensor))
 
-    def flush(self) -> None:
-        """Hand everything written so far to the operating system."""
-        self._file.flush()
-
 
 def _check_extent(key: str, shape: tuple[int, ...]) -> None:
     """The library checks that the data of a tensor is there; an empty one has none, and may have any shape."""

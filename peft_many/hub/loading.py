@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from ..files.statistics import AdapterStatistics, StatisticsError
 from ..files.tensor_file import TensorFile
 from ..files.untrusted import NONSENSE_ERRORS, MalformedAdapterError, check_backed, check_config
+from ..files.upstream import wrap_method
 from ..records.checking import RecordError
 from ..tuner.config import MAnyConfig
 from ..tuner.registration import give_statistics
@@ -25,50 +25,39 @@ from .sources import locate_statistics
 
 
 def find_statistics() -> None:
-    """Wrap `PeftConfig.from_pretrained`, the one call that sees an adapter's folder on every way of loading.
+    """Let every way of loading an adapter check its files and find its statistics. Again, it changes nothing."""
+    wrap_method(PeftConfig, "from_pretrained", _load_with_statistics)
 
-    `PeftModel.from_pretrained` asks the config class of the adapter's type, but transformers' `load_adapter` asks the
-    base class, so that an override in `MAnyConfig` does not run there, and nothing later on that way knows the folder.
-    Adapters of other types have no class of ours at all. `tests/tuner/test_registration.py` fails when that changes.
-    """
-    if hasattr(PeftConfig.from_pretrained, "finds_statistics"):
-        return
-    original = PeftConfig.from_pretrained.__func__
 
-    @functools.wraps(original)
-    def from_pretrained(cls: type, pretrained_model_name_or_path: str, subfolder: Any = None, **kwargs: Any) -> Any:
+def _load_with_statistics(
+    load: Callable[..., Any], cls: type, pretrained_model_name_or_path: str, subfolder: Any = None, **kwargs: Any
+) -> Any:
+    """`PeftConfig.from_pretrained`, with checks of what is loaded, and with the statistics that lie beside it."""
+    source = str(pretrained_model_name_or_path)
+    try:
+        config = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+    except RecordError as error:
+        raise MalformedAdapterError(f"{source}: adapter_config.json cannot be used: {error!s:.300}.") from error
+    except NONSENSE_ERRORS as error:
+        if not issubclass(cls, MAnyConfig):
+            raise  # as PEFT does
+        raise MalformedAdapterError(f"{source}: adapter_config.json cannot be used: {error!r:.300}.") from error
+    where = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
+    if isinstance(config, MAnyConfig):
+        _check_loaded(config, source, subfolder, where)
+    if isinstance(config, PeftConfig):
         try:
-            config = original(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (*NONSENSE_ERRORS, RecordError) as error:
-            if not issubclass(cls, MAnyConfig) and not isinstance(error, RecordError):
-                raise  # as PEFT does
-            source, reason = (
-                str(pretrained_model_name_or_path),
-                error if isinstance(error, RecordError) else repr(error),
-            )
-            raise MalformedAdapterError(f"{source}: adapter_config.json cannot be used: {reason!s:.300}.") from error
-        if isinstance(config, MAnyConfig):
-            _check_loaded(config, str(pretrained_model_name_or_path), subfolder, kwargs)
-        if isinstance(config, PeftConfig):
-            where = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
-            try:
-                statistics = locate_statistics(pretrained_model_name_or_path, subfolder, **where)
-            except StatisticsError as error:  # which using the adapter does not need; merging reads them strictly
-                warnings.warn(f"The adapter is loaded without its statistics. {error}", PeftWarning, stacklevel=2)
-                return config
-            # An adapter of another type on the Hub rarely has statistics; asking for them at each save would be rude.
-            if isinstance(statistics, AdapterStatistics) or isinstance(config, MAnyConfig):
-                give_statistics(config, statistics)
-        return config
-
-    from_pretrained.finds_statistics = True  # type: ignore[attr-defined]
-    for owner in PeftConfig.__mro__:
-        if "from_pretrained" in vars(owner):
-            owner.from_pretrained = classmethod(from_pretrained)  # type: ignore[arg-type]
-            return
+            statistics = locate_statistics(pretrained_model_name_or_path, subfolder, **where)
+        except StatisticsError as error:  # which using the adapter does not need; merging reads them strictly
+            warnings.warn(f"The adapter is loaded without its statistics. {error}", PeftWarning, stacklevel=3)
+            return config
+        # An adapter of another type on the Hub rarely has statistics; asking for them at each save would be rude.
+        if isinstance(statistics, AdapterStatistics) or isinstance(config, MAnyConfig):
+            give_statistics(config, statistics)
+    return config
 
 
-def _check_loaded(config: MAnyConfig, source: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> None:
+def _check_loaded(config: MAnyConfig, source: str, subfolder: str | None, where: Mapping[str, Any]) -> None:
     """Refuse a config that nobody in good faith wrote, before PEFT allocates what it asks for."""
     check_config(config, source)
     config.loaded_from = source  # no fields: what a user makes of it is the user's own
@@ -79,11 +68,11 @@ def _check_loaded(config: MAnyConfig, source: str, subfolder: str | None, kwargs
         try:
             check_backed(config, None, source)
         except MalformedAdapterError:  # unless its weights, which PEFT is about to load, say so too
-            path = _download_weights(source, subfolder, kwargs)
+            path = _download_weights(source, subfolder, where)
         else:
             if config.modules_to_save:
                 with contextlib.suppress(LocalEntryNotFoundError):  # a config can be read where the Hub is away
-                    path = _download_weights(source, subfolder, kwargs)
+                    path = _download_weights(source, subfolder, where)
     try:
         weights = TensorFile(Path(path)) if path and Path(path).is_file() else None
         check_backed(config, weights, source)
@@ -92,9 +81,8 @@ def _check_loaded(config: MAnyConfig, source: str, subfolder: str | None, kwargs
     config.loaded_keys = frozenset(weights or ())
 
 
-def _download_weights(source: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> str | None:
+def _download_weights(source: str, subfolder: str | None, where: Mapping[str, Any]) -> str | None:
     """The weights on the Hub that a config speaks of, which PEFT is about to load; `None` if there are none."""
-    where: dict[str, Any] = {key: kwargs.get(key) for key in ("revision", "token", "cache_dir")}
     try:
         return hf_hub_download(source, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **where)
     except LocalEntryNotFoundError:

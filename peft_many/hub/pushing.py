@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +15,27 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from ..files.card import CARD_NAME, update_card
+from ..files.upstream import wrap_method
 from ..tuner.config import MAnyConfig
 
 
 def keep_cards() -> None:
-    """Wrap the two methods of [`~peft.PeftModel`] that write over a card. Doing it again changes nothing.
+    """Let the two methods of [`~peft.PeftModel`] that write over a card keep it. Again, it changes nothing."""
+    wrap_method(PeftModel, "push_to_hub", _push_to_hub)
+    wrap_method(PeftModel, "create_or_update_model_card", _create_or_update_model_card)
 
-    `push_to_hub` saves the model and then writes the card of the repository, or a template that speaks of a
-    transformers model, over what saving wrote; there is no hook between that and the upload. `Trainer` makes a card of
-    its own after saving and asks `create_or_update_model_card` to add what PEFT has to say.
-    `tests/hub/test_pushing.py` fails when transformers leaves the card alone.
-    """
-    if hasattr(PeftModel.push_to_hub, "keeps_card"):
-        return
-    push, create = PeftModel.push_to_hub, PeftModel.create_or_update_model_card
 
-    @functools.wraps(create)
-    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
-        create(self, output_dir)
-        for name, folder in _folders(self, output_dir).items():
-            if (folder / CONFIG_NAME).is_file():  # else saving is about to write both
-                update_card(folder, self.peft_config[name])
+def _create_or_update_model_card(create: Callable[..., None], model: PeftModel, output_dir: str) -> None:
+    """`PeftModel.create_or_update_model_card`, with our part of the card."""
+    create(model, output_dir)
+    for name, folder in _folders(model, output_dir).items():
+        if (folder / CONFIG_NAME).is_file():  # else saving is about to write both
+            update_card(folder, model.peft_config[name])
 
-    @functools.wraps(push)
-    def push_to_hub(self: PeftModel, repo_id: str, **kwargs: Any) -> Any:
-        if not _folders(self, ""):
-            return push(self, repo_id, **kwargs)
-        return _push(self, repo_id, **kwargs)
 
-    push_to_hub.keeps_card = True  # type: ignore[attr-defined]
-    PeftModel.create_or_update_model_card = create_or_update_model_card
-    PeftModel.push_to_hub = push_to_hub
+def _push_to_hub(push: Callable[..., Any], model: PeftModel, repo_id: str, **kwargs: Any) -> Any:
+    """`PeftModel.push_to_hub`, which leaves adapters of other types to PEFT."""
+    return (_push if _folders(model, "") else push)(model, repo_id, **kwargs)
 
 
 def _folders(model: PeftModel, folder: str) -> dict[str, Path]:

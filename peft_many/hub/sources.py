@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # or httpx2, as the version has it
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftWarning
 from typing_extensions import Unpack
 
@@ -26,8 +27,21 @@ from ..files.statistics import STATISTICS_NAME, AdapterStatistics, StatisticsErr
 
 # All that merging reads; nothing else is downloaded, pickles least of all.
 ADAPTER_FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STATISTICS_NAME]
-# A connection that breaks off, or a file that comes short: httpx's error, or httpx2's, as huggingface_hub has it.
-TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+# What to say of errors of the Hub; the first that fits, as some are kinds of others.
+_WHAT_IS_WRONG: dict[type[Exception], str] = {
+    HFValidationError: "There is no folder '{entry}', and it is no Hub repository id either.",
+    RevisionNotFoundError: "The Hub repository '{repo_id}' has no revision '{revision}'.",
+    GatedRepoError: "The Hub repository '{repo_id}' is gated: ask for access on its page, and pass `token`.",
+    RepositoryNotFoundError: (
+        "There is no folder '{entry}' and no Hub repository '{repo_id}' (or it is private; pass `token`)."
+    ),
+    LocalEntryNotFoundError: (
+        "There is no folder '{entry}', and the Hub cannot be reached for '{repo_id}', which is not in the cache."
+    ),
+    HfHubHTTPError: "The Hub did not give '{entry}': {error}",
+    # A connection that breaks off, or a file that comes short.
+    httpx.HTTPError: "The connection to the Hub broke off while '{entry}' was downloaded ({error}); try again.",
+}
 
 
 class HubArguments(TypedDict, total=False):
@@ -85,7 +99,7 @@ class RemoteStatistics:
         try:
             path = hf_hub_download(**self.where, token=self._token)
             AdapterStatistics.load(path).save(folder)
-        except (EntryNotFoundError, TRANSPORT_ERROR, StatisticsError) as error:
+        except (EntryNotFoundError, httpx.HTTPError, StatisticsError) as error:
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 return  # the adapter has none
             # Not an error: the model being saved may have been trained for hours since.
@@ -137,28 +151,10 @@ def find_adapter(entry: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> 
             allow_patterns=[*ADAPTER_FILES, CARD_NAME],  # the card for what it was trained on
             **hub,
         )
-    except HFValidationError:
-        raise AdapterNotFoundError(f"There is no folder '{entry}', and it is no Hub repository id either.") from None
-    except RevisionNotFoundError:
-        raise AdapterNotFoundError(f"The Hub repository '{repo_id}' has no revision '{revision}'.") from None
-    except GatedRepoError:
-        raise AdapterNotFoundError(
-            f"The Hub repository '{repo_id}' is gated: ask for access on its page, and pass `token`."
-        ) from None
-    except RepositoryNotFoundError:
-        raise AdapterNotFoundError(
-            f"There is no folder '{entry}' and no Hub repository '{repo_id}' (or it is private; pass `token`)."
-        ) from None
-    except LocalEntryNotFoundError:
-        raise AdapterNotFoundError(
-            f"There is no folder '{entry}', and the Hub cannot be reached for '{repo_id}', which is not in the cache."
-        ) from None
-    except HfHubHTTPError as error:
-        raise AdapterNotFoundError(f"The Hub did not give '{entry}': {first_line(error)}") from None
-    except TRANSPORT_ERROR as error:
-        raise AdapterNotFoundError(
-            f"The connection to the Hub broke off while '{entry}' was downloaded ({first_line(error)}); try again."
-        ) from None
+    except tuple(_WHAT_IS_WRONG) as error:
+        reason = next(reason for kind, reason in _WHAT_IS_WRONG.items() if isinstance(error, kind))
+        said = reason.format(entry=entry, repo_id=repo_id, revision=revision, error=first_line(error))
+        raise AdapterNotFoundError(said) from None
     return AdapterSource(folder=Path(folder), name=repo_id, revision=Path(folder).name)
 
 

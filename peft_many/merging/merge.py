@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,14 @@ import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..files.atomic import writable_place
 from ..files.card import CARD_NAME
-from ..files.partial import shared_folder
-from ..files.processes import together
+from ..files.processes import from_every_process, in_first, share, shared_folder, together
 from ..files.stored_delta import KEY_PREFIX
-from ..files.tensor_file import TensorFile, TensorFileWriter, bytes_of, lay_out
+from ..files.tensor_file import TensorFileWriter, lay_out
 from ..hub.sources import ADAPTER_FILES
 from ..records import MergeOptions
 from ..records.options import takes_merge_options
@@ -168,9 +164,8 @@ def merge_adapter_files(
     """Merge task adapters into a new adapter folder, without loading any base model.
 
     The folder is written whole or not at all, and loads with `PeftModel.from_pretrained(base, folder)`. One group of
-    layers that share an input is in memory at a time, whatever the depth of the model. A merge that was interrupted
-    leaves a hidden folder beside its place, and the same call goes on from there. Under `accelerate launch`, where
-    every process makes the same call, the groups are shared out over the processes.
+    layers that share an input is in memory at a time, whatever the depth of the model. Under `accelerate launch`,
+    where every process makes the same call, the groups are shared out over the processes.
 
     The arguments are those of [`merge_adapter_sequence`], and:
 
@@ -185,7 +180,7 @@ def merge_adapter_files(
 
     Raises:
         FileExistsError: The output folder exists and is not empty, or holds more than an adapter.
-        BlockingIOError: Another process is making the same merge there.
+        BlockingIOError: Another process is writing there.
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
 
     Example:
@@ -214,36 +209,39 @@ def merge_adapter_files(
         )
 
     plan = together(prepared)
-    with shared_folder(output, plan.key(), kept=[SAFETENSORS_WEIGHTS_NAME], replaced=replaced) as partial:
-        weights_file = partial.folder / SAFETENSORS_WEIGHTS_NAME
-        if partial.is_first and not _is_laid_out(weights_file, plan):
-            lay_out(weights_file, plan.tensors(), {"format": "pt"})
-        partial.wait()
-        with TensorFileWriter(weights_file) as writer:
-            written = TensorFile(weights_file)
-            missing = [group for group in plan.groups if not _is_done(partial.done.get(group[0]), written)]
-            missing = partial.agree(missing)  # before anyone writes
-            for group in _progress(plan, partial.share(missing, plan.cost_of), progress):
-                merged = merge_group(plan, group, device)
-                for key, tensor in merged.tensors.items():
-                    writer.write(key, tensor)
-                writer.flush()
-                checksums = {key: zlib.crc32(bytes_of(tensor)) for key, tensor in merged.tensors.items()}
-                layers = {module: asdict(layer) for module, layer in merged.layers.items()}
-                partial.record(group[0], {"layers": layers, "checksums": checksums})
-            if partial.is_first:
-                for name, tensor in plan.projector_tensors.items():
-                    writer.write(f"{KEY_PREFIX}{name}", tensor)
-        partial.wait()
-        if partial.is_first:
-            if (output / CARD_NAME).is_file():
-                shutil.copyfile(output / CARD_NAME, partial.folder / CARD_NAME)  # what is not ours in it stays
-            found = [record["layers"] for record in partial.recorded().values()]
-            records = {module: LayerRecord(**layer) for group in found for module, layer in group.items()}
-            interference = mean_residuals(layer.residuals for layer in records.values())
-            merged_config(plan, plan.record(interference)).save_pretrained(partial.folder)
-            merged_statistics(plan, records).save(partial.folder, sources=plan.files)
+    with shared_folder(output, replaced) as folder:
+        weights_file = folder / SAFETENSORS_WEIGHTS_NAME
+        in_first(lambda: lay_out(weights_file, plan.tensors(), {"format": "pt"}))
+        mine = together(lambda: _merge_groups(plan, weights_file, device, progress))
+        records = {layer: record for found in from_every_process(mine) for layer, record in found.items()}
+        in_first(lambda: _complete(plan, records, folder, output / CARD_NAME))
     return output
+
+
+def _merge_groups(
+    plan: PreparedMerge, weights_file: Path, device: str | torch.device, progress: bool
+) -> dict[str, LayerRecord]:
+    """Write this process's share of the merged layers; what is to be recorded of each."""
+    records: dict[str, LayerRecord] = {}
+    with TensorFileWriter(weights_file) as writer:
+        for group in _progress(plan, share(plan.groups, plan.cost_of), progress):
+            merged = merge_group(plan, group, device)
+            for key, tensor in merged.tensors.items():
+                writer.write(key, tensor)
+            records |= merged.layers
+    return records
+
+
+def _complete(plan: PreparedMerge, records: dict[str, LayerRecord], folder: Path, card: Path) -> None:
+    """Write all of a merge but its layers; what is not ours in the card that is replaced stays."""
+    with TensorFileWriter(folder / SAFETENSORS_WEIGHTS_NAME) as writer:
+        for name, tensor in plan.projector_tensors.items():
+            writer.write(f"{KEY_PREFIX}{name}", tensor)
+    if card.is_file():
+        shutil.copyfile(card, folder / CARD_NAME)
+    interference = mean_residuals(record.residuals for record in records.values())
+    merged_config(plan, plan.record(interference)).save_pretrained(folder)
+    merged_statistics(plan, records).save(folder, sources=plan.files)
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -254,22 +252,6 @@ def usable_device(device: str | torch.device) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"`device` {str(device)!r} cannot compute in float64 here: {reason}") from None
     return torch.device(device)
-
-
-def _is_laid_out(path: Path, plan: PreparedMerge) -> bool:
-    """Whether an interrupted run left a weights file that can be filled in."""
-    try:
-        found = TensorFile(path)
-    except (OSError, SafetensorError):
-        return False
-    return {key: (found.dtype(key), found.shape(key)) for key in found} == plan.tensors()
-
-
-def _is_done(record: dict[str, Any] | None, written: TensorFile) -> bool:
-    """Whether an interrupted run merged a group, and what it wrote reached the disk."""
-    return record is not None and all(
-        zlib.crc32(bytes_of(written[key])) == checksum for key, checksum in record["checksums"].items()
-    )
 
 
 def _progress(plan: PreparedMerge, groups: Sequence[Sequence[str]], progress: bool) -> Iterator[Sequence[str]]:

@@ -16,7 +16,7 @@ from ..algebra.lpm import LowRankDelta
 from ..files.adapter import read_adapter
 from ..files.atomic import replace_file
 from ..files.statistics import AdapterStatistics
-from ..hub.sources import HubOptions, find_adapter
+from ..hub.sources import HubArguments, find_adapter
 from ..merging.prepare import AdapterPath
 from ..records import merge_of
 from ..tuner.layers import lora_layers
@@ -26,7 +26,7 @@ __all__ = ["MergeReport", "merge_report", "save_report"]
 
 
 def merge_report(
-    merge: AdapterPath | PeftModel, *, conflicts: bool = True, progress: bool = True, **hub: Unpack[HubOptions]
+    merge: AdapterPath | PeftModel, *, conflicts: bool = True, progress: bool = True, **hub: Unpack[HubArguments]
 ) -> MergeReport:
     """What merging costs each task, layer by layer, before any evaluation; no base model is loaded.
 

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..tuner.layers import has_adapter
 from .tokens import MASK_NAMES
 
 
@@ -41,9 +42,8 @@ def only_active(model: nn.Module, adapter_name: str) -> Iterator[None]:
     before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
     try:
         for layer in layers:
-            has_adapter = adapter_name in layer._get_available_adapters()
             layer.enable_adapters(True)
-            layer.set_adapter([adapter_name] if has_adapter else [])
+            layer.set_adapter([adapter_name] if has_adapter(layer, adapter_name) else [])
         yield
     finally:
         for layer, active, disabled in before:

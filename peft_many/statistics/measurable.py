@@ -16,7 +16,7 @@ from ..algebra.lpm import LowRankDelta
 from ..families.linears import features_of_linear, is_linear
 from ..files.fingerprints import weight_fingerprint
 from ..files.peft_deltas import fingerprint_of, tensor_keys
-from ..files.peft_methods import is_plain_lora, method_of
+from ..files.peft_methods import check_method, is_plain_lora
 from ..files.stored_delta import KEY_PREFIX
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers
@@ -96,18 +96,14 @@ def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
     config = configs[adapter_name]
     if isinstance(config, MAnyConfig) and config.is_merge:
         raise ValueError(f"Adapter '{adapter_name}' is a merge; it carries the statistics of its tasks already.")
-    plain = is_plain_lora(config)
-    if not plain:
-        try:
-            method_of(config)
-        except ValueError as error:
-            raise ValueError(
-                f"Adapter '{adapter_name}' {error}; it cannot be merged, so it is not measured."
-            ) from None
+    try:
+        check_method(config)
+    except ValueError as error:
+        raise ValueError(f"Adapter '{adapter_name}' {error}; it cannot be merged, so it is not measured.") from None
     layers = adapted_layers(model, adapter_name)
     if not layers:
         raise ValueError(f"Adapter '{adapter_name}' has no layers to measure.")
-    suited = _is_linear_lora if plain else _is_on_linear
+    suited = _is_linear_lora if is_plain_lora(config) else _is_on_linear
     unsuited = next((name for name, layer in layers.items() if not suited(layer, adapter_name)), None)
     if unsuited is not None:
         raise ValueError(

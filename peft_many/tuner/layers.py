@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..algebra.covariance import Covariance
@@ -25,8 +28,14 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, BaseTunerLa
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and adapter_name in module._get_available_adapters()
+        if isinstance(module, BaseTunerLayer) and has_adapter(module, adapter_name)
     }
+
+
+def has_adapter(layer: BaseTunerLayer | AuxiliaryTrainingWrapper, adapter_name: str) -> bool:
+    """Whether an adapter of any PEFT method has weights in a layer, or in a module that is trained whole."""
+    parts = (attrgetter(name)(layer) for name in layer.adapter_layer_names)
+    return any(adapter_name in part for part in parts if isinstance(part, (nn.ModuleDict, nn.ParameterDict)))
 
 
 def hang_on_layers(model: nn.Module, adapter_name: str, statistics: AdapterStatistics) -> None:

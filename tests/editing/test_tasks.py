@@ -155,7 +155,7 @@ def test_an_interrupted_replacement_leaves_the_old_folder(shelf, tmp_path, monke
     def fail(*args):
         raise error
 
-    monkeypatch.setattr("peft_many.files.partial.replace_folder", fail)
+    monkeypatch.setattr("peft_many.files.atomic.replace_folder", fail)
     with pytest.raises(type(error)):
         remove_task(folder, "b", progress=False)
     assert files(folder) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from tqdm import tqdm
 import peft_many.exports.lora
 import peft_many.exports.routed
 from peft_many.files.tensor_file import TensorFileWriter
+from tests.adapters import files
 
 _WRITING = os.O_WRONLY | os.O_RDWR
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "shutil.rmtree")
@@ -152,3 +154,15 @@ def killed_after(seconds: float, action: Callable[[], Any]) -> None:
             traceback.print_exc()
         os._exit(0)
     os.waitpid(pid, 0)
+
+
+def assert_next_succeeds(output: Path, action: Callable[[], Any], expected: dict[str, bytes], where: Any) -> None:
+    """After a kill the folder is whole or not there; the next run makes it, and nothing hidden is left beside it."""
+    if output.exists() and files(output):
+        assert files(output) == expected, where
+        if len(list(output.parent.iterdir())) > 1:  # it was killed between giving the folder its name and cleaning up
+            shutil.rmtree(output)
+    if not output.exists() or not files(output):
+        action()
+    assert files(output) == expected, where
+    assert [path.name for path in output.parent.iterdir()] == [output.name], where

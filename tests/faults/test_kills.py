@@ -21,7 +21,7 @@ from peft_many import merge_adapter_files
 from peft_many.files.statistics import AdapterStatistics, StatisticsError
 from peft_many.files.stored_delta import UnmergeableAdapterError
 from tests.adapters import STATISTICS, WEIGHTS, base, files, make
-from tests.faults.kills import _forked, _Watch, killed_after, killed_at, operations
+from tests.faults.kills import _forked, _Watch, assert_next_succeeds, killed_after, killed_at, operations
 
 FEW = 12
 
@@ -64,34 +64,8 @@ def test_a_killed_merge(good, tmp_path, request, there):
     for place, torn in places(count, request.config.getoption("--fuzz") > 0):
         prepare()
         assert killed_at(place, merge, tmp_path / "work", torn=torn)
-        if output.exists() and files(output):
-            assert files(output) == new, (place, torn)
-        else:
-            merge()
-            assert files(output) == new, (place, torn)
-        left = [path.name for path in (tmp_path / "work").iterdir()]
-        assert left == [output.relative_to(tmp_path / "work").parts[0]], (place, torn, left)
-
-
-def test_a_merge_that_is_killed_again_and_again_gets_done(good, tmp_path):
-    output = tmp_path / "merged"
-
-    def merge() -> None:
-        merge_adapter_files([good["a"], good["b"]], output, progress=False)
-
-    whole = operations(merge, tmp_path)
-    shutil.rmtree(output)
-    assert killed_at(whole - 6, merge, tmp_path)
-    end = operations(merge, tmp_path)  # all layers were merged before
-    assert end < whole
-    shutil.rmtree(output)
-    rounds = 0
-    while not output.exists():  # each run takes up what the one before recorded, so that it comes further
-        killed_at(end + 1, merge, tmp_path)
-        rounds += 1
-        assert rounds < 20
-    assert rounds > 1
-    assert files(output) == files(good["merged"])
+        assert_next_succeeds(output, merge, new, (place, torn))
+        assert len(list((tmp_path / "work").iterdir())) == 1
 
 
 def outcome(folder: Path, scratch: Path) -> Any:
@@ -174,10 +148,7 @@ def test_kills_at_random_times(good, tmp_path, request):
     for _ in range(request.config.getoption("--fuzz") or 10):
         shutil.rmtree(tmp_path / "merged", ignore_errors=True)
         killed_after(random.uniform(0.001, 0.3), merge)
-        if not (tmp_path / "merged").exists():
-            merge()
-        assert files(tmp_path / "merged") == new
-        assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+        assert_next_succeeds(tmp_path / "merged", merge, new, "at random")
 
 
 @pytest.mark.parametrize("size", [0, 100, 3_000, 30_000])

@@ -68,13 +68,8 @@ ALONE = {
     "GRALORA": Case("GraloraConfig", {"r": 4, "gralora_k": 2, "hybrid_r": 2}),
     "LOHA": Case("LoHaConfig", {"r": 2, "alpha": 4}),
     "LOKR": Case("LoKrConfig", {"r": 2, "decompose_both": True}),
-    "LORA of blocks": Case(
-        "LoraConfig",
-        {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2, "target_modules_bd_b": ["down_proj"]}},
-    ),
+    "LOKR of whole factors": Case("LoKrConfig", {"r": 32}),
     "LORA with VeLoRA": Case("LoraConfig", {"velora_config": {}}),
-    "MISS": Case("MissConfig", {"r": 4}),
-    "MISS mini": Case("MissConfig", {"r": 4, "init_weights": "mini", "mini_r": 4}),
     "PVERA": Case("PveraConfig", {"r": 4}),
     "RANDLORA": Case("RandLoraConfig", {"r": 4}),
     "SHIRA": Case("ShiraConfig", {"r": 2}),
@@ -88,15 +83,8 @@ ALONE = {
 }
 # Deltas that depend on the base weights.
 ON_BASE = {
-    "DEFT": Case("DeftConfig", {"r": 4}),
-    "FROD": Case("FrodConfig", {}),
-    "HIRA": Case("HiraConfig", {"r": 4}),
     "LORA with DoRA": Case("LoraConfig", {"r": 4, "use_dora": True}),
     "LORA with DoRA on Conv1D": Case("LoraConfig", {"r": 4, "use_dora": True, "fan_in_fan_out": True}, "gpt2"),
-    "OSF": Case("OSFConfig", {}),
-    "PEANUT": Case("PeanutConfig", {"r": 4}),
-    "PSOFT": Case("PsoftConfig", {"r": 4}),
-    "TINYLORA": Case("TinyLoraConfig", {}),
 }
 CASES = ALONE | ON_BASE
 
@@ -199,24 +187,69 @@ def test_deltas_on_the_base_weights_are_refused_without_them(name, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_every_peft_method_is_merged_or_refused_with_a_reason():
+# With the reason, where it is one that people may not expect.
+REFUSED = {
+    **dict.fromkeys(("BOFT", "IA3", "OFT"), "multiplies weights or activations"),
+    **dict.fromkeys(("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"), "adds virtual tokens"),
+    "TRAINABLE_TOKENS": "trains rows of the embedding",
+    **dict.fromkeys(
+        [
+            "ADAMSS",
+            "ADAPTION_PROMPT",
+            "BEFT",
+            "CARTRIDGE",
+            "CPT",
+            "DEFT",
+            "FROD",
+            "GLORA",
+            "HIRA",
+            "HRA",
+            "LILY",
+            "LN_TUNING",
+            "MISS",
+            "MULTITASK_PROMPT_TUNING",
+            "OSF",
+            "PEANUT",
+            "POLY",
+            "PSOFT",
+            "ROAD",
+            "SHADOW",
+            "TINYLORA",
+            "XLORA",
+        ],
+        "is not known to add a delta to linear layers",
+    ),
+}
+
+
+def test_every_peft_method_is_merged_or_refused():
     """A new release of PEFT with new methods fails here, until someone has looked at them."""
     known = {kind.value if hasattr(kind, "value") else kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - {"MANY"}
     tested = {name.split()[0] for name in CASES}
-    known -= {"LORA"}
-    merged = {kind for kind in known if kind in peft_methods.BY_PEFT_TYPE}
-    assert merged == tested - {"LORA"}
-    assert known - merged == set(peft_methods.WHY_NOT)
+    assert {kind for kind in peft_methods.RANKS if kind.isupper()} == tested - {"LORA"}
+    assert known - tested == set(REFUSED)
 
 
-@pytest.mark.parametrize("kind", peft_methods.WHY_NOT)
+@pytest.mark.parametrize("kind", REFUSED)
 def test_the_others_are_refused_by_name(kind, tmp_path):
     config = {"peft_type": kind, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file({"base_model.model.x": torch.zeros(1)}, tmp_path / WEIGHTS)
-    reason = re.escape(f"is of PEFT type {kind}, which {peft_methods.WHY_NOT[kind]}; it cannot be merged.")
+    reason = re.escape(f"is of PEFT type {kind}, which {REFUSED[kind]}") + ".*; it cannot be merged\\."
     with pytest.raises(UnmergeableAdapterError, match=reason):
         merge_adapter_sequence(base("llama"), [tmp_path], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"alora_invocation_tokens": [1]}, "uses `alora_invocation_tokens`, which is not known to"),
+        ({"use_dora": True, "velora_config": {}}, "uses `use_dora` and `velora_config`, which is not known to"),
+    ],
+)
+def test_other_variants_of_lora_are_refused_by_name(options, said):
+    with pytest.raises(ValueError, match=said):
+        peft_methods.check_method(LoraConfig(**options))
 
 
 # ------------------------------------------------------------------------------------------------ more of the same
@@ -248,9 +281,9 @@ def damaged(tmp_path):
     return make_copy
 
 
-@pytest.mark.parametrize("name", ["LOHA", "VERA", "UNILORA", "TINYLORA", "LORA with DoRA"])
+@pytest.mark.parametrize("name", ["LOHA", "VERA", "UNILORA", "LORA with DoRA"])
 def test_an_adapter_that_was_trained_further_is_found_out(name, damaged):
-    trained = {"LOHA": "hada_w1_a", "VERA": "vera_lambda_d", "UNILORA": "theta_d", "TINYLORA": "tinylora_v.0"}
+    trained = {"LOHA": "hada_w1_a", "VERA": "vera_lambda_d", "UNILORA": "theta_d"}
 
     def train_on(tensors: dict[str, Tensor]) -> None:
         key = next(key for key in sorted(tensors) if trained.get(name, "lora_magnitude_vector") in key)
@@ -379,7 +412,7 @@ def test_another_model_is_named(tmp_path):
 
 def test_collecting_refuses_what_merging_would():
     model = get_peft_model(base("llama"), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match="IA3, which multiplies activations"):
+    with pytest.raises(ValueError, match="IA3, which multiplies weights or activations"):
         collect_statistics(model, batches(model, "llama", 0), progress=False)
     model = get_peft_model(base("llama"), CASES["LOHA"].make())
     with pytest.raises(ValueError, match=r"`error_budget` reads LoRA matrices, but .* is of PEFT type LOHA"):

@@ -680,11 +680,11 @@ def test_an_output_folder_that_is_the_input(good, tmp_path):
 READ_ONLY = """
 import os, sys
 from pathlib import Path
-from peft_many.files.partial import partial_folder
+from peft_many.files.atomic import new_folder
 if os.geteuid() == 0:
     os.setuid(65534)  # root may write everywhere
 try:
-    with partial_folder(Path(sys.argv[1]), "key"):
+    with new_folder(Path(sys.argv[1])):
         print("it began")
 except PermissionError as error:
     print(error)
@@ -704,5 +704,5 @@ def test_a_read_only_folder(good, tmp_path, monkeypatch):
     def denied(*args: Any, **kwargs: Any) -> str:
         raise PermissionError(13, "Permission denied", "/some/.temporary.name")
 
-    monkeypatch.setattr("peft_many.files.partial.Path.mkdir", denied)
+    monkeypatch.setattr("peft_many.files.atomic.Path.mkdir", denied)
     assert_not_written(good, tmp_path / "merged", PermissionError, str(tmp_path / "merged"), "Permission denied")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peft_many import MAnyConfig, merge_adapter_files, merge_adapter_sequence
 from peft_many.algebra.lpm import LowRankDelta
 from peft_many.files.adapter import UnmergeableAdapterError
-from peft_many.files.partial import PartialFolder
+from peft_many.files.processes import share
 from peft_many.files.statistics import AdapterStatistics
 from peft_many.merging.prepare import prepare_merge
 from peft_many.methods import METHODS, DareTies, LayerTask, MergeMethod, TaskArithmetic, Ties
@@ -41,6 +41,7 @@ from tests.adapters import (
     scatter,
     state_digest,
 )
+from tests.files.test_processes import in_processes
 from tests.methods.layers import dense
 
 DATA_FREE = [name for name, method in METHODS.items() if not method.needs_covariances]
@@ -510,46 +511,13 @@ def test_a_layer_whose_only_task_has_weight_zero_is_zero(shelf, tmp_path, name):
     assert not any(delta.any() for layer, delta in found.items() if layer not in tasks[1].deltas)
 
 
-# ---------------------------------------------------------------------------------------------------- interruptions
+# ------------------------------------------------------------------------------------------------ several processes
 
 
-@pytest.mark.parametrize("name", ["ties", "dare_linear", "knots"])
-def test_an_interrupted_merge_goes_on_where_it_stopped(shelf, tmp_path, monkeypatch, name):
-    tasks = [shelf("llama a?"), shelf("llama b")]
-    expected = files(merge(tmp_path / "undisturbed", tasks, method=name))
-    real, steps = PartialFolder.record, []
-
-    def interrupted(*args):
-        real(*args)
-        steps.append(args)
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(PartialFolder, "record", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        merge(tmp_path / "merged", tasks, method=name)
-    merge(tmp_path / "merged", tasks, method=name)
-    plan = prepare_merge([task.folder for task in tasks], MergeOptions(method=name), hub={}, progress=False)
-    assert len(steps) == len(plan.groups)
-    assert files(tmp_path / "merged") == expected
-
-
-def test_another_method_or_another_option_is_another_merge(shelf):
-    folders = [shelf("llama a").folder]
-    ways = [{}, {"method": "ties"}, {"method": Ties(density=0.3)}, {"method": "average"}, {"projectors": "mean"}]
-    keys = {prepare_merge(folders, MergeOptions(**way), hub={}, progress=False).key() for way in ways[:4]}
-    assert len(keys) == 4
-    both = [MergeOptions(**way) for way in (ways[0], ways[4])]
-    projectors = {prepare_merge([shelf("a").folder], options, hub={}, progress=False).key() for options in both}
-    assert len(projectors) == 2
-
-
-def test_the_layers_are_shared_out_over_processes(shelf):
+def test_the_layers_are_shared_out_over_processes(shelf, monkeypatch):
     """Also where nobody was measured, so that the covariances' ranks do not say what a layer costs."""
     plan = prepare_merge([shelf("llama a?").folder], MergeOptions(method="average"), hub={}, progress=False)
-    shares = [
-        PartialFolder(Path(), {}, process=process, processes=2).share(plan.groups, plan.cost_of) for process in (0, 1)
-    ]
+    shares = in_processes(monkeypatch, 2, lambda process: share(plan.groups, plan.cost_of))
     assert sorted(shares[0] + shares[1]) == sorted(plan.groups)
     costs = [sum(map(plan.cost_of, share)) for share in shares]
     assert min(costs) > 0.7 * max(costs)

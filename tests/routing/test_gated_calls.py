@@ -34,7 +34,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence, merging
+from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
 from peft_many.algebra.gating import CONFIDENT_WEIGHT
 from peft_many.files.adapter import UnmergeableAdapterError
 from peft_many.routing import gated_calls
@@ -665,24 +665,6 @@ def test_files_hold_what_a_merge_in_memory_has(tmp_path: Path, dtype: torch.dtyp
         assert all(torch.equal(saved[key], tensors[key]) for key in saved)
     again = merge_adapter_files(folders[::-1], tmp_path / "again", dtype=dtype, **options)
     assert files(again) == files(tmp_path / "merged")
-
-
-def test_an_interrupted_merge_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = [making.adapter_folder("llava", task) for task in range(3)]
-    whole = merge_adapter_files(folders, tmp_path / "whole", gate_lora=True, progress=False)
-    done, merge_group = [], merging.merge_group
-
-    def stop_after_two(plan: Any, group: Any, device: Any) -> Any:
-        done.append(group)
-        return merge_group(plan, group, device) if len(done) != 3 else interrupt()
-
-    monkeypatch.setattr(merging, "merge_group", stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        merge_adapter_files(folders, tmp_path / "merged", gate_lora=True, progress=False)
-    merge_adapter_files(folders, tmp_path / "merged", gate_lora=True, progress=False)
-    assert files(tmp_path / "merged") == files(whole)
-    assert done.count(done[0]) == 1
-    assert done.count(done[2]) == 2
 
 
 def test_without_the_option_all_is_as_before_the_option(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from peft_many.statistics.gathering import gather_images, gather_inputs
 from peft_many.statistics.images import MOST_KEPT_IMAGES, PooledFeatures
 from peft_many.statistics.inputs import MeasuredInputs
 from tests.algebra.problems import relative_error, seeds
-from tests.files.test_partial import in_processes
+from tests.files.test_processes import in_processes
 
 WIDTH = 6
 QKV, DOWN = ("q", "k", "v"), ("down",)

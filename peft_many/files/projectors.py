@@ -1,0 +1,118 @@
+"""The projectors in an adapter's file: those that a task trained, and a merge's experts or means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+
+from ..records import MergeRecord
+from .statistics import TaskStatistics
+from .stored_delta import UnmergeableAdapterError
+
+# The last path component of a projector, by the names that transformers' families use: there is no model to look at.
+PROJECTOR_NAME = re.compile(
+    r"multi_modal_projector|mm_projector|projector|connector|merger|deepstack_merger_list|aligner|"
+    r"language_projection|vision_projection"
+)
+
+
+def projectors_of_adapter(
+    adapter: str, config: PeftConfig, measured: TaskStatistics, rest: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """The state dict of each projector that a task trained.
+
+    Args:
+        adapter (`str`): The adapter's name, for messages.
+        config ([`~peft.PeftConfig`]): Its config.
+        measured ([`TaskStatistics`]): Its statistics.
+        rest (`Mapping[str, torch.Tensor]`): Its tensors of modules that are saved whole.
+
+    Raises:
+        UnmergeableAdapterError: Another module was trained whole, or a projector in part, or one is missing.
+    """
+    # A plain LoRA adapter does not say which of its modules is a projector; measuring it found out.
+    known = getattr(config, "projector_modules", None) or list(measured.projectors)
+    if not known and not measured.is_measured:
+        known = _named_like_projectors(rest)
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in rest.items():
+        projector = next((name for name in known if key.startswith(f"{name}.")), None)
+        if projector is None:
+            raise UnmergeableAdapterError(
+                f"{adapter}: tensor '{key}' belongs to a module that is trained whole and is no projector; "
+                "such modules cannot be merged."
+                + ("" if known else " (If it is one: no image passed while its statistics were collected.)")
+            )
+        if not _is_saved_whole(projector, config):
+            raise UnmergeableAdapterError(
+                f"{adapter}: tensor '{key}' is a part of the projector '{projector}'; only projectors that "
+                f"are trained whole can be merged (`modules_to_save=['{projector.rpartition('.')[2]}']`)."
+            )
+        found.setdefault(projector, {})[key.removeprefix(f"{projector}.")] = tensor
+    lost = next((name for name in known if name not in found and _is_saved_whole(name, config)), None)
+    if lost is not None:
+        raise UnmergeableAdapterError(
+            f"{adapter} trained the projector '{lost}', but its {SAFETENSORS_WEIGHTS_NAME} has no tensor of it: "
+            "the file is incomplete; save or download the adapter again."
+        )
+    return found
+
+
+def projectors_in_merge(
+    adapter: str, merge: MergeRecord, measured: TaskStatistics, task: str, rest: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """The state dict of each projector that stands for a task in a merge: its own expert, or the mean it is in.
+
+    Args:
+        adapter (`str`): The merge's name, for messages.
+        merge ([`MergeRecord`]): What its config says.
+        measured ([`TaskStatistics`]): The task's statistics.
+        task (`str`): The task's name.
+        rest (`Mapping[str, torch.Tensor]`): The merge's tensors of modules that are saved whole.
+
+    Raises:
+        UnmergeableAdapterError: A tensor or a prototype is missing.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for projector, routed in merge.routing.items():
+        if task not in routed.names:
+            continue
+        seen = measured.projectors.get(projector)
+        if seen is None or len(seen.prototype) != routed.width:
+            raise UnmergeableAdapterError(
+                f"{adapter}, task '{task}': its statistics lack its prototype at '{projector}'."
+            )
+        expert = _inside(rest, f"{projector}.experts.task_{routed.names.index(task)}.")
+        if expert:  # else the base model's projector serves the task
+            found[projector] = expert
+    for projector, averaged in merge.averaged_projectors.items():
+        if task in averaged:
+            found[projector] = _inside(rest, f"{projector}.")
+            if not found[projector]:
+                raise UnmergeableAdapterError(f"{adapter} lacks the tensors of its projector '{projector}'.")
+    return found
+
+
+def _inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _named_like_projectors(rest: Iterable[str]) -> list[str]:
+    """The modules of these tensors that transformers' families call so that they are projectors."""
+    parents = {key.rsplit(".", levels)[0]: None for key in rest for levels in range(key.count("."), 0, -1)}
+    found: list[str] = []
+    for path in parents:
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if PROJECTOR_NAME.fullmatch(path.rpartition(".")[2]) and not inside:
+            found.append(path)
+    return found
+
+
+def _is_saved_whole(module: str, config: PeftConfig) -> bool:
+    """Whether `modules_to_save` names the module or one around it; PEFT compares the ends of paths."""
+    around = [module.rsplit(".", levels)[0] for levels in range(module.count(".") + 1)]
+    return any(path.endswith(name) for path in around for name in getattr(config, "modules_to_save", None) or [])
