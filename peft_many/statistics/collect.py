@@ -22,7 +22,7 @@ from ..families.parts import find_projectors, image_encoder_name, language_model
 from ..files.peft_methods import described, is_plain_lora
 from ..files.processes import current_processes, from_every_process, together
 from ..files.statistics import DEFAULT_ENERGY, AdapterStatistics, TaskStatistics
-from ..routing.image_calls import watching_image_calls
+from ..routing.watching import watching_calls
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers, hang_on_layers
 from ..tuner.registration import give_statistics
@@ -171,7 +171,7 @@ def collect_statistics(
             only_active(peft_model, adapter_name),
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),  # compiled for one pass and its hooks, it would not pay
-            watching_image_calls(base),
+            watching_calls(base),
             covariances,
             prototypes,
         ):

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftWarning
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..algebra.covariance import Covariance, CovarianceAccumulator, mean_covariance
 from ..algebra.sketch import CovarianceSketch
-from ..families.layouts import features_of
+from ..families.linears import features_of_linear
+from ..families.projector_call import features_of
 from .routed_rows import RoutedRows
 
 # Of the text, and of the decoder's text in an encoder-decoder model.
@@ -266,8 +266,9 @@ def _mask_that_fits(inputs: object, masks: Iterable[Tensor]) -> Tensor | None:
 
 
 def _input_width(layer: Any) -> int:
-    layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    return int(layer.in_features if hasattr(layer, "in_features") else layer.nx)  # `Conv1D` has its own name for it
+    width = features_of_linear(layer, 1)
+    assert width is not None
+    return width
 
 
 class _Enough(Exception):  # noqa: N818 - no error
