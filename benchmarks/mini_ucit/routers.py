@@ -12,8 +12,8 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from peft_many.algebra.spread import centred, shared_metric
-from peft_many.families.layouts import features_of
 from peft_many.families.parts import find_projectors
+from peft_many.families.projector_call import features_of
 
 from .methods import Measurement
 from .model import Collator

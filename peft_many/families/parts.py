@@ -9,9 +9,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from .rows import exceptional
+from .family import family_of
+from .linears import is_linear
 
 # What the arguments of `forward` that take images are called in transformers: `pixel_values`, `flattened_patches`, ...
 _WORDS_FOR_IMAGES = ("pixel", "image", "patch")
@@ -43,8 +43,8 @@ def image_encoder_name(model: nn.Module) -> str | None:
 
 def language_model_name(model: nn.Module) -> str | None:
     """The path of the language model inside a multimodal transformers model, `None` if it is not a part of its own."""
-    if exceptional(model).language_model is not None:
-        return exceptional(model).language_model
+    if (registered := family_of(model).language_model) is not None:
+        return registered
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     return None if decoder is model else _name_of(model, decoder)
 
@@ -66,7 +66,7 @@ def find_projectors(model: nn.Module) -> list[str]:
     """
     if not takes_images(model):
         return []
-    named = exceptional(model).projectors
+    named = family_of(model).projectors
     if named:
         paths = [(name, _from_the_end(model, name)) for name, _ in model.named_modules()]
         return [name for name, other in paths if any(_ends(name, end) or _ends(other, end) for end in named)]
@@ -154,7 +154,7 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def _last_width(module: nn.Module) -> int | None:
     """How many features the last of its linear layers gives."""
-    linears: list[Any] = [part for part in _plain(module).modules() if _is_linear(part)]
+    linears: list[Any] = [part for part in _plain(module).modules() if is_linear(part)]
     return int(linears[-1].out_features) if linears else None
 
 
@@ -227,22 +227,9 @@ def language_model_linears(model: nn.Module) -> list[str]:
             continue
         if isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()
-        if _is_linear(module):
+        if is_linear(module):
             found.append(name)
     return found
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether this is a linear layer, be it quantised; attention layers of a `LinearAttention` class are none.
-
-    Nor are routers of experts that begin as a linear layer and return more than its product (Llama 4).
-    """
-    kind = type(module)
-    if isinstance(module, nn.Linear) and kind.__module__.startswith("transformers.models."):
-        return kind.forward is nn.Linear.forward
-    return isinstance(module, (nn.Linear, Conv1D)) or (
-        "Linear" in type(module).__name__ and hasattr(module, "in_features")
-    )
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str | None:

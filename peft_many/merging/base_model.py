@@ -11,8 +11,7 @@ from torch import nn
 from ..families.linears import features_of_linear, is_linear
 from ..files.patterns import check_patterns
 from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
-from ..routing.gated_calls import unwatch_gated_calls
-from ..routing.image_calls import unwatch_image_calls
+from ..routing.watching import unwatch_calls
 from ..tuner.config import MAnyConfig
 
 
@@ -100,8 +99,7 @@ def untouched_on_failure(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        unwatch_gated_calls(model)
-        unwatch_image_calls(list(model.modules()))
+        unwatch_calls(model.modules())
         for module, children, attributes in before:
             module._modules.clear()
             module._modules.update(children)

@@ -1,4 +1,4 @@
-"""Which row of a batch the images stand in, and what their task weights make of the rows' LoRA."""
+"""The task weights of a batch's rows, what they make of the rows' LoRA, and how they live on in a cache."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 from peft.utils import PeftWarning
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import Cache
 
-from peft_many.families.calls import ImageCall
+from ..algebra.gating import confidence, gates
+from .watched import WatchedMethod, watch
 
-from ..algebra.gating import confidence, gates, rows_of_images
-from ..families.image_layout import ImageLayout
+# The attribute of a cache object that holds the task weights of its rows, by adapter. Copies of a cache take it along.
+CACHE_ATTRIBUTE = "peft_many_row_weights"
+
+# Public methods of caches that change which row is where.
+_MOVES_ROWS = ("reorder_cache", "batch_select_indices")
 
 # The arguments of a model that have a row for each sample.
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -101,71 +106,42 @@ class RowWeights:
         return bool((self._trust == 1).all())
 
 
-@dataclass(frozen=True)
-class ImageWeights:
-    """The task weights of the images that a projector was called with.
+def remember(cache: Cache, known: Mapping[str, RowWeights]) -> None:
+    """Let a cache hold what is known of its rows, for decoding steps and further turns; it dies with the cache."""
+    if known or hasattr(cache, CACHE_ATTRIBUTE):
+        setattr(cache, CACHE_ATTRIBUTE, known)
+        for name in _MOVES_ROWS:
+            watch(cache, name, _RowsFollow)
 
-    Args:
-        weights (`torch.Tensor`): Shape `(images, tasks)`, float32.
-        layout ([`ImageLayout`]): How the projector's input was shared out among them.
-        call ([`ImageCall`], *optional*): The `get_image_features` in which it was called.
-        start (`int`): How many tokens the cache held then.
-    """
 
-    weights: Tensor
-    layout: ImageLayout
-    call: ImageCall | None
-    start: int
+def remembered(cache: Any) -> dict[str, RowWeights]:
+    """What is known of the rows whose tokens a cache holds; nothing if it was cut back to before an image since."""
+    found: dict[str, RowWeights] = getattr(cache, CACHE_ATTRIBUTE, {})
+    return {name: rows for name, rows in found.items() if cached_length(cache) > rows.start}
 
-    def by_row(self, model: nn.Module, arguments: Mapping[str, Any]) -> RowWeights | None:
-        """The weights of the batch's rows; `None`, with a warning, where it cannot be told which images are whose.
 
-        Args:
-            model (`torch.nn.Module`): Whose config tells the token that stands for images.
-            arguments (`Mapping[str, Any]`): What it was called with, by name.
-        """
-        images, placeholders = len(self.weights), self._placeholders(model, arguments)
-        if placeholders is not None and placeholders.any():
-            batch, rows = len(placeholders), rows_of_images(self._tokens(placeholders), placeholders)
-        else:
-            batch = next((shape[0] for shape in _shapes(arguments)), 0)
-            rows = torch.arange(images) if batch == images else None
-        if rows is None:
-            warn_of_merged(f"it cannot be told which of {images} images belong to which of {batch} rows")
-            return None
-        rows = rows.to(self.weights.device)
-        return RowWeights(
-            self.weights.new_zeros(batch, self.weights.shape[1]).index_add(0, rows, self.weights),
-            self.weights.new_zeros(batch).index_add(0, rows, self.weights.new_ones(images)),
-            self.start,
-        )
+def cached_length(cache: Any) -> int:
+    """How many tokens a cache holds; none if it is no cache."""
+    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
 
-    def _tokens(self, placeholders: Tensor) -> Tensor:
-        """How many of the batch's placeholder tokens each image fills, `(images,)`, int64."""
-        told = self.call.tokens if self.call is not None else None
-        if told is not None and len(told) == len(self.weights):
-            return torch.tensor(told)
-        if placeholders.sum() == len(self.weights):
-            return torch.ones(len(self.weights), dtype=torch.int64)
-        return self.layout.lengths * placeholders.sum() // self.layout.lengths.sum()
 
-    def _placeholders(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
-        """How many tokens of each row stand for images, `(rows,)`, int64, on the CPU; `None` if nothing tells."""
-        modality, config = self.call.modality if self.call is not None else "image", getattr(model, "config", None)
-        tokens = (getattr(config, f"{modality}_token_{end}", None) for end in ("id", "index"))
-        token = next((token for token in tokens if token is not None), None)
-        ids = next((ids for ids in map(arguments.get, ("input_ids", "inputs")) if ids is not None), None)
-        embedded, embed = arguments.get("inputs_embeds"), getattr(model, "get_input_embeddings", None)
-        if token is None:
-            return None
-        if ids is not None:
-            stand_for = ids == token
-        elif embedded is not None and callable(embed):
-            placeholder = embed()(torch.tensor(token, device=embedded.device))
-            stand_for = (embedded == placeholder.to(embedded)).all(dim=-1)
-        else:
-            return None
-        return stand_for.sum(dim=1).cpu() if stand_for.dim() == 2 else None
+class _RowsFollow(WatchedMethod):
+    """Does what the cache's own method does, and to what is known of its rows too."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        places: Tensor = next(iter((*args, *kwargs.values())))
+        held = len(places) if self.name == "reorder_cache" else _rows_of(self.module)
+        output = self.own_method()(*args, **kwargs)
+        known: dict[str, RowWeights] = getattr(self.module, CACHE_ATTRIBUTE)
+        # Where several beams are held for each row that is known, they change places among themselves.
+        followed = {name: rows.taken(places) if len(rows.images) == held else rows for name, rows in known.items()}
+        setattr(self.module, CACHE_ATTRIBUTE, followed)
+        return output
+
+
+def _rows_of(cache: Any) -> int | None:
+    keys = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
+    return next((len(tensor) for tensor in keys if isinstance(tensor, Tensor)), None)
 
 
 def repeats_of_rows(x: Tensor, rows: int, arguments: Mapping[str, Any]) -> int | None:
@@ -174,7 +150,7 @@ def repeats_of_rows(x: Tensor, rows: int, arguments: Mapping[str, Any]) -> int |
     Rows of the batch may be repeated in the input, as with beams, and its tokens may lie in one dimension with them.
     Other inputs of two dimensions, such as the tokens that a router sent to an expert, could be anybody's.
     """
-    told = x.dim() > 2 or any(len(x) in (shape[0], shape[:2].numel()) for shape in _shapes(arguments))
+    told = x.dim() > 2 or any(len(x) in (shape[0], shape[:2].numel()) for shape in shapes_of_batch(arguments))
     if len(x) % rows or not told:
         warn_of_merged(f"a layer's input of shape {tuple(x.shape)} does not say what belongs to which of {rows} rows")
         return None
@@ -186,6 +162,7 @@ def warn_of_merged(why: str) -> None:
     warnings.warn(f"The merged LoRA is used, not that of the images' tasks: {why}.", PeftWarning, stacklevel=3)
 
 
-def _shapes(arguments: Mapping[str, Any]) -> list[torch.Size]:
+def shapes_of_batch(arguments: Mapping[str, Any]) -> list[torch.Size]:
+    """The shapes of those arguments of a model that have a row for each sample."""
     values = (arguments.get(name) for name in _INPUTS)
     return [value.shape for value in values if isinstance(value, Tensor)]

@@ -1,4 +1,4 @@
-"""Methods of single modules or caches that do something more than the class's: watchers, one around another."""
+"""Methods of single modules or caches that do something more than the class's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import Cache
 
 
 class WatchedMethod:
-    """Does what the module's own method does; what it does besides is told by subclasses.
+    """Does what the method did before; what it does besides is told by subclasses.
 
     An object that holds its module, not a bound function, so that copies and pickles of a model watch themselves.
     """
@@ -20,64 +20,50 @@ class WatchedMethod:
     def __init__(self, module: nn.Module | Cache, name: str) -> None:
         self.module = module
         self.name = name
-        self.inner: WatchedMethod | None = vars(module).get(name)
+        self.patch: Callable[..., Any] | None = vars(module).get(name)  # somebody else's, on this very module
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.own_method())  # which `generate` reads
 
     def own_method(self) -> Callable[..., Any]:
-        """The next watcher, or the class's method."""
-        return self.inner or getattr(type(self.module), self.name).__get__(self.module)
-
-    def of(self, module: nn.Module) -> WatchedMethod:
-        """The same for another module."""
-        other = copy.copy(self)
-        other.module, other.inner = module, self.inner and self.inner.of(module)
-        return other
+        """What the method was before it was watched."""
+        return self.patch or getattr(type(self.module), self.name).__get__(self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.own_method()(*args, **kwargs)
 
 
+def arguments_of(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a method's call, by name."""
+    return {**inspect.signature(method).bind_partial(*args).arguments, **kwargs} if args else dict(kwargs)
+
+
 def watch(module: nn.Module | Cache, name: str, watcher: type[WatchedMethod]) -> bool:
-    """Set a watcher on the instance, if the class has such a method and the watcher is not there yet."""
-    if not callable(getattr(type(module), name, None)) or _find(module, name, watcher) is not None:
+    """Set a watcher on the instance, if the class has such a method and it is not watched yet."""
+    if not callable(getattr(type(module), name, None)) or isinstance(vars(module).get(name), WatchedMethod):
         return False
     setattr(module, name, watcher(module, name))
     return True
 
 
-def unwatch(module: nn.Module, name: str, watcher: type[WatchedMethod]) -> None:
-    """Undo `watch`; other watchers stay."""
-    found = _find(module, name, watcher)
-    if found is None:
-        return
-    around = vars(module)[name]
-    if around is found and found.inner is None:
+def unwatch(module: nn.Module) -> None:
+    """Give a module its own methods back."""
+    for name, watched in _watched(module).items():
         delattr(module, name)
-    elif around is found:
-        setattr(module, name, found.inner)
-    else:
-        while around.inner is not found:
-            around = around.inner
-        around.inner = found.inner
+        if watched.patch is not None:
+            setattr(module, name, watched.patch)
 
 
 def watch_replica(module: nn.Module) -> None:
     """If this is a shallow copy, such as `nn.DataParallel` makes for each GPU, have its parts watch themselves."""
-    if any(method.module is not module for method in _watchers(module).values()):
+    if any(method.module is not module for method in _watched(module).values()):
         for part in module.modules():
-            for name, method in _watchers(part).items():
-                setattr(part, name, method.of(part))
+            for name, method in _watched(part).items():
+                own = copy.copy(method)
+                own.module = part
+                setattr(part, name, own)
 
 
-def _watchers(module: nn.Module) -> dict[str, WatchedMethod]:
+def _watched(module: nn.Module) -> dict[str, WatchedMethod]:
     return {name: method for name, method in vars(module).items() if isinstance(method, WatchedMethod)}
-
-
-def _find(module: nn.Module | Cache, name: str, watcher: type[WatchedMethod]) -> WatchedMethod | None:
-    method = vars(module).get(name)
-    while isinstance(method, WatchedMethod) and not isinstance(method, watcher):
-        method = method.inner
-    return method if isinstance(method, watcher) else None

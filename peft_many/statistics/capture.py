@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..families.layouts import features_of
+from ..families.projector_call import features_of
 from .tokens import rows_by_mask
 
 

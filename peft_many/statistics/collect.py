@@ -22,7 +22,7 @@ from ..families.parts import find_projectors, image_encoder_name, language_model
 from ..files.peft_methods import described, is_plain_lora
 from ..files.processes import current_processes, from_every_process, together
 from ..files.statistics import AdapterStatistics, TaskStatistics
-from ..routing.image_calls import watching_image_calls
+from ..routing.watching import watching_calls
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers, hang_on_layers
 from ..tuner.registration import give_statistics
@@ -153,7 +153,7 @@ def collect_statistics(
 
     def measure() -> tuple[int, MeasuredInputs]:
         samples = 0
-        with _ready(peft_model, adapter_name), watching_image_calls(base), inputs, images:
+        with _ready(peft_model, adapter_name), watching_calls(base), inputs, images:
             for batch in _batches(dataloader, max_samples, state, f"Measuring '{adapter_name}'", progress):
                 batch = send_to_device(batch, device_of(peft_model))
                 inputs.begin_batch(batch)

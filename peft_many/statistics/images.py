@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..families.calls import current_image_call
-from ..families.layouts import current_layout, features_of, vision_features_of
+from ..families.image_layouts import image_rows_of
+from ..families.projector_call import features_of
+from ..routing.calls import current_image_call, projector_call
 
 # Images of a task whose features are kept, to see how they differ among themselves; the prototype is of all.
 MOST_KEPT_IMAGES = 1024
@@ -64,12 +65,13 @@ class PrototypeHooks:
             features = features_of(args, kwargs)
             if not features.is_floating_point():
                 return  # ids of tokens that are no part of an image
-            layout, call = current_layout(features, projector, kwargs), current_image_call()
-            if layout.continues:
+            call, images = projector_call(projector, args, kwargs), current_image_call()
+            rows = image_rows_of(call)
+            if rows.continues:
                 return  # parts of images that were seen as a whole
-            if call is not None:
-                call.decided[projector] = features.new_empty(0)
-            pooled = layout.pool(vision_features_of(args, kwargs))[layout.real_images.to(features.device)].cpu()
+            if images is not None:
+                images.decided[projector] = features.new_empty(0)
+            pooled = rows.pool(call.vision_features)[rows.real_images.to(features.device)].cpu()
             if not torch.isfinite(pooled).all():
                 raise RuntimeError(f"The vision features at '{name}' hold NaN or Inf.")
             if name not in self._found:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..algebra.sketch import CovarianceAccumulator, CovarianceSketch, running_covariance
 from ..algebra.sums import mean_covariance
-from ..families.layouts import features_of
+from ..families.projector_call import features_of
 from ..files.statistics import InputStatistics
 from .tokens import TokenRows
 

@@ -13,7 +13,7 @@ from peft.utils import PeftWarning
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..families.layouts import features_of
+from ..families.projector_call import features_of
 
 # Of the text, and of the decoder's text in an encoder-decoder model.
 MASK_NAMES = ("attention_mask", "decoder_attention_mask")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..routing.gated_calls import current_gates
+from ..routing.gates import current_gates
 
 
 class GatedLinear(nn.Linear):

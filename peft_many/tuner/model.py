@@ -33,8 +33,8 @@ from ..files.statistics import AdapterStatistics
 from ..files.stored_delta import KEY_PREFIX
 from ..files.untrusted import NONSENSE_ERRORS, MalformedAdapterError, check_projectors_are_there
 from ..records import MergeRecord
-from ..routing.gated_calls import GateTarget, unwatch_gated_calls, watch_gated_calls
-from ..routing.image_calls import unwatch_image_calls, watch_image_calls
+from ..routing.gates import GateTarget
+from ..routing.watching import unwatch_calls, watch_calls
 from .config import MAnyConfig, MAnyPeftType
 from .gated_linear import GatedLinear
 from .layers import hang_on_layers, lora_layers
@@ -101,9 +101,7 @@ class MAnyModel(LoraModel):
                 _gate_layers(model, adapter_name, merge)
             rollback.pop_all()
         if merge is not None and merge.routing:
-            watch_image_calls(model)
-        if merge is not None and merge.options.gate_lora:
-            watch_gated_calls(model)
+            watch_calls(model)
         if isinstance(config.statistics, AdapterStatistics):
             hang_on_layers(model, adapter_name, config.statistics)
 
@@ -176,8 +174,8 @@ class MAnyModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """See [`~peft.LoraModel`]."""
         super().delete_adapter(adapter_name)
-        if not any(map(_is_gated, self.peft_config.values())):
-            unwatch_gated_calls(self.model)
+        if not any(config.merge is not None and config.merge.routing for config in self.peft_config.values()):
+            unwatch_calls(self.model.modules())
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights; see [`~peft.LoraModel`]. Of a gated merge it folds the merged LoRA."""
@@ -204,14 +202,13 @@ class MAnyModel(LoraModel):
         if merge:
             self._warn_of_folding(adapter_names)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        unwatch_gated_calls(model)
         if any(isinstance(module, ProjectorMixture) for module in model.modules()):
             # The model keeps routing, but its class knows nothing of a mixture: saved and loaded as what it calls
             # itself, it would come back with a randomly initialised projector.
             if isinstance(model, PreTrainedModel):
                 model.save_pretrained = functools.partial(_refuse_saving, model)
         else:
-            unwatch_image_calls(list(model.modules()))
+            unwatch_calls(model.modules())
         return model
 
 

@@ -14,10 +14,11 @@ from transformers.utils import ModelOutput
 
 from ..algebra.routing import task_weights
 from ..algebra.spread import FeatureMetric
-from ..families.calls import current_image_call
-from ..families.image_layout import ImageLayout, parts_of, with_parts
-from ..families.layouts import current_layout, features_of, vision_features_of
-from ..routing.gated_calls import GateTarget, note_images
+from ..families.image_layouts import image_rows_of
+from ..families.image_rows import ImageRows, parts_of, with_parts
+from ..families.projector_call import features_of
+from ..routing.calls import current_image_call, projector_call
+from ..routing.gates import GateTarget, note_images
 
 
 @dataclass(frozen=True)
@@ -87,26 +88,26 @@ class ProjectorMixture(nn.Module):
         experts = list(dict.fromkeys(of_tasks))  # tasks without a projector of their own share the base model's
         if len(experts) == 1 and self.gate is None:
             return _call(experts[0], *args, **kwargs)
-        features = features_of(args, kwargs)
-        if not features.is_floating_point():  # ids of tokens that are no part of an image, such as those around it
+        if not features_of(args, kwargs).is_floating_point():  # ids of tokens such as those around an image
             return self._uniform(of_tasks, args, kwargs)
-        layout = current_layout(features, self, kwargs)
-        by_task = self._decide(layout, vision_features_of(args, kwargs))
-        if self.gate is not None and not layout.continues:
-            note_images(self.gate, by_task, layout)
+        call = projector_call(self, args, kwargs)
+        rows = image_rows_of(call)
+        by_task = self._decide(rows, call.vision_features)
+        if self.gate is not None and not rows.continues:
+            note_images(self.gate, by_task, rows)
         if self.abstain_above is not None:
             # Not one less their sum, whose rounding would send every image through the base model's projector too.
             left = (by_task == 0).all(dim=-1, keepdim=True)
             by_task = torch.cat([by_task, left.to(by_task)], dim=-1)
-        return self._mix_images(layout, _sums_by_expert(by_task, experts, of_tasks), experts, args, kwargs)
+        return self._mix_images(rows, _sums_by_expert(by_task, experts, of_tasks), experts, args, kwargs)
 
-    def _decide(self, layout: ImageLayout, features: Tensor) -> Tensor:
+    def _decide(self, rows: ImageRows, features: Tensor) -> Tensor:
         """The tasks' weights for each image; of images that were seen as a whole already, those of then."""
         call = current_image_call()
-        if layout.continues:
+        if rows.continues:
             assert call is not None
             return call.decided[self]
-        by_task = self.task_weights(layout.pool(features))
+        by_task = self.task_weights(rows.pool(features))
         if call is not None:
             call.decided[self] = by_task
         return by_task
@@ -115,7 +116,7 @@ class ProjectorMixture(nn.Module):
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def _mix_images(
         self,
-        layout: ImageLayout,
+        rows: ImageRows,
         weights: Tensor,
         experts: list[nn.Module | None],
         args: tuple[Any, ...],
@@ -126,16 +127,16 @@ class ProjectorMixture(nn.Module):
         busy = carried.any(dim=0).nonzero()[:, 0].tolist()
         if len(busy) < 2:  # none if there are no images
             return _call(experts[busy[0] if busy else 0], *args, **kwargs)
-        if not self._returns_tensor or not layout.can_cut(args, kwargs):
+        if not self._returns_tensor or not rows.can_cut(args, kwargs):
             carried = torch.ones_like(carried)
         mixed: Any = None
         for e in busy:
-            some_args, some_kwargs = layout.cut(carried[:, e], args, kwargs)
+            some_args, some_kwargs = rows.cut(carried[:, e], args, kwargs)
             output = _call(experts[e], *some_args, **some_kwargs)
             if self._returns_tensor and not isinstance(output, Tensor):
                 self._returns_tensor = False  # such outputs are mixed with all images in all of them
-                return self._mix_images(layout, weights, experts, args, kwargs)
-            mixed = layout.add_weighted(mixed, output, weights[:, e], carried[:, e])
+                return self._mix_images(rows, weights, experts, args, kwargs)
+            mixed = rows.add_weighted(mixed, output, weights[:, e], carried[:, e])
         return _cast(mixed, features_of(args, kwargs).dtype)
 
     def _uniform(self, of_tasks: list[nn.Module | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -247,6 +248,7 @@ class ProjectorWrapper(ModulesToSaveWrapper):
             return self.original_module
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         if isinstance(module, ProjectorMixture):
+            module.gate = None  # the LoRA layers are gone
             if len(module.trained) == 1 and module.abstain_above is None:
                 return module.experts["task_0"] if module.trained[0] else self.original_module
             if not all(module.trained) or module.abstain_above is not None:

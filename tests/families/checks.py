@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_sequence
-from peft_many.families.calls import current_image_call
-from peft_many.families.layouts import current_layout, vision_features_of
+from peft_many.families.image_layouts import image_rows_of
+from peft_many.routing.calls import projector_call
 from peft_many.tuner.projector import ProjectorMixture, ProjectorWrapper
 from tests.files.making import perturb
 
@@ -272,14 +272,14 @@ def _noting(mixture: ProjectorMixture, found: list[int]) -> Any:
 
 def _layout_seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """What arrives at a projector, in words."""
-    features, call = vision_features_of(args, kwargs), current_image_call()
-    if not features.is_floating_point():
+    call = projector_call(module, args, kwargs)
+    if not call.vision_features.is_floating_point():
         return ""
-    layout = current_layout(features, module)
+    layout = image_rows_of(replace(call, features=call.vision_features, arguments={}))
     if layout.flat:
         return "flat patches" if len(layout.lengths) > 1 else "flat patches, a call for each image"
     kind = "maps of a convolution" if layout.channels_first else "patches"
-    if call is not None and call.encoded is not None:
+    if call.tower_features is not None:
         kind = "the vision tower's patches"
     if layout.leading > 1:
         return f"padded {kind}"

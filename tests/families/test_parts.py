@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_many import MAnyConfig, MAnyModel
+from peft_many.families.family import FAMILIES
 from peft_many.families.parts import find_projectors, language_model_linears
-from peft_many.families.rows import EXCEPTIONS
 from peft_many.tuner.projector import ProjectorWrapper
 from tests import tiny
 from tests.families.models import build
@@ -184,7 +184,7 @@ def test_where_no_projector_is_found_the_error_says_what_was_sought_and_names_th
 def test_where_the_language_model_holds_the_tower_the_error_names_the_argument(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delitem(EXCEPTIONS, "idefics")  # as if it were a family that nothing is known of
+    monkeypatch.delitem(FAMILIES, "idefics")  # as if it were a family that nothing is known of
     config = transformers.IdeficsConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         vision_config={"embed_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24},

@@ -1,13 +1,14 @@
-"""Watchers around one method: each comes and goes without the others."""
+"""A method of one module that does something more than the class's."""
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
 import pytest
 from torch import nn
 
-from peft_many.routing.watched import WatchedMethod, unwatch, watch
+from peft_many.routing.watched import WatchedMethod, arguments_of, unwatch, watch, watch_replica
 
 
 class Greeter(nn.Module):
@@ -15,41 +16,53 @@ class Greeter(nn.Module):
         return f"hello {name}"
 
 
-class Loud(WatchedMethod):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.own_method()(*args, **kwargs).upper()
-
-
 class Polite(WatchedMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.own_method()(*args, **kwargs) + ", please"
 
 
-def test_watchers_stand_around_each_other_and_leave_in_any_order() -> None:
-    for first, second in ((Loud, Polite), (Polite, Loud)):
-        module = Greeter()
-        assert watch(module, "greet", Loud)
-        assert watch(module, "greet", Polite)
-        assert not watch(module, "greet", Loud)
-        assert module.greet("you") == "HELLO YOU, please"
-        unwatch(module, "greet", first)
-        assert module.greet("you") == ("hello you, please" if first is Loud else "HELLO YOU")
-        unwatch(module, "greet", second)
-        unwatch(module, "greet", second)
-        assert module.greet("you") == "hello you"
-        assert "greet" not in vars(module)
+def shout(name: str) -> str:
+    return f"HEY {name}"
+
+
+@pytest.mark.parametrize("patch", [None, shout])
+def test_a_module_gets_its_own_method_back(patch: Any) -> None:
+    module = Greeter()
+    if patch is not None:  # as somebody else may have done
+        module.greet = patch
+    assert watch(module, "greet", Polite)
+    assert not watch(module, "greet", Polite)
+    own = "HEY you" if patch else "hello you"
+    assert module.greet("you") == f"{own}, please"
+    assert list(inspect.signature(module.greet).parameters) == ["name"]
+    unwatch(module)
+    unwatch(module)
+    assert module.greet("you") == own
+    assert vars(module).get("greet") is patch
 
 
 def test_methods_that_a_class_lacks_are_not_watched() -> None:
-    assert not watch(Greeter(), "insult", Loud)
+    assert not watch(Greeter(), "insult", Polite)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_a_copys_watchers_watch_the_copy(duplicate: Any) -> None:
     module = Greeter()
-    watch(module, "greet", Loud)
     watch(module, "greet", Polite)
     twin = duplicate(module)
-    assert twin.greet("you") == "HELLO YOU, please"
+    assert twin.greet("you") == "hello you, please"
     assert twin.greet.module is twin
-    assert twin.greet.inner.module is twin
+
+
+def test_a_shallow_copys_watchers_watch_the_copy() -> None:
+    module = nn.Sequential(Greeter())
+    watch(module[0], "greet", Polite)
+    replica = module[0]._replicate_for_data_parallel()
+    watch_replica(replica)
+    assert replica.greet.module is replica
+    assert module[0].greet.module is module[0]
+
+
+def test_arguments_are_known_by_name() -> None:
+    assert arguments_of(Greeter().greet, ("you",), {}) == arguments_of(Greeter().greet, (), {"name": "you"})
+    assert arguments_of(Greeter().greet, (), {}) == {}

@@ -20,7 +20,7 @@ from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge
 from peft_many.algebra.covariance import LowRankCovariance
 from peft_many.algebra.sketch import CovarianceAccumulator
 from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics
-from peft_many.routing.image_calls import WATCHED_METHODS
+from peft_many.routing.watching import IMAGE_METHODS
 from peft_many.tuner.layers import lora_layers
 from tests import tiny
 from tests.adapters import covariances
@@ -95,7 +95,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "active": [(list(m.active_adapters), m.disable_adapters) for m in switches],
-        "methods": [[name in vars(module) for name in WATCHED_METHODS] for module in model.modules()],
+        "methods": [[name in vars(module) for name in (*IMAGE_METHODS, "generate")] for module in model.modules()],
         "torch": torch.get_rng_state(),
         "numpy": [state[0], torch.as_tensor(state[1].astype(np.int64)), *state[2:]],
         "python": random.getstate(),

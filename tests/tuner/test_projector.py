@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from peft_many import MAnyConfig, merge_adapter_sequence
 from peft_many.algebra.routing import routing_weights
-from peft_many.families.image_layout import ImageLayout
-from peft_many.families.layouts import current_layout
+from peft_many.families.image_layouts import image_rows_of
+from peft_many.families.image_rows import ImageRows
 from peft_many.records import MergeOptions
-from peft_many.routing.image_calls import watching_image_calls
+from peft_many.routing.calls import projector_call as running_call
+from peft_many.routing.watching import watching_calls
 from peft_many.tuner import projector as projector_module
 from peft_many.tuner.projector import ProjectorMixture, ProjectorRouting
 from tests import tiny
@@ -210,11 +211,11 @@ def test_llava_onevision_cuts_only_images_that_are_alone(counts: list[int] | Non
     torch.manual_seed(0)
     model = transformers.LlavaOnevisionModel(config).eval()
     sizes = [(8, 16), (16, 16), (16, 8), (16, 16)]
-    seen: list[tuple[int, ImageLayout]] = []
+    seen: list[tuple[int, ImageRows]] = []
     model.multi_modal_projector.register_forward_hook(
-        lambda module, args, out: seen.append((len(args[0]), current_layout(args[0])))
+        lambda module, args, out: seen.append((len(args[0]), image_rows_of(running_call(module, args, {}))))
     )
-    with watching_image_calls(model), torch.no_grad():
+    with watching_calls(model), torch.no_grad():
         # Five tiles as the processor pads them: the whole view and four
         model.get_image_features(
             torch.randn(4, 5, 3, 8, 8),
@@ -247,7 +248,7 @@ def test_a_failing_image_call_leaves_no_boundaries_behind() -> None:
 
 
 def test_boundaries_that_do_not_fit_the_features_are_an_error() -> None:
-    layout = ImageLayout(torch.tensor([4, 8]), flat=True)
+    layout = ImageRows(torch.tensor([4, 8]), flat=True)
     with pytest.raises(RuntimeError, match=r"share 7 rows .* images of \[4, 8\] patches"):
         layout.pool(torch.randn(7, 3))
 
@@ -539,8 +540,8 @@ def small_mixture(top_k: int | None = 1, template: nn.Module | None = None, trai
 
 
 def set_layout(monkeypatch: pytest.MonkeyPatch, lengths: Sequence[int], flat: bool = True) -> None:
-    layout = ImageLayout(torch.tensor(lengths, dtype=torch.int64), flat)
-    monkeypatch.setattr(projector_module, "current_layout", lambda *_: layout)
+    layout = ImageRows(torch.tensor(lengths, dtype=torch.int64), flat)
+    monkeypatch.setattr(projector_module, "image_rows_of", lambda _: layout)
 
 
 def patches_of(mixture: ProjectorMixture, tasks: Sequence[int], lengths: Sequence[int]) -> Tensor:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ from transformers import (
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
 from peft_many.algebra.gating import CONFIDENT_WEIGHT
 from peft_many.files.adapter import UnmergeableAdapterError
-from peft_many.routing import gated_calls
-from peft_many.routing.gated_calls import CACHE_ATTRIBUTE
+from peft_many.routing import watching
+from peft_many.routing.row_weights import CACHE_ATTRIBUTE
+from peft_many.routing.watched import WatchedMethod
 from peft_many.tuner.gated_linear import GatedLinear
 from tests import tiny
 from tests.adapters import but_operations, files, make
@@ -592,22 +594,28 @@ def test_beside_other_adapters(tmp_path: Path) -> None:
     model.set_adapter("task")
     model.delete_adapter("gated_too")
     assert torch.equal(logits(model, inputs), expected)
-    assert hooks_of(model) == {}
+    assert watched(model) == {}
 
 
-def hooks_of(model: nn.Module) -> dict[str, Any]:
-    """What `gate_lora` leaves on a model."""
+def watched(model: nn.Module) -> dict[str, list[str]]:
+    """What watching its calls leaves on a model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = {}
     for name, module in base.named_modules():
         hooks = [hook for kind in (module._forward_hooks, module._forward_pre_hooks) for hook in kind.values()]
-        hooks = [hook for hook in hooks if hook.__module__ == gated_calls.__name__]
-        watched = [name for name in ("generate", "gate_hooks") if name in vars(module)]
-        if "generate" in watched and type(vars(module)["generate"]).__module__ != gated_calls.__name__:
-            watched.remove("generate")
-        if hooks or watched:
-            found[name] = (hooks, watched)
+        left = [hook.__name__ for hook in hooks if hook.__module__ == watching.__name__]
+        left += [
+            key for key, value in vars(module).items() if isinstance(value, WatchedMethod) or key == watching._HOOKS
+        ]
+        if left:
+            found[name] = left
     return found
+
+
+def gated_parts(model: nn.Module) -> list[str]:
+    """What a gate is made of in a model, once it is unloaded."""
+    parts = [(name, module) for name, module in model.named_modules()]
+    return [name for name, part in parts if isinstance(part, GatedLinear) or getattr(part, "gate", None) is not None]
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -628,7 +636,8 @@ def test_unloading_leaves_the_base_model() -> None:
     generate(model, inputs)
     base = model.unload()
     assert torch.equal(logits(base, inputs), logits(making.shared_base(family), inputs))
-    assert hooks_of(base) == {}
+    assert watched(base) == {}
+    assert gated_parts(base) == []
     assert torch.equal(generate(base, inputs), generate(making.shared_base(family), inputs))
 
 
@@ -641,8 +650,10 @@ def test_folding_folds_the_merged_delta() -> None:
     assert_rows_are_the_tasks_own(model, family)
     with pytest.warns(PeftWarning, match="merged LoRA for all inputs"):
         base = model.merge_and_unload()
-    assert hooks_of(base) == {}
-    assert_rows_are_the_merged(base, family)
+    assert gated_parts(base) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        assert_rows_are_the_merged(base, family)
 
 
 # --------------------------------------------------------------------------------------------------------- merging
@@ -740,7 +751,7 @@ def test_layers_and_ranks_that_differ_by_task(tmp_path: Path) -> None:
     assert config.task_ranks == [0, 3, 0, 4]  # of o, gate and down
     assert config.task_rank_pattern[r"model\.language_model\.layers\.0\.self_attn\.q_proj"] == [2, 5, 0, 4]
     assert config.merge.names == ["a", "b", "c", "text"]
-    assert len(hooks_of(model)) == 2
+    assert len(watched(model)) == 2
     rows = [[tiny.random_image("llava", 3, style=seed)] for seed in (1, 2, 6)]
     inputs = inputs_of("llava", [*rows, []])
     joint = logits(model, inputs)
@@ -792,7 +803,7 @@ def test_an_8_bit_base(tmp_path: Path) -> None:
         torch.testing.assert_close(joint[row][mask], logits(own, inputs)[row][mask], atol=2e-2, rtol=2e-2)
     with pytest.warns(PeftWarning, match="merged LoRA for all inputs"):
         folded = model.merge_and_unload()
-    assert hooks_of(folded) == {}
+    assert gated_parts(folded) == []
 
 
 # -------------------------------------------------------------------------------------------------------- refusals
@@ -811,7 +822,7 @@ def test_what_a_gate_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`gate_lora` is no option of training"):
         get_peft_model(base, MAnyConfig(gate_lora=True))
     assert not (tmp_path / "out").exists()
-    assert hooks_of(base) == {}
+    assert watched(base) == {}
     merged = merge_adapter_files(folders, tmp_path / "merged", gate_lora=True, progress=False)
     config = MAnyConfig.from_pretrained(str(merged))
     config.task_ranks = [4, 3]
@@ -826,7 +837,7 @@ def test_a_failed_merge_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None
         merge_adapter_sequence(
             base, [making.adapter_folder("llava", t) for t in range(2)], gate_lora=True, progress=False
         )
-    assert hooks_of(base) == {}
+    assert watched(base) == {}
 
 
 def test_gradient_checkpointing_is_refused_while_training() -> None:

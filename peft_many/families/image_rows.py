@@ -14,10 +14,10 @@ from ..algebra.routing import pool_segments
 
 
 @dataclass(frozen=True)
-class ImageLayout:
-    """How the rows of vision features are shared out among images.
+class ImageRows:
+    """How the rows of a projector's input and output are shared out among images, which follow one another.
 
-    Some of the images are picked by a mask `images` of shape `(images,)`, bool, on the CPU.
+    Methods take some of the images by a mask `images` of shape `(images,)`, bool, on the CPU.
 
     Args:
         lengths (`torch.Tensor`):
@@ -32,7 +32,7 @@ class ImageLayout:
         parts (`torch.Tensor`, *optional*):
             Shape `(images,)`, int64, on the CPU: how many entries each image has in an output that is a list. One by
             default.
-        outputs ([`ImageLayout`], *optional*):
+        outputs ([`ImageRows`], *optional*):
             That of the projector's output, where its rows are not in proportion to those of the input.
         continues (`bool`): Whether these are parts of images that were seen as a whole, so that their task is decided.
     """
@@ -44,7 +44,7 @@ class ImageLayout:
     real: Tensor | None = None
     parts: Tensor | None = None
     continues: bool = False
-    outputs: ImageLayout | None = None
+    outputs: ImageRows | None = None
 
     def pool(self, features: Tensor) -> Tensor:
         """Mean-pooled features of each image, shape `(images, d)`, float32; of padding alone, zeros."""
@@ -146,8 +146,8 @@ class ImageLayout:
         news = [self.add_weighted(old, new, weights, images) for old, new in zip(olds, parts_of(outputs))]
         return with_parts(outputs, news)
 
-    def _only(self, images: Tensor) -> ImageLayout:
-        return ImageLayout(self.lengths[images], self.flat, self.leading)
+    def _only(self, images: Tensor) -> ImageRows:
+        return ImageRows(self.lengths[images], self.flat, self.leading)
 
     def _spread(self, weights: Tensor, outputs: Tensor) -> Tensor:
         """One weight for each image, `(images,)`, brought to a shape that multiplies the projector's `outputs`."""

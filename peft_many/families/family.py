@@ -1,0 +1,76 @@
+"""What a model's structure does not tell, by its `model_type`; `register_family` is the door for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the tiles of an image, or the frames of a video, stand in the prompt, where nothing says how many they are.
+
+    Args:
+        gap (`int`): The most tokens that stand between two of one image.
+        own_opener (`bool`): Whether the token in front of a tile is another one than in front of an image.
+        number (`int`, *optional*):
+            How many there are of every image that is cut, if markers do not tell images apart. As many images that are
+            not cut, with no text in between, would be taken for one.
+    """
+
+    gap: int
+    own_opener: bool = False
+    number: int | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """What has to be said of a model family because its structure does not tell. Most families need none of it.
+
+    Args:
+        projectors (`tuple[str, ...]`):
+            The projectors, by the end of their paths; empty if they lie between the vision tower and the language
+            model. `-1` is the last of a list.
+        language_model (`str`, *optional*): The path of the language model, if `get_decoder()` gives more than that.
+        routes_by_tower (`bool`):
+            Whether images are compared by what the vision tower gives, because the projector reads something else.
+        one_image_per_call (`bool`): Whether the projector is called for each image by itself.
+        tiles ([`Tiles`], *optional*): Of families that cut images into tiles and do not say how many.
+        frames ([`Tiles`], *optional*): Of families that hand over videos as frames and do not say how many.
+    """
+
+    projectors: tuple[str, ...] = ()
+    language_model: str | None = None
+    routes_by_tower: bool = False
+    one_image_per_call: bool = False
+    tiles: Tiles | None = None
+    frames: Tiles | None = None
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register_family(model_type: str, family: Family) -> None:
+    """Say of a model family what its structure does not tell.
+
+    Call it before the model is wrapped or an adapter is loaded; in another process, again. What was registered for the
+    same `model_type` before, be it by peft_many, is replaced.
+
+    Args:
+        model_type (`str`): The `model_type` of the family's config.
+        family ([`Family`]): What is to be known.
+
+    Example:
+
+    ```py
+    >>> from peft_many.families import Family, register_family
+
+    >>> register_family("my_vlm", Family(projectors=("eye_to_mouth",), language_model="mouth"))
+    ```
+    """
+    FAMILIES[model_type] = family
+
+
+def family_of(model: Any) -> Family:
+    """What is registered for a model's family, or a `Family` that says nothing."""
+    return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), Family())

@@ -1,0 +1,160 @@
+"""The calls that run in this thread: `forward`, `generate` and the image methods of watched models, as a stack."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache
+
+from ..families.projector_call import ProjectorCall, features_of
+from .noted_images import NotedImages
+from .row_weights import remember, remembered
+
+
+@dataclass(eq=False)
+class Call:
+    """A running call of a model.
+
+    Args:
+        kind (`str`): The method: `"forward"`, `"generate"`, which runs `forward` of the same module, or `"images"`.
+        owner (`torch.nn.Module`): The module that was called.
+        arguments (`Mapping[str, Any]`): By name.
+        outer (`Call`, *optional*): The call that it was made in.
+        noted ([`NotedImages`], *optional*): Of a call that is its own `of_batch`: what was noted of its images.
+
+    Attributes:
+        lineage (`tuple[Call, ...]`):
+            This call and those that it is a part of, the innermost first; calls of other models are left out.
+        images ([`ImageCall`], *optional*): The innermost image method among these.
+        of_model (`Call`, *optional*): The innermost `forward` or `generate`, whose arguments may hold token ids.
+        of_batch (`Call`, *optional*):
+            The outermost `forward`, whose batch the layers see; while `generate` prepares the first one, `generate`.
+    """
+
+    kind: str
+    owner: nn.Module
+    arguments: Mapping[str, Any]
+    outer: Call | None
+    noted: NotedImages | None = None
+
+    def __post_init__(self) -> None:
+        outer = self.outer
+        is_part = outer is not None and any(part is self.owner for part in outer.owner.modules())
+        around = outer if is_part else None
+        self.lineage: tuple[Call, ...] = (self,) if around is None else (self, *around.lineage)
+        self.images: ImageCall | None = None if around is None else around.images
+        self.of_model: Call | None = self
+        self.of_batch: Call | None = self
+        if self.kind == "forward" and around is not None and around.of_batch is not None:
+            self.of_batch = self if around.of_batch.kind == "generate" else around.of_batch
+
+    def is_over(self, inner: Call) -> bool:
+        """Whether this is a `forward` that was interrupted, as another call cannot have been made in it."""
+        if self.kind != "forward" or self.owner is inner.owner:
+            return self.kind == "forward"
+        return len(inner.lineage) == 1 and not _is_being_called(self.owner)
+
+    @property
+    def generation(self) -> Call | None:
+        """The `generate` of the same module that this `forward` is a step of."""
+        outer = self.outer
+        return outer if outer is not None and outer.kind == "generate" and outer.owner is self.owner else None
+
+
+@dataclass(eq=False)
+class ImageCall(Call):
+    """A running `get_image_features` or `get_video_features`.
+
+    Args:
+        modality (`str`): `"image"` or `"video"`.
+        tokens (`list[int]`, *optional*): Once it has returned, how many tokens each image has become, if it says so.
+        encoded (`torch.Tensor`, *optional*): What the vision tower gave, of families that route by it.
+        decided (`dict[nn.Module, torch.Tensor]`): What was decided at a projector when it was called first.
+    """
+
+    modality: str = "image"
+    tokens: list[int] | None = None
+    encoded: Tensor | None = None
+    decided: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.images = self
+        _, *around = self.lineage
+        self.of_model, self.of_batch = (around[0].of_model, around[0].of_batch) if around else (None, None)
+
+
+# A context variable, so that threads that share one model do not see each other's calls.
+running: ContextVar[Call | None] = ContextVar("peft_many_running_call", default=None)
+
+
+def current_image_call() -> ImageCall | None:
+    """The image method that is running in this thread."""
+    call = running.get()
+    return None if call is None else call.images
+
+
+def begin_forward(module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """A module's `forward` begins. Those that were interrupted (Ctrl-C, which runs no hook) are forgotten."""
+    call = Call("forward", module, arguments, running.get())
+    while call.outer is not None and call.outer.is_over(call):
+        call = Call("forward", module, arguments, call.outer.outer)
+    if call.of_batch is call:
+        # In `generate` the images are encoded before the first forward pass, in rows without beams.
+        before = call.generation.noted if call.generation is not None else None
+        known = before.all_row_weights() if before is not None else {}
+        call.noted = NotedImages(module, arguments, known or remembered(arguments.get("past_key_values")))
+    running.set(call)
+
+
+def end_forward(module: nn.Module, output: Any) -> None:
+    """A module's `forward` has ended. What is known of its rows is left where the next decoding step finds it."""
+    call = running.get()
+    while call is not None and call.kind == "forward" and call.owner is not module:
+        call = call.outer
+    if call is None or call.kind != "forward":
+        return
+    running.set(call.outer)
+    if call.noted is None or output is None:  # a part of another call, or one that failed
+        return
+    known = call.noted.all_row_weights()
+    if call.noted.any_images and call.generation is not None:
+        call.generation.noted = NotedImages(module, call.generation.arguments, known)
+    in_tuple = output if isinstance(output, tuple) else ()
+    values = (getattr(output, "past_key_values", None), *in_tuple, call.arguments.get("past_key_values"))
+    cache = next((value for value in values if isinstance(value, Cache)), None)
+    if cache is not None:
+        remember(cache, known)
+
+
+def projector_call(projector: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ProjectorCall:
+    """What is known of a projector's call that is running."""
+    call = running.get()
+    known: dict[str, Any] = {}
+    if call is not None and call.of_model is not None:
+        known |= {"model": call.of_model.owner, "model_arguments": call.of_model.arguments}
+    if call is not None and call.images is not None:
+        images, *outer = (one for one in call.lineage if isinstance(one, ImageCall))
+        known |= {"image_model": images.owner, "image_arguments": images.arguments, "modality": images.modality}
+        known |= {"is_further": projector in images.decided, "tower_features": images.encoded}
+        known["outer_image_arguments"] = tuple(one.arguments for one in outer)
+    return ProjectorCall(features_of(args, kwargs), projector, kwargs, **known)
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+def _is_being_called(module: nn.Module) -> bool:
+    """Whether this thread is inside a call of the module."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False

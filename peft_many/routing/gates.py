@@ -1,0 +1,81 @@
+"""From the images of a call to the LoRA layers that run in it, for merges with `gate_lora`.
+
+The routed projector notes the task weights of its images in the running call; the LoRA layers ask for their gates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..families.image_rows import ImageRows
+from .calls import running
+from .noted_images import ImageWeights
+from .row_weights import Gates, cached_length, repeats_of_rows, warn_of_merged
+
+
+@dataclass(frozen=True)
+class GateTarget:
+    """Whose LoRA layers a projector's routing gates.
+
+    Args:
+        adapter_name (`str`): The adapter.
+        columns (`tuple[int, ...]`): The place of each routed task among the tasks of the merge.
+        tasks (`int`): How many tasks were merged.
+    """
+
+    adapter_name: str
+    columns: tuple[int, ...]
+    tasks: int
+
+
+def note_images(target: GateTarget, weights: Tensor, rows: ImageRows) -> None:
+    """Note the routing weights of a projector's images in the running call.
+
+    Args:
+        target ([`GateTarget`]): For whom.
+        weights (`torch.Tensor`): Shape `(images, routed tasks)`, float32.
+        rows ([`ImageRows`]): How the projector's input is shared out among the images.
+
+    Raises:
+        RuntimeError: The model trains with gradient checkpointing, which runs layers again when the call is over.
+    """
+    if len(weights) == 0:
+        return
+    running_call = running.get()
+    call = None if running_call is None else running_call.of_batch
+    if running_call is None or call is None or call.noted is None:
+        warn_of_merged("images were encoded outside of the model's `forward` and `generate`")
+        return
+    if torch.is_grad_enabled() and call.owner.training and getattr(call.owner, "is_gradient_checkpointing", False):
+        raise RuntimeError(
+            f"The adapter '{target.adapter_name}' is a merge with `gate_lora`, which does not go with gradient "
+            "checkpointing. Call `model.eval()` or `model.gradient_checkpointing_disable()`."
+        )
+    all_tasks = weights.new_zeros(len(weights), target.tasks)
+    all_tasks[:, list(target.columns)] = weights
+    start = cached_length(call.arguments.get("past_key_values"))
+    call.noted.add(target.adapter_name, ImageWeights(all_tasks, rows, running_call.images, start))
+
+
+def current_gates(adapter_name: str, ranks: tuple[int, ...], x: Tensor) -> Gates | None:
+    """The gates of a layer in the running call; `None` where all rows get the merged delta.
+
+    Args:
+        adapter_name (`str`): The layer's adapter.
+        ranks (`tuple[int, ...]`): `r_t` of each task in the layer.
+        x (`torch.Tensor`): The layer's input, shape `(rows, …, in)` or `(rows · tokens, in)`.
+    """
+    running_call = running.get()
+    if running_call is None or running_call.images is not None:  # what the vision tower sees are images, not rows
+        return None
+    call = running_call.of_batch
+    assert call is not None
+    assert call.noted is not None
+    weights = call.noted.row_weights(adapter_name)
+    if weights is None:
+        return None
+    repeats = repeats_of_rows(x, len(weights.images), call.arguments)
+    return None if repeats is None else weights.gates(ranks, repeats, x)

@@ -1,0 +1,135 @@
+"""The images that were encoded in a call, and which rows of its batch they stand in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..algebra.gating import rows_of_images
+from ..families.image_rows import ImageRows
+from ..families.prompts import placeholder_tokens, token_ids
+from .row_weights import RowWeights, shapes_of_batch, warn_of_merged
+
+if TYPE_CHECKING:
+    from .calls import ImageCall
+
+
+@dataclass(frozen=True)
+class ImageWeights:
+    """The task weights of the images that a projector was called with.
+
+    Args:
+        weights (`torch.Tensor`): Shape `(images, tasks)`, float32.
+        rows ([`ImageRows`]): How the projector's input was shared out among them.
+        call ([`ImageCall`], *optional*): The `get_image_features` in which it was called.
+        start (`int`): How many tokens the cache held then.
+    """
+
+    weights: Tensor
+    rows: ImageRows
+    call: ImageCall | None
+    start: int
+
+    def by_row(self, model: nn.Module, arguments: Mapping[str, Any]) -> RowWeights | None:
+        """The weights of the batch's rows; `None`, with a warning, where it cannot be told which images are whose.
+
+        Args:
+            model (`torch.nn.Module`): Whose config tells the token that stands for images.
+            arguments (`Mapping[str, Any]`): What it was called with, by name.
+        """
+        images, placeholders = len(self.weights), self._placeholders(model, arguments)
+        if placeholders is not None:
+            batch, rows = len(placeholders), rows_of_images(self._tokens(placeholders), placeholders)
+        else:
+            batch = next((shape[0] for shape in shapes_of_batch(arguments)), 0)
+            rows = torch.arange(images) if batch == images else None
+        if rows is None:
+            warn_of_merged(f"it cannot be told which of {images} images belong to which of {batch} rows")
+            return None
+        rows = rows.to(self.weights.device)
+        return RowWeights(
+            self.weights.new_zeros(batch, self.weights.shape[1]).index_add(0, rows, self.weights),
+            self.weights.new_zeros(batch).index_add(0, rows, self.weights.new_ones(images)),
+            self.start,
+        )
+
+    def _tokens(self, placeholders: Tensor) -> Tensor:
+        """How many of the batch's placeholder tokens each image fills, `(images,)`, int64."""
+        told = self.call.tokens if self.call is not None else None
+        if told is not None and len(told) == len(self.weights):
+            return torch.tensor(told)
+        if placeholders.sum() == len(self.weights):
+            return torch.ones(len(self.weights), dtype=torch.int64)
+        return self.rows.lengths * placeholders.sum() // self.rows.lengths.sum()
+
+    def _placeholders(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
+        """How many tokens of each row stand for images, `(rows,)`, int64, on the CPU; `None` if nothing tells."""
+        modality = self.call.modality if self.call is not None else "image"
+        for token in placeholder_tokens(getattr(model, "config", None), modality):
+            found = _which_are(token, model, arguments)
+            if found is not None and found.any():
+                return found.sum(dim=1).cpu()
+        return None
+
+
+def _which_are(token: int, model: Any, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Where a token stands in a batch, `(rows, length)`, bool; `None` if nothing tells."""
+    ids, embedded = token_ids(arguments), arguments.get("inputs_embeds")
+    if ids is not None:
+        return ids == token
+    if embedded is None or not callable(getattr(model, "get_input_embeddings", None)):
+        return None
+    placeholder = model.get_input_embeddings()(torch.tensor(token, device=embedded.device))
+    return (embedded == placeholder.to(embedded)).all(dim=-1)
+
+
+class NotedImages:
+    """What is known in a call of the task weights of its batch's rows, by adapter.
+
+    Args:
+        model (`torch.nn.Module`): Whose call it is.
+        arguments (`Mapping[str, Any]`): By name.
+        before (`Mapping[str, RowWeights]`): From images before this call.
+    """
+
+    def __init__(self, model: nn.Module, arguments: Mapping[str, Any], before: Mapping[str, RowWeights]) -> None:
+        self._model = model
+        self._arguments = arguments
+        self._before = before
+        self._images: dict[str, list[ImageWeights]] = {}
+        self._known: dict[str, RowWeights | None] = {}
+
+    def add(self, adapter_name: str, images: ImageWeights) -> None:
+        """Note images that were encoded."""
+        noted = self._images.setdefault(adapter_name, [])
+        if noted and noted[-1].call is images.call is not None:
+            noted.pop()  # of several projectors the last one is nearest to the language model
+        noted.append(images)
+        self._known.pop(adapter_name, None)
+
+    def row_weights(self, adapter_name: str) -> RowWeights | None:
+        """The task weights of the batch's rows; `None` where no row had an image so far, or it cannot be told."""
+        if adapter_name not in self._known:
+            found = self._before.get(adapter_name)
+            for images in self._images.get(adapter_name, []):
+                rows = images.by_row(self._model, self._arguments)
+                if rows is None:
+                    found = None
+                    break
+                found = rows if found is None else rows.plus(found)
+            self._known[adapter_name] = found
+        return self._known[adapter_name]
+
+    @property
+    def any_images(self) -> bool:
+        """Whether images were encoded in this call."""
+        return bool(self._images)
+
+    def all_row_weights(self) -> dict[str, RowWeights]:
+        """Those of every adapter of which they are known."""
+        found = {name: self.row_weights(name) for name in (*self._before, *self._images)}
+        return {name: weights for name, weights in found.items() if weights is not None}
