@@ -2,6 +2,7 @@ r"""The regular expressions in an adapter's config: looked up without one where 
 
 PEFT matches `rank_pattern`, `target_modules` and others against module names with `re`, which can take longer than
 anybody waits for a few characters such as `(\w+)+!`. No reading of a pattern tells for sure; trying it elsewhere does.
+The package `regex` has a time limit, but gets done in no time with patterns that `re` does not.
 """
 
 from __future__ import annotations
