@@ -119,10 +119,11 @@ def test_errors_of_a_broken_connection_are_those_of_the_http_library():
 def test_no_other_private_name_is_used():
     """Attributes and modules with an underscore in front, of objects that are not our own."""
     known = {
-        # torch's own: children and buffers of a module as they are, and how often a tensor was written to.
+        # torch's and Python's own: a module's children as they are, how often a tensor was written to, and whether a
+        # module is being called.
         "merging/base_model.py": {"module._modules"},
-        "statistics/hooks.py": {"inputs._version"},
-        "routing/gated_calls.py": {"outer._known"},  # ours
+        "statistics/inputs.py": {"inputs._version"},
+        "routing/calls.py": {"sys._getframe", "Module._call_impl"},
     }
     found: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
