@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_many import MAnyConfig
+from peft_many.exports.routed import without_gate
 from peft_many.files.adapter import read_adapter
 from peft_many.hub.sources import find_adapter
 
@@ -35,8 +36,8 @@ def with_parts(base: Callable[[], nn.Module], lora: Path | Pairs, projectors: Pa
     options: dict[str, Any] = {"projector_modules": []}
     if projectors is not None:
         config = PeftConfig.from_pretrained(str(projectors))
-        kept = ("projector_modules", "routing", "tasks", "router", "temperature", "top_k", "abstain_above")
-        options = {option: getattr(config, option) for option in kept}
+        merge = None if config.merge is None else without_gate(config.merge)
+        options = {"projector_modules": config.projector_modules, "merge": merge}
         stored = load_file(projectors / SAFETENSORS_WEIGHTS_NAME)
         tensors |= {key: tensor for key, tensor in stored.items() if ".lora_" not in key}
     ranks = {name.replace(".", r"\."): len(A) for name, (A, _) in pairs.items()}

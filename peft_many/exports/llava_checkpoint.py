@@ -73,6 +73,15 @@ def import_llava_checkpoint(
         FileExistsError: The output folder exists and is not empty.
         ValueError: A file is damaged or holds more than tensors, a tensor belongs to no module of transformers' LLaVA
             or does not fit the others, or the checkpoint is no plain LoRA.
+
+    Example:
+
+        ```py
+        >>> from peft_many import import_llava_checkpoint
+
+        >>> import_llava_checkpoint("Task4_llava_lora", "charts", task_name="charts").name
+        'charts'
+        ```
     """
     source, output = Path(folder).expanduser(), Path(output_dir).expanduser()
     settings = _read_settings(source)

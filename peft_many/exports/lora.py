@@ -47,10 +47,12 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
         AdapterNotFoundError, StatisticsError, FileExistsError: As in [`merge_adapter_files`].
 
     Example:
-        ```python
-        from peft_many import export_lora
 
-        export_lora("merged", "lora")  # then: vllm serve … --enable-lora --lora-modules merged=lora
+        ```py
+        >>> from peft_many import export_lora
+
+        >>> export_lora("merged", "lora").notes[0]  # then: vllm serve … --enable-lora --lora-modules merged=lora
+        'All layers have rank 8 (vLLM: `max_lora_rank=8`), in float32.'
         ```
     """
     source = find_adapter(adapter, **hub)

@@ -54,10 +54,13 @@ def export_model(
         FileNotFoundError, FileExistsError, StatisticsError: As in [`merge_adapter_files`].
 
     Example:
-        ```python
-        from peft_many import export_model
 
-        export_model("merged", "model", projector="clevr")
+        ```py
+        >>> from peft_many import export_model
+
+        >>> exported = export_model("merged", "model", base_model="base", projector="clevr")
+        >>> exported.notes[0]
+        "The projector 'model.multi_modal_projector' is that of 'clevr', and not routed any more. ...
         ```
     """
     read = read_adapter(find_adapter(adapter, **hub))

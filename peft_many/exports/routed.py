@@ -58,11 +58,12 @@ def export_routed_model(
         FileNotFoundError, FileExistsError, StatisticsError: As in [`merge_adapter_files`].
 
     Example:
-        ```python
-        from peft_many import export_routed_model, load_routed_model
 
-        export_routed_model("merged", "model", base_model="llava-hf/llava-1.5-7b-hf")
-        model = load_routed_model("model")
+        ```py
+        >>> from peft_many import export_routed_model, load_routed_model
+
+        >>> exported = export_routed_model("merged", "routed", base_model="base")
+        >>> model = load_routed_model("routed")
         ```
     """
     source = find_adapter(adapter, **hub)
@@ -111,6 +112,16 @@ def load_routed_model(
 
     Raises:
         ValueError: It is no such export.
+
+    Example:
+
+        ```py
+        >>> from peft_many import export_routed_model, load_routed_model
+
+        >>> exported = export_routed_model("merged", "routed", base_model="base")
+        >>> type(load_routed_model("routed", dtype="bfloat16")).__name__
+        'LlavaForConditionalGeneration'
+        ```
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
@@ -127,6 +138,11 @@ def load_routed_model(
     return model.eval()
 
 
+def without_gate(merge: MergeRecord) -> MergeRecord:
+    """The record of the same merge without `gate_lora`; the routing stays."""
+    return replace(merge, options=replace(merge.options, gate_lora=False), task_ranks=None, task_rank_pattern={})
+
+
 def _save_projectors(adapter: Adapter, merge: MergeRecord, folder: Path) -> None:
     """The merge's projectors, prototypes and routing as an adapter that has no LoRA layers."""
     weights = adapter.files[0]
@@ -139,6 +155,6 @@ def _save_projectors(adapter: Adapter, merge: MergeRecord, folder: Path) -> None
         inference_mode=True,
         # Not the base model's name: an adapter's base is what it is loaded onto where its folder cannot be seen.
         base_model_name_or_path=None,
-        merge=replace(merge, options=replace(merge.options, gate_lora=False), task_ranks=None, task_rank_pattern={}),
+        merge=without_gate(merge),
     ).save_pretrained(folder)
     save_file({key: weights[key] for key in kept}, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

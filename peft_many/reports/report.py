@@ -48,12 +48,13 @@ def merge_report(
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
 
     Example:
-        ```python
-        from peft_many import merge_report, save_report
 
-        report = merge_report("merged")
-        print(report.interference)
-        save_report(report, "report")
+        ```py
+        >>> from peft_many import merge_report
+
+        >>> report = merge_report("merged", progress=False)
+        >>> {task: f"{share:.2f}" for task, share in report.interference.items()}
+        {'clevr': '0...', 'iconqa': '0...'}
         ```
     """
     if isinstance(merge, PeftModel):
@@ -115,6 +116,15 @@ def save_report(report: MergeReport, output_dir: str | os.PathLike[str]) -> Path
 
     Raises:
         ImportError: matplotlib or jinja2 is not installed; `pip install "peft-many[report]"` brings both.
+
+    Example:
+
+        ```py
+        >>> from peft_many import merge_report, save_report
+
+        >>> save_report(merge_report("merged", progress=False), "merged-report").name
+        'report.html'
+        ```
     """
     try:
         from .page import draw, page

@@ -13,6 +13,7 @@ import peft_many
 from peft_many import merge_adapter_files
 from tests import tiny
 from tests.adapters import base, batches, make
+from tests.exports.llava_files import checkpoint
 
 EXAMPLE = re.compile(r"```py\n(.*?)```", re.DOTALL)
 # Classes that are not made by users, or whose example is a training run (tests/statistics).
@@ -31,6 +32,7 @@ def shelf(tmp_path_factory):
         make(root / name, seed=seed, task_name=name)
     merge_adapter_files([root / "iconqa", root / "clevr"], root / "merged", progress=False)
     tiny.build("llava").save_pretrained(root / "base")
+    checkpoint(root / "Task4_llava_lora")
     return root
 
 

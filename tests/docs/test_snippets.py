@@ -257,8 +257,4 @@ def test_folders_that_a_snippet_writes_are_known():
 
 
 def test_adapters_of_the_docs_are_what_they_are_called(place):
-    assert [task["name"] for task in PeftConfig.from_pretrained(place / "merged").tasks] == [
-        "clevr",
-        "iconqa",
-        "vizwiz",
-    ]
+    assert PeftConfig.from_pretrained(place / "merged").merge.names == ["clevr", "iconqa", "vizwiz"]

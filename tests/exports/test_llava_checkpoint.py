@@ -113,7 +113,7 @@ def test_measured_it_merges(tmp_path):
         model.save_pretrained(tmp_path / f"measured{seed}")
     measured = [tmp_path / f"measured{seed}" for seed in range(2)]
     merged = PeftConfig.from_pretrained(merge_adapter_files(measured, tmp_path / "merged", progress=False))
-    assert [task["name"] for task in merged.tasks] == ["task0", "task1"]
+    assert merged.merge.names == ["task0", "task1"]
     assert [task.trained for task in merged.merge.routing["model.multi_modal_projector"].tasks] == [True, True]
     alone = merge_adapter_files(measured[:1], tmp_path / "alone", progress=False)
     outputs = logits(PeftModel.from_pretrained(tiny.build("llava"), alone))
