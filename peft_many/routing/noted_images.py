@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,12 @@ from ..families.image_rows import ImageRows
 from ..families.prompts import placeholder_tokens, token_ids
 from .row_weights import RowWeights, shapes_of_batch, warn_of_merged
 
-if TYPE_CHECKING:
-    from .calls import ImageCall
+
+class ImageMethod(Protocol):
+    """A call of `get_image_features` or `get_video_features`: see [`ImageCall`]."""
+
+    modality: str
+    tokens: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,13 @@ class ImageWeights:
     Args:
         weights (`torch.Tensor`): Shape `(images, tasks)`, float32.
         rows ([`ImageRows`]): How the projector's input was shared out among them.
-        call ([`ImageCall`], *optional*): The `get_image_features` in which it was called.
+        call ([`ImageMethod`], *optional*): The `get_image_features` in which it was called.
         start (`int`): How many tokens the cache held then.
     """
 
     weights: Tensor
     rows: ImageRows
-    call: ImageCall | None
+    call: ImageMethod | None
     start: int
 
     def by_row(self, model: nn.Module, arguments: Mapping[str, Any]) -> RowWeights | None:
