@@ -15,8 +15,8 @@ from ..families.prompts import placeholder_tokens, token_ids
 from .row_weights import RowWeights, shapes_of_batch, warn_of_merged
 
 
-class Encoding(Protocol):
-    """What is asked of the `ImageCall` in which images were encoded."""
+class ImageMethod(Protocol):
+    """A call of `get_image_features` or `get_video_features`: see [`ImageCall`]."""
 
     modality: str
     tokens: list[int] | None
@@ -29,13 +29,13 @@ class ImageWeights:
     Args:
         weights (`torch.Tensor`): Shape `(images, tasks)`, float32.
         rows ([`ImageRows`]): How the projector's input was shared out among them.
-        call ([`Encoding`], *optional*): The `get_image_features` in which it was called.
+        call ([`ImageMethod`], *optional*): The `get_image_features` in which it was called.
         start (`int`): How many tokens the cache held then.
     """
 
     weights: Tensor
     rows: ImageRows
-    call: Encoding | None
+    call: ImageMethod | None
     start: int
 
     def by_row(self, model: nn.Module, arguments: Mapping[str, Any]) -> RowWeights | None:
