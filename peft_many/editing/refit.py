@@ -22,7 +22,7 @@ from ..files.statistics import AdapterStatistics, TaskStatistics
 from ..merging.operations import REFIT, operation
 from ..records import MergeRecord
 from ..statistics.capture import LayerCapture, layers_by_input
-from ..statistics.forward import batch_size, device_of, forward, only_active, state_kept
+from ..statistics.forward import batch_size, device_of, forward, in_inference
 from ..statistics.tokens import masks_of
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import lora_layers
@@ -101,11 +101,8 @@ def refit_merge(
     own = {task: _own_deltas(statistics, t, pairs) for t, task in enumerate(tasks)}
     with (
         _put_back(pairs.values(), after_errors_only=True),
-        state_kept(model),
-        only_active(model, name),
-        torch.no_grad(),
+        in_inference(model, name),
     ):
-        model.eval()
         samples = {task: _samples(calibration[task], max_samples, task, device_of(model)) for task in tasks}
 
         def observed(task: str, group: Sequence[str]) -> LayerCapture:

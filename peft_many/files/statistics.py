@@ -68,16 +68,13 @@ class TaskStatistics:
         input_of (`Mapping[str, str]`): By the path of a layer in the base model, the key in `inputs` of what it reads.
         projectors (`Mapping[str, ImageStatistics]`): By the path of the projector.
         fingerprints (`Mapping[str, Sequence[float]]`):
-            By layer, the `weight_fingerprint` of the adapter's weights when the task was measured (or merged): a later
-            training run makes the statistics stale, and this tells.
-        shapes (`Mapping[str, tuple[int, int]]`):
-            `(out, in)` of each adapted layer, in the order of the model, where the adapter is of a PEFT method whose
-            file does not tell.
+            By layer, the `weight_fingerprint` of the weights that were measured (or merged): it tells whether they
+            were trained further.
+        shapes (`Mapping[str, tuple[int, int]]`): `(out, in)` by layer, for PEFT methods whose files do not tell.
         weight (`float`): `w_t`; other than 1 only inside a merge.
-        lora_A (`Mapping[str, torch.Tensor]`):
-            Inside a merge, each trained layer's `A_t` with the LoRA scaling folded in, shape `(r_t, in)`.
+        lora_A (`Mapping[str, torch.Tensor]`): Inside a merge, `A_t` of each trained layer, the LoRA scaling included.
         lora_B (`Mapping[str, torch.Tensor]`):
-            Inside a merge, `B_t` of shape `(out, r_t)` for the layers whose merged `B` is not the tasks' side by side.
+            Inside a merge, `B_t` of the layers whose merged `B` is not the tasks' side by side.
     """
 
     name: str | None
@@ -134,13 +131,7 @@ class AdapterStatistics:
         return self  # Immutable, and large: `dataclasses.asdict` and copies of a config need not copy it.
 
     def own_delta(self, t: int, module: str, merged_B: Tensor) -> LowRankDelta:
-        """A task's own delta in a layer of the merge, float32, with the LoRA scaling in `A`.
-
-        Args:
-            t (`int`): Which task.
-            module (`str`): The layer, which the task trained.
-            merged_B (`torch.Tensor`): The merge's `B`, whose columns are the tasks' unless they are stored apart.
-        """
+        """What task `t` trained in a layer, float32, the LoRA scaling in `A`; `merged_B` is the merge's `B` there."""
         A, B = self.tasks[t].lora_A[module], self.tasks[t].lora_B.get(module)
         if B is None:
             start = sum(len(task.lora_A[module]) for task in self.tasks[:t] if module in task.lora_A)
@@ -148,12 +139,9 @@ class AdapterStatistics:
         return LowRankDelta(A=A.float(), B=B.float())
 
     def save(self, folder: str | os.PathLike[str], *, sources: Iterable[TensorFile] = ()) -> None:
-        """Write the file into `folder`, whole or not at all.
+        """Write the file into an existing folder, whole or not at all.
 
-        Args:
-            folder (`str`): An existing folder.
-            sources (`Iterable[TensorFile]`):
-                Files that the tensors are mapped from; their memory is given back after each task.
+        After each task the memory of `sources` is given back, the files that its tensors are mapped from.
         """
         header = {"version": FORMAT_VERSION, "tasks": [_header_of(task) for task in self.tasks]}
         announced: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -171,11 +159,7 @@ class AdapterStatistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AdapterStatistics:
-        """Read a statistics file. Tensors stay on disk, memory-mapped, until they are used.
-
-        Raises:
-            StatisticsError: The file is damaged, of another format, or lacks a tensor.
-        """
+        """Read a file, or raise `StatisticsError`. Tensors stay on disk, memory-mapped, until they are used."""
         return cls.of(open_statistics(path))
 
     @classmethod
@@ -188,10 +172,9 @@ def open_statistics(path: str | os.PathLike[str]) -> TensorFile:
     """Map a statistics file, or raise `StatisticsError`: it does not exist, is damaged, or is truncated."""
     try:
         return TensorFile(Path(path))
-    except FileNotFoundError:
-        raise StatisticsError(f"{path} does not exist.") from None
-    except SafetensorError as error:
-        raise StatisticsError(f"{path} is damaged or truncated ({error}).") from None
+    except (FileNotFoundError, SafetensorError) as error:
+        reason = f"is damaged or truncated ({error})" if isinstance(error, SafetensorError) else "does not exist"
+        raise StatisticsError(f"{path} {reason}.") from None
 
 
 def check_covariance(covariance: Covariance, where: str) -> None:
@@ -229,9 +212,8 @@ def _tensors_of(t: int, task: TaskStatistics) -> Iterator[tuple[str, Tensor]]:
             yield f"{t}.{key}.{part}", tensor
     for name, seen in task.projectors.items():
         yield f"{t}.prototype.{name}", seen.prototype
-    for kind, tensors in (("lora_A", task.lora_A), ("lora_B", task.lora_B)):
-        for name, tensor in tensors.items():
-            yield f"{t}.{kind}.{name}", tensor
+    yield from ((f"{t}.lora_A.{name}", tensor) for name, tensor in task.lora_A.items())
+    yield from ((f"{t}.lora_B.{name}", tensor) for name, tensor in task.lora_B.items())
 
 
 def _read_tasks(file: TensorFile) -> Iterator[TaskStatistics]:
@@ -239,9 +221,7 @@ def _read_tasks(file: TensorFile) -> Iterator[TaskStatistics]:
         content = json.loads(file.metadata["peft_many"])
         version, tasks = content["version"], content["tasks"]
     except (KeyError, RecursionError, TypeError, ValueError):
-        raise StatisticsError(
-            f"{file.path} is not a statistics file of peft_many (its header does not say so)."
-        ) from None
+        raise StatisticsError(f"{file.path} is not a statistics file of peft_many, by its header.") from None
     if type(version) is not int or version != FORMAT_VERSION:
         raise StatisticsError(
             f"{file.path} has statistics format {version}, and this peft_many reads format {FORMAT_VERSION}. "
@@ -288,12 +268,10 @@ def _read_images(file: TensorFile, t: int, name: str, about: dict[str, Any]) -> 
     if about["spread"] is None:
         return ImageStatistics(prototype, None, int(about["images"]))
     spread = _read_covariance(file, f"{t}.spread.{name}", about["spread"])
+    where = f"the spread of the images at '{name}'"
     if spread.width != len(prototype):
-        raise StatisticsError(
-            f"{file.path}: the spread of the images at '{name}' has width {spread.width}, and their prototype "
-            f"{len(prototype)}."
-        )
-    check_covariance(spread, f"{file.path}: the spread of the images at '{name}'")
+        raise StatisticsError(f"{file.path}: {where} has width {spread.width}, and their prototype {len(prototype)}.")
+    check_covariance(spread, f"{file.path}: {where}")
     return ImageStatistics(prototype, spread, int(about["images"]))
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..algebra.lpm import LeastSquaresMerge, MergedDelta, SingularMergeError
+from ..algebra.lpm import LeastSquaresMerge, LowRankDelta, MergedDelta, SingularMergeError
+from ..algebra.residual import relative_residuals
 from ..files.fingerprints import weight_fingerprint
 from ..files.statistics import check_covariance
 from ..files.stored_delta import KEY_PREFIX, TASK_WEIGHT, UnmergeableAdapterError
 from .by_method import merge_by_method
-from .interference import layer_residuals
 from .prepare import PreparedMerge
 
 
@@ -24,7 +25,7 @@ class LayerRecord:
     Args:
         stacked (`bool`): As in [`MergedDelta`].
         fingerprints (`dict[str, list[float]]`): By task that trained it, of its block of the merged weights.
-        residuals (`dict[str, float]`): What merging costs, as of `layer_residuals`.
+        residuals (`dict[str, float]`): What merging costs each task that trained it (`relative_residuals`).
     """
 
     stacked: bool
@@ -49,7 +50,7 @@ def merge_group(plan: PreparedMerge, group: Sequence[str], device: str | torch.d
     """Merge layers that share their input; what was read for it is given back."""
     merged = merged_deltas(plan, group, device)
     layers = {
-        module: LayerRecord(delta.stacked, _fingerprints(plan, module, delta), layer_residuals(plan, module, delta))
+        module: LayerRecord(delta.stacked, _fingerprints(plan, module, delta), _residuals(plan, module, delta))
         for module, delta in merged.items()
     }
     plan.release()
@@ -103,3 +104,21 @@ def _fingerprints(plan: PreparedMerge, module: str, merged: MergedDelta) -> dict
             found[task.name] = weight_fingerprint(merged.A[block], merged.B[:, block])
             start = end
     return found
+
+
+def _residuals(plan: PreparedMerge, module: str, merged: MergedDelta) -> dict[str, float]:
+    """By task that trained a layer, [`relative_residuals`]; without those whose inputs nobody measured there."""
+    tasks = [task for task in plan.tasks if module in task.deltas]
+    deltas = [LowRankDelta(A=task.deltas[module].rows(), B=task.deltas[module].columns()) for task in tasks]
+    covariances = [task.statistics.covariance_of(module) for task in tasks]
+    found = relative_residuals(merged, list(zip(deltas, covariances)))
+    return {task.name: residual for task, residual in zip(tasks, found) if not math.isnan(residual)}
+
+
+def mean_residuals(residuals: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """By task the mean over layers, from each layer's residuals by task; four digits are kept."""
+    by_task: dict[str, list[float]] = {}
+    for of_layer in residuals:
+        for task, residual in of_layer.items():
+            by_task.setdefault(task, []).append(residual)
+    return {task: float(f"{math.fsum(found) / len(found):.4g}") for task, found in by_task.items()}

@@ -24,8 +24,7 @@ from ..hub.sources import ADAPTER_FILES
 from ..records import MergeOptions
 from ..records.options import takes_merge_options
 from .base_model import check_fits_model, untouched_on_failure
-from .group import LayerRecord, merge_group
-from .interference import mean_residuals
+from .group import LayerRecord, mean_residuals, merge_group
 from .merged_config import merged_config
 from .merged_statistics import merged_statistics
 from .offloaded import check_dispatched, is_offloaded, load_on_offloaded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,8 +25,8 @@ from ..routing.watching import watching_calls
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers, hang_on_layers
 from ..tuner.registration import give_statistics
-from .forward import batch_size, device_of, forward, only_active, state_kept
-from .gathering import gather_images, gather_inputs
+from .forward import batch_size, device_of, forward, in_inference
+from .gathering import alone, gather_images, gather_inputs
 from .images import PrototypeHooks
 from .inputs import CovarianceHooks, MeasuredInputs
 from .measurable import adapter_to_measure, weights_of
@@ -153,7 +152,7 @@ def collect_statistics(
 
     def measure() -> tuple[int, MeasuredInputs]:
         samples = 0
-        with _ready(peft_model, adapter_name), watching_calls(base), inputs, images:
+        with in_inference(peft_model, adapter_name), watching_calls(base), inputs, images:
             for batch in _batches(dataloader, max_samples, state, f"Measuring '{adapter_name}'", progress):
                 batch = send_to_device(batch, device_of(peft_model))
                 inputs.begin_batch(batch)
@@ -164,12 +163,13 @@ def collect_statistics(
     def kept(covariance: Covariance, names: list[str]) -> Covariance:
         return truncation.apply(covariance, [weights.deltas[name] for name in names if name in weights.deltas])
 
+    gather = alone if state is None else from_every_process
     samples, found = measure() if state is None else together(measure)
-    samples = samples if state is None else sum(from_every_process(samples))
+    samples = sum(gather(samples))
     if samples == 0:
         raise ValueError("The dataloader gave no batch, so there is nothing to measure.")
-    seen = gather_images(images.result(), state is not None)
-    gathered = gather_inputs(found, kept, state is not None)
+    seen = gather_images(images.result(), gather)
+    gathered = gather_inputs(found, kept, gather)
     task = TaskStatistics(
         name=getattr(config, "task_name", None),
         samples=samples,
@@ -202,19 +202,6 @@ def _input_hooks(
     unmasked = {name for name in measured if name.startswith(visual)}
     tokens = TokenRows(measured, base, unmasked, text_encoder(base))
     return CovarianceHooks(measured, bystanders, tokens, size, share)
-
-
-@contextlib.contextmanager
-def _ready(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """The model as it is measured: with the one adapter, as in inference; afterwards as it was."""
-    with (
-        state_kept(model),
-        only_active(model, adapter_name),
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),  # compiled for one pass and its hooks, it would not pay
-    ):
-        model.eval()
-        yield
 
 
 def _batches(

@@ -18,6 +18,19 @@ from .tokens import MASK_NAMES
 
 
 @contextlib.contextmanager
+def in_inference(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """The model as in inference with this one adapter, without gradients; afterwards it is as it was."""
+    with (
+        state_kept(model),
+        only_active(model, adapter_name),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),  # compiled for one pass and its hooks, it would not pay
+    ):
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
     """Restore each module's training mode, each parameter's `requires_grad`, and all random states."""
     modes = [(module, module.training) for module in model.modules()]

@@ -10,17 +10,24 @@ import torch
 from ..algebra.covariance import Covariance
 from ..algebra.spectrum import Truncation
 from ..algebra.spread import centred
-from ..files.processes import from_every_process
 from ..files.statistics import ImageStatistics, InputStatistics
 from .images import PooledFeatures
 from .inputs import MeasuredInputs, added_inputs
+
+Gather = Callable[[Any], list[Any]]
+
+
+def alone(value: Any) -> list[Any]:
+    """What all processes pass where there is this one."""
+    return [value]
+
 
 # How much is kept of the spread of a task's images.
 SPREAD = Truncation(rank=256, energy=1.0)
 
 
 def gather_inputs(
-    found: MeasuredInputs, finish: Callable[[Covariance, list[str]], Covariance], several: bool
+    found: MeasuredInputs, finish: Callable[[Covariance, list[str]], Covariance], gather: Gather
 ) -> MeasuredInputs:
     """The inputs over all processes, one at a time, so that no process holds the others' all at once.
 
@@ -30,12 +37,11 @@ def gather_inputs(
     Args:
         found ([`MeasuredInputs`]): What this process measured.
         finish (`Callable`): Makes the covariance to keep out of the sum and the layers' names.
-        several (`bool`): Whether there are other processes, which then all make this call.
+        gather (`Callable`): Gives what all processes pass, which then all make this call; or `alone`.
 
     Returns:
         [`MeasuredInputs`]: The same in every process, layers in the order of `found`.
     """
-    gather = from_every_process if several else _alone
     everyone = gather({name: key if found.inputs[key].tokens else None for name, key in found.input_of.items()})
     known = list(dict.fromkeys(name for one in everyone for name in one))
     groups: dict[tuple[str | None, ...] | str, list[str]] = {}
@@ -52,14 +58,9 @@ def gather_inputs(
     return MeasuredInputs(inputs, {name: input_of[name] for name in known})
 
 
-def gather_images(found: Mapping[str, PooledFeatures], several: bool) -> dict[str, ImageStatistics]:
-    """The images of all processes together, by projector.
-
-    Args:
-        found (`Mapping[str, PooledFeatures]`): What this process measured, by projector.
-        several (`bool`): As in `gather_inputs`.
-    """
-    everyone = (from_every_process if several else _alone)(dict(found))
+def gather_images(found: Mapping[str, PooledFeatures], gather: Gather) -> dict[str, ImageStatistics]:
+    """The images of all processes together, by projector; arguments as in `gather_inputs`."""
+    everyone = gather(dict(found))
     gathered = {}
     for name in dict.fromkeys(name for one in everyone for name in one):
         parts = [one[name] for one in everyone if name in one]
@@ -68,7 +69,3 @@ def gather_images(found: Mapping[str, PooledFeatures], several: bool) -> dict[st
         rows = torch.cat([kept for part in parts for kept in part.kept])
         gathered[name] = ImageStatistics(prototype, SPREAD.apply(centred(rows)) if len(rows) > 1 else None, images)
     return gathered
-
-
-def _alone(value: Any) -> list[Any]:
-    return [value]

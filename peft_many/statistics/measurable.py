@@ -104,22 +104,19 @@ def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
     if not layers:
         raise ValueError(f"Adapter '{adapter_name}' has no layers to measure.")
     suited = _is_linear_lora if is_plain_lora(config) else _is_on_linear
-    unsuited = next((name for name, layer in layers.items() if not suited(layer, adapter_name)), None)
-    if unsuited is not None:
-        raise ValueError(
-            f"Adapter '{adapter_name}' adapts '{unsuited}', which is no linear layer {_kind_of(layers[unsuited])}; "
-            "only linear layers have an input covariance."
-        )
-    merged = next((n for n, m in model.named_modules() if set(_merged_into(m)) - {adapter_name}), None)
-    if merged is not None:
-        raise ValueError(f"Other adapters are merged into '{merged}'; call `unmerge_adapter()` first.")
+    for name, layer in layers.items():
+        if not suited(layer, adapter_name):
+            kind = type(layer).__name__
+            if isinstance(layer, ParamWrapper):
+                kind = "parameters of several experts in one module, `target_parameters`"
+            raise ValueError(
+                f"Adapter '{adapter_name}' adapts '{name}', which is no linear layer ({kind}); only linear layers "
+                "have an input covariance."
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and {*module.merged_adapters} - {adapter_name}:
+            raise ValueError(f"Other adapters are merged into '{name}'; call `unmerge_adapter()` first.")
     return adapter_name
-
-
-def _kind_of(layer: Any) -> str:
-    if isinstance(layer, ParamWrapper):
-        return "but parameters of several experts in one module (`target_parameters`)"
-    return f"({type(layer).__name__})"
 
 
 def _is_linear_lora(layer: Any, adapter_name: str) -> bool:
@@ -131,7 +128,3 @@ def _is_linear_lora(layer: Any, adapter_name: str) -> bool:
 
 def _is_on_linear(layer: Any, adapter_name: str) -> bool:
     return is_linear(layer.get_base_layer())
-
-
-def _merged_into(module: nn.Module) -> list[str]:
-    return list(module.merged_adapters) if isinstance(module, BaseTunerLayer) else []

@@ -23,7 +23,6 @@ from peft_many.files.processes import (
     shared_folder,
     together,
 )
-from peft_many.statistics import gathering
 
 
 def names(folder: Path) -> list[str]:
@@ -57,8 +56,7 @@ def in_processes(monkeypatch: pytest.MonkeyPatch, count: int, work: Callable[[in
             return error
 
     with monkeypatch.context() as patch, ThreadPoolExecutor(count) as pool:
-        for module in (gathering, processes):
-            patch.setattr(module, "from_every_process", from_every)
+        patch.setattr(processes, "from_every_process", from_every)
         patch.setattr(processes, "current_processes", State)
         return list(pool.map(run, range(count)))
 

@@ -221,7 +221,7 @@ def test_experts_of_a_merge_that_are_not_finite(good, tmp_path):
 
 
 def first_covariance(tensors: dict[str, Tensor]) -> Tensor:
-    return tensors["0.covariance.0.matrix"]
+    return tensors[f"0.covariance.{LAYER}.matrix"]
 
 
 def asymmetric(tensors: dict[str, Tensor]) -> None:
@@ -262,12 +262,12 @@ def test_a_merges_own_tensors_that_are_not_finite(good, tmp_path):
 
 
 def test_a_covariance_of_another_width(good, bad, tmp_path):
-    edit(bad, STATISTICS, lambda tensors: tensors.update({"0.covariance.0.matrix": torch.eye(31).double()}))
+    edit(bad, STATISTICS, lambda tensors: tensors.update({f"0.covariance.{LAYER}.matrix": torch.eye(31).double()}))
     assert_refused(tmp_path, [good["b"], bad], str(bad), SHARED, "width 31", "32")
 
 
 def test_a_missing_covariance(good, bad, tmp_path):
-    edit_header(bad, lambda header: header["tasks"][0]["covariances"][0]["modules"].remove(LAYER))
+    edit_header(bad, lambda header: header["tasks"][0]["input_of"].pop(LAYER))
     assert_refused(tmp_path, [good["b"], bad], str(bad), LAYER, "no covariance")
 
 
@@ -326,7 +326,7 @@ def test_a_merge_whose_statistics_disagree_with_its_weights(good, tmp_path, chan
     elif change == "width":
         edit(bad, STATISTICS, lambda tensors: tensors.update({key: tensors[key][:, :-1]}))
     else:
-        edit_header(bad, lambda header: header["tasks"][1]["deltas"].remove(LAYER))
+        edit_header(bad, lambda header: header["tasks"][1]["lora_A"].remove(LAYER))
     assert_refused(tmp_path, [bad], str(bad), f"disagree on '{LAYER}'")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from peft_many.algebra.covariance import Covariance, LowRankCovariance
 from peft_many.algebra.sketch import CovarianceAccumulator, CovarianceSketch
+from peft_many.files import processes
 from peft_many.files.statistics import InputStatistics
-from peft_many.statistics.gathering import gather_images, gather_inputs
+from peft_many.statistics.gathering import alone, gather_images, gather_inputs
 from peft_many.statistics.images import MOST_KEPT_IMAGES, PooledFeatures
 from peft_many.statistics.inputs import MeasuredInputs
 from tests.algebra.problems import relative_error, seeds
@@ -49,6 +51,10 @@ def as_it_is(covariance: Covariance, names: list[str]) -> Covariance:
     return covariance
 
 
+def from_all(value: Any) -> list[Any]:
+    return processes.from_every_process(value)  # as it is when the processes run
+
+
 def by_layer(found: MeasuredInputs) -> dict[str, InputStatistics]:
     """What each layer reads; layers that share an input have one object."""
     assert all(found.input_of[key] == key for key in found.inputs)
@@ -59,7 +65,7 @@ def gathered(monkeypatch, parts: Sequence[MeasuredInputs], finish=as_it_is) -> l
     """What every process has in the end."""
 
     def gather(process: int) -> dict[str, InputStatistics]:
-        return by_layer(gather_inputs(parts[process], finish, True))
+        return by_layer(gather_inputs(parts[process], finish, from_all))
 
     return in_processes(monkeypatch, len(parts), gather)
 
@@ -79,7 +85,7 @@ def assert_same(found: Mapping[str, InputStatistics], whole_: MeasuredInputs, to
 
 def test_alone_one_keeps_what_one_found():
     found = measured({QKV: rows(0, 9), DOWN: rows(1, 9, 4)})
-    assert gather_inputs(found, as_it_is, several=False) == found
+    assert gather_inputs(found, as_it_is, alone) == found
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -127,7 +133,7 @@ def test_what_is_kept_is_made_once_of_each_sum(monkeypatch):
         return covariance.with_ridge(1.0)
 
     found = measured({QKV: rows(0, 5), DOWN: rows(1, 5, 4)})
-    result = by_layer(gather_inputs(found, finish, several=False))
+    result = by_layer(gather_inputs(found, finish, alone))
     assert made == [QKV, DOWN]
     assert result["q"] is result["v"]
     assert result["q"].covariance.trace == pytest.approx(2 * found.inputs["q"].covariance.trace)
@@ -149,7 +155,7 @@ def test_layers_that_share_their_input_everywhere_share_one_object(monkeypatch):
 def test_the_order_of_the_layers_is_kept(monkeypatch):
     inputs = {"q": InputStatistics(whole(rows(0, 4)), 4), "o": InputStatistics(whole(rows(1, 4)), 4)}
     found = MeasuredInputs(inputs, {"q": "q", "o": "o", "k": "q"})
-    assert list(gather_inputs(found, as_it_is, several=False).input_of) == ["q", "o", "k"]
+    assert list(gather_inputs(found, as_it_is, alone).input_of) == ["q", "o", "k"]
     for result in gathered(monkeypatch, [found, found]):
         assert list(result) == ["q", "o", "k"]
         assert groups_of(result) == [["q", "k"], ["o"]]
@@ -233,12 +239,12 @@ def seen(**features: Tensor) -> dict[str, PooledFeatures]:
 
 def test_alone_a_prototype_is_the_mean():
     features = rows(0, 7)
-    found = gather_images(seen(projector=features), several=False)["projector"]
+    found = gather_images(seen(projector=features), alone)["projector"]
     assert found.images == 7
     assert found.prototype.dtype == torch.float32
     torch.testing.assert_close(found.prototype, features.double().mean(0).float(), atol=0, rtol=0)
     assert relative_error(found.spread.dense(), torch.cov(features.double().T)) < 1e-2
-    assert gather_images({}, several=False) == {}
+    assert gather_images({}, alone) == {}
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -246,18 +252,18 @@ def test_alone_a_prototype_is_the_mean():
 def test_images_are_those_of_all_processes(monkeypatch, seed, shares):
     features = rows(seed, sum(shares))
     parts = [seen(projector=part) for part in features.split(shares)]
-    alone = gather_images(seen(projector=features), several=False)["projector"]
-    for result in in_processes(monkeypatch, len(parts), lambda process: gather_images(parts[process], True)):
+    expected = gather_images(seen(projector=features), alone)["projector"]
+    for result in in_processes(monkeypatch, len(parts), lambda process: gather_images(parts[process], from_all)):
         found = result["projector"]
         assert found.images == sum(shares)
         torch.testing.assert_close(found.prototype, features.double().mean(0).float(), atol=1e-6, rtol=1e-6)
-        assert torch.equal(found.spread.factor, alone.spread.factor)
+        assert torch.equal(found.spread.factor, expected.spread.factor)
 
 
 def test_a_projector_that_only_one_process_reached(monkeypatch):
     here, there = rows(0, 2), rows(1, 3, 4)
     parts = [seen(one=here), seen(one=rows(2, 4), two=there), {}]
-    for found in in_processes(monkeypatch, 3, lambda process: gather_images(parts[process], True)):
+    for found in in_processes(monkeypatch, 3, lambda process: gather_images(parts[process], from_all)):
         assert list(found) == ["one", "two"]
         assert [found[name].images for name in found] == [6, 3]
         torch.testing.assert_close(found["two"].prototype, there.mean(0))
@@ -265,13 +271,13 @@ def test_a_projector_that_only_one_process_reached(monkeypatch):
 
 
 def test_a_single_image_has_no_spread():
-    assert gather_images(seen(projector=rows(0, 1)), several=False)["projector"].spread is None
+    assert gather_images(seen(projector=rows(0, 1)), alone)["projector"].spread is None
 
 
 def test_features_are_kept_of_a_bounded_number_of_images():
     features = rows(0, MOST_KEPT_IMAGES + 5, 2)
     found = seen(projector=features)
     assert sum(len(part) for part in found["projector"].kept) == MOST_KEPT_IMAGES
-    gathered_ = gather_images(found, several=False)["projector"]
+    gathered_ = gather_images(found, alone)["projector"]
     assert gathered_.images == MOST_KEPT_IMAGES + 5
     torch.testing.assert_close(gathered_.prototype, features.mean(0))
