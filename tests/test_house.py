@@ -41,8 +41,6 @@ def too_long(path: Path) -> Iterator[str]:
             yield f"{path.relative_to(ROOT)}:{first}: the {kind} {name} has {length} lines"
 
 
-# To be deleted, both marks, when all rooms have their new shape.
-@pytest.mark.xfail(strict=False, reason="the rooms are being redesigned")
 def test_nothing_is_too_long():
     found = [what for path in FILES for what in too_long(path)]
     assert not found, "\n".join(["", *found])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -95,56 +95,20 @@ def refit_merge(
     name, config, merge, statistics = _merge_to_refit(model)
     tasks = {task.name or "": task for task in statistics.tasks}
     _check_calibration(tasks, calibration)
-    base = model.get_base_model()
-    layers: dict[str, Any] = dict(lora_layers(base, name))
+    layers: dict[str, Any] = dict(lora_layers(model.get_base_model(), name))
     pairs = {path: _Pair(layer, name) for path, layer in layers.items()}
     own = {task: _own_deltas(statistics, t, pairs) for t, task in enumerate(tasks)}
-    with (
-        _put_back(pairs.values(), after_errors_only=True),
-        in_inference(model, name),
-    ):
+    with _put_back(pairs.values(), after_errors_only=True), in_inference(model, name):
         samples = {task: _samples(calibration[task], max_samples, task, device_of(model)) for task in tasks}
+        weights = {task: measured.weight for task, measured in tasks.items()}
 
-        def observed(task: str, group: Sequence[str]) -> LayerCapture:
-            """One pass over a task's samples, up to the layers of the group."""
-            capture = LayerCapture({path: layers[path] for path in group})
-            for batch in samples[task]:
-                capture.masks = masks_of(batch, has_encoder=False)
-                with capture:
-                    # In a context of its own: transformers' capturing of outputs does not clean up after a pass that
-                    # is cut short.
-                    contextvars.copy_context().run(forward, model, batch, forward_fn)
-            return capture
+        def run(batch: Any) -> None:
+            forward(model, batch, forward_fn)
 
-        groups = layers_by_input(layers, lambda: forward(model, next(iter(samples.values()))[0], forward_fn))
+        refit = _Refit(layers, pairs, own, weights, samples, run, targets == "outputs", ridge, rank)
+        groups = layers_by_input(layers, lambda: run(next(iter(samples.values()))[0]))
         for group in tqdm(groups, desc="Refitting", unit="input", disable=not progress):
-            width = pairs[group[0]].A.shape[1]
-            fits = {path: LayerRefit(pairs[path].B.shape[0], width, ridge) for path in group}
-            for task, statistic in tasks.items():
-                if statistic.weight == 0 or not any(path in own[task] for path in group):
-                    continue
-                wanted: LayerCapture | None = None
-                if targets == "outputs":
-                    with _put_back(pairs.values()):
-                        for path, pair in pairs.items():
-                            pair.set(own[task].get(path, pair.nothing()))
-                        wanted = observed(task, group)
-                seen = observed(task, group)
-                for path in group:
-                    if path in own[task]:
-                        x, d = _example(path, task, seen, wanted, layers[path], own[task][path])
-                        try:
-                            fits[path].add(x, d, own[task][path], statistic.weight)
-                        except FloatingPointError:
-                            raise RuntimeError(
-                                f"On '{task}', what passes through '{path}' holds NaN or Inf."
-                            ) from None
-            for path in group:
-                pair = pairs[path]
-                try:
-                    pair.set(fits[path].solve(min(pair.A.shape[0], rank or pair.A.shape[0])))
-                except SingularMergeError as error:
-                    raise RuntimeError(f"'{path}' cannot be refitted: {error}.") from None
+            refit.group(group)
     config.statistics = _rewritten(statistics, own, pairs)
     # What merging costs each task was told of the deltas before.
     done = operation(REFIT, list(tasks), {"targets": targets, "ridge": ridge, "rank": rank})
@@ -153,6 +117,75 @@ def refit_merge(
         tasks=[replace(task, interference=None) for task in merge.tasks],
         operations=[*merge.operations, done],
     )
+
+
+@dataclass(frozen=True)
+class _Refit:
+    """What refitting one group of layers after another needs.
+
+    Args:
+        layers (`Mapping[str, nn.Module]`): The LoRA layers, by path.
+        pairs (`Mapping[str, _Pair]`): Their weights, which are written.
+        own (`Mapping[str, Mapping[str, LowRankDelta]]`): By task and layer, the task's own deltas.
+        weights (`Mapping[str, float]`): `w_t` by task.
+        samples (`Mapping[str, list]`): Batches by task.
+        run (`Callable`): Runs the model on a batch.
+        by_outputs (`bool`): Whether to fit what comes out of a layer, or what its delta makes of its inputs.
+        ridge (`float`): `λ`.
+        rank (`int`, *optional*): The largest rank.
+    """
+
+    layers: Mapping[str, Any]
+    pairs: Mapping[str, _Pair]
+    own: Mapping[str, Mapping[str, LowRankDelta]]
+    weights: Mapping[str, float]
+    samples: Mapping[str, list[Any]]
+    run: Callable[[Any], None]
+    by_outputs: bool
+    ridge: float
+    rank: int | None
+
+    def group(self, group: Sequence[str]) -> None:
+        """Refit layers that share an input."""
+        width = self.pairs[group[0]].A.shape[1]
+        fits = {path: LayerRefit(self.pairs[path].B.shape[0], width, self.ridge) for path in group}
+        for task, weight in self.weights.items():
+            trained = [path for path in group if path in self.own[task]]
+            if weight == 0 or not trained:
+                continue
+            wanted = self._with_own_deltas(task, group) if self.by_outputs else None
+            seen = self._observed(task, group)
+            for path in trained:
+                own = self.own[task][path]
+                x, d = _example(path, task, seen, wanted, self.layers[path], own)
+                try:
+                    fits[path].add(x, d, own, weight)
+                except FloatingPointError:
+                    raise RuntimeError(f"On '{task}', what passes through '{path}' holds NaN or Inf.") from None
+        for path, fit in fits.items():
+            pair = self.pairs[path]
+            try:
+                pair.set(fit.solve(min(pair.A.shape[0], self.rank or pair.A.shape[0])))
+            except SingularMergeError as error:
+                raise RuntimeError(f"'{path}' cannot be refitted: {error}.") from None
+
+    def _with_own_deltas(self, task: str, group: Sequence[str]) -> LayerCapture:
+        """What the layers see and give where the task's own adapter is in place everywhere."""
+        with _put_back(self.pairs.values()):
+            for path, pair in self.pairs.items():
+                pair.set(self.own[task].get(path, pair.nothing()))
+            return self._observed(task, group)
+
+    def _observed(self, task: str, group: Sequence[str]) -> LayerCapture:
+        """One pass over a task's samples, up to the layers of the group."""
+        capture = LayerCapture({path: self.layers[path] for path in group})
+        for batch in self.samples[task]:
+            capture.masks = masks_of(batch, has_encoder=False)
+            with capture:
+                # In a context of its own: transformers' capturing of outputs does not clean up after a pass that is
+                # cut short.
+                contextvars.copy_context().run(self.run, batch)
+        return capture
 
 
 class _Pair:

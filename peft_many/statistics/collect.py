@@ -135,14 +135,13 @@ def collect_statistics(
     adapter_name = adapter_to_measure(peft_model, adapter_name)
     config = peft_model.peft_config[adapter_name]
     base = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
-    if energy is None:
-        energy = config.energy if isinstance(config, MAnyConfig) else DEFAULT_ENERGY
-    truncation = Truncation(rank, energy, error_budget, dtype)
     if error_budget is not None and not is_plain_lora(config):
         raise ValueError(
             f"`error_budget` reads LoRA matrices, but adapter '{adapter_name}' {described(config)}; choose by `rank` "
             "or `energy`."
         )
+    usual = config.energy if isinstance(config, MAnyConfig) else DEFAULT_ENERGY
+    truncation = Truncation(rank, usual if energy is None else energy, error_budget, dtype)
     layers = adapted_layers(base, adapter_name)
     weights = weights_of(peft_model, adapter_name, layers)
     projectors = _projectors(base, config)

@@ -8,12 +8,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..algebra.sketch import CovarianceAccumulator, CovarianceSketch, running_covariance
 from ..algebra.sums import mean_covariance
+from ..families.linears import features_of_linear
 from ..families.projector_call import features_of
 from ..files.statistics import InputStatistics
 from .tokens import TokenRows
@@ -167,7 +167,9 @@ class CovarianceHooks:
         for name, layer in self.measured.items():
             leaders = self.shared.leaders(name)
             if not leaders:  # it never ran
-                inputs[name] = InputStatistics(running_covariance(_input_width(layer), self.size).result(), 0)
+                inputs[name] = InputStatistics(
+                    running_covariance(features_of_linear(layer, 1) or 0, self.size).result(), 0
+                )
                 input_of[name] = name
                 continue
             if leaders not in id_of:
@@ -188,7 +190,8 @@ class CovarianceHooks:
         return hook
 
     def _sum_up(self, name: str, layer: Any, inputs: Tensor) -> None:
-        width = _input_width(layer)
+        width = features_of_linear(layer, 1)
+        assert width is not None
         if inputs.shape[-1] != width:
             raise RuntimeError(f"The input of '{name}' has {inputs.shape[-1]} features, not {width} as the layer.")
         rows = self.tokens.rows_of(name, inputs)
@@ -206,8 +209,3 @@ def added_inputs(parts: list[InputStatistics]) -> InputStatistics:
         return parts[0]
     counts = [part.tokens for part in parts]
     return InputStatistics(mean_covariance([part.covariance for part in parts], counts), sum(counts))
-
-
-def _input_width(layer: Any) -> int:
-    layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    return int(layer.in_features if hasattr(layer, "in_features") else layer.nx)  # `Conv1D` has its own name for it

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
-import re
 import warnings
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftWarning
 from peft.utils.other import get_pattern_key
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..families.parts import (
     find_projectors,
-    language_model_linears,
-    language_model_name,
     match_projectors,
     takes_images,
     where_projectors_are_sought,
@@ -35,11 +29,12 @@ from ..files.untrusted import NONSENSE_ERRORS, MalformedAdapterError, check_proj
 from ..records import MergeRecord
 from ..routing.gates import GateTarget
 from ..routing.watching import unwatch_calls, watch_calls
-from .config import MAnyConfig, MAnyPeftType
+from .config import MAnyConfig
 from .gated_linear import GatedLinear
 from .layers import hang_on_layers, lora_layers
 from .loaded_keys import current_projector_keys, require_known, with_current_keys
 from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
+from .targets import default_targets, update_expert_names
 
 
 class MAnyModel(LoraModel):
@@ -56,13 +51,13 @@ class MAnyModel(LoraModel):
     def _prepare_adapter_config(self, peft_config: MAnyConfig, model_config: dict[str, Any]) -> PeftConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:
             if takes_images(self.model):
-                peft_config.target_modules = _targets(self.model, peft_config)
+                peft_config.target_modules = default_targets(self.model, peft_config)
             elif isinstance(self.model, PreTrainedModel) and (
                 model_config.get("model_type") not in self.target_module_mapping
             ):
                 # Without images PEFT's own default for the architecture stands; this is for those it has none for.
                 all_layers = peft_config.layers_to_transform is None
-                peft_config.target_modules = "all-linear" if all_layers else _targets(self.model, peft_config)
+                peft_config.target_modules = "all-linear" if all_layers else default_targets(self.model, peft_config)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
@@ -79,7 +74,7 @@ class MAnyModel(LoraModel):
         if source is not None:
             check_patterns(config, [name for name, _ in model.named_modules()], source)
         if config.target_modules is not None:
-            _update_expert_names(config, model)
+            update_expert_names(config, model)
         with ExitStack() as rollback:
             self._wrap_projectors(model, adapter_name, config, rollback)
             if source is not None:  # with the names of the wrapped projectors, which PEFT goes through next
@@ -212,28 +207,6 @@ class MAnyModel(LoraModel):
         return model
 
 
-def _update_expert_names(config: MAnyConfig, model: nn.Module) -> None:
-    """Let PEFT turn expert names from before transformers v5 into `target_parameters`, which it does for LORA only.
-
-    Names that the model has today stay: experts that all tokens pass have the names that routed ones had.
-    """
-    before, targeted = copy.deepcopy(config), _targeted(config, model)
-    config.peft_type = PeftType.LORA
-    try:
-        convert_peft_config_for_transformers(config, model=model, conversions=None)
-    finally:
-        config.peft_type = MAnyPeftType.MANY
-    if not targeted <= _targeted(config, model):
-        for name in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
-            setattr(config, name, getattr(before, name))
-
-
-def _targeted(config: MAnyConfig, model: nn.Module) -> set[str]:
-    """The linear layers that the config's `target_modules` match, by what they are called in PEFT's eyes."""
-    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return {name for name in names if config.target_modules and check_target_module_exists(config, name)}
-
-
 def _check_trainable(name: str, projector: nn.Module) -> None:
     for parameter in projector.parameters():
         if not parameter.is_floating_point() or type(parameter).__module__.startswith("torchao"):
@@ -248,26 +221,6 @@ def _refuse_saving(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         f"This {type(model).__name__} holds a routed projector, which cannot be saved as part of a plain model: "
         "loading it would leave the projector untrained. Save the PEFT model before `merge_and_unload()` instead."
     )
-
-
-def _targets(model: PreTrainedModel, config: MAnyConfig) -> str | set[str]:
-    """`target_modules` for all linear layers of the language model: the shortest form that matches them exactly."""
-    wanted = set(language_model_linears(model))
-    last = {name.rpartition(".")[2] for name in wanted}
-    if config.layers_to_transform is not None:
-        # PEFT selects layers only among names that match by their end, which may match the vision tower too.
-        by_layer = LoraConfig(
-            target_modules=list(last),
-            layers_to_transform=config.layers_to_transform,
-            layers_pattern=config.layers_pattern,
-        )
-        return {name for name in wanted if check_target_module_exists(by_layer, name)}
-    names = [name for name, _ in model.named_modules()]
-    if wanted == {name for name in names if name.rpartition(".")[2] in last}:
-        return last
-    decoder = language_model_name(model) or ""
-    pattern = rf"{re.escape(decoder)}\..*\b(?:{'|'.join(sorted(map(re.escape, last)))})"
-    return pattern if wanted == {name for name in names if re.fullmatch(pattern, name)} else wanted
 
 
 def _projector_keys(model: nn.Module, adapter_name: str, config: MAnyConfig) -> dict[str, list[str]]:
