@@ -43,8 +43,9 @@ def aged(folder: Path, into: Path, names: dict[str, str]) -> Path:
         measured = {old(key): file[key].clone() for key in file}
         save_file(measured, into / STATISTICS, {"peft_many": old(file.metadata["peft_many"])})
     config = json.loads((into / CONFIG).read_text())
-    for name in ("projector_modules", "modules_to_save", "routing"):
-        config[name] = json.loads(old(json.dumps(config.get(name))))
+    for name in ("projector_modules", "modules_to_save", "merge"):
+        if name in config:
+            config[name] = json.loads(old(json.dumps(config[name])))
     (into / CONFIG).write_text(json.dumps(config))
     return into
 

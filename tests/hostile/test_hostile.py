@@ -84,19 +84,25 @@ def test_mutated_adapters(root, request):
 
 def test_what_a_config_declares_is_checked_before_it_is_allocated(root, tmp_path):
     """In a process that has no memory for it; and the check itself takes next to none."""
-    routing = json.loads((root / "good" / "gaussian" / CONFIG).read_text())["routing"]
-    name, about = next(iter(routing.items()))
+    records = {
+        of: json.loads((root / "good" / of / CONFIG).read_text())["merge"] for of in ("gaussian", "merge", "gated")
+    }
+    name, about = next(iter(records["gaussian"]["routing"].items()))
     many = [{"name": f"t{i}", "trained": True} for i in range(5000)]
-    tasks = [{"name": f"t{i}", "weight": 1.0, "sha256": str(i)} for i in range(5000)]
+    tasks = [{"name": f"t{i}", "weight": 1.0, "origin": {"sha256": str(i)}} for i in range(5000)]
+
+    def record(of: str, **changes: Any) -> tuple[str, dict[str, Any]]:
+        return of, {"merge": {**records[of], **changes}}
+
     changes = [
         ("a", {"r": 10**8}),
         ("a", {"rank_pattern": {"q_proj": 10**8}}),
         ("a", {"layer_replication": [[0, 2]] * 10**5}),
         ("a", {"trainable_token_indices": [5] * 10**5}),
-        ("gaussian", {"routing": {name: {**about, "width": 10**9}}}),
-        ("gaussian", {"routing": {name: {**about, "directions": 10**9}}}),
-        ("merge", {"tasks": tasks, "routing": {name: {"width": about["width"], "tasks": many}}}),
-        ("gated", {"task_ranks": [10**9, -(10**9) + 8]}),
+        record("gaussian", routing={name: {**about, "width": 10**9}}),
+        record("gaussian", routing={name: {**about, "directions": 10**9}}),
+        record("merge", tasks=tasks, routing={name: {"width": about["width"], "tasks": many}}),
+        record("gated", task_ranks=[10**9, -(10**9) + 8]),
     ]
     (tmp_path / "changes.json").write_text(json.dumps(changes))
     script = f"""
@@ -243,7 +249,7 @@ def test_a_config_that_is_large_without_end(root, tmp_path):
 def test_a_config_that_is_refused_leaves_the_base_model_alone(edited):
     model = base("llava")
     before = state_digest(model)
-    for changes in ({"r": 10**8}, {"r": True}, {"target_modules": "["}, {"temperature": float("nan")}):
+    for changes in ({"r": 10**8}, {"r": True}, {"target_modules": "["}, {"merge": {"options": float("nan")}}):
         folder = edited("merge", **changes)
         with pytest.raises(MalformedAdapterError):
             PeftModel.from_pretrained(model, folder)

@@ -187,8 +187,8 @@ def test_a_missing_config(good, bad, tmp_path):
 
 
 def test_a_config_of_a_newer_format(good, bad, tmp_path):
-    edit_config(bad, format_version=2)
-    assert_refused(tmp_path, [bad], str(bad), "format version 2", "upgrade")
+    edit_config(bad, format_version=3)
+    assert_refused(tmp_path, [bad], str(bad), "format version 3", "reads 2")
 
 
 def test_no_such_folder(good, tmp_path):
@@ -549,7 +549,9 @@ def test_a_dora_adapter_whose_config_hides_it(good, tmp_path):
 def test_an_adapter_of_another_type(good, tmp_path):
     model = get_peft_model(base("llava"), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     model.save_pretrained(tmp_path / "ia3")
-    assert_refused(tmp_path, [good["b"], tmp_path / "ia3"], str(tmp_path / "ia3"), "IA3", "multiplies activations")
+    assert_refused(
+        tmp_path, [good["b"], tmp_path / "ia3"], str(tmp_path / "ia3"), "IA3", "multiplies weights or activations"
+    )
 
 
 def test_an_adapter_that_was_not_measured(good, tmp_path):
@@ -611,16 +613,22 @@ def test_one_name_for_a_merge(good, tmp_path):
     [
         {"tasks": [{}, {}]},
         {"tasks": 5},
-        {"tasks": [{"name": 1, "weight": 1.0, "sha256": "0"}] * 2},
-        {"tasks": [{"name": "x", "weight": "heavy", "sha256": "0"}] * 2},
-        {"tasks": [{"name": "x", "weight": 1.0, "sha256": None}] * 2},
+        {"tasks": [{"name": name, "weight": 1.0, "origin": {"sha256": "0"}} for name in (1, 2)]},
+        {"tasks": [{"name": name, "weight": "heavy", "origin": {"sha256": "0"}} for name in "ab"]},
+        {"tasks": [{"name": name, "weight": 1.0, "origin": {"sha256": None}} for name in "ab"]},
         {"routing": {"model.multi_modal_projector": {}}},
-        {"rank_pattern": [1]},
     ],
 )
 def test_a_merge_whose_config_holds_nonsense(good, tmp_path, changes):
     bad = Path(shutil.copytree(good["merge"], tmp_path / "nonsense"))
-    edit_config(bad, **changes)
+    record = json.loads((bad / CONFIG).read_text())["merge"]
+    edit_config(bad, merge={**record, **changes})
+    assert_refused(tmp_path, [bad], str(bad), "`merge` cannot be used")
+
+
+def test_a_rank_pattern_that_is_none(good, tmp_path):
+    bad = Path(shutil.copytree(good["merge"], tmp_path / "nonsense"))
+    edit_config(bad, rank_pattern=[1])
     assert_refused(tmp_path, [bad], str(bad))
 
 
