@@ -131,8 +131,6 @@ class _Refit:
         samples (`Mapping[str, list]`): Batches by task.
         run (`Callable`): Runs the model on a batch.
         by_outputs (`bool`): Whether to fit what comes out of a layer, or what its delta makes of its inputs.
-        ridge (`float`): `λ`.
-        rank (`int`, *optional*): The largest rank.
     """
 
     layers: Mapping[str, Any]

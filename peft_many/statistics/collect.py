@@ -135,13 +135,7 @@ def collect_statistics(
     adapter_name = adapter_to_measure(peft_model, adapter_name)
     config = peft_model.peft_config[adapter_name]
     base = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
-    if error_budget is not None and not is_plain_lora(config):
-        raise ValueError(
-            f"`error_budget` reads LoRA matrices, but adapter '{adapter_name}' {described(config)}; choose by `rank` "
-            "or `energy`."
-        )
-    usual = config.energy if isinstance(config, MAnyConfig) else DEFAULT_ENERGY
-    truncation = Truncation(rank, usual if energy is None else energy, error_budget, dtype)
+    truncation = _truncation(config, rank, energy, error_budget, dtype)
     layers = adapted_layers(base, adapter_name)
     weights = weights_of(peft_model, adapter_name, layers)
     projectors = _projectors(base, config)
@@ -150,14 +144,9 @@ def collect_statistics(
     state = current_processes() if across_processes else None
 
     def measure() -> tuple[int, MeasuredInputs]:
-        samples = 0
-        with in_inference(peft_model, adapter_name), watching_calls(base), inputs, images:
-            for batch in _batches(dataloader, max_samples, state, f"Measuring '{adapter_name}'", progress):
-                batch = send_to_device(batch, device_of(peft_model))
-                inputs.begin_batch(batch)
-                forward(peft_model, batch, forward_fn)
-                samples += batch_size(batch)
-        return samples, inputs.result()
+        batches = _batches(dataloader, max_samples, state, f"Measuring '{adapter_name}'", progress)
+        with in_inference(peft_model, adapter_name), watching_calls(base), images:
+            return _sum_up(peft_model, batches, inputs, forward_fn)
 
     def kept(covariance: Covariance, names: list[str]) -> Covariance:
         return truncation.apply(covariance, [weights.deltas[name] for name in names if name in weights.deltas])
@@ -183,6 +172,34 @@ def collect_statistics(
     give_statistics(config, statistics)
     hang_on_layers(base, adapter_name, statistics)
     return statistics
+
+
+def _truncation(
+    config: Any, rank: int | None, energy: float | None, error_budget: float | None, dtype: torch.dtype
+) -> Truncation:
+    if error_budget is not None and not is_plain_lora(config):
+        raise ValueError(
+            f"`error_budget` reads LoRA matrices, but the adapter {described(config)}; choose by `rank` or `energy`."
+        )
+    usual = config.energy if isinstance(config, MAnyConfig) else DEFAULT_ENERGY
+    return Truncation(rank, usual if energy is None else energy, error_budget, dtype)
+
+
+def _sum_up(
+    model: nn.Module,
+    batches: Iterable[Any],
+    inputs: CovarianceHooks,
+    forward_fn: Callable[[nn.Module, Any], Any] | None,
+) -> tuple[int, MeasuredInputs]:
+    """The rows that were seen, and what was measured of them."""
+    samples = 0
+    with inputs:
+        for batch in batches:
+            batch = send_to_device(batch, device_of(model))
+            inputs.begin_batch(batch)
+            forward(model, batch, forward_fn)
+            samples += batch_size(batch)
+    return samples, inputs.result()
 
 
 def _input_hooks(
