@@ -494,7 +494,7 @@ def test_parameters_are_no_linear_layers() -> None:
 
 def test_other_kinds_of_adapters_are_an_error() -> None:
     model = get_peft_model(tiny.build_text("llama"), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match="is of PEFT type IA3, which multiplies activations"):
+    with pytest.raises(ValueError, match="is of PEFT type IA3, which multiplies"):
         collect(model, text_batches())
 
 
