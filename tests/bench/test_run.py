@@ -211,16 +211,3 @@ def test_the_command_says_what_is_wrong(tmp_path):
     result = CliRunner().invoke(app, ["--output", str(tmp_path), "--only-report"])
     assert result.exit_code == 0
     assert "report.html" in result.output
-
-
-@pytest.mark.slow
-def test_the_order_that_the_method_promises(tmp_path):
-    """Three tasks that contradict one another, a fifth of the training: what must hold is the order."""
-    settings = Settings(steps=90, tests=60, tasks=FEW)
-    methods = [METHODS[name] for name in ("zero-shot", "sequential", "alone", "MAny", "average, CPM")]
-    results = run(tmp_path, ["llava"], [0], settings, methods)[0]
-    mean = {name: sum(rows[-1]) / len(rows[-1]) for name, rows in results.scores.items()}
-    assert mean["alone"] > mean["zero-shot"] + 20
-    assert mean["MAny"] > mean["sequential"]
-    assert mean["MAny"] > mean["average, CPM"]
-    assert results.matrix("MAny").ffm_from_learning < results.matrix("sequential").ffm_from_learning
