@@ -63,7 +63,7 @@ class TaskStatistics:
 
     Args:
         name (`str`, *optional*): The task's name, where the adapter's config gave one.
-        samples (`int`): Rows of batches that were seen.
+        samples (`int`): Rows of batches.
         inputs (`Mapping[str, InputStatistics]`): Each by the path of the first layer that reads it.
         input_of (`Mapping[str, str]`): By the path of a layer in the base model, the key in `inputs` of what it reads.
         projectors (`Mapping[str, ImageStatistics]`): By the path of the projector.
@@ -164,7 +164,6 @@ class AdapterStatistics:
 
     @classmethod
     def of(cls, file: TensorFile) -> AdapterStatistics:
-        """As `load`, of a file that was opened with `open_statistics`."""
         return cls(tuple(_read_tasks(file)))
 
 
@@ -241,9 +240,9 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         key: InputStatistics(_read_covariance(file, f"{t}.covariance.{key}", about), int(about["tokens"]))
         for key, about in task["inputs"].items()
     }
-    unknown = [layer for layer, key in task["input_of"].items() if key not in inputs]
-    if unknown:
-        raise StatisticsError(f"{file.path}: layer '{unknown[0]}' reads an input that the file does not describe.")
+    for layer, key in task["input_of"].items():
+        if key not in inputs:
+            raise StatisticsError(f"{file.path}: layer '{layer}' reads an input that the file does not describe.")
     weight = float(task["weight"])
     if not 0 <= weight < math.inf:
         raise StatisticsError(f"{file.path}: a task's weight is {weight}; weights must be finite and not negative.")
