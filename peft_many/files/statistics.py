@@ -295,5 +295,6 @@ def _read(file: TensorFile, key: str, dimensions: int, dtype: torch.dtype | None
         wanted = "a floating-point one" if dtype is None else dtype
         raise StatisticsError(f"{file.path}: tensor '{key}' has dtype {tensor.dtype}, not {wanted}.")
     if tensor.dim() != dimensions:
-        raise StatisticsError(f"{file.path}: tensor '{key}' has {tensor.dim()} dimensions, not {dimensions}.")
+        shape = tuple(tensor.shape)
+        raise StatisticsError(f"{file.path}: tensor '{key}' has shape {shape}, not {dimensions} dimensions.")
     return tensor

@@ -104,8 +104,11 @@ def test_loading_in_a_new_process_needs_only_the_import(base, batch, tmp_path):
         base = LlavaForConditionalGeneration.from_pretrained(r"{tmp_path}/base")
         model = PeftModel.from_pretrained(base, r"{tmp_path}/adapter").eval()
         torch.testing.assert_close(model(**batch).logits, expected)
-        q_proj = base.model.language_model.layers[0].self_attn.q_proj
-        assert q_proj.covariance["default"].tokens == batch["attention_mask"].sum()
+        name = "model.language_model.layers.0.self_attn.q_proj"
+        q_proj = base.get_submodule(name)
+        (task,) = model.peft_config["default"].statistics.tasks
+        assert q_proj.covariance["default"] is task.covariance_of(name)
+        assert task.tokens_of(name) == batch["attention_mask"].sum()
         plain = LlavaForConditionalGeneration.from_pretrained(r"{tmp_path}/base")
         plain.load_adapter(r"{tmp_path}/adapter")
         torch.testing.assert_close(plain(**batch).logits, expected)
