@@ -502,7 +502,7 @@ def nudged(folder: Path, made: Made, size: float, seed: int = 2) -> Made:
     deltas = effective_deltas(model, base("llama"))
     seed = list(RECIPES).index(made.folder.name)
     with recorded(model) as inputs:
-        collect_statistics(model, batches(model, "llama", seed, rows=1), progress=False)
+        collect_statistics(model, batches(model, "llama", seed, rows=1), energy=1.0, progress=False)
     model.save_pretrained(folder)
     return Made(folder, deltas, {name: torch.cat(parts) for name, parts in inputs.items()})
 

@@ -278,7 +278,8 @@ def test_a_method_of_one_s_own(shelf, tmp_path):
     folder = merge(tmp_path / "merged", [shelf("llama a"), shelf("llama b")], method=Last())
     for layer, delta in merged_deltas(folder).items():
         assert distance(delta, shelf("llama b").deltas[layer]) < 1e-6
-    assert MAnyConfig.from_pretrained(folder).method == {"name": "last", "source": "nobody", "options": {}}
+    method = MAnyConfig.from_pretrained(folder).merge.options.method
+    assert method.describe() == {"name": "last", "source": "nobody"}
 
 
 # -------------------------------------------------------------------------------------- adapters without statistics
@@ -477,7 +478,7 @@ def test_a_mean_that_does_not_fit_the_model_is_refused(shelf, tmp_path):
     [
         ({"method": "tyes"}, r"unknown method 'tyes'; known: lpm, average"),
         ({"method": "ties", "ridge": 1e-3}, r"`ridge` is an option of LPM; the method 'ties' has none"),
-        ({"projectors": "median"}, r"`projectors` must be 'routed' or 'mean', but it is 'median'"),
+        ({"projectors": "median"}, r"`projectors` must be one of 'routed', 'mean', but it is 'median'"),
         ({"projectors": "mean", "temperature": 0.1}, r"is an option of routed projectors"),
         ({"projectors": "mean", "top_k": 1}, r"is an option of routed projectors"),
     ],

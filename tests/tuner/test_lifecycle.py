@@ -292,7 +292,7 @@ def test_a_failing_injection_leaves_the_projector_unwrapped(base):
     assert model.active_adapters == ["default"]
 
 
-@pytest.mark.parametrize("options", [{"energy": 0.0}, {"energy": 1.5}, {"temperature": 0.0}, {"format_version": 2}])
+@pytest.mark.parametrize("options", [{"energy": 0.0}, {"energy": 1.5}, {"merge": {}}, {"format_version": 1}])
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options)).replace("_", " ").split()[0]):
         MAnyConfig(**options)
