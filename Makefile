@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-# docs/architecture.png: the rooms and their imports as they are.
+# docs/architecture.svg: the rooms and their imports as they are.
 rooms: $(VENV)/.dev
 	$(BIN)/python scripts/draw_rooms.py
 

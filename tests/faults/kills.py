@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import peft.peft_model
+import tqdm.auto
 import transformers.modeling_utils
-from tqdm import tqdm
 
 import peft_many.exports.lora
 import peft_many.exports.routed
@@ -129,6 +129,7 @@ def _forked(action: Callable[[], Any], watch: _Watch) -> tuple[int, int]:
             os._exit(0)
         except BaseException:
             traceback.print_exc()
+        finally:  # also where printing fails, on a disk that is full: nothing of the test run may go on in here
             os._exit(1)
     os.close(writing)
     _, status = os.waitpid(pid, 0)
@@ -138,7 +139,8 @@ def _forked(action: Callable[[], Any], watch: _Watch) -> tuple[int, int]:
 
 def _leave_locks_alone() -> None:
     """tqdm's lock is shared with processes that were forked off; who is killed holding it would stop the others."""
-    tqdm.set_lock(threading.RLock())
+    for kind in {tqdm.tqdm, tqdm.auto.tqdm}:  # either may have a lock of its own
+        kind.set_lock(threading.RLock())
 
 
 def killed_after(seconds: float, action: Callable[[], Any]) -> None:

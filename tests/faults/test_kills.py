@@ -128,14 +128,14 @@ def test_killed_statistics(good, tmp_path, request):
         shutil.copytree(good["a"], folder)
 
     prepare()
-    count = operations(lambda: measured.save(folder, 1.0), folder)
+    count = operations(lambda: measured.save(folder), folder)
     new = files(folder)[STATISTICS]
     assert new != old
     for place, torn in places(count, request.config.getoption("--fuzz") > 0):
         prepare()
-        assert killed_at(place, lambda: measured.save(folder, 1.0), folder, torn=torn)
+        assert killed_at(place, lambda: measured.save(folder), folder, torn=torn)
         assert files(folder)[STATISTICS] in (old, new), (place, torn)
-        measured.save(folder, 1.0)
+        measured.save(folder)
         assert files(folder)[STATISTICS] == new
 
 
@@ -176,7 +176,7 @@ def test_a_disk_that_is_full_while_statistics_are_saved(good, tmp_path, size):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
         with pytest.raises((OSError, SafetensorError)):
-            measured.save(tmp_path / "adapter", 1.0)
+            measured.save(tmp_path / "adapter")
 
     status, _ = _forked(save, _Watch(tmp_path, -1, False))
     assert status == 0
