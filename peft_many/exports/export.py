@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from ..files.adapter import Adapter
-from ..files.card import CARD_NAME
+from ..files.card import CARD_NAME, plain
 from ..files.stored_delta import KEY_PREFIX
 from ..version import __version__
 
@@ -74,7 +74,7 @@ def write_card(
     about = ModelCardData(base_model=known, tags=["continual-learning", "lora", "merge", "peft-many"], **data)
     tasks = "1 task" if len(adapter.tasks) == 1 else f"{len(adapter.tasks)} tasks"
     rows = "\n".join(
-        f"| {task.name} | {task.origin.source} | {task.origin.revision or ''} | {task.weight:g} |"
+        f"| {plain(task.name)} | {plain(task.origin.source)} | {plain(task.origin.revision)} | {task.weight:g} |"
         for task in adapter.tasks
     )
     said = "\n".join(f"- {note}" for note in notes)

@@ -99,7 +99,7 @@ def _is_repo_id(name: str) -> bool:
 
 
 def _about_task(config: Described) -> str:
-    task = f" for the task “{_plain(config.task_name)}”" if config.task_name else ""
+    task = f" for the task “{plain(config.task_name)}”" if config.task_name else ""
     about = f"# A task adapter{task}\n\nTrained with {_PLUGIN}, to be merged with others of its kind."
     measured = getattr(config.statistics, "tasks", ())
     if measured:
@@ -144,7 +144,7 @@ def _table_of(tasks: Sequence[TaskRecord]) -> str:
         "interference": lambda task: "" if task.interference is None else f"{task.interference:.3f}",
         "sha256": lambda task: task.origin.sha256[:12],
     }
-    rows = [[_plain(cell(task)) for cell in columns.values()] for task in tasks]
+    rows = [[plain(cell(task)) for cell in columns.values()] for task in tasks]
     told = [place for place in range(len(columns)) if any(row[place] for row in rows)]
     lines = [list(columns), ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line[place] for place in told)} |" for line in lines)
@@ -153,14 +153,14 @@ def _table_of(tasks: Sequence[TaskRecord]) -> str:
 def _pooled(tasks: Sequence[PooledTask]) -> str:
     if not tasks:
         return ""
-    lines = [f"- {_plain(task.name)}, from {_plain(task.source)}" for task in tasks]
+    lines = [f"- {plain(task.name)}, from {plain(task.source)}" for task in tasks]
     return "\n\nPooled tasks, which can be neither forgotten nor weighted one by one:\n\n" + "\n".join(lines)
 
 
 def _history(operations: Sequence[Operation]) -> str:
     """What was done, a line for each operation."""
     lines = [
-        f"1. {_plain(in_words(line))} ({_plain(_options(line.options))}; peft_many {_plain(line.peft_many)})"
+        f"1. {plain(in_words(line))} ({plain(_options(line.options))}; peft_many {plain(line.peft_many)})"
         for line in operations
     ]
     return "\n\nWhat was done, in this order:\n\n" + "\n".join(lines) if lines else ""
@@ -178,7 +178,7 @@ def _options(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in sorted(told.items()) if value not in (None, False))
 
 
-def _plain(text: str | None) -> str:
+def plain(text: str | None) -> str:
     """A name that an adapter brought along, as text that is no Markdown or HTML of the card's."""
     return re.sub(r"([\\`|<>\[\]])", r"\\\1", " ".join((text or "").split()))
 
@@ -187,7 +187,7 @@ def _how(options: MergeOptions) -> str:
     if options.merge_method is None:
         return "least squares on input covariances"
     described = options.merge_method.describe()
-    name, source = _plain(described.pop("name")), _plain(described.pop("source"))
+    name, source = plain(described.pop("name")), plain(described.pop("source"))
     return f"`{name}({', '.join(f'{option}={value!r}' for option, value in described.items())})` ({source})"
 
 

@@ -139,7 +139,13 @@ def find_adapter(entry: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> 
 
     Raises:
         AdapterNotFoundError: It is neither, or cannot be reached.
+        TypeError: A keyword is none of the Hub's.
     """
+    unknown = next((name for name in hub if name not in HubArguments.__annotations__), None)
+    if unknown is not None:  # which a local folder would let pass
+        raise TypeError(
+            f"unexpected keyword argument '{unknown}'; the Hub's are {', '.join(HubArguments.__annotations__)}"
+        )
     path = Path(entry).expanduser()
     if path.is_dir():
         return AdapterSource(folder=path, name=str(entry))

@@ -49,6 +49,12 @@ def test_an_adapter_of_another_peft_method_becomes_a_lora(tmp_path):
     torch.testing.assert_close(logits(as_lora, "llama"), logits(as_loha, "llama"), atol=1e-4, rtol=1e-4)
 
 
+def test_names_of_tasks_are_no_markup_in_the_card(tmp_path):
+    made = make(tmp_path / "a", "llama", task_name="a | <b>")
+    card = (export_lora(made.folder, tmp_path / "lora").folder / "README.md").read_text()
+    assert r"| a \| \<b\> |" in card
+
+
 @pytest.mark.slow
 def test_stock_peft_in_a_process_of_its_own(shelf, tmp_path):
     merged = shelf.merge("abc", tmp_path / "merged", router="gaussian")

@@ -16,7 +16,7 @@ import pytest
 from peft import PeftConfig, PeftModel
 from peft.utils import PeftWarning
 
-from peft_many import merge_adapter_files, merge_adapter_sequence
+from peft_many import inspect_adapter, merge_adapter_files, merge_adapter_sequence, merge_report
 from peft_many.files.adapter import UnmergeableAdapterError
 from peft_many.files.untrusted import MalformedAdapterError
 from peft_many.hub.sources import AdapterNotFoundError, RemoteStatistics
@@ -355,3 +355,9 @@ def test_a_merge_on_the_hub_is_loaded_with_one_download(hub, made, tmp_path):
     hub.add("me/merge", merge_adapter_files([made["one"], made["two"]], tmp_path / "merged", progress=False))
     PeftModel.from_pretrained(base("llava"), "me/merge")
     assert hub.downloads().count(WEIGHTS) == 1
+
+
+def test_a_mistyped_keyword_is_no_keyword_of_the_hub(made):
+    for call in (inspect_adapter, merge_report):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'tokn'"):
+            call(made["one"], tokn="x")
