@@ -213,6 +213,18 @@ def test_weights_that_are_not_finite(good, bad, tmp_path, key, value):
     assert_refused(tmp_path, [good["b"], bad], str(bad / WEIGHTS), f"tensor '{key}' holds NaN or Inf")
 
 
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_an_empty_lora(good, bad, tmp_path, half):
+    """As sharded training leaves it, where only the first process has the numbers."""
+    key = TENSOR.replace("lora_A", half)
+    edit(
+        bad,
+        WEIGHTS,
+        lambda tensors: tensors.update({key: tensors[key][:, :0] if half == "lora_A" else tensors[key][:0]}),
+    )
+    assert_refused(tmp_path, [good["b"], bad], str(bad), "has an empty LoRA")
+
+
 def test_experts_of_a_merge_that_are_not_finite(good, tmp_path):
     bad = Path(shutil.copytree(good["merge"], tmp_path / "bad"))
     key = f"base_model.model.{PROJECTOR}.experts.task_1.linear_2.bias"

@@ -67,6 +67,14 @@ def test_each_tasks_images_go_to_their_task(shelf):
         assert (mixture.task_weights(pooled_features(seed)).argmax(1) == seed).all()
 
 
+def test_images_that_resemble_a_task_do_not_go_through_the_base_projector_too(shelf):
+    """Where one task has all the weight, the others' zeros are no abstaining."""
+    plain, careful = merge(shelf, temperature=1e-3), merge(shelf, temperature=1e-3, abstain_above=1e9)
+    weights = mixture_of(plain).task_weights(pooled_features(0))
+    assert (weights == 0).any()
+    torch.testing.assert_close(logits(careful, "llava"), logits(plain, "llava"))
+
+
 def test_every_way_to_merge_and_load_gives_the_same(shelf, tmp_path):
     model = merge(shelf)
     model.save_pretrained(tmp_path / "saved")
