@@ -24,9 +24,8 @@ class InvalidCovarianceError(ValueError):
 class Covariance(ABC):
     """The second moment `C = G + ρ I` of a linear layer's inputs; the subclasses say how `G` is held.
 
-    Args:
-        remainder (`float`):
-            `ρ ≥ 0`, the energy that every direction has beyond `G`: what truncation discarded, and the ridge.
+    The `remainder` `ρ ≥ 0` is the energy that every direction has beyond `G`: what truncation discarded, and the
+    ridge.
     """
 
     remainder: float
@@ -144,15 +143,13 @@ class DenseCovariance(Covariance):
 class LowRankCovariance(Covariance):
     """A covariance of bounded rank plus a remainder: `C = Sᵀ S + ρ I`.
 
-    Args:
-        factor (`torch.Tensor`): `S / scale`, shape `(k, in)`, any floating dtype; or int8 (`in_eight_bits`).
-        scale (`float`): A power of two that brings the factor into the range of float16 (`in_half_precision`).
-        scales ([`Scales`], *optional*): Of an int8 factor, what its rows and columns are multiplied by.
+    The `factor` holds `S / scale`, shape `(k, in)`, in any floating dtype (`in_half_precision`), or is int8 and has
+    `scales` (`in_eight_bits`).
     """
 
     factor: Tensor
-    scale: float = 1.0
-    scales: Scales | None = None
+    scale: float = 1.0  # a power of two that brings the factor into the range of float16
+    scales: Scales | None = None  # what rows and columns of an int8 factor are multiplied by
 
     is_factored = True
 

@@ -16,26 +16,14 @@ _EXPONENTS = (-126, 127)  # of float32, but for the smallest numbers
 
 
 class Scales(NamedTuple):
-    """What an int8 matrix of shape `(k, n)` is multiplied by.
+    """What an int8 matrix of shape `(k, n)` is multiplied by."""
 
-    Args:
-        rows (`torch.Tensor`): Each row's factor, shape `(k,)`, float32.
-        columns (`torch.Tensor`): Each column's power of two, shape `(n,)`, int8.
-    """
-
-    rows: Tensor
-    columns: Tensor
+    rows: Tensor  # each row's factor, (k,), float32
+    columns: Tensor  # each column's power of two, (n,), int8
 
 
 def to_eight_bits(matrix: Tensor) -> tuple[Tensor, Scales]:
-    """Round each entry to one of 255 evenly spaced values, up to the largest of its row in columns of one size.
-
-    Args:
-        matrix (`torch.Tensor`): Shape `(k, n)`, any floating dtype, finite.
-
-    Returns:
-        `tuple[torch.Tensor, Scales]`: The numbers, int8 of shape `(k, n)`, and their scales.
-    """
+    """Round each entry to one of 255 evenly spaced values, up to the largest of its row in columns of one size."""
     exact = matrix.double()
     sizes = exact.square().sum(dim=0).sqrt()
     exponents = torch.where(sizes > 0, sizes, 1.0).log2().round().clamp(*_EXPONENTS)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .lpm import LowRankDelta
-from .reduction import nearest_of_rank
+from .reduction import nearest_of_rank, of_full_rank
 
 OVERSAMPLING = 8
 # What float32 arithmetic in the making of a delta may leave outside its rank, as a share of its norm.
@@ -20,25 +20,14 @@ class RankError(ValueError):
 def factored(delta: Tensor, rank: int) -> LowRankDelta:
     """`B A` with the dense delta as its value, to the rounding of float32.
 
-    A delta of full rank needs no decomposition: the identity is one of its factors. Of one of lower rank, a few more
-    random combinations of its columns than it has rank span all of them (Halko, Martinsson and Tropp 2011), so that no
-    SVD of its size is needed either. What is left over is measured.
-
-    Args:
-        delta (`torch.Tensor`): Shape `(out, in)`, float64.
-        rank (`int`): What its rank is known not to exceed.
-
-    Returns:
-        [`LowRankDelta`]: `A` of shape `(r, in)`, `B` of shape `(out, r)`, float32, with `r = min(rank, out, in)`.
-
-    Raises:
-        RankError: The delta is not of that rank.
+    The delta is float64, and its rank is known not to exceed `rank`. One of full rank needs no decomposition: the
+    identity is one of its factors. Of one of lower rank, a few more random combinations of its columns than it has
+    rank span all of them (Halko, Martinsson and Tropp 2011), so that no SVD of its size is needed either. What is left
+    over is measured.
     """
     out, width = delta.shape
     if rank >= min(out, width):
-        if width <= out:
-            return LowRankDelta(A=torch.eye(width, device=delta.device), B=delta.float())
-        return LowRankDelta(A=delta.float(), B=torch.eye(out, device=delta.device))
+        return LowRankDelta(*of_full_rank(delta.float()))
     if rank + OVERSAMPLING >= min(out, width):
         A, B = nearest_of_rank(delta, rank)
     else:

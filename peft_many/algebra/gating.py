@@ -12,14 +12,9 @@ CONFIDENT_WEIGHT = 0.5
 
 
 def confidence(weights: Tensor, threshold: float = CONFIDENT_WEIGHT) -> Tensor:
-    """How far the task weights of a row are to be trusted: 1 where the largest one reaches the threshold, else 0.
+    """How far the task weights of rows are to be trusted, `c`: 1 where the largest one reaches the threshold, else 0.
 
-    Args:
-        weights (`torch.Tensor`): Shape `(rows, tasks)`; rows sum to one, or are zero where nothing is known.
-        threshold (`float`): In (0, 1].
-
-    Returns:
-        `torch.Tensor`: `c`, shape `(rows,)`, float32.
+    From shape `(rows, tasks)`, rows that sum to one or are zero where nothing is known, to `(rows,)`, float32.
     """
     return (weights.amax(dim=-1) >= threshold).float()
 
@@ -29,16 +24,9 @@ def gates(weights: Tensor, trust: Tensor, ranks: Sequence[int]) -> tuple[Tensor,
 
         ΔW(x) = Σ_t B_t [ (1 − c) A*_t + c α_t A_t ]
 
-    `c = 0` is the merged delta; `c = 1` and one-hot `α` are exactly one task's own.
-
-    Args:
-        weights (`torch.Tensor`): `α`, shape `(rows, tasks)`.
-        trust (`torch.Tensor`): `c`, shape `(rows,)`, in [0, 1].
-        ranks (`Sequence[int]`): `r_t` of each task in the layer, zero where a task did not train it.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: `1 − c`, shape `(rows, 1)`, and `c α_t` repeated `r_t` times, shape
-        `(rows, Σ r_t)`; dtype and device of `weights`.
+    `c = 0` is the merged delta; `c = 1` and one-hot `α` are exactly one task's own. Of the weights `α`, shape
+    `(rows, tasks)`, and the trust `c`, shape `(rows,)`, these are `1 − c`, shape `(rows, 1)`, and `c α_t` repeated
+    `r_t` times, shape `(rows, Σ r_t)`; the rank `r_t` is zero where a task did not train the layer.
     """
     trust = trust.to(weights.dtype)[:, None]
     places = [t for t, rank in enumerate(ranks) for _ in range(rank)]
@@ -48,12 +36,8 @@ def gates(weights: Tensor, trust: Tensor, ranks: Sequence[int]) -> tuple[Tensor,
 def rows_of_images(tokens: Tensor, placeholders: Tensor) -> Tensor | None:
     """Which row of a batch each image stands in: images fill the rows' placeholder tokens in order.
 
-    Args:
-        tokens (`torch.Tensor`): Shape `(images,)`, int64, on the CPU: how many tokens each image becomes, at least 1.
-        placeholders (`torch.Tensor`): Shape `(rows,)`, int64, on the CPU: how many placeholder tokens each row has.
-
-    Returns:
-        `torch.Tensor`: Shape `(images,)`, int64; `None` where the counts differ or an image would be cut in two.
+    Of the tokens that each image becomes (at least one) and the placeholder tokens of each row, int64 on the CPU;
+    shape `(images,)`, int64. `None` where the counts differ or an image would be cut in two.
     """
     if tokens.sum() != placeholders.sum():
         return None

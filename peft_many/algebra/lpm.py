@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .covariance import Covariance, LowRankCovariance
-from .reduction import compress, orthonormal, rounding_loss
+from .reduction import compress, of_full_rank, orthonormal, rounding_loss
 from .scatter import SingularMergeError, inverse_scatter_product
 
 __all__ = ["LeastSquaresMerge", "LowRankDelta", "SingularMergeError"]
@@ -21,15 +21,10 @@ LARGEST_ROUNDING_LOSS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat1
 
 @dataclass(frozen=True)
 class LowRankDelta:
-    """A weight change `ΔW = B A` with the LoRA scaling folded into `A`.
+    """A weight change `ΔW = B A` with the LoRA scaling folded into `A`."""
 
-    Args:
-        A (`torch.Tensor`): Shape `(r, in)`.
-        B (`torch.Tensor`): Shape `(out, r)`.
-    """
-
-    A: Tensor
-    B: Tensor
+    A: Tensor  # (r, in)
+    B: Tensor  # (out, r)
 
     def dense(self) -> Tensor:
         """`ΔW` as one float64 matrix of shape `(out, in)`."""
@@ -40,16 +35,12 @@ class LowRankDelta:
 class MergedDelta(LowRankDelta):
     """A merged delta.
 
-    Args:
-        stacked (`bool`):
-            Whether `B` is the tasks' `[B_1 … B_T]` side by side to the bit, blocks in the order of adding. Otherwise
-            it is rounded, or its columns are orthonormal and belong to no task.
-        task_A (`torch.Tensor`, *optional*):
-            The tasks' own `[A_1; …; A_T]`, shape `(Σ r_t, in)`, where the blocks were asked for.
+    It is `stacked` if `B` is the tasks' `[B_1 … B_T]` side by side to the bit, blocks in the order of adding.
+    Otherwise it is rounded, or its columns are orthonormal and belong to no task.
     """
 
     stacked: bool = True
-    task_A: Tensor | None = None
+    task_A: Tensor | None = None  # the tasks' own [A_1; …; A_T], (Σ r_t, in), where the blocks were asked for
 
 
 @dataclass(frozen=True)
@@ -75,17 +66,12 @@ class LeastSquaresMerge:
         minimise over ΔW   Σ_t w_t ‖(ΔW − ΔW_t) C_t^½‖²_F,   C_t ← C_t + λ · mean(diag C_t) · I
         solution           ΔW* = [B_1 … B_T] · A*,  A* = [w_1 A_1 C_1; …; w_T A_T C_T] R⁻¹,  R = Σ_t w_t C_t
 
-    Adding tasks one at a time and solving after each is the recursion of recursive least squares in information form:
-    every step gives the optimum over the tasks so far, and the order does not matter. All products and solves are
-    float64, whatever dtype deltas and covariances are stored in; only what comes back is rounded.
+    The ridge `λ` pulls unseen directions to the tasks' mean delta. Adding tasks one at a time and solving after each
+    is the recursion of recursive least squares in information form: every step gives the optimum over the tasks so
+    far, and the order does not matter. All products and solves are float64, whatever dtype deltas and covariances are
+    stored in, on a device that must know it; only what comes back is rounded.
 
     A layer that a task did not train counts as a delta of zero there: leave it out of `deltas`.
-
-    Args:
-        ridge (`float`, defaults to `1e-4`):
-            `λ`. It pulls unseen directions to the tasks' mean delta.
-        device (`torch.device`, defaults to the CPU):
-            Where to compute; it must know float64.
     """
 
     def __init__(self, ridge: float = 1e-4, device: torch.device | str = "cpu") -> None:
@@ -96,15 +82,9 @@ class LeastSquaresMerge:
         self._tasks: list[_Task] = []
 
     def add(self, covariance: Covariance, deltas: Mapping[str, LowRankDelta], weight: float = 1.0) -> None:
-        """Add one task.
+        """Add one task: `C_t` of the shared input, without the ridge, its `ΔW_t` by the layer's name, and `w_t ≥ 0`.
 
-        Args:
-            covariance ([`Covariance`]): `C_t` of the shared input, width `in`, without the ridge.
-            deltas (`Mapping[str, LowRankDelta]`): The task's delta for each layer that it trained, by layer name.
-            weight (`float`): `w_t ≥ 0`.
-
-        Raises:
-            ValueError: A width does not match, or the weight is negative.
+        A width that does not match is a `ValueError`, as is a negative weight.
         """
         if not 0 <= weight < math.inf:
             raise ValueError(f"a task's weight must be finite and not negative, but it is {weight}.")
@@ -120,25 +100,18 @@ class LeastSquaresMerge:
     def solve(
         self, rank: int | None = None, dtype: torch.dtype = torch.float32, keep_blocks: bool = False
     ) -> dict[str, MergedDelta]:
-        """The merged delta of every layer.
+        """The merged delta of every layer, `A` of shape `(Σ r_t, in)` and `B` of `(out, Σ r_t)`, or of lower rank.
 
-        Args:
-            rank (`int`, *optional*):
-                The largest rank of a merged delta. The best delta of that rank under the same objective is
-                `U Uᵀ ΔW*` with the `rank` leading left singular vectors `U` of `ΔW* R^½` (reduced-rank regression):
-                it gives up what the tasks' inputs excite least, where plain SVD gives up the smallest weights.
-            dtype (`torch.dtype`): Of the merged factors: float32, float16 or bfloat16.
-            keep_blocks (`bool`, defaults to `False`):
-                Give back `task_A` too, and keep `[B_1 … B_T]` also where the blocks are large and cancel: what then
-                gets lost in rounding is small beside the tasks' deltas, if not beside the merged one. Without `rank`.
+        They are float32, float16 or bfloat16. With a `rank`, the best delta of that rank under the same objective is
+        `U Uᵀ ΔW*` with the `rank` leading left singular vectors `U` of `ΔW* R^½` (reduced-rank regression): it gives
+        up what the tasks' inputs excite least, where plain SVD gives up the smallest weights. Where a task's delta has
+        the layer's full rank, the merged one has that too and no more, unless `keep_blocks`.
 
-        Returns:
-            `dict[str, MergedDelta]`: `A` of shape `(Σ r_t, in)` and `B` of shape `(out, Σ r_t)`, or of lower rank: of
-            full rank at most where a task's delta has that, unless `keep_blocks`.
+        `keep_blocks`, without `rank`, gives back `task_A` too, and keeps `[B_1 … B_T]` also where the blocks are large
+        and cancel: what then gets lost in rounding is small beside the tasks' deltas, if not beside the merged one.
 
-        Raises:
-            SingularMergeError: A direction has no energy in any task and there is no ridge.
-            OverflowError: A merged delta is beyond the range of float16.
+        Raises `SingularMergeError` if a direction has no energy in any task and there is no ridge, and `OverflowError`
+        if a merged delta is beyond the range of float16.
         """
         layers = self._solved().items()
         return {name: self._merged_layer(name, blocks, rank, dtype, keep_blocks) for name, blocks in layers}
@@ -177,7 +150,7 @@ class LeastSquaresMerge:
         if keep_blocks:
             return rounded_delta(name, A, B, dtype, stacked=True, task_A=torch.cat(own_A))
         if is_full:
-            return rounded_delta(name, *_without_blocks(A, B), dtype, stacked=False)
+            return rounded_delta(name, *of_full_rank(B.double() @ A), dtype, stacked=False)
         if rounding_loss(A, B, dtype) > LARGEST_ROUNDING_LOSS[dtype]:  # the blocks are large and cancel
             return rounded_delta(name, *orthonormal(A, B), dtype, stacked=False)
         return rounded_delta(name, A, B, dtype, stacked=True)
@@ -188,8 +161,7 @@ def rounded_delta(
 ) -> MergedDelta:
     """A layer's merged delta as it is stored, on the CPU; `stacked` is kept only if `B` is not rounded by it.
 
-    Raises:
-        OverflowError: An entry is beyond the range of the dtype.
+    An entry beyond the range of the dtype is an `OverflowError`.
     """
     exact = torch.equal(B.to(dtype).to(B.dtype), B)
     own = None if task_A is None else task_A.to(dtype).cpu()
@@ -204,14 +176,6 @@ def rounded_delta(
 def has_full_rank(ranks: Sequence[int], shape: tuple[int, int]) -> bool:
     """Whether one of several deltas has the full rank of its layer, of shape `(out, in)`: blocks save nothing then."""
     return len(ranks) > 1 and max(ranks) >= min(shape)
-
-
-def _without_blocks(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The same delta with the identity for one of its factors."""
-    dense = B.double() @ A
-    if dense.shape[0] < dense.shape[1]:
-        return dense, torch.eye(len(dense), dtype=torch.float64, device=A.device)
-    return torch.eye(dense.shape[1], dtype=torch.float64, device=A.device), dense
 
 
 def _identity(width: int) -> Covariance:

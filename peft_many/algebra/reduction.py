@@ -13,17 +13,11 @@ def compress(A: Tensor, B: Tensor, moments: Tensor, rank: int) -> tuple[Tensor, 
 
     `min ‖(W − B A) R^½‖` over `W` of that rank is `U Uᵀ B A`, with `U` the leading left singular vectors of
     `B A R^½` (reduced-rank regression; Izenman 1975). As the merge's objective is `‖(W − ΔW*) R^½‖²` and a constant,
-    this is its optimum among the deltas of that rank. Only the Gram matrix `B (A R Aᵀ) Bᵀ` is needed, never `R^½`.
+    this is its optimum among the deltas of that rank. Only the Gram matrix `B (A R Aᵀ) Bᵀ` is needed, never `R^½`;
+    `moments` is `A R`, float64 like `A`.
 
-    Args:
-        A (`torch.Tensor`): Shape `(Σ r_t, in)`, float64.
-        B (`torch.Tensor`): Shape `(out, Σ r_t)`.
-        moments (`torch.Tensor`): `A R`, shape `(Σ r_t, in)`, float64.
-        rank (`int`): At least 1.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: `A` of shape `(rank, in)` and `B` of shape `(out, rank)`, float64; the
-        columns of `B` are orthonormal (beyond `out` zero), and the first `k` of them are the optimum of rank `k`.
+    Both factors come back in float64. The columns of `B` are orthonormal (beyond `out` zero), and the first `k` of
+    them are the optimum of rank `k`.
     """
     Q, upper = torch.linalg.qr(B.double())
     gram = upper @ (A @ moments.T) @ upper.T
@@ -35,17 +29,10 @@ def compress(A: Tensor, B: Tensor, moments: Tensor, rank: int) -> tuple[Tensor, 
 def nearest_of_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The delta of the given rank that is nearest to a dense one in the Frobenius norm (Eckart and Young 1936).
 
-    Of the SVD only the leading singular vectors of the shorter side are needed; they come from the eigenvectors of
-    its Gram matrix, several times faster. That resolves singular values down to 1e-8 of the largest, so the result is
-    within about 1e-8 of the nearest.
-
-    Args:
-        delta (`torch.Tensor`): Shape `(out, in)`, any floating dtype.
-        rank (`int`): At least 1.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: `A` of shape `(rank, in)` and `B` of shape `(out, rank)`, float64; the
-        columns of `B`, or the rows of `A` if `in < out`, are orthonormal (beyond `min(out, in)` zero).
+    In float64. Of the SVD only the leading singular vectors of the shorter side are needed; they come from the
+    eigenvectors of its Gram matrix, several times faster. That resolves singular values down to 1e-8 of the largest,
+    so the result is within about 1e-8 of the nearest. The columns of `B`, or the rows of `A` if `in < out`, are
+    orthonormal (beyond `min(out, in)` zero).
     """
     delta = delta.double()
     if delta.shape[1] < delta.shape[0]:
@@ -54,6 +41,14 @@ def nearest_of_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     _, directions = torch.linalg.eigh(delta @ delta.T)
     leading = directions.flip(1)[:, :rank]
     return padded(leading.T @ delta, leading, rank)
+
+
+def of_full_rank(delta: Tensor) -> tuple[Tensor, Tensor]:
+    """A dense delta with the identity for the smaller one of its factors `A` and `B`."""
+    out, width = delta.shape
+    if out < width:
+        return delta, torch.eye(out, dtype=delta.dtype, device=delta.device)
+    return torch.eye(width, dtype=delta.dtype, device=delta.device), delta
 
 
 def orthonormal(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

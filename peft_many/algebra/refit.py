@@ -15,17 +15,11 @@ class LayerRefit:
         minimise over ΔW   Σ_t w_t ( mean ‖ΔW x̂ − d‖² + λ_t ‖ΔW − ΔW_t‖²_F ),      λ_t = λ · mean diag E[x̂ x̂ᵀ]
 
     over the tokens of task `t`, with `x̂` the layer's input in the merged model and `d` what its delta should make of
-    it. With `d = ΔW_t x̂` this is LPM on the merged model's own inputs (RegMean++, arXiv 2508.03121); with `d` the task
-    model's output less the base layer's output for `x̂` it also makes up for what earlier layers changed. The ridge
-    pulls towards the tasks' own deltas, as in LPM.
+    it. With `d = ΔW_t x̂` this is LPM on the merged model's own inputs (RegMean++, arXiv 2508.03121); with `d` the
+    task model's output less the base layer's output for `x̂` it also makes up for what earlier layers changed. The
+    ridge `λ ≥ 0` pulls towards the tasks' own deltas, as in LPM.
 
     All sums are float64, of shape `in × in` and `out × in`.
-
-    Args:
-        out (`int`): Output features.
-        width (`int`): Input features, `in`.
-        ridge (`float`): `λ ≥ 0`.
-        device (`torch.device`): Where to sum up.
     """
 
     def __init__(self, out: int, width: int, ridge: float, device: torch.device | str = "cpu") -> None:
@@ -34,16 +28,9 @@ class LayerRefit:
         self._targets = torch.zeros(out, width, dtype=torch.float64, device=device)  # Σ_t w_t (E[d x̂ᵀ] + λ_t ΔW_t)
 
     def add(self, inputs: Tensor, targets: Tensor, own: LowRankDelta, weight: float = 1.0) -> None:
-        """Add one task.
+        """Add one task: `x̂`, shape `(tokens, in)`, `d`, shape `(tokens, out)`, its `ΔW_t`, and `w_t`.
 
-        Args:
-            inputs (`torch.Tensor`): `x̂`, shape `(tokens, in)`, at least one token.
-            targets (`torch.Tensor`): `d`, shape `(tokens, out)`.
-            own ([`LowRankDelta`]): The task's `ΔW_t`.
-            weight (`float`): `w_t`.
-
-        Raises:
-            FloatingPointError: There is NaN or Inf among them.
+        There has to be a token. NaN or Inf among them is a `FloatingPointError`.
         """
         x, d = (rows.to(self._moments) for rows in (inputs, targets))
         if not (x.isfinite().all() and d.isfinite().all()):
@@ -60,9 +47,6 @@ class LayerRefit:
 
         With `R = L Lᵀ` and `N` the targets, `N R⁻¹ L = N L⁻ᵀ`, whose truncated SVD `U S Vᵀ` gives `B = U S` and
         `A = Vᵀ L⁻¹` (reduced-rank regression; Izenman 1975).
-
-        Raises:
-            SingularMergeError: `R` cannot be factored: the ridge is too small for so few tokens.
         """
         root, info = torch.linalg.cholesky_ex(self._moments)
         if info.item() != 0:

@@ -21,15 +21,8 @@ def output_norm(delta: LowRankDelta, covariance: Covariance) -> float:
 def relative_residual(merged: LowRankDelta, own: LowRankDelta, covariance: Covariance) -> float:
     """`‖(ΔW* − ΔW_t) C_t^½‖ / ‖ΔW_t C_t^½‖`: 0 if the task's own outputs come out, 1 as if its delta were lost.
 
-    Differences are taken in float64; what then comes of them on the inputs is as exact as the covariance is stored.
-
-    Args:
-        merged ([`LowRankDelta`]): `ΔW*`.
-        own ([`LowRankDelta`]): `ΔW_t`.
-        covariance ([`Covariance`]): `C_t`, without a ridge.
-
-    Returns:
-        `float`: NaN if the task's own delta does nothing on its inputs.
+    `C_t` is without a ridge; NaN if the task's own delta does nothing on its inputs. Differences are taken in float64;
+    what then comes of them on the inputs is as exact as the covariance is stored.
     """
     difference = LowRankDelta(A=torch.cat([merged.A, own.A]), B=torch.cat([merged.B, -own.B], dim=1))
     whole = output_norm(own, covariance)
@@ -37,29 +30,22 @@ def relative_residual(merged: LowRankDelta, own: LowRankDelta, covariance: Covar
 
 
 def relative_residuals(merged: MergedDelta, tasks: Sequence[tuple[LowRankDelta, Covariance | None]]) -> list[float]:
-    """The [`relative_residual`] of every task that trained the layer, in the order in which they were merged.
+    """The [`relative_residual`] of every task `(ΔW_t, C_t)` that trained the layer, in the order of merging.
 
     Where the merged `B` is the tasks' `[B_1 … B_T]`, a task's difference is one in its block of `A*`, which saves
-    going over all of `B` for every task.
-
-    Args:
-        merged ([`MergedDelta`]): `ΔW*`.
-        tasks (`Sequence[tuple[LowRankDelta, Covariance | None]]`):
-            `ΔW_t` and `C_t` of each; `None`, whose residual is NaN, where no input was measured.
+    going over all of `B` for every task. NaN where no input was measured, `C_t = None`.
     """
     if not merged.stacked:
         return [math.nan if of is None else relative_residual(merged, own, of) for own, of in tasks]
-    found, start, root = [], 0, _root(merged.B)
+    root = _root(merged.B)
     outputs = root @ merged.A.double()
-    for own, covariance in tasks:
-        end = start + own.A.shape[0]
+    found = []
+    for block, (own, covariance) in zip(root.split([len(own.A) for own, _ in tasks], dim=1), tasks):
         whole = 0.0 if covariance is None else output_norm(own, covariance)
         if covariance is None or whole == 0:
             found.append(math.nan)
         else:
-            lost = outputs - root[:, start:end] @ own.A.double()
-            found.append(covariance.energy(lost) ** 0.5 / whole)
-        start = end
+            found.append(covariance.energy(outputs - block @ own.A.double()) ** 0.5 / whole)
     return found
 
 
@@ -78,18 +64,15 @@ def effective_rank_of_outputs(delta: LowRankDelta, covariance: Covariance) -> fl
 def effective_rank_of_inputs(covariance: Covariance) -> float:
     """How many directions a layer's inputs spread over: `effective_rank` of the eigenvalues of `C`."""
     spectrum = eigen_directions(covariance)
-    others = spectrum.directions.shape[1] - len(spectrum.values)
-    return effective_rank(torch.cat([spectrum.values, torch.full((others,), spectrum.rest / max(others, 1)).double()]))
+    known, width = spectrum.directions.shape
+    others = torch.full((width - known,), spectrum.remainder(known), dtype=torch.float64)
+    return effective_rank(torch.cat([spectrum.values, others]))
 
 
 def effective_rank(energies: Tensor) -> float:
     """The exponential of the entropy of the energies' shares (Roy and Vetterli 2007); between 1 and their number.
 
-    Args:
-        energies (`torch.Tensor`): Shape `(n,)`, not negative but for rounding.
-
-    Returns:
-        `float`: 0 if there is no energy.
+    Energies may be negative by rounding; without any, 0.
     """
     energies = energies.double().clamp(min=0.0)
     total = energies.sum()

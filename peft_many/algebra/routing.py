@@ -13,15 +13,7 @@ NEGLIGIBLE_WEIGHT = 1e-6
 
 
 def pool_segments(rows: Tensor, lengths: Tensor) -> Tensor:
-    """Mean of consecutive segments of rows, one for each image.
-
-    Args:
-        rows (`torch.Tensor`): Shape `(Σ lengths, d)`.
-        lengths (`torch.Tensor`): Shape `(images,)`, int64, the rows of each image.
-
-    Returns:
-        `torch.Tensor`: Shape `(images, d)`, float32.
-    """
+    """Means of consecutive segments of rows, one for each image: `(Σ lengths, d)` to `(images, d)`, float32."""
     places = torch.arange(len(lengths), device=rows.device)
     images = torch.repeat_interleave(places, lengths, output_size=len(rows))  # or a GPU has to be asked for it
     sums = torch.zeros(len(lengths), rows.shape[1], device=rows.device).index_add_(0, images, rows.float())
@@ -45,18 +37,11 @@ def task_weights(
 def routing_weights(features: Tensor, prototypes: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
     """Softmax of the cosine similarities between centred features and centred prototypes, without what is negligible.
 
-    Both are centred on the mean of the prototypes: frozen vision features share a large common part, which would make
-    every similarity nearly one. Weights below `NEGLIGIBLE_WEIGHT` become exactly zero, and the others make up for it.
-
-    Args:
-        features (`torch.Tensor`): Pooled frozen features of each image, shape `(images, d)`, any floating dtype.
-        prototypes (`torch.Tensor`): One visual prototype for each task, shape `(tasks, d)`, any floating dtype.
-        temperature (`float`): `τ > 0`; smaller routes harder.
-        top_k (`int`, *optional*):
-            How many tasks, those of the largest weights, take part in each image; of equal ones those that come first.
-
-    Returns:
-        `torch.Tensor`: Shape `(images, tasks)`, float32, rows sum to one.
+    Of the pooled frozen features of each image, shape `(images, d)`, and one prototype for each task, `(tasks, d)`,
+    these weights have shape `(images, tasks)`, float32, and rows that sum to one. Both are centred on the mean of the
+    prototypes: frozen vision features share a large common part, which would make every similarity nearly one. A
+    smaller temperature `τ > 0` routes harder. Weights below `NEGLIGIBLE_WEIGHT` become exactly zero, and so do all but
+    the `top_k` largest, of equal ones those that come first; the others make up for it.
     """
     centre = prototypes.float().mean(dim=0)
     return _softmax(_cosines(features.float() - centre, prototypes.float() - centre) / temperature, top_k)
@@ -73,21 +58,9 @@ def gaussian_weights(
     """The tasks' posterior probabilities, were their images Gaussian about the prototypes with one covariance.
 
     `softmax(−d_t² / 2τ)`, with the squared Mahalanobis distances `d_t²` of the metric: linear discriminant analysis
-    (Fisher 1936), in which directions that vary within every task count little. Weights below `NEGLIGIBLE_WEIGHT`
-    become exactly zero, and the others make up for it.
-
-    Args:
-        features (`torch.Tensor`): Pooled frozen features of each image, shape `(images, d)`, any floating dtype.
-        prototypes (`torch.Tensor`): One visual prototype for each task, shape `(tasks, d)`, any floating dtype.
-        metric ([`FeatureMetric`]): The covariance within tasks.
-        temperature (`float`): `τ > 0`; 1 is the posterior.
-        top_k (`int`, *optional*): As in `routing_weights`.
-        abstain_above (`float`, *optional*):
-            Images whose nearest prototype is at `d_t² / d` above this are like no task's; all their weights are zero.
-            The tasks' own images are at 1, on average.
-
-    Returns:
-        `torch.Tensor`: Shape `(images, tasks)`, float32, rows sum to one or are zero.
+    (Fisher 1936), in which directions that vary within every task count little; `τ = 1` is the posterior. Shapes, and
+    what is negligible, as in [`routing_weights`]. Images whose nearest prototype is at `d_t² / d` above
+    `abstain_above` are like no task's, and all their weights are zero; the tasks' own images are at 1, on average.
     """
     distances = metric.squared_distances(features.float(), prototypes.float())
     weights = _softmax(-distances / (2 * temperature), top_k)
@@ -107,7 +80,7 @@ def _softmax(logits: Tensor, top_k: int | None) -> Tensor:
 
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Cosines between the rows of `a`, `(m, d)`, and those of `b`, `(n, d)`, both float32: `(m, n)`, float32.
+    """Cosines between the rows of `a`, `(m, d)`, and those of `b`, `(n, d)`, all float32: `(m, n)`.
 
     From distances, `a·b = (‖a‖² + ‖b‖² − ‖a − b‖²) / 2`. A matrix product would round an entry by its place in the
     matrix, so that tasks with equal prototypes would not tie, and in 8 bits under autocast.

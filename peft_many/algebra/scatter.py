@@ -20,19 +20,7 @@ def inverse_scatter_product(
     blocks: Sequence[tuple[int, Tensor]],
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
-    """`w_t A C_t R⁻¹` for each `(t, A)`, all in float64.
-
-    Args:
-        parts (`Sequence[tuple[float, Covariance]]`): The `(w_t, C_t)` of `R`, width `in`.
-        blocks (`Sequence[tuple[int, torch.Tensor]]`): `(t, A)`, `A` of shape `(r, in)`.
-        device (`torch.device`): Where to compute.
-
-    Returns:
-        `list[torch.Tensor]`: One tensor of shape `(r, in)` for each block.
-
-    Raises:
-        SingularMergeError: `R` has no inverse.
-    """
+    """`w_t A C_t R⁻¹`, shape `(r, in)`, float64, for each block `(t, A)`; the parts of `R` are `(w_t, C_t)`."""
     width = parts[0][1].width
     rank, rows = sum(part.rank for _, part in parts), sum(A.shape[0] for _, A in blocks)
     if span_is_cheaper(width, rank, rows):  # never with a part that is held whole, whose rank is the width
@@ -41,18 +29,12 @@ def inverse_scatter_product(
 
 
 def span_is_cheaper(width: int, rank: int, rows: int) -> bool:
-    """Whether working in the span of the stacked factors is cheaper than in `in × in`; arguments as in [`cost`]."""
+    """Whether working in the span of the stacked factors is cheaper than in `in × in`, as [`cost`] counts."""
     return _cost_in_span(width, rank, rows) < _cost_by_cholesky(width, rank, rows)
 
 
 def cost(width: int, rank: int, rows: int) -> float:
-    """Multiplications that [`inverse_scatter_product`] takes.
-
-    Args:
-        width (`int`): `in`.
-        rank (`int`): `K`, the rows of all factors together.
-        rows (`int`): The rows of all `A` together.
-    """
+    """Multiplications that [`inverse_scatter_product`] takes of `rank` rows in all factors and `rows` in all `A`."""
     return min(_cost_in_span(width, rank, rows), _cost_by_cholesky(width, rank, rows))
 
 

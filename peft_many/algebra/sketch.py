@@ -31,10 +31,6 @@ class CovarianceAccumulator:
 
     Products and sums are float64: float32 products leave noise of 1e-7 of the *largest* eigenvalue in directions that
     no token reached, far above a small ridge, and the merge divides by those directions.
-
-    Args:
-        width (`int`): The number of input features.
-        device (`torch.device`): Where to accumulate; that of the activations is the natural choice.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
@@ -42,11 +38,7 @@ class CovarianceAccumulator:
         self.tokens = 0
 
     def update(self, inputs: Tensor) -> None:
-        """Add the rows of `inputs`, shape `(tokens, in)`, any floating dtype.
-
-        Raises:
-            FloatingPointError: There is NaN or Inf among them.
-        """
+        """Add rows, shape `(tokens, in)`, any floating dtype; NaN or Inf is a `FloatingPointError`."""
         rows = inputs.detach().to(device=self.total.device, dtype=torch.float64)
         if not math.isfinite(rows.square().sum().item()):
             raise FloatingPointError("the inputs hold NaN or Inf")
@@ -77,12 +69,7 @@ class CovarianceSketch:
     Products are float32, whatever precision the user allows for matrix products. Of bfloat16 activations `Q` is
     bfloat16 as well, which halves the cost: as a projection's span, its rounding counts only squared, and the products
     of what has been rounded are exact but for float32 sums. Totals and the final decomposition are float64 (totals are
-    float32 on devices without it).
-
-    Args:
-        width (`int`): The number of input features, `in`.
-        size (`int`): How many directions are followed, `size < in`. The last fifth or so of them is inaccurate.
-        device (`torch.device`): Where to sum up; that of the activations is the natural choice.
+    float32 on devices without it). Of the directions that are followed, the last fifth or so is inaccurate.
     """
 
     def __init__(self, width: int, size: int, device: torch.device | str = "cpu") -> None:
@@ -90,50 +77,23 @@ class CovarianceSketch:
         self.tokens = 0
         self.energy = 0.0  # Σ ‖x‖², of which the mean is tr C
         self._first: list[Tensor] = []
-        self._test: Tensor | None = None  # Ω
-        self._sum: Tensor | None = None  # Y, not yet divided by the tokens
-        self._core: Tensor | None = None  # QᵀQ, likewise
+        self._sums: _Sums | None = None  # once there are more tokens than are kept
 
     def update(self, inputs: Tensor) -> None:
-        """Add the rows of `inputs`, shape `(tokens, in)`, any floating dtype.
-
-        Raises:
-            FloatingPointError: There is NaN or Inf among them, or an entry beyond 1e18.
-        """
+        """Add rows as in a [`CovarianceAccumulator`]; an entry beyond 1e18 is a `FloatingPointError` too."""
         rows = inputs.detach().to(self.device)
         energy = _energy(rows)
         if not math.isfinite(energy):
             raise FloatingPointError("the inputs hold NaN or Inf")
         self.energy += energy
         self.tokens += len(rows)
-        if self._test is not None:
-            self._add(rows)
-            return
-        self._first.append(rows.clone() if rows.data_ptr() == inputs.data_ptr() else rows)
-        if self.tokens >= 2 * self.size:
+        if self._sums is None:
+            self._first.append(rows.clone() if rows.data_ptr() == inputs.data_ptr() else rows)
+            if self.tokens < 2 * self.size:
+                return
             rows, self._first = torch.cat(self._first), []
-            self._start(_orthonormal_test_matrix(rows.float(), self.size))
-            self._add(rows)
-
-    def _start(self, test: Tensor) -> None:
-        self._test = test
-        self._sum, self._core = (
-            torch.zeros(rows, self.size, dtype=_sum_dtype(self.device), device=self.device)
-            for rows in (self.width, self.size)
-        )
-
-    def _add(self, rows: Tensor) -> None:
-        """Add `XᵀQ` to `Y` and `QᵀQ` to the core."""
-        assert self._test is not None
-        assert self._sum is not None
-        assert self._core is not None
-        half = rows.dtype == torch.bfloat16
-        # "medium" takes factors as bfloat16, or TF32: these are bfloat16 already.
-        with _product_precision("medium" if half else "highest"):
-            projected = (rows @ self._test.bfloat16()).float() if half else rows.float() @ self._test
-            self._core += projected.T @ projected
-            for block, summed in zip(rows.split(_BLOCK, dim=1), self._sum.split(_BLOCK)):
-                summed += block.float().T @ projected
+            self._sums = _Sums(_orthonormal_test_matrix(rows.float(), self.size))
+        self._sums.add(rows)
 
     def result(self) -> LowRankCovariance:
         """The mean of `x xᵀ` over all rows so far, on the CPU: up to `size` directions, and the rest of the trace."""
@@ -144,13 +104,11 @@ class CovarianceSketch:
 
         Eigenvalues are never above the true ones by more than rounding, and the trace is exact.
         """
-        if self._test is None:
+        if self._sums is None:
             rows = torch.cat([torch.zeros(0, self.width), *(rows.cpu().double() for rows in self._first)])
             factor = rows / max(self.tokens, 1) ** 0.5
             return eigen_directions(LowRankCovariance(remainder=0.0, factor=factor))
-        assert self._sum is not None
-        assert self._core is not None
-        test, moved, core = (part.cpu().double() for part in (self._test, self._sum, self._core))
+        test, moved, core = (part.cpu().double() for part in (self._sums.test, self._sums.moved, self._sums.core))
         moved, core, gram = moved / self.tokens, core / self.tokens, test.T @ test
         # Float32 rounding of the products may make the core negative in its smallest directions; the sketch of
         # `C + shift·I`, with the shift taken off again below, is definite.
@@ -169,6 +127,25 @@ class CovarianceSketch:
         return Spectrum(values, directions, rest)
 
 
+class _Sums:
+    """`Ω`, `Y` and `QᵀQ`, these two not yet divided by the tokens."""
+
+    def __init__(self, test: Tensor) -> None:
+        dtype = torch.float32 if test.device.type == "mps" else torch.float64  # Apple's GPUs know no float64
+        self.test = test
+        self.moved = torch.zeros_like(test, dtype=dtype)
+        self.core = torch.zeros(test.shape[1], test.shape[1], dtype=dtype, device=test.device)
+
+    def add(self, rows: Tensor) -> None:
+        half = rows.dtype == torch.bfloat16
+        # "medium" takes factors as bfloat16, or TF32: these are bfloat16 already.
+        with _product_precision("medium" if half else "highest"):
+            projected = (rows @ self.test.bfloat16()).float() if half else rows.float() @ self.test
+            self.core += projected.T @ projected
+            for block, summed in zip(rows.split(_BLOCK, dim=1), self.moved.split(_BLOCK)):
+                summed += block.float().T @ projected
+
+
 def _energy(rows: Tensor) -> float:
     """`Σ ‖x‖²`, each norm in float32 and their sum in float64."""
     norms = [torch.linalg.vector_norm(block.float(), dim=1) for block in rows.split(64)]
@@ -185,10 +162,6 @@ def _orthonormal_test_matrix(rows: Tensor, size: int) -> Tensor:
     # Where the first tokens span fewer than `size` directions, Gaussian ones take the free places.
     moved += 1e-3 * rows.square().mean() * gaussian
     return torch.linalg.qr(moved).Q.contiguous()
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs know no float64
 
 
 @contextlib.contextmanager

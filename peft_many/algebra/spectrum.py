@@ -20,17 +20,11 @@ OVERSAMPLING = 0.25
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The leading eigenvalues and eigen-directions of a covariance, and the energy of all others together.
+    """The leading eigenvalues and eigen-directions of a covariance, and the energy of all others together."""
 
-    Args:
-        values (`torch.Tensor`): Shape `(k,)`, float64, falling.
-        directions (`torch.Tensor`): Shape `(k, in)`, float64, orthonormal rows.
-        rest (`float`): The sum of all other eigenvalues.
-    """
-
-    values: Tensor
-    directions: Tensor
-    rest: float
+    values: Tensor  # (k,), float64, falling
+    directions: Tensor  # (k, in), float64, orthonormal rows
+    rest: float  # the sum of all other eigenvalues
 
     @property
     def trace(self) -> float:
@@ -50,12 +44,8 @@ class Spectrum:
     def keep(self, kept: int, dtype: torch.dtype = torch.float32) -> LowRankCovariance:
         """The covariance `Sᵀ S + ρ I` with its first `kept` eigenvalues, and for `ρ` the mean of the others (MAny*).
 
-        Kept eigenvalues and the trace stay exact. Plain truncation, without the remainder, lets the merge extrapolate
-        freely where a task had little energy.
-
-        Args:
-            kept (`int`): How many directions to keep, at most; fewer if the spectrum has fewer.
-            dtype (`torch.dtype`): Of the factor.
+        Fewer are kept where the spectrum has fewer. Kept eigenvalues and the trace stay exact. Plain truncation,
+        without the remainder, lets the merge extrapolate freely where a task had little energy.
         """
         kept = min(kept, len(self.values))
         while kept and self.values[kept - 1] < self.remainder(kept) * (1 - 1e-9):
@@ -71,7 +61,7 @@ class Spectrum:
         return int(torch.searchsorted(self.values.cumsum(0), energy * total).item()) + 1 if total > 0 else 0
 
     def rank_within(self, deltas: Iterable[LowRankDelta], error: float) -> int:
-        """The fewest directions that keep the expected error of a merged delta within a budget.
+        """The fewest directions that keep the expected error of a merged delta within a budget, or all.
 
         Truncation changes `C_t` by `E`, and with it, to first order, the merged delta by `(ΔW_t − ΔW*) E R⁻¹`, which
         on the tasks' inputs weighs at most `‖(ΔW_t − ΔW*) E C_t^-½‖`. A direction `v_i` with eigenvalue `σ_i`,
@@ -79,16 +69,11 @@ class Spectrum:
         `ΔW_t − ΔW*` does there. The other tasks are not known yet; they are taken to do as much as this one, evenly in
         all directions. Keeping energy instead asks how large an input is, but not whether any delta reads it.
 
-        Args:
-            deltas (`Iterable[LowRankDelta]`):
-                `ΔW_t` of each layer that has this input; none: as if they were isotropic.
-            error (`float`): The budget, as a share of `‖ΔW_t C_t^½‖`, the size of the delta's outputs.
-
-        Returns:
-            `int`: `k`; all directions of the spectrum if no fewer suffice.
+        The budget is a share of `‖ΔW_t C_t^½‖`, the size of the delta's outputs, for the `ΔW_t` of each layer that has
+        this input; where there is none, as if one read all directions alike.
         """
         followed, others = len(self.values), self.directions.shape[1] - len(self.values)
-        values = torch.cat([self.values, self.values.new_tensor([self.rest / max(others, 1)])])
+        values = torch.cat([self.values, self.values.new_tensor([self.remainder(followed)])])
         counts = torch.ones(followed + 1, dtype=torch.float64)
         counts[-1] = others
         readings = [counts * _reading(delta, self) for delta in deltas] or [counts]
@@ -137,20 +122,12 @@ def _falling(values: Tensor, vectors: Tensor, width: int) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class Truncation:
-    """How much of a covariance is kept, and in what.
+    """How much of a covariance is kept, and in what."""
 
-    Args:
-        rank (`int`, *optional*):
-            The most directions. Defaults to 256, and to all with `energy=1.0` and no `error_budget`.
-        energy (`float`): The share of `tr C` to keep, in (0, 1], as far as `rank` allows.
-        error_budget (`float`, *optional*): Choose by `Spectrum.rank_within`, and not by `energy`.
-        dtype (`torch.dtype`): float16 or int8.
-    """
-
-    rank: int | None = None
-    energy: float = DEFAULT_ENERGY
-    error_budget: float | None = None
-    dtype: torch.dtype = torch.float16
+    rank: int | None = None  # the most directions; see `most`
+    energy: float = DEFAULT_ENERGY  # the share of tr C to keep, in (0, 1], as far as `rank` allows
+    error_budget: float | None = None  # choose by `Spectrum.rank_within`, and not by `energy`
+    dtype: torch.dtype = torch.float16  # or int8
 
     def __post_init__(self) -> None:
         if not 0.0 < self.energy <= 1.0:
@@ -181,9 +158,7 @@ class Truncation:
     def apply(self, covariance: Covariance, deltas: Sequence[LowRankDelta] = ()) -> Covariance:
         """The covariance `Sᵀ S + ρ I` with the directions that are worth it, or the one given if all are kept.
 
-        Args:
-            covariance ([`Covariance`]): What to truncate.
-            deltas (`Sequence[LowRankDelta]`): For `error_budget`, the task's deltas of the layers with this input.
+        An `error_budget` needs the task's deltas of the layers with this input.
         """
         if self.most is None:
             return covariance

@@ -15,23 +15,15 @@ from .sums import mean_covariance
 
 @dataclass(frozen=True)
 class FeatureMetric:
-    """Squared Mahalanobis distances of a covariance `Σ`, given by its leading eigen-directions.
+    """Squared Mahalanobis distances of a covariance `Σ`, given by its leading eigen-directions."""
 
-    Args:
-        directions (`torch.Tensor`): Shape `(k, d)`, orthonormal rows.
-        variances (`torch.Tensor`): Shape `(k + 1,)`, positive: along the directions, and along every other one.
-    """
-
-    directions: Tensor
-    variances: Tensor
+    directions: Tensor  # (k, d), orthonormal rows
+    variances: Tensor  # (k + 1,), positive: along the directions, and along every other one
 
     def squared_distances(self, features: Tensor, prototypes: Tensor) -> Tensor:
-        """`(x − μ)ᵀ Σ⁻¹ (x − μ)` for each row `x` of `features`, `(m, d)`, and `μ` of `prototypes`, `(n, d)`.
+        """`(x − μ)ᵀ Σ⁻¹ (x − μ)` of each row `x` of `features`, `(m, d)`, and `μ` of `prototypes`, `(n, d)`: `(m, n)`.
 
         What lies along the directions and the remainder are summed up apart, so that nothing cancels.
-
-        Returns:
-            `torch.Tensor`: Shape `(m, n)`, in the dtype of the features.
         """
         V, variances = self.directions.to(features), self.variances.to(features)
         found = []
@@ -51,13 +43,7 @@ def centred(rows: Tensor) -> LowRankCovariance:
 
 
 def gaussian_draws(covariance: Covariance, count: int, generator: torch.Generator) -> Tensor:
-    """Gaussian vectors of mean zero and this covariance, shape `(count, d)`, float64.
-
-    Args:
-        covariance ([`Covariance`]): Width `d`.
-        count (`int`): How many.
-        generator (`torch.Generator`): Where the randomness comes from, on the CPU.
-    """
+    """Gaussian vectors of mean zero and this covariance, shape `(count, d)`, float64, drawn on the CPU."""
 
     def normal(width: int) -> Tensor:
         return torch.randn(count, width, dtype=torch.float64, generator=generator)
@@ -70,20 +56,14 @@ def shared_metric(spreads: Sequence[Covariance], images: Sequence[int], rank: in
     """The metric of the tasks' common covariance about their own means, shrunk for the number of images it is from.
 
     Shrinkage towards a multiple of the identity is the oracle approximating one (OAS; Chen, Wiesel, Eldar, Hero 2010,
-    arXiv 0907.4698, equation 23), which knows only the covariance and the number of samples. In float64.
-
-    Args:
-        spreads (`Sequence[Covariance]`): Of each task, about its own mean.
-        images (`Sequence[int]`): How many images each is from.
-        rank (`int`): The most directions that are kept; the others share their mean variance.
+    arXiv 0907.4698, equation 23), which knows only the covariance and the number of samples. In float64. Beyond `rank`
+    directions, all share their mean variance.
     """
     spectrum = eigen_directions(mean_covariance(spreads, images)).leading(rank)
     values, width = spectrum.values, spectrum.directions.shape[1]
-    others = width - len(values)
-    level = spectrum.rest / others if others else 0.0
-    trace = values.sum().item() + spectrum.rest
-    squared = values.square().sum().item() + others * level**2
-    mean = trace / width
+    level = spectrum.remainder(len(values))
+    squared = values.square().sum().item() + (width - len(values)) * level**2
+    trace, mean = spectrum.trace, spectrum.trace / width
     if mean == 0.0:  # every image of a task has the same features
         return FeatureMetric(spectrum.directions[:0], torch.ones(1, dtype=torch.float64))
     gap = squared - trace * mean

@@ -43,21 +43,15 @@ class CovarianceSum(Covariance):
 
 
 def mean_covariance(parts: Sequence[Covariance], counts: Sequence[int]) -> Covariance:
-    """The covariance of inputs that were measured in parts, by several processes say: their mean, weighted by counts.
-
-    Args:
-        parts (`Sequence[Covariance]`): At least one, of one width.
-        counts (`Sequence[int]`): How many inputs each is the mean of.
-    """
+    """The covariance of inputs that were measured in parts: the mean of these, weighted by their counts."""
     whole = max(sum(counts), 1)
     return added_covariances([(count / whole, part) for count, part in zip(counts, parts, strict=True)])
 
 
 def added_covariances(parts: Sequence[tuple[float, Covariance]]) -> Covariance:
-    """`Σ_t f_t C_t` as one covariance: by a factor of `Σ_t k_t` rows if all parts have one, else whole; float64 sums.
+    """`Σ_t f_t C_t` of parts `(f_t, C_t)`, `f_t ≥ 0`, as one covariance; sums are float64.
 
-    Args:
-        parts (`Sequence[tuple[float, Covariance]]`): `(f_t, C_t)` with `f_t ≥ 0`; at least one, of one width.
+    By a factor of `Σ_t k_t` rows if all parts have one, else whole.
     """
     remainder = sum(factor * part.remainder for factor, part in parts)
     if all(part.is_factored for _, part in parts):

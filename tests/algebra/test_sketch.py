@@ -98,7 +98,8 @@ def test_a_batch_that_spans_less_than_the_sketch_leaves_room_for_later_ones():
 
 def test_nothing_of_the_size_of_the_covariance_is_held():
     sketch = sketched(inputs(0, tokens=400, width=512), 16)
-    held = [value for value in vars(sketch).values() if isinstance(value, torch.Tensor)]
+    parts = [*vars(sketch).values(), *vars(sketch._sums).values()]
+    held = [part for part in parts if isinstance(part, torch.Tensor)]
     assert held
     assert all(value.numel() <= 512 * 16 for value in held)
     waiting = sketched(inputs(0, tokens=31, width=512), 16)
