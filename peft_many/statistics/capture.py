@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..families.projector_call import features_of
 from .tokens import rows_by_mask
@@ -31,17 +32,16 @@ class LayerCapture:
         self._inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
         self._outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
         self._waiting: set[str] = set()
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> LayerCapture:
         self._waiting = set(self.layers)
         for name, layer in self.layers.items():
-            self._handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
+            self._hooks.enter_context(layer.register_forward_hook(partial(self._keep, name), with_kwargs=True))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        while self._handles:
-            self._handles.pop().remove()
+        self._hooks.close()
         return kind is _Enough
 
     def inputs(self, name: str) -> Tensor:
@@ -52,36 +52,27 @@ class LayerCapture:
         """What came out of a layer for them, shape `(tokens, out)`."""
         return torch.cat(self._outputs[name])
 
-    def _hook(self, name: str) -> Any:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            inputs = features_of(args, kwargs)
-            self._inputs[name].append(rows_by_mask(inputs, self.masks.values())[0].clone())
-            self._outputs[name].append(rows_by_mask(output, self.masks.values())[0].clone())
-            self._waiting.discard(name)
-            if not self._waiting:
-                raise _Enough
-
-        return hook
+    def _keep(
+        self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        for kept, tensor in ((self._inputs, features_of(args, kwargs)), (self._outputs, output)):
+            kept[name].append(rows_by_mask(tensor, self.masks.values())[0].clone())
+        self._waiting.discard(name)
+        if not self._waiting:
+            raise _Enough
 
 
 def layers_by_input(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[list[str]]:
-    """The layers in the order in which they run in one forward pass, those that share an input together.
-
-    Raises:
-        RuntimeError: A layer does not take part, or takes part more than once.
-    """
+    """The layers in the order in which they run, each once, in a forward pass; those that share an input together."""
     arrived: list[tuple[str, Tensor]] = []
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda layer, args, kwargs, name=name: arrived.append((name, features_of(args, kwargs))), with_kwargs=True
-        )
-        for name, layer in layers.items()
-    ]
-    try:
+
+    def note(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arrived.append((name, features_of(args, kwargs)))
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(note, name), with_kwargs=True))
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     calls = Counter(name for name, _ in arrived)
     strange = next((name for name in layers if calls[name] != 1), None)
     if strange is not None:

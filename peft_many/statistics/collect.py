@@ -249,7 +249,7 @@ def _further_layers(names: Iterable[str], also_measure: Sequence[str] | str | No
 def _projectors(base: nn.Module, config: Any) -> list[str]:
     """All projectors: tasks that do not train a projector need prototypes too, to be told from those that do."""
     own = getattr(config, "projector_modules", None) or []
-    return [*own, *(name for name in find_projectors(base) if name not in own)]
+    return list(dict.fromkeys([*own, *find_projectors(base)]))
 
 
 def _warn_of_unseen(task: TaskStatistics) -> None:

@@ -32,15 +32,9 @@ def gather_inputs(
     """The inputs over all processes, one at a time, so that no process holds the others' all at once.
 
     Layers share an input if they did in every process where a token reached them. Where an input was sketched, each
-    process followed directions of its own; the sum is as accurate as the least accurate part.
-
-    Args:
-        found ([`MeasuredInputs`]): What this process measured.
-        finish (`Callable`): Makes the covariance to keep out of the sum and the layers' names.
-        gather (`Callable`): Gives what all processes pass, which then all make this call; or `alone`.
-
-    Returns:
-        [`MeasuredInputs`]: The same in every process, layers in the order of `found`.
+    process followed directions of its own; the sum is as accurate as the least accurate part. `finish` makes the
+    covariance to keep out of the sum and the layers' names; `gather` gives what all processes pass, which then all
+    make this call and get the same, with layers in the order of `found`.
     """
     everyone = gather({name: key if found.inputs[key].tokens else None for name, key in found.input_of.items()})
     known = list(dict.fromkeys(name for one in everyone for name in one))

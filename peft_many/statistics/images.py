@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..families.image_layouts import image_rows_of
 from ..families.projector_call import features_of
@@ -20,17 +21,11 @@ MOST_KEPT_IMAGES = 1024
 
 @dataclass
 class PooledFeatures:
-    """The pooled features of the images that reached one projector.
+    """The pooled features of the images that reached one projector."""
 
-    Args:
-        total (`torch.Tensor`): Their sum, shape `(d,)`, float64.
-        images (`int`): How many they are.
-        kept (`list[torch.Tensor]`): The first `MOST_KEPT_IMAGES` of them, in parts of shape `(n, d)`, float32.
-    """
-
-    total: Tensor
+    total: Tensor  # their sum, (d,), float64
     images: int = 0
-    kept: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)  # the first `MOST_KEPT_IMAGES`, in parts of (n, d), float32
 
     def add(self, pooled: Tensor) -> None:
         """Add rows of shape `(n, d)`."""
@@ -45,37 +40,32 @@ class PrototypeHooks:
     def __init__(self, projectors: Mapping[str, nn.Module]) -> None:
         self.projectors = projectors
         self._found: dict[str, PooledFeatures] = {}
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> PrototypeHooks:
         for name, projector in self.projectors.items():
-            self._handles.append(projector.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+            self._hooks.enter_context(projector.register_forward_pre_hook(partial(self._pool, name), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
 
     def result(self) -> dict[str, PooledFeatures]:
         """What each projector that saw an image got."""
         return dict(self._found)
 
-    def _hook(self, name: str) -> Any:
-        def hook(projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            features = features_of(args, kwargs)
-            if not features.is_floating_point():
-                return  # ids of tokens that are no part of an image
-            call, images = projector_call(projector, args, kwargs), current_image_call()
-            rows = image_rows_of(call)
-            if rows.continues:
-                return  # parts of images that were seen as a whole
-            if images is not None:
-                images.decided[projector] = features.new_empty(0)
-            pooled = rows.pool(call.vision_features)[rows.real_images.to(features.device)].cpu()
-            if not torch.isfinite(pooled).all():
-                raise RuntimeError(f"The vision features at '{name}' hold NaN or Inf.")
-            if name not in self._found:
-                self._found[name] = PooledFeatures(torch.zeros(pooled.shape[-1], dtype=torch.float64))
-            self._found[name].add(pooled)
-
-        return hook
+    def _pool(self, name: str, projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        features = features_of(args, kwargs)
+        if not features.is_floating_point():
+            return  # ids of tokens that are no part of an image
+        call, images = projector_call(projector, args, kwargs), current_image_call()
+        rows = image_rows_of(call)
+        if rows.continues:
+            return  # parts of images that were seen as a whole
+        if images is not None:
+            images.decided[projector] = features.new_empty(0)
+        pooled = rows.pool(call.vision_features)[rows.real_images.to(features.device)].cpu()
+        if not torch.isfinite(pooled).all():
+            raise RuntimeError(f"The vision features at '{name}' hold NaN or Inf.")
+        nothing = PooledFeatures(torch.zeros(pooled.shape[-1], dtype=torch.float64))
+        self._found.setdefault(name, nothing).add(pooled)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..algebra.sketch import CovarianceAccumulator, CovarianceSketch, running_covariance
 from ..algebra.sums import mean_covariance
@@ -34,23 +35,20 @@ class _Arrival:
     tensor: weakref.ref[Tensor]
     version: int
     leader: str | None = None
-    waiting: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)  # layers that are yet to be noted as led by it
 
 
 class SharedInputs:
     """Which layers share an input: those at which the very same tensor arrives in every call.
 
-    The first measured layer that a tensor arrives at leads: its sum is that of all others.
-
-    Args:
-        measured (`Collection[str]`): The layers that can lead.
-        share (`bool`): Whether to look for shared inputs; without, each layer leads itself.
+    The first `measured` layer that a tensor arrives at leads: its sum is that of all others. Without `share`, each
+    layer leads itself.
     """
 
     def __init__(self, measured: Collection[str], share: bool = True) -> None:
         self.measured, self.share = measured, share
         self._calls: Counter[str] = Counter()
-        self._led_by: dict[str, Counter[str]] = {}
+        self._led_by: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._arrivals: dict[int, _Arrival] = {}
 
     def arrived(self, name: str, inputs: Tensor) -> bool:
@@ -60,12 +58,11 @@ class SharedInputs:
         leads = name in self.measured and arrival.leader is None
         if leads:
             arrival.leader = name
-            for earlier in arrival.waiting:
-                self._led_by.setdefault(earlier, Counter())[name] += 1
-        if arrival.leader is None:
-            arrival.waiting.append(name)
-        else:
-            self._led_by.setdefault(name, Counter())[arrival.leader] += 1
+        arrival.waiting.append(name)
+        if arrival.leader is not None:
+            for led in arrival.waiting:
+                self._led_by[led][arrival.leader] += 1
+            arrival.waiting.clear()
         return leads
 
     def forget(self) -> None:
@@ -76,12 +73,10 @@ class SharedInputs:
         """The layers whose sums make up all that arrived at this one, and nothing else; none if it has no such sum.
 
         They are several where a layer reads two inputs in turn, of which others read one: keys in attention over
-        decoder and encoder at once read those of the queries, and the encoder's.
-
-        Raises:
-            RuntimeError: A measured layer shared another's input in some of that one's calls only.
+        decoder and encoder at once read those of the queries, and the encoder's. A `RuntimeError` if a measured layer
+        shared another's input in some of that one's calls only.
         """
-        led = self._led_by.get(name, Counter())
+        led = self._led_by[name]
         whole = all(times == self._led_by[leader][leader] for leader, times in led.items())
         if whole and led.total() == self._calls[name]:
             return tuple(sorted(led))
@@ -107,15 +102,10 @@ class SharedInputs:
 
 
 class CovarianceHooks:
-    """Sums up the inputs of layers while the `with` block runs, a shared input only once.
+    """Sums up the inputs of `measured` linear layers while the `with` block runs, a shared input only once.
 
-    Args:
-        measured (`Mapping[str, nn.Module]`): Linear layers by path, each of which gets a covariance.
-        bystanders (`Mapping[str, nn.Module]`):
-            Further linear layers, which get a covariance only if they share the input of a measured one.
-        tokens ([`TokenRows`], *optional*): Tells padding from tokens; by default all rows are tokens.
-        size (`int`, *optional*): The most directions that are followed of an input; `None` follows all.
-        share (`bool`): Whether to look for shared inputs.
+    Linear layers among the `bystanders` get a covariance only if they share the input of a measured one. Of each input
+    `size` directions are followed, or all.
     """
 
     def __init__(
@@ -132,17 +122,16 @@ class CovarianceHooks:
         self.size = size
         self.shared = SharedInputs(measured, share)
         self._sums: dict[str, CovarianceAccumulator | CovarianceSketch] = {}
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> CovarianceHooks:
         self.tokens.__enter__()
         for name, layer in [*self.measured.items(), *self.bystanders.items()]:
-            self._handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+            self._hooks.enter_context(layer.register_forward_pre_hook(partial(self._sum_up, name), with_kwargs=True))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
         self.shared.forget()
         self.tokens.__exit__(*error)
 
@@ -152,11 +141,7 @@ class CovarianceHooks:
         self.tokens.begin_batch(batch)
 
     def result(self) -> MeasuredInputs:
-        """What was measured of every layer that has a sum.
-
-        Raises:
-            RuntimeError: As `SharedInputs.leaders`.
-        """
+        """What was measured of every layer that has a sum."""
         sums: dict[str, InputStatistics] = {}
         for name in list(self._sums):  # each is let go before the next is finished: they are large
             running = self._sums.pop(name)
@@ -167,10 +152,8 @@ class CovarianceHooks:
         for name, layer in self.measured.items():
             leaders = self.shared.leaders(name)
             if not leaders:  # it never ran
-                inputs[name] = InputStatistics(
-                    running_covariance(features_of_linear(layer, 1) or 0, self.size).result(), 0
-                )
-                input_of[name] = name
+                nothing = running_covariance(features_of_linear(layer, 1) or 0, self.size).result()
+                inputs[name], input_of[name] = InputStatistics(nothing, 0), name
                 continue
             if leaders not in id_of:
                 id_of[leaders], inputs[name] = name, added_inputs([sums[leader] for leader in leaders])
@@ -181,17 +164,11 @@ class CovarianceHooks:
                 input_of[name] = id_of[leaders]
         return MeasuredInputs(inputs, input_of)
 
-    def _hook(self, name: str) -> Any:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = features_of(args, kwargs)
-            if self.shared.arrived(name, inputs):
-                self._sum_up(name, layer, inputs)
-
-        return hook
-
-    def _sum_up(self, name: str, layer: Any, inputs: Tensor) -> None:
-        width = features_of_linear(layer, 1)
-        assert width is not None
+    def _sum_up(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = features_of(args, kwargs)
+        if not self.shared.arrived(name, inputs):
+            return
+        width = features_of_linear(layer, 1) or 0
         if inputs.shape[-1] != width:
             raise RuntimeError(f"The input of '{name}' has {inputs.shape[-1]} features, not {width} as the layer.")
         rows = self.tokens.rows_of(name, inputs)

@@ -24,17 +24,11 @@ from ..tuner.layers import adapted_layers
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """What is to be known of an adapter's weights.
+    """What is to be known of an adapter's weights, by layer."""
 
-    Args:
-        fingerprints (`Mapping[str, list[float]]`): By layer; they tell whether the weights change later.
-        deltas (`Mapping[str, LowRankDelta]`): By layer, of plain LoRA adapters.
-        shapes (`Mapping[str, tuple[int, int]]`): `(out, in)` by layer, of all others, whose files may not tell.
-    """
-
-    fingerprints: Mapping[str, list[float]]
-    deltas: Mapping[str, LowRankDelta] = field(default_factory=dict)
-    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    fingerprints: Mapping[str, list[float]]  # which tell whether the weights change later
+    deltas: Mapping[str, LowRankDelta] = field(default_factory=dict)  # of plain LoRA adapters
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # (out, in), where files may not tell
 
 
 def weights_of(model: Any, adapter_name: str, layers: Mapping[str, Any]) -> AdapterWeights:
@@ -52,13 +46,11 @@ def weights_of(model: Any, adapter_name: str, layers: Mapping[str, Any]) -> Adap
             f"The adapter's tensor '{away}' is offloaded. Measure it on a model that keeps it in memory."
         )
     keys = tensor_keys(config, tensors)
-    bases = {name: layer.get_base_layer() for name, layer in layers.items()}
-    return AdapterWeights(
-        {name: fingerprint_of(tensors, keys, name) for name in layers},
-        shapes={
-            name: (features_of_linear(base, 0) or 0, features_of_linear(base, 1) or 0) for name, base in bases.items()
-        },
-    )
+    prints = {name: fingerprint_of(tensors, keys, name) for name in layers}
+    shapes = {
+        name: (features_of_linear(layer, 0) or 0, features_of_linear(layer, 1) or 0) for name, layer in layers.items()
+    }
+    return AdapterWeights(prints, shapes=shapes)
 
 
 def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
@@ -77,11 +69,7 @@ def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
 
 
 def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
-    """The adapter's name: the active one if none is given.
-
-    Raises:
-        ValueError: There is no such adapter, or it cannot be measured.
-    """
+    """The adapter's name, the active one if none is given; a `ValueError` if it cannot be measured."""
     configs = getattr(model, "peft_config", None)
     if not configs:
         raise ValueError(f"{type(model).__name__} has no adapters; wrap it with `get_peft_model` first.")
@@ -103,9 +91,9 @@ def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
     layers = adapted_layers(model, adapter_name)
     if not layers:
         raise ValueError(f"Adapter '{adapter_name}' has no layers to measure.")
-    suited = _is_linear_lora if is_plain_lora(config) else _is_on_linear
+    is_suited = _is_linear_lora if is_plain_lora(config) else _is_on_linear
     for name, layer in layers.items():
-        if not suited(layer, adapter_name):
+        if not is_suited(layer, adapter_name):
             kind = type(layer).__name__
             if isinstance(layer, ParamWrapper):
                 kind = "parameters of several experts in one module, `target_parameters`"

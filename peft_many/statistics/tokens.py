@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft.utils import PeftWarning
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..families.projector_call import features_of
 
@@ -20,13 +21,10 @@ MASK_NAMES = ("attention_mask", "decoder_attention_mask")
 
 
 class TokenRows:
-    """Tells which rows of a layer's input are tokens, while the `with` block runs.
+    """Tells which rows of the layers' inputs are tokens, while the `with` block runs.
 
-    Args:
-        layers (`Collection[str]`): The layers to tell it for, to follow padding into mixtures of experts.
-        model (`nn.Module`, *optional*): What these layers are parts of.
-        unmasked (`Collection[str]`): Layers whose inputs are no text, so that attention masks mean nothing there.
-        text_encoder (`nn.Module`, *optional*): The text encoder of an encoder-decoder model.
+    It follows padding of the `model` into mixtures of experts around the `layers`. Attention masks mean nothing for
+    `unmasked` layers, whose inputs are no text; an encoder-decoder has a `text_encoder` with a mask of its own.
     """
 
     def __init__(
@@ -43,20 +41,19 @@ class TokenRows:
         self._around = {} if model is None else {path: model.get_submodule(path) for path in self._routed.around}
         self._encoding = False
         self._encoded: weakref.ref[Tensor] | None = None
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
         self._warned = False
 
     def __enter__(self) -> TokenRows:
         for path, module in self._around.items():
-            self._handles.append(module.register_forward_pre_hook(self._passing(path), with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_pre_hook(partial(self._passing, path), with_kwargs=True))
         if self.text_encoder is not None:
-            self._handles.append(self.text_encoder.register_forward_pre_hook(self._encoder_begins))
-            self._handles.append(self.text_encoder.register_forward_hook(self._encoder_ends))
+            self._hooks.enter_context(self.text_encoder.register_forward_pre_hook(self._encoder_begins))
+            self._hooks.enter_context(self.text_encoder.register_forward_hook(self._encoder_ends))
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
         self._routed.forget()
         if error is None and self._routed.searched and not self._routed.recognised:
             warnings.warn(
@@ -90,14 +87,11 @@ class TokenRows:
             )
         return rows
 
-    def _passing(self, path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = features_of(args, kwargs) if args or kwargs else None
-            masks = [mask for mask in self._masks_of(path, inputs) if not mask.all()]
-            if masks:
-                self._routed.note(path, inputs, _mask_that_fits(inputs, masks))
-
-        return hook
+    def _passing(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = features_of(args, kwargs) if args or kwargs else None
+        masks = [mask for mask in self._masks_of(path, inputs) if not mask.all()]
+        if masks:
+            self._routed.note(path, inputs, _mask_that_fits(inputs, masks))
 
     def _encoder_begins(self, *_: object) -> None:
         self._encoding = True
@@ -164,29 +158,19 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class _Seen:
-    """The rows that went into a module.
+    """The rows that went into a module."""
 
-    Args:
-        tokens (`torch.Tensor`): Which of them are tokens, shape `(rows,)`, bool.
-        padding (`torch.Tensor`): A hash of each row of padding.
-        width (`int`): Features of a row.
-    """
-
-    tokens: Tensor
-    padding: Tensor
-    width: int
+    tokens: Tensor  # which of them are tokens, (rows,), bool
+    padding: Tensor  # a hash of each row of padding
+    width: int  # features of a row
 
 
 class RoutedRows:
-    """Tells padding inside mixtures of experts, where each expert gets some of the rows and no mask.
+    """Tells padding of layers inside mixtures of experts, where each expert gets some of the rows and no mask.
 
-    Follows rows of padding from a module whose input fits the attention mask into the modules inside of it.
-
-    A router copies rows to experts as they are, so that a row of padding is known by its content. Layers further
-    inside an expert get other features, but one row for each of the expert's.
-
-    Args:
-        layers (`Collection[str]`): The paths of the layers to tell it for.
+    Follows rows of padding from a module whose input fits the attention mask into the modules inside of it. A router
+    copies rows to experts as they are, so that a row of padding is known by its content. Layers further inside an
+    expert get other features, but one row for each of the expert's.
     """
 
     def __init__(self, layers: Collection[str]) -> None:
@@ -196,13 +180,7 @@ class RoutedRows:
         self.searched = self.recognised = False
 
     def note(self, path: str, inputs: object, tokens: Tensor | None) -> None:
-        """Note what goes into one of the modules `around` the layers.
-
-        Args:
-            path (`str`): Of the module.
-            inputs (`object`): Its first argument.
-            tokens (`torch.Tensor`, *optional*): Which rows are tokens, if the attention mask fits; any shape, bool.
-        """
+        """Note what goes into a module `around` the layers, and which rows are tokens, if an attention mask fits."""
         self._seen.pop(path, None)
         if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.dim() < 2:
             return
@@ -221,7 +199,6 @@ class RoutedRows:
         return None if outer is None else self._tokens(rows, outer)
 
     def forget(self) -> None:
-        """Forget the rows of this batch."""
         self._seen.clear()
 
     def _outer(self, path: str, rows: Tensor) -> _Seen | None:
