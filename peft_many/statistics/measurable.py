@@ -91,9 +91,10 @@ def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
     layers = adapted_layers(model, adapter_name)
     if not layers:
         raise ValueError(f"Adapter '{adapter_name}' has no layers to measure.")
-    is_suited = _is_linear_lora if is_plain_lora(config) else _is_on_linear
+    is_plain = is_plain_lora(config)
     for name, layer in layers.items():
-        if not is_suited(layer, adapter_name):
+        is_suited = _is_linear_lora(layer, adapter_name) if is_plain else is_linear(layer.get_base_layer())
+        if not is_suited:
             kind = type(layer).__name__
             if isinstance(layer, ParamWrapper):
                 kind = "parameters of several experts in one module, `target_parameters`"
@@ -112,7 +113,3 @@ def _is_linear_lora(layer: Any, adapter_name: str) -> bool:
     if isinstance(layer, (MultiheadAttention, ParamWrapper)):
         return False
     return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)
-
-
-def _is_on_linear(layer: Any, adapter_name: str) -> bool:
-    return is_linear(layer.get_base_layer())
