@@ -1,4 +1,4 @@
-"""`peft-many`: one file for each command."""
+"""`peft-many` itself; the commands are in the files beside this one."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from .edit import add, remove
+from .edit import add, pool, remove
 from .export import export
-from .inspect import inspect
+from .look import inspect, report
 from .merge import merge, plan
-from .pool import pool
-from .report import report
 from .running import Commands
 
 app = typer.Typer(
     name="peft-many",
     cls=Commands,
-    help="Merge task adapters of multimodal language models without forgetting (MAny, arXiv 2604.14016).",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

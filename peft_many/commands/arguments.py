@@ -17,11 +17,6 @@ from ..records import MergeOptions
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def choices(*known: str) -> Callable[[str], list[str]]:
-    """For tab completion."""
-    return lambda incomplete: [one for one in known if one.startswith(incomplete)]
-
-
 AnAdapter = "A folder or a Hub id: me/adapter, me/adapter@revision."
 Adapters = Annotated[
     list[str] | None,
@@ -76,8 +71,11 @@ def _typed(option: dataclasses.Field[Any]) -> Any:
     if "default" in option.metadata:
         help += f" [dim]default: {option.metadata['default']}[/dim]"
     names = [f"--{option.name}/--no-{option.name}".replace("_", "-")] if kind is bool else []
-    about = typer.Option(*names, help=help, autocompletion=choices(*known) if known else None, show_default=False)
-    return Annotated[kind | None, about]
+
+    def completions(incomplete: str) -> list[str]:
+        return [one for one in known if one.startswith(incomplete)]
+
+    return Annotated[kind | None, typer.Option(*names, help=help, autocompletion=completions, show_default=False)]
 
 
 def merge_arguments(
@@ -92,8 +90,15 @@ def merge_arguments(
     if bool(adapters) == bool(recipe):
         raise typer.BadParameter("Give the adapters here or by --recipe, one of the two.")
     arguments: dict[str, Any] = read_recipe(recipe) if recipe is not None else {"adapters": adapters}
-    if weight:
-        arguments["weights"] = {**_weights_of(arguments), **(weights_by_task(weight) or {})}
+    if weights := weights_by_task(weight):
+        of_recipe = arguments.get("weights") or {}
+        if not isinstance(of_recipe, Mapping):
+            raise typer.BadParameter(
+                "The recipe gives weights by adapter, and --weight one by task; give the recipe's by task too, under "
+                "`options: weights`.",
+                param_hint="--weight",
+            )
+        arguments["weights"] = {**of_recipe, **weights}
     if without:
         arguments["without"] = without
     if device is not None:
@@ -104,17 +109,6 @@ def merge_arguments(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return arguments | {name: getattr(chosen, name) for name in given}
-
-
-def _weights_of(recipe: Mapping[str, Any]) -> Mapping[str, float]:
-    weights = recipe.get("weights") or {}
-    if not isinstance(weights, Mapping):
-        raise typer.BadParameter(
-            "The recipe gives weights by adapter, and --weight one by task; give the recipe's by task too, under "
-            "`options: weights`.",
-            param_hint="--weight",
-        )
-    return weights
 
 
 def weights_by_task(given: list[str] | None) -> dict[str, float] | None:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from ..exports import Export, export_lora, export_model, export_routed_model
+from ..exports import export_lora, export_model, export_routed_model
 from ..files.atomic import writable_place
 from ..reports.inspection import inspect_adapter
 from . import arguments as a
 from .running import print_json
-
-_FORMATS = ("lora", "model", "routed")
 
 
 def export(
     adapter: Annotated[str, typer.Argument(help=a.AnAdapter, show_default=False)],
     output: a.Output,
     format: Annotated[
-        str,
-        typer.Option("--format", "-f", help="lora, model or routed; see above.", autocompletion=a.choices(*_FORMATS)),
+        Literal["lora", "model", "routed"], typer.Option("--format", "-f", help="lora, model or routed; see above.")
     ] = "lora",
     base_model: Annotated[
         str | None, typer.Option("--base-model", help="Folder or Hub id, if the adapter does not say it.")
@@ -51,8 +48,6 @@ def export(
 
     peft-many export me/merged --format routed --base-model llava-hf/llava-1.5-7b-hf --output routed
     """
-    if format not in _FORMATS:
-        raise typer.BadParameter(f"'{format}' is none of {', '.join(_FORMATS)}.", param_hint="--format")
     if projector is not None and format != "model":
         raise typer.BadParameter("Only --format model keeps a single projector.", param_hint="--projector")
     if base_model is not None and format == "lora":
@@ -68,8 +63,10 @@ def export(
         done = export_routed_model(adapter, output, base_model=base_model)
     if json:
         print_json(done)
-    else:
-        _say_done(done)
+        return
+    for note in done.notes:
+        typer.echo(f"• {note}", err=True)
+    typer.echo(f"The export: {done.folder}")
 
 
 def _say_plan(adapter: str, output: Path, format: str, base_model: str | None) -> None:
@@ -78,9 +75,3 @@ def _say_plan(adapter: str, output: Path, format: str, base_model: str | None) -
     kind = f"merge of {len(found.tasks)} tasks" if found.is_merge else "adapter of one task"
     onto = "" if format == "lora" else f", with the base model {base_model or found.base_model or '(say which)'}"
     typer.echo(f"{found.name}, a {kind}, would be written as {format} to {output}{onto}.")
-
-
-def _say_done(done: Export) -> None:
-    for note in done.notes:
-        typer.echo(f"• {note}", err=True)
-    typer.echo(f"The export: {done.folder}")

@@ -77,11 +77,7 @@ def merge(
 
 
 def show(arguments: dict[str, Any], quiet: bool, json: bool = False) -> None:
-    """Show what merging with these arguments would be.
-
-    Raises:
-        typer.Exit: It cannot be merged.
-    """
+    """Show what merging with these arguments would be, and exit with an error if it cannot be done."""
     found = plan_merge(**arguments, progress=not quiet)
     if json:
         print_json(found)

@@ -10,14 +10,13 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-USAGE, FAILED = 2, 1
+FAILED = 1  # what a command exits with; 2 is typer's, of wrong usage
 
 
 class Commands(TyperGroup):
     """The commands; none ends in a traceback, unless `--debug` asks for one."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was asked for."""
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             try:
@@ -38,8 +37,7 @@ def say_error(message: str) -> None:
 
 def print_json(result: Any) -> None:
     """Print a dataclass for a script to read."""
-    content = dataclasses.asdict(result)
-    typer.echo(json.dumps(content, indent=2, default=str))
+    typer.echo(json.dumps(dataclasses.asdict(result), indent=2, default=str))
 
 
 def _told(error: Exception) -> str:

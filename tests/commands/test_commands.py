@@ -224,7 +224,7 @@ def test_exports_are_the_functions(merged, tmp_path):
         (["remove", "nowhere", "a", "-o", "y"], 1, "There is no folder 'nowhere'"),
         (["remove", "nowhere", "a"], 1, "no local folder that could be replaced"),
         (["export", "nowhere", "-o", "y"], 1, "There is no folder 'nowhere'"),
-        (["export", "a", "-o", "y", "-f", "gguf"], 2, "'gguf' is none of lora, model, routed"),
+        (["export", "a", "-o", "y", "-f", "gguf"], 2, "'gguf' is not one of 'lora', 'model', 'routed'"),
         (["export", "a", "-o", "y", "--projector", "a"], 2, "Only --format model keeps"),
         (["export", "a", "-o", "y", "--base-model", "a"], 2, "needs no base model"),
         (["report", "nowhere", "-o", "y"], 1, "There is no folder 'nowhere'"),
@@ -246,7 +246,7 @@ def test_only_debug_shows_a_traceback(tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("peft_many.commands.inspect.inspect_adapter", fails)
+    monkeypatch.setattr("peft_many.commands.look.inspect_adapter", fails)
     told = run("inspect", "x", code=1).stderr
     assert "Unexpected RuntimeError: a bug" in told
     assert "please report" in told

@@ -1,4 +1,4 @@
-"""`peft-many report`."""
+"""`peft-many inspect` and `peft-many report`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,30 @@ from typing import Annotated
 
 import typer
 
+from ..reports.inspection import inspect_adapter
 from ..reports.report import merge_report, save_report
 from . import arguments as a
-from .display import show_report
+from .display import show_inspection, show_report
+from .running import print_json
+
+
+def inspect(
+    adapter: Annotated[str, typer.Argument(help=a.AnAdapter, show_default=False)],
+    json: a.Json = False,
+) -> None:
+    """Show what is in an adapter or a merge: tasks and where they come from, sizes, statistics, routing, gate.
+
+    [bold]Examples[/bold]
+
+    peft-many inspect merged
+
+    peft-many inspect me/iconqa@v2 --json
+    """
+    found = inspect_adapter(adapter)
+    if json:
+        print_json(found)
+    else:
+        show_inspection(found)
 
 
 def report(
