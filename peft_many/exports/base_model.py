@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..files.adapter import Adapter
-from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from ..files.stored_delta import UnmergeableAdapterError
 from ..hub.sources import HubArguments, first_line
 from ..merging.base_model import check_fits_model
 from ..tuner.config import MAnyConfig
-from .export import read_pairs
+from .export import as_lora, largest_rank, read_pairs
 
 # What tokenizers, processors and generation are made of; no weights and no code.
 _BESIDES = (
@@ -41,25 +41,15 @@ _BESIDES = (
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Which model an adapter belongs to.
+    """Which model an adapter belongs to, and how to download it."""
 
-    Args:
-        name (`str`): A folder or Hub id.
-        revision (`str`, *optional*): On the Hub.
-        hub ([`HubArguments`]): How to download it.
-    """
-
-    name: str
+    name: str  # a folder or Hub id
     revision: str | None
     hub: HubArguments = field(repr=False)
 
     @classmethod
     def of(cls, given: str | os.PathLike[str] | None, adapter: Adapter, hub: HubArguments) -> BaseModel:
-        """The one given (`"me/model@revision"` too), or the one that the adapter's config names.
-
-        Raises:
-            ValueError: Nobody says which model it is.
-        """
+        """The one given (`"me/model@revision"` too), or the one that the adapter's config names."""
         if given is None:
             name, revision = adapter.config.base_model_name_or_path, adapter.config.revision
         elif Path(given).expanduser().is_dir():
@@ -72,12 +62,7 @@ class BaseModel:
         return cls(name, revision, hub)
 
     def load(self) -> PreTrainedModel:
-        """The model, in the dtype that it is stored in. No code but transformers' own is run.
-
-        Raises:
-            ValueError: Transformers does not know its class.
-            FileNotFoundError: It cannot be found.
-        """
+        """The model, in the dtype that it is stored in. No code but transformers' own is run."""
         try:
             config = AutoConfig.from_pretrained(self.name, revision=self.revision, **self.hub)
             kind = model_class(config, self.name)
@@ -87,11 +72,7 @@ class BaseModel:
         return model.eval()
 
     def copy_tokenizer(self, folder: Path) -> list[str]:
-        """Copy the model's tokenizer and processor files; what to note if there are none.
-
-        Raises:
-            FileNotFoundError: The Hub did not give them.
-        """
+        """Copy the model's tokenizer and processor files; what to note if there are none."""
         source = Path(self.name)
         missing = ["No tokenizer or processor was found beside the base model, so none is here."]
         if not source.is_dir():
@@ -113,11 +94,7 @@ class BaseModel:
 
 
 def model_class(config: Any, name: str) -> Any:
-    """Transformers' class of the model, as its config says.
-
-    Raises:
-        ValueError: Transformers has none of that name; no other code is run.
-    """
+    """Transformers' class of the model, as its config says; no other code is run."""
     kind = getattr(transformers, (config.architectures or ["None"])[0], None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ValueError(f"The model '{name}' is of a class that transformers does not have.")
@@ -125,28 +102,9 @@ def model_class(config: Any, name: str) -> Any:
 
 
 def fold(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
-    """Add an adapter's deltas to the model's weights, in place; of a merge with a gate, the merged LoRA.
-
-    Raises:
-        UnmergeableAdapterError: The adapter does not fit the model.
-    """
+    """Add an adapter's deltas to the model's weights, in place; of a merge with a gate, the merged LoRA."""
     pairs = read_pairs(adapter)
-    rank = max(A.shape[0] for A, _ in pairs.values())
-    ranks = {module.replace(".", r"\."): A.shape[0] for module, (A, _) in pairs.items() if A.shape[0] != rank}
-    config = MAnyConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=ranks,
-        alpha_pattern=dict(ranks),
-        target_modules=sorted(pairs),
-        projector_modules=[],
-        fan_in_fan_out=bool(getattr(adapter.config, "fan_in_fan_out", False)),
-        inference_mode=True,
-    )
-    tensors = {}
-    for module, (A, B) in pairs.items():
-        tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = A.float()
-        tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = B.float()
+    config, tensors = as_lora(adapter, pairs, largest_rank(pairs), MAnyConfig, projector_modules=[])
     check_fits_model(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, model)
     peft_model = get_peft_model(model, config)
     set_peft_model_state_dict(peft_model, tensors)
@@ -155,13 +113,10 @@ def fold(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
 
 
 def put_projector(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Replace the weights of the model's projector.
-
-    Raises:
-        UnmergeableAdapterError: The model does not have it, or another one.
-    """
+    """Replace the weights of the model's projector by those of the tensors whose names are within it."""
+    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
     try:
-        model.get_submodule(name).load_state_dict(tensors)
+        model.get_submodule(name).load_state_dict(own)
     except (AttributeError, RuntimeError) as error:
         raise UnmergeableAdapterError(
             f"The adapter's projector '{name}' does not fit this {type(model).__name__}: it was trained on another "

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ..algebra.reduction import padded
 from ..files.adapter import Adapter
 from ..files.card import CARD_NAME, plain
 from ..files.stored_delta import KEY_PREFIX
 from ..version import __version__
+
+Pairs = Mapping[str, tuple[Tensor, Tensor]]  # by layer, `A` with the LoRA scaling folded in, and `B`
+Config = TypeVar("Config", bound=LoraConfig)
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,8 @@ class Export:
     notes: list[str]
 
 
-def read_pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """`A`, with the LoRA scaling folded in, and `B` of every layer, in the dtype that they are stored in.
-
-    Adapters of other PEFT methods store none; theirs are factors of the delta, float32.
-
-    Raises:
-        UnmergeableAdapterError: They hold NaN or Inf.
-    """
+def read_pairs(adapter: Adapter) -> Pairs:
+    """The LoRA in the dtype that it is stored in; of other PEFT methods, which store none, factors of the delta."""
     if not adapter.pairs:
         read = {module: delta.read() for module, delta in sorted(adapter.tasks[0].deltas.items())}
         return {module: (delta.A, delta.B) for module, delta in read.items()}
@@ -46,6 +47,37 @@ def read_pairs(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
         delta = pair.read()
         found[module] = (delta.A.to(dtype), delta.B.to(dtype))
     return found
+
+
+def largest_rank(pairs: Pairs) -> int:
+    """Of all layers."""
+    return max(A.shape[0] for A, _ in pairs.values())
+
+
+def as_lora(
+    adapter: Adapter, pairs: Pairs, rank: int, kind: type[Config], **options: Any
+) -> tuple[Config, dict[str, Tensor]]:
+    """A config with this rank in all layers and a scaling of one, and its tensors, filled up with zeros."""
+    config = kind(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(pairs),
+        fan_in_fan_out=bool(getattr(adapter.config, "fan_in_fan_out", False)),
+        inference_mode=True,
+        **options,
+    )
+    config.target_modules = sorted(pairs)  # a set would be saved in another order by every process
+    tensors = {}
+    for module, pair in pairs.items():
+        for half, tensor in zip("AB", padded(*pair, rank)):
+            tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor.contiguous()
+    return config, tensors
+
+
+def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write the two files that PEFT reads."""
+    save_file(dict(tensors), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(folder)
 
 
 def notes_on_gate(adapter: Adapter) -> list[str]:
@@ -58,17 +90,7 @@ def notes_on_gate(adapter: Adapter) -> list[str]:
 def write_card(
     folder: Path, title: str, adapter: Adapter, base_model: str | None, usage: str, notes: Sequence[str], **data: Any
 ) -> None:
-    """Write the model card of an export.
-
-    Args:
-        folder (`Path`): The export.
-        title (`str`): What it is; `{tasks}` in it becomes "3 tasks".
-        adapter ([`Adapter`]): What was exported.
-        base_model (`str`, *optional*): Folder or Hub id.
-        usage (`str`): Python that loads it.
-        notes (`Sequence[str]`): Those of [`Export`].
-        **data (`Any`): Of the card's metadata.
-    """
+    """Write the card: what the export is (`{tasks}` in the title becomes "3 tasks"), how to load it, what it lacks."""
     # A folder of the user's own is nobody else's business, and no model that the Hub could link to.
     known = base_model if base_model is not None and not Path(base_model).exists() else None
     about = ModelCardData(base_model=known, tags=["continual-learning", "lora", "merge", "peft-many"], **data)

@@ -19,7 +19,7 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..files.adapter import read_adapter
@@ -27,6 +27,7 @@ from ..files.atomic import new_folder
 from ..files.source import AdapterSource
 from ..files.stored_delta import KEY_PREFIX
 from ..tuner.config import MAnyConfig
+from .export import write_adapter
 
 PROJECTOR_WEIGHTS_NAME = "non_lora_trainables.bin"
 LANGUAGE_MODEL, PROJECTOR = "model.language_model", "model.multi_modal_projector"
@@ -88,9 +89,9 @@ def import_llava_checkpoint(
     tensors = _renamed(source, _read_weights(source))
     config = _config_of(settings, tensors, task_name or source.resolve().name, base_model)
     with new_folder(output) as partial:
-        weights = {f"{KEY_PREFIX}{name}": _copy(tensor) for name, tensor in tensors.items()}
-        save_file(weights, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(partial)
+        # With memory of their own, which safetensors asks for.
+        copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        write_adapter(partial, config, {f"{KEY_PREFIX}{name}": copy for name, copy in copies.items()})
         for pair in read_adapter(AdapterSource(partial, str(source))).pairs.values():
             pair.read()  # both refuse what does not fit together, or is no number
     return output
@@ -119,11 +120,6 @@ def _config_of(
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """With memory of its own, which safetensors asks for."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _setting(settings: Mapping[str, Any], module: str, pattern: str, default: int) -> int:

@@ -6,18 +6,15 @@ import os
 from pathlib import Path
 
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from typing_extensions import Unpack
 
-from ..algebra.reduction import padded
 from ..files.adapter import read_adapter
 from ..files.atomic import new_folder
 from ..files.key_layouts import with_current_names
-from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from ..files.stored_delta import UnmergeableAdapterError
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.prepare import AdapterPath
-from .export import Export, notes_on_gate, read_pairs, write_card
+from .export import Export, as_lora, largest_rank, notes_on_gate, read_pairs, write_adapter, write_card
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for `max_lora_rank`
 
@@ -58,29 +55,15 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
     source = find_adapter(adapter, **hub)
     (read,) = with_current_names([read_adapter(source)], None)
     pairs = read_pairs(read)
-    largest = max(A.shape[0] for A, _ in pairs.values())
+    largest = largest_rank(pairs)
     rank = next((served for served in SERVED_RANKS if served >= largest), None)
     if rank is None:
         raise UnmergeableAdapterError(
             f"{source.name} has layers of rank {largest}, and vLLM serves at most {SERVED_RANKS[-1]}: merge it again "
             f"with `rank={SERVED_RANKS[-1]}` or less."
         )
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,  # the scaling is folded into the weights
-        target_modules=sorted(pairs),
-        fan_in_fan_out=bool(getattr(read.config, "fan_in_fan_out", False)),
-        task_type=read.config.task_type,
-        base_model_name_or_path=read.config.base_model_name_or_path,
-        revision=read.config.revision,
-        inference_mode=True,
-    )
-    config.target_modules = sorted(pairs)  # a set would be saved in another order by every process
-    tensors = {}
-    for module, (A, B) in pairs.items():
-        wide_A, wide_B = padded(A, B, rank)
-        tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = wide_A.contiguous()
-        tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = wide_B.contiguous()
+    told = {name: getattr(read.config, name) for name in ("task_type", "base_model_name_or_path", "revision")}
+    config, tensors = as_lora(read, pairs, rank, LoraConfig, **told)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     notes = [f"All layers have rank {rank} (vLLM: `max_lora_rank={rank}`), in {dtype}."]
     if any(task.projectors for task in read.tasks):
@@ -91,8 +74,8 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
     notes += notes_on_gate(read)
     output = Path(output_dir).expanduser()
     with new_folder(output) as folder:
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(folder)
-        base = read.config.base_model_name_or_path
-        write_card(folder, "A LoRA of {tasks}", read, base, _USAGE, notes, library_name="peft")
+        write_adapter(folder, config, tensors)
+        write_card(
+            folder, "A LoRA of {tasks}", read, config.base_model_name_or_path, _USAGE, notes, library_name="peft"
+        )
     return Export(output, notes)

@@ -74,10 +74,7 @@ def export_model(
         chosen = [task for task in read.tasks if projector in (None, task.name)]
         averaged, tensors = average_projectors(chosen)
         for name in averaged:
-            prefix = f"{name}."
-            put_projector(
-                plain, name, {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            )
+            put_projector(plain, name, tensors)
         plain.save_pretrained(folder)
         notes = [*notes_on_gate(read), *_notes_on_projectors(read, projector)]
         notes = (notes or ["Outputs are the adapter's, up to rounding."]) + base.copy_tokenizer(folder)

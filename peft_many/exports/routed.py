@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 from typing_extensions import Unpack
 
@@ -23,7 +22,7 @@ from ..merging.prepare import AdapterPath
 from ..records import MergeRecord
 from ..tuner.config import MAnyConfig
 from .base_model import BaseModel, fold, model_class
-from .export import Export, notes_on_gate, write_card
+from .export import Export, notes_on_gate, write_adapter, write_card
 
 _USAGE = """import peft_many
 
@@ -45,17 +44,13 @@ def export_routed_model(
 
     Args:
         adapter (`str`): The folder or Hub id of a merge with routed projectors.
-        output_dir (`str`): The folder to create; it must not exist, or be empty.
-        base_model (`str`, *optional*): Folder or Hub id (`"me/model@revision"`), if the adapter does not say it.
-        **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
+        output_dir, base_model, **hub: As in [`export_model`].
 
     Returns:
         [`Export`]: The folder, and what is lost.
 
     Raises:
-        ValueError: There is nothing to route, or nobody says which the base model is.
-        UnmergeableAdapterError: The adapter is damaged, or does not fit the base model.
-        FileNotFoundError, FileExistsError, StatisticsError: As in [`merge_adapter_files`].
+        ValueError: There is nothing to route. Other errors are those of [`export_model`].
 
     Example:
 
@@ -101,10 +96,7 @@ def load_routed_model(
 
     Args:
         folder (`str`): The folder, or a Hub id that it was uploaded to.
-        revision (`str`, *optional*): On the Hub.
-        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
-        cache_dir (`str`, *optional*): Where Hub downloads are kept.
-        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+        revision, token, cache_dir, local_files_only: As in [`~huggingface_hub.snapshot_download`].
         **kwargs (`Any`): `dtype`, `device_map` and others of [`~transformers.PreTrainedModel.from_pretrained`].
 
     Returns:
@@ -148,7 +140,7 @@ def _save_projectors(adapter: Adapter, merge: MergeRecord, folder: Path) -> None
     weights = adapter.files[0]
     names = sorted(merge.routing)
     kept = [key for key in sorted(weights) if any(key.startswith(f"{KEY_PREFIX}{name}.") for name in names)]
-    MAnyConfig(
+    config = MAnyConfig(
         target_modules=DUMMY_TARGET_MODULES,
         modules_to_save=names,
         projector_modules=list(names),
@@ -156,5 +148,5 @@ def _save_projectors(adapter: Adapter, merge: MergeRecord, folder: Path) -> None
         # Not the base model's name: an adapter's base is what it is loaded onto where its folder cannot be seen.
         base_model_name_or_path=None,
         merge=without_gate(merge),
-    ).save_pretrained(folder)
-    save_file({key: weights[key] for key in kept}, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    )
+    write_adapter(folder, config, {key: weights[key] for key in kept})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,19 +78,18 @@ class MergeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON; NaN is `None`."""
-        return {
-            "tasks": self.tasks,
-            "layers": self.layers,
-            "interference": {task: _number(value) for task, value in self.interference.items()},
-            "residuals": _numbers(self.residuals),
-            "conflicts": None if self.conflicts is None else _numbers(self.conflicts),
-            "output_ranks": _numbers(self.output_ranks),
-            "input_ranks": _numbers(self.input_ranks),
-            "confusion": {name: _numbers(weights) for name, weights in self.confusion.items()},
-            "routed": self.routed,
-            "weight_bytes": self.weight_bytes,
-            "statistics_bytes": self.statistics_bytes,
-        }
+        found = {one.name: _json(getattr(self, one.name)) for one in dataclasses.fields(self)}
+        return {**found, "interference": _json(self.interference)}
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _json(value.tolist())
+    if isinstance(value, dict):
+        return {name: _json(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_json(inner) for inner in value]
+    return None if value != value else value
 
 
 def report_on(
@@ -102,19 +102,10 @@ def report_on(
     conflicts: bool = True,
     progress: bool = True,
 ) -> MergeReport:
-    """Make the report of a merge.
+    """Make the report of a merge from the deltas, scaling included, of its layers.
 
-    Args:
-        merge ([`MergeRecord`]): The merge's.
-        tasks (`Sequence[TaskStatistics]`): What was measured of its tasks.
-        layers (`Sequence[str]`): The merged layers.
-        merged (`Callable[[str], LowRankDelta]`): Gives the merged delta of a layer, scaling included; on the CPU.
-        own (`Callable[[int, str], LowRankDelta]`): Gives a task's own delta, by its place, of a layer that it trained.
-        conflicts (`bool`): Whether to merge the tasks in pairs too, which takes about as long as merging all.
-        progress (`bool`): Show a progress bar.
-
-    Raises:
-        StatisticsError: A covariance is none.
+    `merged` gives the merged delta of a layer, on the CPU, and `own` that of a task, by its place, if it trained the
+    layer. With `conflicts` the tasks are merged in pairs too, which takes about as long as merging all.
     """
     shape, places = (len(layers), len(tasks)), {layer: place for place, layer in enumerate(layers)}
     residuals, output_ranks, input_ranks = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(3))
@@ -122,26 +113,21 @@ def report_on(
     weight_bytes = 0
     with tqdm(total=len(layers), desc="Reporting", unit="layer", disable=not progress) as bar:
         for group in group_by_input(layers, tasks):
-            for task in tasks:
-                covariance = task.covariance_of(group[0])
-                if covariance is not None:
-                    check_covariance(covariance, f"'{task.name}': the covariance of '{group[0]}'")
+            covariances = _covariances(group[0], tasks)
+            for t, covariance in covariances.items():
+                input_ranks[[places[layer] for layer in group], t] = effective_rank_of_inputs(covariance)
             trained: dict[str, dict[int, LowRankDelta]] = {}
             for layer in group:
                 whole, row = merged(layer), places[layer]
                 weight_bytes += whole.A.nbytes + whole.B.nbytes
-                trained[layer] = {t: own(t, layer) for t, task in enumerate(tasks) if _is_known(task, layer)}
+                trained[layer] = {t: own(t, layer) for t in covariances if layer in tasks[t].lora_A}
                 for t, delta in trained[layer].items():
-                    covariance = _covariance(tasks[t], layer)
-                    residuals[row, t] = relative_residual(whole, delta, covariance)
-                    output_ranks[row, t] = effective_rank_of_outputs(delta, covariance)
+                    residuals[row, t] = relative_residual(whole, delta, covariances[t])
+                    output_ranks[row, t] = effective_rank_of_outputs(delta, covariances[t])
                 bar.update()
-            for t, task in enumerate(tasks):
-                if task.tokens_of(group[0]) > 0:
-                    rows = [places[layer] for layer in group]
-                    input_ranks[rows, t] = effective_rank_of_inputs(_covariance(task, group[0]))
-            for s, t in itertools.combinations(range(len(tasks)), 2) if conflicts else ():
-                for layer, one, two in _losses(group, trained, tasks, (s, t), merge.options.ridge):
+            for s, t in itertools.combinations(covariances, 2) if conflicts else ():
+                both = {s: covariances[s], t: covariances[t]}
+                for layer, one, two in _losses(trained, both, merge.options.ridge):
                     pairs[places[layer], s, t], pairs[places[layer], t, s] = one, two
     confusion = {
         projector: _confusion(merge.options, routed.names, projector, tasks)
@@ -161,35 +147,30 @@ def report_on(
     )
 
 
-def _covariance(task: TaskStatistics, layer: str) -> Covariance:
-    """Of a layer that was measured."""
-    return task.inputs[task.input_of[layer]].covariance
-
-
-def _is_known(task: TaskStatistics, layer: str) -> bool:
-    """Whether a task trained a layer, and saw tokens there."""
-    return layer in task.lora_A and task.tokens_of(layer) > 0
+def _covariances(layer: str, tasks: Sequence[TaskStatistics]) -> dict[int, Covariance]:
+    """Those of the layer's input, by the places of the tasks that saw tokens there."""
+    found = {}
+    for t, task in enumerate(tasks):
+        covariance = task.covariance_of(layer)
+        if covariance is not None:
+            check_covariance(covariance, f"'{task.name}': the covariance of '{layer}'")
+            if task.tokens_of(layer) > 0:
+                found[t] = covariance
+    return found
 
 
 def _losses(
-    group: Sequence[str],
-    trained: Mapping[str, Mapping[int, LowRankDelta]],
-    tasks: Sequence[TaskStatistics],
-    pair: tuple[int, int],
-    ridge: float | None,
+    trained: Mapping[str, Mapping[int, LowRankDelta]], covariances: Mapping[int, Covariance], ridge: float | None
 ) -> Iterable[tuple[str, float, float]]:
-    """By layer, what each task of a pair loses in a merge of the two, with equal weights."""
-    if not all(tasks[t].tokens_of(group[0]) > 0 for t in pair):
-        return
-    covariances = [_covariance(tasks[t], group[0]) for t in pair]
+    """By layer, what each of two tasks loses in a merge of the two, with equal weights."""
     problem = LeastSquaresMerge() if ridge is None else LeastSquaresMerge(ridge)
-    for t, covariance in zip(pair, covariances):
-        problem.add(covariance, {layer: trained[layer][t] for layer in group if t in trained[layer]})
-    both = problem.solve(dtype=torch.float32) if any(t in trained[layer] for layer in group for t in pair) else {}
+    for t, covariance in covariances.items():
+        problem.add(covariance, {layer: deltas[t] for layer, deltas in trained.items() if t in deltas})
+    both = problem.solve(dtype=torch.float32) if any(t in own for own in trained.values() for t in covariances) else {}
     for layer, delta in both.items():
         one, two = (
             relative_residual(delta, trained[layer][t], covariance) if t in trained[layer] else torch.nan
-            for t, covariance in zip(pair, covariances)
+            for t, covariance in covariances.items()
         )
         yield layer, one, two
 
@@ -213,11 +194,3 @@ def _confusion(options: MergeOptions, names: Sequence[str], projector: str, task
         weights = task_weights(images, prototypes, metric, options.temperature, options.top_k, options.abstain_above)
         rows.append(weights.mean(0))
     return torch.stack(rows).double()
-
-
-def _number(value: float) -> float | None:
-    return None if value != value else value
-
-
-def _numbers(matrix: Tensor) -> list[list[float | None]]:
-    return [[_number(value) for value in row] for row in matrix.tolist()]

@@ -17,21 +17,38 @@ from ..records import Operation, TaskRecord
 
 
 @dataclass(frozen=True)
-class TaskInspection:
-    """One task of an adapter.
+class PlannedTask:
+    """One task of a planned merge.
 
     Args:
-        name (`str`): Its name.
-        weight (`float`): `w_t`.
+        name (`str`): Its name in the merge.
         source (`str`): The adapter that it comes from.
-        revision (`str`, *optional*): Its commit, if it came from the Hub.
-        sha256 (`str`): Of that adapter's weights file.
-        pooled (`list[str]`): Of a pool, the names of the tasks in it.
+        weight (`float`): `w_t`.
         layers (`int`): How many layers it trained.
         ranks (`tuple[int, int]`): The smallest and largest `r_t`.
         projectors (`list[str]`): The projectors of its own.
         samples (`int`): What it was measured on; 0 without statistics.
         images (`int`): How many images were among them.
+    """
+
+    name: str
+    source: str
+    weight: float
+    layers: int
+    ranks: tuple[int, int]
+    projectors: list[str]
+    samples: int
+    images: int
+
+
+@dataclass(frozen=True)
+class TaskInspection(PlannedTask):
+    """One task of an adapter: what [`PlannedTask`] says of it, and more.
+
+    Args:
+        revision (`str`, *optional*): Its commit, if it came from the Hub.
+        sha256 (`str`): Of that adapter's weights file.
+        pooled (`list[str]`): Of a pool, the names of the tasks in it.
         measured_layers (`int`): Layers whose inputs were measured.
         covariances (`int`): Distinct covariances among these.
         covariance_ranks (`tuple[int, int]`, *optional*): How many directions they keep; `None` if there are none.
@@ -43,17 +60,9 @@ class TaskInspection:
         datasets (`list[str]`): What it was trained on, where its adapter's model card says so.
     """
 
-    name: str
-    weight: float
-    source: str
     revision: str | None
     sha256: str
     pooled: list[str]
-    layers: int
-    ranks: tuple[int, int]
-    projectors: list[str]
-    samples: int
-    images: int
     measured_layers: int
     covariances: int
     covariance_ranks: tuple[int, int] | None
@@ -164,24 +173,31 @@ def _first_trained(adapter: Adapter) -> str:
     return next(key for key in sorted(adapter.files[0]) if not key.startswith(projectors))
 
 
+def known_of(task: TaskAdapter) -> dict[str, Any]:
+    """The fields of [`PlannedTask`] but `source`; neither weights nor covariances are read for them."""
+    ranks = [delta.rank for delta in task.deltas.values()]
+    return {
+        "name": task.name,
+        "weight": task.weight,
+        "layers": len(ranks),
+        "ranks": (min(ranks, default=0), max(ranks, default=0)),
+        "projectors": sorted(task.projectors),
+        "samples": task.statistics.samples,
+        "images": task.statistics.images,
+    }
+
+
 def _inspect_task(task: TaskAdapter, told: TaskRecord | None) -> TaskInspection:
     measured = task.statistics
     covariances = [one.covariance for one in measured.inputs.values()]
-    ranks = [delta.rank for delta in task.deltas.values()]
     kept = [covariance.rank for covariance in covariances]
     energies = [1 - c.remainder * c.width / c.trace for c in covariances if c.trace > 0]
     return TaskInspection(
-        name=task.name,
-        weight=task.weight,
+        **known_of(task),
         source=task.origin.source or "",
         revision=task.origin.revision,
         sha256=task.origin.sha256,
         pooled=[within.name for within in task.origin.pooled],
-        layers=len(task.deltas),
-        ranks=(min(ranks, default=0), max(ranks, default=0)),
-        projectors=sorted(task.projectors),
-        samples=measured.samples,
-        images=measured.images,
         measured_layers=len(measured.input_of),
         covariances=len(covariances),
         covariance_ranks=(min(kept), max(kept)) if kept else None,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from jinja2 import Environment
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.filesize import decimal
 from torch import Tensor
 
 from .costs import MergeReport
@@ -62,7 +63,7 @@ def page(report: MergeReport, figure: Figure) -> str:
         report=report,
         style=STYLE,
         rows=[_row(report, t) for t in range(len(report.tasks))],
-        weights=_size(report.weight_bytes),
+        weights=decimal(report.weight_bytes),
         picture=embedded(figure),
     )
 
@@ -148,12 +149,5 @@ def _row(report: MergeReport, t: int) -> list[str]:
         rival,
         f"{report.output_ranks[:, t].nanmean():.1f}",
         f"{report.input_ranks[:, t].nanmean():.1f}",
-        _size(report.statistics_bytes[report.tasks[t]]),
+        decimal(report.statistics_bytes[report.tasks[t]]),
     ]
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1e3:.0f} kB"

@@ -19,34 +19,10 @@ from ..merging.prepare import AdapterPath, PreparedMerge, TaskNames, prepare_mer
 from ..merging.selection import TaskWeights
 from ..records import MergeOptions
 from ..records.options import takes_merge_options
+from .inspection import PlannedTask, known_of
 
 _FEW_SAMPLES = 32
 _ALIKE = 0.1  # routing weight that one task's prototype gives to another task
-
-
-@dataclass(frozen=True)
-class PlannedTask:
-    """One task of a planned merge.
-
-    Args:
-        name (`str`): Its name in the merge.
-        source (`str`): The adapter that it comes from.
-        weight (`float`): `w_t`.
-        layers (`int`): How many layers it trained.
-        ranks (`tuple[int, int]`): The smallest and largest `r_t`.
-        projectors (`list[str]`): The projectors of its own.
-        samples (`int`): What it was measured on; 0 without statistics.
-        images (`int`): How many images were among them.
-    """
-
-    name: str
-    source: str
-    weight: float
-    layers: int
-    ranks: tuple[int, int]
-    projectors: list[str]
-    samples: int
-    images: int
 
 
 @dataclass(frozen=True)
@@ -140,7 +116,7 @@ def plan_merge(
     return MergePlan(
         problems=[],
         notes=_notes(plan),
-        tasks=[_planned(task) for task in plan.tasks],
+        tasks=[PlannedTask(**known_of(task), source=task.source) for task in plan.tasks],
         layers=len(ranks),
         groups=len(plan.groups),
         ranks=(min(ranks), max(ranks)),
@@ -148,20 +124,6 @@ def plan_merge(
         projectors={**{name: routed.names for name, routed in plan.routing.items()}, **plan.averaged},
         output_bytes=sum(dtype.itemsize * math.prod(shape) for dtype, shape in plan.tensors().values()),
         multiplications=sum(plan.cost_of(group) for group in plan.groups),
-    )
-
-
-def _planned(task: Any) -> PlannedTask:
-    ranks = [delta.rank for delta in task.deltas.values()]
-    return PlannedTask(
-        name=task.name,
-        source=task.source,
-        weight=task.weight,
-        layers=len(ranks),
-        ranks=(min(ranks, default=0), max(ranks, default=0)),
-        projectors=sorted(task.projectors),
-        samples=task.statistics.samples,
-        images=task.statistics.images,
     )
 
 

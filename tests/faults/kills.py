@@ -16,8 +16,7 @@ import peft.peft_model
 import tqdm.auto
 import transformers.modeling_utils
 
-import peft_many.exports.lora
-import peft_many.exports.routed
+import peft_many.exports.export
 from peft_many.files.tensor_file import TensorFileWriter
 from tests.adapters import files
 
@@ -62,8 +61,7 @@ def _tear(path: str, flags: int) -> None:
 _SAVERS = (
     (peft.peft_model, "safe_save_file"),
     (transformers.modeling_utils, "safe_save_file"),
-    (peft_many.exports.lora, "save_file"),
-    (peft_many.exports.routed, "save_file"),
+    (peft_many.exports.export, "save_file"),
 )
 
 
