@@ -28,13 +28,10 @@ class AccuracyMatrix:
     Args:
         scores (`Sequence[Sequence[float]]` or `np.ndarray`):
             A row for each stage, with at least `t` scores in row `t`: lists that grow by one, or a square array.
-            `None` and NaN are scores that were not measured.
+            `None` and NaN are scores that were not measured. Kept as float64, shape `(T, T)`, read-only, NaN where
+            there is no score.
         tasks (`Sequence[str]`, *optional*):
             The names of the tasks, in the same order; `"task 1"` and so on by default.
-
-    Attributes:
-        scores (`np.ndarray`): Shape `(T, T)`, float64, read-only, NaN where there is no score.
-        tasks (`tuple[str, ...]`): `T` names.
 
     Raises:
         ValueError: If a score in the lower triangle is missing or not finite, or if shapes or names do not fit.
@@ -149,9 +146,6 @@ class MeanAndSpread(NamedTuple):
 
 def mean_and_spread(matrices: Iterable[AccuracyMatrix]) -> dict[str, MeanAndSpread]:
     """Each metric of `AccuracyMatrix.summary` over several runs: other seeds, or other orders of the same tasks.
-
-    Args:
-        matrices (`Iterable[AccuracyMatrix]`): One for each run.
 
     Raises:
         ValueError: If there are none, or if they are not of the same tasks.

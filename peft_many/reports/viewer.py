@@ -66,13 +66,7 @@ def build(
                 base_model = gr.Textbox(label="Base model alone", elem_id="base-model")
         answers = [routed, base_projector, base_model]
         image.change(look, image, weights, api_name="resembles")
-        gr.on(
-            [button.click, question.submit],
-            ask,
-            [image, question],
-            [*weights, *answers],
-            api_name="ask",
-        )
+        gr.on([button.click, question.submit], ask, [image, question], [*weights, *answers], api_name="ask")
     return page
 
 
