@@ -44,7 +44,9 @@ def export_routed_model(
 
     Args:
         adapter (`str`): The folder or Hub id of a merge with routed projectors.
-        output_dir, base_model, **hub: As in [`export_model`].
+        output_dir (`str`): As in [`export_model`], like the others.
+        base_model (`str`, *optional*): Folder or Hub id.
+        **hub: `token`, `cache_dir` and `local_files_only`.
 
     Returns:
         [`Export`]: The folder, and what is lost.
@@ -96,7 +98,10 @@ def load_routed_model(
 
     Args:
         folder (`str`): The folder, or a Hub id that it was uploaded to.
-        revision, token, cache_dir, local_files_only: As in [`~huggingface_hub.snapshot_download`].
+        revision (`str`, *optional*): On the Hub.
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
         **kwargs (`Any`): `dtype`, `device_map` and others of [`~transformers.PreTrainedModel.from_pretrained`].
 
     Returns:
@@ -139,7 +144,7 @@ def _save_projectors(adapter: Adapter, merge: MergeRecord, folder: Path) -> None
     """The merge's projectors, prototypes and routing as an adapter that has no LoRA layers."""
     weights = adapter.files[0]
     names = sorted(merge.routing)
-    kept = [key for key in sorted(weights) if any(key.startswith(f"{KEY_PREFIX}{name}.") for name in names)]
+    within = tuple(f"{KEY_PREFIX}{name}." for name in names)
     config = MAnyConfig(
         target_modules=DUMMY_TARGET_MODULES,
         modules_to_save=names,
@@ -149,4 +154,4 @@ def _save_projectors(adapter: Adapter, merge: MergeRecord, folder: Path) -> None
         base_model_name_or_path=None,
         merge=without_gate(merge),
     )
-    write_adapter(folder, config, {key: weights[key] for key in kept})
+    write_adapter(folder, config, {key: weights[key] for key in sorted(weights) if key.startswith(within)})

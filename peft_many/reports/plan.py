@@ -75,7 +75,9 @@ def plan_merge(
     Args:
         adapters (`Sequence[str]`): As in [`merge_adapter_files`], like all others.
         device (`str`): Where it would be computed.
-        token, cache_dir, local_files_only: As in [`~huggingface_hub.snapshot_download`].
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
         progress (`bool`, defaults to `True`): Show a progress bar.
         **options: How to merge: those of [`MergeOptions`].
 
