@@ -48,11 +48,7 @@ def register_image_layout(layout: ImageLayout) -> ImageLayout:
 
 
 def image_rows_of(call: ProjectorCall) -> ImageRows:
-    """Which rows of the features that arrive at a projector belong to which image.
-
-    Raises:
-        RuntimeError: The features are flat patches, and nothing says where images begin.
-    """
+    """Which rows of the features that arrive at a projector belong to which image."""
     features = call.features
     rows = next((found for layout in LAYOUTS if (found := layout(call)) is not None), None)
     if rows is None and features.dim() < 3:
@@ -67,8 +63,6 @@ def image_rows_of(call: ProjectorCall) -> ImageRows:
     if real is None and not rows.flat and features.dim() == 3:
         real = _real_patches(features, call.arguments)
     channels_first = rows.channels_first or _has_channels_first(features, call.projector)
-    if real is rows.real and channels_first == rows.channels_first and rows.lengths.device.type == "cpu":
-        return rows
     return replace(rows, lengths=rows.lengths.cpu(), channels_first=channels_first, real=real)
 
 
@@ -101,12 +95,8 @@ def _tiles(call: ProjectorCall) -> Tiles | None:
 
 
 def _tokens_of_images(call: ProjectorCall) -> Tensor | None:
-    """How many placeholder tokens each image has, `(images,)`, int64; `None` if no token ids tell."""
-    ids = token_ids(call.model_arguments)
-    if call.model is None or ids is None:
-        return None
-    lengths = tokens_of_images(ids, getattr(call.model, "config", None), call.modality, _tiles(call) or Tiles(0))
-    return None if lengths is None else torch.tensor(lengths, dtype=torch.int64)
+    config, tiles = getattr(call.model, "config", None), _tiles(call) or Tiles(0)
+    return tokens_of_images(token_ids(call.model_arguments), config, call.modality, tiles)
 
 
 # From the most general to the most special one, as the last one is asked first.

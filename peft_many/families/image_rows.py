@@ -79,14 +79,10 @@ class ImageRows:
     def can_cut(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether it is clear what of a projector's arguments belongs to which image."""
         features, *further = (*args, *kwargs.values())
-        return (
-            self.outputs is None
-            and self._has_row_dimension(features)
-            and all(
-                _concerns_all_images(value) or _has_entry_per_image(value, features, len(self.lengths))
-                for value in further
-            )
-        )
+        if self.outputs is not None or not self._has_row_dimension(features):
+            return False
+        images = len(self.lengths)
+        return all(_concerns_all_images(one) or _has_entry_per_image(one, features, images) for one in further)
 
     def cut(
         self, images: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -103,16 +99,8 @@ class ImageRows:
     def add_weighted(self, mixed: Any, outputs: Any, weights: Tensor, images: Tensor) -> Any:
         """Add a projector's `outputs` for some of the images, times their weights, to what is mixed for all of them.
 
-        Args:
-            mixed (`torch.Tensor`, *optional*): Float32, changed in place; `None` begins with zeros.
-            outputs (`torch.Tensor`):
-                What the projector made of the arguments that `cut` gave; also lists, tuples and model outputs of
-                tensors, if it was called with all images.
-            weights (`torch.Tensor`): Shape `(images,)`, float32, those of the other images included.
-            images (`torch.Tensor`): The mask of the images that it was called with.
-
-        Raises:
-            RuntimeError: It cannot be told which rows of the outputs belong to which image.
+        `mixed`, float32, is changed in place; `None` begins with zeros. `weights` are those of all images, float32.
+        Outputs may be lists, tuples and model outputs of tensors if the projector was called with all images.
         """
         if outputs is None:
             return None
@@ -169,16 +157,12 @@ class ImageRows:
 
     def _owners(self, rows: int) -> Tensor:
         """The image that each of that many rows belongs to, int64, on the CPU."""
-        return torch.arange(len(self.lengths)).repeat_interleave(self._rows_of_images(rows))
-
-    def _rows_of_images(self, rows: int) -> Tensor:
-        """`lengths` scaled to that many rows: mergers turn several patches into one token."""
-        scaled = self.lengths * rows // self.lengths.sum()
+        scaled = self.lengths * rows // self.lengths.sum()  # mergers turn several patches into one token
         if scaled.sum() != rows:
             raise RuntimeError(
                 f"Cannot share {rows} rows of vision features out among images of {self.lengths.tolist()} patches."
             )
-        return scaled
+        return torch.arange(len(self.lengths)).repeat_interleave(scaled)
 
 
 def parts_of(output: Any) -> list[Any]:

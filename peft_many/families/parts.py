@@ -79,14 +79,11 @@ def find_projectors(model: nn.Module) -> list[str]:
 
 def where_projectors_are_sought(model: nn.Module) -> str:
     """What `find_projectors` looked for, in words."""
-    encoder, language_model = image_encoder_name(model), language_model_name(model)
-    ends = (
-        f"the vision tower `get_encoder(modality='image')` ({_quoted(encoder)})",
-        f"the language model `get_decoder()` ({_quoted(language_model)})",
-    )
     return (
-        f"a module with weight matrices that lies between {' and '.join(ends)} was looked for, and then a part of the "
-        "tower that ends in the language model's width."
+        "a module with weight matrices that lies between the vision tower `get_encoder(modality='image')` "
+        f"({_quoted(image_encoder_name(model))}) and the language model `get_decoder()` "
+        f"({_quoted(language_model_name(model))}) was looked for, and then a part of the tower that ends in the "
+        "language model's width."
     )
 
 
@@ -174,11 +171,7 @@ def _ends(name: str, end: str) -> bool:
 
 
 def match_projectors(model: nn.Module, wanted: list[str]) -> list[str]:
-    """The paths that end with the given names, as `modules_to_save` matches them.
-
-    Raises:
-        ValueError: A name matches no module, or a part of another projector.
-    """
+    """The paths that end with the given names, as `modules_to_save` matches them."""
     names = [name for name, _ in model.named_modules()]
     found: list[str] = []
     for suffix in wanted:
@@ -200,9 +193,6 @@ def language_model_linears(model: nn.Module) -> list[str]:
     """The paths of all linear layers of the language model, adapted or not, without the output head.
 
     Where images play no part, that is the whole model. Modules trained whole (`modules_to_save`) are left out.
-
-    Raises:
-        ValueError: The language model of a multimodal model cannot be told apart from the rest.
     """
     prefix, head = "", None
     if isinstance(model, PreTrainedModel):

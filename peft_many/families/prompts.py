@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .family import Tiles
@@ -26,35 +27,21 @@ def placeholder_tokens(config: Any, modality: str) -> list[int]:
     return [int(token) for token in tokens if token is not None]
 
 
-def tokens_of_images(ids: Tensor, config: Any, modality: str, tiles: Tiles) -> list[int] | None:
-    """How many placeholder tokens each image of a batch has, in the order of the images; `None` if there are none.
+def tokens_of_images(ids: Tensor | None, config: Any, modality: str, tiles: Tiles) -> Tensor | None:
+    """How many placeholder tokens each image of a batch has, `(images,)`, int64; `None` if there are none.
 
-    Args:
-        ids (`torch.Tensor`): The batch's token ids, shape `(rows, length)`.
-        config (`Any`): The model's, which names the tokens.
-        modality (`str`): `"image"` or `"video"`.
-        tiles ([`Tiles`]): How those of one image stand in a row.
+    The model's config names these tokens; in the batch's token ids, `(rows, length)`, images stand in their order.
     """
-    rows = ids.tolist()
+    rows = [] if ids is None else ids.tolist()
     token = next((one for one in placeholder_tokens(config, modality) if any(one in row for row in rows)), None)
     if token is None:
         return None
     end = next((getattr(config, name) for name in _ENDS if getattr(config, name, None) is not None), None)
-    return [length for row in rows for length in image_runs(row, token, tiles, end)]
+    return torch.tensor([length for row in rows for length in image_runs(row, token, tiles, end)])
 
 
 def image_runs(ids: list[int], token: int, tiles: Tiles, end: int | None = None) -> list[int]:
-    """How many placeholder tokens each image of a row of token ids has.
-
-    Args:
-        ids (`list[int]`): The row.
-        token (`int`): Stands for images.
-        tiles ([`Tiles`]): How those of one image stand in the row.
-        end (`int`, *optional*): Stands behind every image.
-
-    Returns:
-        `list[int]`: In the order of the images.
-    """
+    """How many times each image's placeholder `token` stands in a row of token ids; `end` is behind every image."""
     images: list[list[int]] = []  # the lengths of runs
     opener, since = None, -1  # what stands before the first image; where the last run ended
     for place, one in enumerate(ids):

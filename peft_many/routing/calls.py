@@ -15,41 +15,30 @@ from transformers import Cache
 from ..families.projector_call import ProjectorCall, features_of
 from .noted_images import NotedImages
 from .row_weights import remember, remembered
+from .watched import arguments_of, watch_replica
 
 
 @dataclass(eq=False)
 class Call:
-    """A running call of a model.
+    """A running call of a model."""
 
-    Args:
-        kind (`str`): The method: `"forward"`, `"generate"`, which runs `forward` of the same module, or `"images"`.
-        owner (`torch.nn.Module`): The module that was called.
-        arguments (`Mapping[str, Any]`): By name.
-        outer (`Call`, *optional*): The call that it was made in.
-        noted ([`NotedImages`], *optional*): Of a call that is its own `of_batch`: what was noted of its images.
-
-    Attributes:
-        lineage (`tuple[Call, ...]`):
-            This call and those that it is a part of, the innermost first; calls of other models are left out.
-        images ([`ImageCall`], *optional*): The innermost image method among these.
-        of_model (`Call`, *optional*): The innermost `forward` or `generate`, whose arguments may hold token ids.
-        of_batch (`Call`, *optional*):
-            The outermost `forward`, whose batch the layers see; while `generate` prepares the first one, `generate`.
-    """
-
-    kind: str
-    owner: nn.Module
-    arguments: Mapping[str, Any]
-    outer: Call | None
-    noted: NotedImages | None = None
+    kind: str  # the method: "forward", "generate", which runs `forward` of the same module, or "images"
+    owner: nn.Module  # the module that was called
+    arguments: Mapping[str, Any]  # by name
+    outer: Call | None  # the call that it was made in
+    noted: NotedImages | None = None  # of a call that is its own `of_batch`: what was noted of its images
 
     def __post_init__(self) -> None:
         outer = self.outer
         is_part = outer is not None and any(part is self.owner for part in outer.owner.modules())
         around = outer if is_part else None
+        # This call and those that it is a part of, the innermost first; calls of other models are left out.
         self.lineage: tuple[Call, ...] = (self,) if around is None else (self, *around.lineage)
+        # The innermost image method among these.
         self.images: ImageCall | None = None if around is None else around.images
+        # The innermost `forward` or `generate`, whose arguments may hold token ids.
         self.of_model: Call | None = self
+        # The outermost `forward`, whose batch the layers see; while `generate` prepares the first one, `generate`.
         self.of_batch: Call | None = self
         if self.kind == "forward" and around is not None and around.of_batch is not None:
             self.of_batch = self if around.of_batch.kind == "generate" else around.of_batch
@@ -69,19 +58,12 @@ class Call:
 
 @dataclass(eq=False)
 class ImageCall(Call):
-    """A running `get_image_features` or `get_video_features`.
+    """A running `get_image_features` or `get_video_features`."""
 
-    Args:
-        modality (`str`): `"image"` or `"video"`.
-        tokens (`list[int]`, *optional*): Once it has returned, how many tokens each image has become, if it says so.
-        encoded (`torch.Tensor`, *optional*): What the vision tower gave, of families that route by it.
-        decided (`dict[nn.Module, torch.Tensor]`): What was decided at a projector when it was called first.
-    """
-
-    modality: str = "image"
-    tokens: list[int] | None = None
-    encoded: Tensor | None = None
-    decided: dict[nn.Module, Tensor] = field(default_factory=dict)
+    modality: str = "image"  # or "video"
+    tokens: list[int] | None = None  # once it has returned: how many each image has become, if it says so
+    encoded: Tensor | None = None  # what the vision tower gave, of families that route by it
+    decided: dict[nn.Module, Tensor] = field(default_factory=dict)  # at a projector, when it was called first
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,8 +82,10 @@ def current_image_call() -> ImageCall | None:
     return None if call is None else call.images
 
 
-def begin_forward(module: nn.Module, arguments: Mapping[str, Any]) -> None:
+def begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A module's `forward` begins. Those that were interrupted (Ctrl-C, which runs no hook) are forgotten."""
+    watch_replica(module)
+    arguments = arguments_of(module.forward, args, kwargs)
     call = Call("forward", module, arguments, running.get())
     while call.outer is not None and call.outer.is_over(call):
         call = Call("forward", module, arguments, call.outer.outer)
@@ -113,7 +97,7 @@ def begin_forward(module: nn.Module, arguments: Mapping[str, Any]) -> None:
     running.set(call)
 
 
-def end_forward(module: nn.Module, output: Any) -> None:
+def end_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """A module's `forward` has ended. What is known of its rows is left where the next decoding step finds it."""
     call = running.get()
     while call is not None and call.kind == "forward" and call.owner is not module:

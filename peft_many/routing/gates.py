@@ -18,30 +18,15 @@ from .row_weights import Gates, cached_length, repeats_of_rows, warn_of_merged
 
 @dataclass(frozen=True)
 class GateTarget:
-    """Whose LoRA layers a projector's routing gates.
-
-    Args:
-        adapter_name (`str`): The adapter.
-        columns (`tuple[int, ...]`): The place of each routed task among the tasks of the merge.
-        tasks (`int`): How many tasks were merged.
-    """
+    """Whose LoRA layers a projector's routing gates."""
 
     adapter_name: str
-    columns: tuple[int, ...]
-    tasks: int
+    columns: tuple[int, ...]  # the place of each routed task among the tasks of the merge
+    tasks: int  # of the merge
 
 
 def note_images(target: GateTarget, weights: Tensor, rows: ImageRows) -> None:
-    """Note the routing weights of a projector's images in the running call.
-
-    Args:
-        target ([`GateTarget`]): For whom.
-        weights (`torch.Tensor`): Shape `(images, routed tasks)`, float32.
-        rows ([`ImageRows`]): How the projector's input is shared out among the images.
-
-    Raises:
-        RuntimeError: The model trains with gradient checkpointing, which runs layers again when the call is over.
-    """
+    """Note the routing weights of a projector's images, `(images, routed tasks)`, float32, in the running call."""
     if len(weights) == 0:
         return
     running_call = running.get()
@@ -49,6 +34,7 @@ def note_images(target: GateTarget, weights: Tensor, rows: ImageRows) -> None:
     if running_call is None or call is None or call.noted is None:
         warn_of_merged("images were encoded outside of the model's `forward` and `generate`")
         return
+    # Checkpointing runs layers again when the call is over.
     if torch.is_grad_enabled() and call.owner.training and getattr(call.owner, "is_gradient_checkpointing", False):
         raise RuntimeError(
             f"The adapter '{target.adapter_name}' is a merge with `gate_lora`, which does not go with gradient "
@@ -63,10 +49,7 @@ def note_images(target: GateTarget, weights: Tensor, rows: ImageRows) -> None:
 def current_gates(adapter_name: str, ranks: tuple[int, ...], x: Tensor) -> Gates | None:
     """The gates of a layer in the running call; `None` where all rows get the merged delta.
 
-    Args:
-        adapter_name (`str`): The layer's adapter.
-        ranks (`tuple[int, ...]`): `r_t` of each task in the layer.
-        x (`torch.Tensor`): The layer's input, shape `(rows, …, in)` or `(rows · tokens, in)`.
+    Its input `x` has shape `(rows, …, in)` or `(rows · tokens, in)`, and task `t` has the rank `ranks[t]` in it.
     """
     running_call = running.get()
     if running_call is None or running_call.images is not None:  # what the vision tower sees are images, not rows

@@ -16,7 +16,7 @@ from .row_weights import RowWeights, shapes_of_batch, warn_of_merged
 
 
 class ImageMethod(Protocol):
-    """A call of `get_image_features` or `get_video_features`: see [`ImageCall`]."""
+    """What must be known here of an `ImageCall`."""
 
     modality: str
     tokens: list[int] | None
@@ -24,27 +24,15 @@ class ImageMethod(Protocol):
 
 @dataclass(frozen=True)
 class ImageWeights:
-    """The task weights of the images that a projector was called with.
+    """The task weights of the images that a projector was called with."""
 
-    Args:
-        weights (`torch.Tensor`): Shape `(images, tasks)`, float32.
-        rows ([`ImageRows`]): How the projector's input was shared out among them.
-        call ([`ImageMethod`], *optional*): The `get_image_features` in which it was called.
-        start (`int`): How many tokens the cache held then.
-    """
-
-    weights: Tensor
-    rows: ImageRows
-    call: ImageMethod | None
-    start: int
+    weights: Tensor  # (images, tasks), float32
+    rows: ImageRows  # how the projector's input was shared out among them
+    call: ImageMethod | None  # the `get_image_features` in which it was called
+    start: int  # how many tokens the cache held then
 
     def by_row(self, model: nn.Module, arguments: Mapping[str, Any]) -> RowWeights | None:
-        """The weights of the batch's rows; `None`, with a warning, where it cannot be told which images are whose.
-
-        Args:
-            model (`torch.nn.Module`): Whose config tells the token that stands for images.
-            arguments (`Mapping[str, Any]`): What it was called with, by name.
-        """
+        """The weights of a batch's rows; `None`, with a warning, where it cannot be told which images are whose."""
         images, placeholders = len(self.weights), self._placeholders(model, arguments)
         if placeholders is not None:
             batch, rows = len(placeholders), rows_of_images(self._tokens(placeholders), placeholders)
@@ -92,13 +80,7 @@ def _which_are(token: int, model: Any, arguments: Mapping[str, Any]) -> Tensor |
 
 
 class NotedImages:
-    """What is known in a call of the task weights of its batch's rows, by adapter.
-
-    Args:
-        model (`torch.nn.Module`): Whose call it is.
-        arguments (`Mapping[str, Any]`): By name.
-        before (`Mapping[str, RowWeights]`): From images before this call.
-    """
+    """What is known in a call of the task weights of its batch's rows, by adapter; `before` is from earlier images."""
 
     def __init__(self, model: nn.Module, arguments: Mapping[str, Any], before: Mapping[str, RowWeights]) -> None:
         self._model = model

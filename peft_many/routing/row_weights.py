@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,32 +25,18 @@ _MOVES_ROWS = ("reorder_cache", "batch_select_indices")
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
-@dataclass(frozen=True)
-class Gates:
-    """What a layer's products with `A*` and with the tasks' own `A_t` are multiplied by.
-
-    Args:
-        merged (`torch.Tensor`, *optional*): `1 − c`, shape `(rows, 1)`; `None` if it is zero in all rows.
-        own (`torch.Tensor`): `c α_t` repeated `r_t` times, shape `(rows, Σ r_t)`.
-    """
-
-    merged: Tensor | None
-    own: Tensor
+# What a layer's products with `A*` and with the tasks' own `A_t` are multiplied by: `1 − c`, shape `(rows, 1)`, `None`
+# where it is zero in all rows, and `c α_t` repeated `r_t` times, shape `(rows, Σ r_t)`.
+Gates = tuple[Tensor | None, Tensor]
 
 
 class RowWeights:
-    """The task weights of a batch's rows, each the mean over the row's images.
-
-    Args:
-        sums (`torch.Tensor`): Over the images of each row, shape `(rows, tasks)`, float32.
-        images (`torch.Tensor`): How many these are, shape `(rows,)`, float32.
-        start (`int`): How many tokens the cache held when the last of the images came.
-    """
+    """The task weights of a batch's rows, each the mean over the row's images."""
 
     def __init__(self, sums: Tensor, images: Tensor, start: int) -> None:
-        self.sums = sums
-        self.images = images
-        self.start = start
+        self.sums = sums  # over the images of each row, `(rows, tasks)`, float32
+        self.images = images  # how many these are, `(rows,)`, float32
+        self.start = start  # how many tokens the cache held when the last of the images came
         self._gates: dict[tuple[Any, ...], Gates] = {}
 
     def plus(self, other: RowWeights) -> RowWeights:
@@ -67,17 +52,8 @@ class RowWeights:
         return RowWeights(self.sums[places], self.images[places], self.start)
 
     def gates(self, ranks: tuple[int, ...], repeats: int, like: Tensor) -> Gates | None:
-        """The gates of a layer.
-
-        Args:
-            ranks (`tuple[int, ...]`): `r_t` of each task in the layer.
-            repeats (`int`): How many rows the layer sees for each of these.
-            like (`torch.Tensor`): Whose device and dtype they take.
-
-        Returns:
-            [`Gates`], *optional*: `None` if every row gets the merged delta.
-        """
-        if not self._any_open:
+        """The gates of a layer that sees each row `repeats` times; `None` if every row gets the merged delta."""
+        if self._open_rows == 0:
             return None
         key = (ranks, repeats, like.device, like.dtype)
         if key not in self._gates:
@@ -85,7 +61,7 @@ class RowWeights:
                 gate.to(like.device, like.dtype).repeat_interleave(repeats, dim=0)
                 for gate in gates(self._weights, self._trust, ranks)
             )
-            self._gates[key] = Gates(None if self._all_open else merged, own)
+            self._gates[key] = (None if self._open_rows == len(self.images) else merged, own)
         return self._gates[key]
 
     @functools.cached_property
@@ -96,14 +72,9 @@ class RowWeights:
     def _trust(self) -> Tensor:
         return confidence(self._weights)
 
-    # A GPU has to be asked for these two, so only once.
     @functools.cached_property
-    def _any_open(self) -> bool:
-        return bool((self._trust > 0).any())
-
-    @functools.cached_property
-    def _all_open(self) -> bool:
-        return bool((self._trust == 1).all())
+    def _open_rows(self) -> int:
+        return int(self._trust.sum())  # a GPU has to be asked for it, so only once; `confidence` is 0 or 1
 
 
 def remember(cache: Cache, known: Mapping[str, RowWeights]) -> None:

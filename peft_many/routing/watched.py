@@ -12,7 +12,7 @@ from transformers import Cache
 
 
 class WatchedMethod:
-    """Does what the method did before; what it does besides is told by subclasses.
+    """Stands in for a method; subclasses are called in its place, and do more than `own_method`.
 
     An object that holds its module, not a bound function, so that copies and pickles of a model watch themselves.
     """
@@ -29,9 +29,6 @@ class WatchedMethod:
     def own_method(self) -> Callable[..., Any]:
         """What the method was before it was watched."""
         return self.patch or getattr(type(self.module), self.name).__get__(self.module)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.own_method()(*args, **kwargs)
 
 
 def arguments_of(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..families.prompts import token_ids
 from .calls import Call, ImageCall, begin_forward, current_image_call, end_forward, running
 from .noted_images import NotedImages
 from .row_weights import cached_length, remembered
-from .watched import WatchedMethod, arguments_of, unwatch, watch, watch_replica
+from .watched import WatchedMethod, arguments_of, unwatch, watch
 
 IMAGE_METHODS = ("get_image_features", "get_video_features")
 _HOOKS = "peft_many_hooks"
@@ -53,22 +53,13 @@ def _watch(module: Any, is_model: bool) -> bool:
         watch(module, "generate", _WatchedGenerate)
         # Plain functions that get the module, so that copies of a model watch themselves.
         hooks = [
-            module.register_forward_pre_hook(_begin, with_kwargs=True),
-            module.register_forward_hook(_end, always_call=True),
+            module.register_forward_pre_hook(begin_forward, with_kwargs=True),
+            module.register_forward_hook(end_forward, always_call=True),
         ]
         if family_of(module).routes_by_tower and module.base_model is module:
             hooks.append(module.get_encoder(modality="image").register_forward_hook(_note_encoded))
         setattr(module, _HOOKS, tuple(hooks))
     return any(newly)
-
-
-def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    watch_replica(module)
-    begin_forward(module, arguments_of(module.forward, args, kwargs))
-
-
-def _end(module: nn.Module, args: Any, output: Any) -> None:
-    end_forward(module, output)
 
 
 def _note_encoded(tower: nn.Module, args: Any, output: Any) -> None:
@@ -83,9 +74,8 @@ class _WatchedGenerate(WatchedMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = arguments_of(self.own_method(), args, kwargs)
         cache = arguments.get("past_key_values")
-        known = remembered(cache)
         _keep_new_ids(arguments, cached_length(cache))
-        noted = NotedImages(self.module, arguments, known)
+        noted = NotedImages(self.module, arguments, remembered(cache))
         call = Call("generate", self.module, arguments, running.get(), noted)
         token = running.set(call)
         try:

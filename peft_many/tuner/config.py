@@ -8,7 +8,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
@@ -72,21 +72,12 @@ class MAnyConfig(LoraConfig):
         ```
     """
 
-    task_name: str | None = field(default=None, metadata={"help": "What to call the task in merges."})
-    projector_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of the projector's modules. Looked for if not given; [] trains no projector."},
-    )
-    energy: float = field(
-        default=DEFAULT_ENERGY, metadata={"help": "Share of each covariance's energy whose directions are kept."}
-    )
-    merge: MergeRecord | None = field(
-        default=None, metadata={"help": "What a merge was made of and how. Written by merging."}
-    )
-    pool: PoolRecord | None = field(
-        default=None, metadata={"help": "What an adapter was pooled from. Written by pooling."}
-    )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the layout of adapter folders."})
+    task_name: str | None = None
+    projector_modules: list[str] | None = None
+    energy: float = DEFAULT_ENERGY
+    merge: MergeRecord | None = None
+    pool: PoolRecord | None = None
+    format_version: int = FORMAT_VERSION
     # A field, so that `dataclasses.replace` keeps it; no part of the configuration's value or of its JSON.
     statistics: Statistics | None = field(default=None, repr=False, compare=False)
 
@@ -102,10 +93,18 @@ class MAnyConfig(LoraConfig):
                 f"This adapter has format version {self.format_version}, and this peft_many reads {FORMAT_VERSION}. "
                 "Please install the version of peft_many that it was saved with."
             )
-        if isinstance(self.merge, dict):
-            self.merge = _read(MergeRecord, "merge", self.merge)
-        if isinstance(self.pool, dict):
-            self.pool = _read(PoolRecord, "pool", self.pool)
+        self._read_records()
+
+    def _read_records(self) -> None:
+        for name, kind in (("merge", MergeRecord), ("pool", PoolRecord)):
+            content = getattr(self, name)
+            if not isinstance(content, dict):
+                continue
+            try:
+                setattr(self, name, kind.read(content))
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+                raise RecordError(f"`{name}` cannot be used: {reason:.500}") from None
 
     @property
     def init_weights(self) -> Any:
@@ -139,14 +138,3 @@ class MAnyConfig(LoraConfig):
         update_card(Path(save_directory), self)
         if self.statistics is not None:
             self.statistics.save(save_directory)
-
-
-Record = TypeVar("Record", MergeRecord, PoolRecord)
-
-
-def _read(kind: type[Record], field: str, content: dict[str, Any]) -> Record:
-    try:
-        return kind.read(content)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise RecordError(f"`{field}` cannot be used: {reason:.500}") from None

@@ -13,13 +13,8 @@ from ..routing.gates import current_gates
 class GatedLinear(nn.Linear):
     """`h = (1 − c) A* x + c α_t A_t x` for each row of the batch, with `c α_t` repeated `r_t` times; `B` follows.
 
-    It takes the place of `lora_A`, so that it serves LoRA layers of all kinds, quantised ones too; what reads
-    `lora_A.weight`, as folding the adapter into the base model does, finds the merged delta.
-
-    Args:
-        lora_A (`torch.nn.Linear`): The one whose place it takes; `A*`, shape `(Σ r_t, in)`.
-        adapter_name (`str`): The adapter that it belongs to.
-        ranks (`Sequence[int]`): `r_t` of each task, in the order of the merge's tasks.
+    It takes the place of `lora_A`, whose `weight` is `A*`, so that it serves LoRA layers of all kinds, quantised ones
+    too; what reads that, as folding the adapter into the base model does, finds the merged delta.
     """
 
     def __init__(self, lora_A: nn.Linear, adapter_name: str, ranks: Sequence[int]) -> None:
@@ -34,8 +29,9 @@ class GatedLinear(nn.Linear):
         gates = current_gates(self.adapter_name, self.ranks, input)
         if gates is None:
             return super().forward(input)
+        of_merged, of_own = gates
         between = [1] * (input.dim() - 2)
-        own = nn.functional.linear(input, self.task_weight) * gates.own.reshape(-1, *between, self.out_features)
-        if gates.merged is None:
+        own = nn.functional.linear(input, self.task_weight) * of_own.reshape(-1, *between, self.out_features)
+        if of_merged is None:
             return own
-        return super().forward(input) * gates.merged.reshape(-1, *between, 1) + own
+        return super().forward(input) * of_merged.reshape(-1, *between, 1) + own

@@ -9,18 +9,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..algebra.covariance import Covariance
 from ..algebra.sums import CovarianceSum
 from ..files.statistics import AdapterStatistics
 
 
 def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """The layers that have a LoRA of that adapter, by their path in the base model."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.r
-    }
+    layers = adapted_layers(model, adapter_name)
+    return {name: layer for name, layer in layers.items() if isinstance(layer, LoraLayer)}
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, BaseTunerLayer]:
@@ -53,7 +49,5 @@ def hang_on_layers(model: nn.Module, adapter_name: str, statistics: AdapterStati
             layer.covariance = {}
             # PEFT's list of per-adapter attributes, from which it deletes an adapter's entries.
             layer.other_param_names = (*layer.other_param_names, "covariance")
-        covariance: Covariance = parts[0][1]
-        if len(statistics.tasks) > 1:
-            covariance = CovarianceSum(remainder=0.0, parts=tuple(parts))
-        layer.covariance[adapter_name] = covariance
+        summed = CovarianceSum(remainder=0.0, parts=tuple(parts))
+        layer.covariance[adapter_name] = summed if len(statistics.tasks) > 1 else parts[0][1]

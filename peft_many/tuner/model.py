@@ -16,17 +16,12 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..families.parts import (
-    find_projectors,
-    match_projectors,
-    takes_images,
-    where_projectors_are_sought,
-)
+from ..families.parts import find_projectors, match_projectors, takes_images, where_projectors_are_sought
 from ..files.patterns import check_patterns
 from ..files.statistics import AdapterStatistics
 from ..files.stored_delta import KEY_PREFIX
 from ..files.untrusted import NONSENSE_ERRORS, MalformedAdapterError, check_projectors_are_there
-from ..records import MergeRecord
+from ..records import MergeRecord, merge_of
 from ..routing.gates import GateTarget
 from ..routing.watching import unwatch_calls, watch_calls
 from .config import MAnyConfig
@@ -71,18 +66,16 @@ class MAnyModel(LoraModel):
         """
         config: MAnyConfig = self.peft_config[adapter_name]
         source = getattr(config, "loaded_from", None)
-        if source is not None:
-            check_patterns(config, [name for name, _ in model.named_modules()], source)
-        if config.target_modules is not None:
-            update_expert_names(config, model)
         with ExitStack() as rollback:
             self._wrap_projectors(model, adapter_name, config, rollback)
-            if source is not None:  # with the names of the wrapped projectors, which PEFT goes through next
+            if source is not None:  # with the names of the wrapped projectors, which PEFT goes through too
                 check_patterns(config, [name for name, _ in model.named_modules()], source)
                 keys = current_projector_keys(
                     getattr(config, "loaded_keys", ()), model, config.projector_modules or ()
                 )
                 check_projectors_are_there(keys, _projector_keys(model, adapter_name, config), source)
+            if config.target_modules is not None:
+                update_expert_names(config, model)
             try:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             except NONSENSE_ERRORS as error:
@@ -125,22 +118,19 @@ class MAnyModel(LoraModel):
             parent, module = model.get_submodule(parent_name), model.get_submodule(name)
             routing = _routing(config.merge, name, adapter_name)
             if isinstance(module, ProjectorWrapper):
-                rollback.callback(module.delete_adapter, adapter_name, module.active_adapters)
-                module.update(adapter_name, routing=routing)
-                self._note_loading(module, adapter_name, config)
-                continue
-            _check_trainable(name, module)
-            for parameter in module.parameters():
-                rollback.callback(parameter.requires_grad_, parameter.requires_grad)
-            wrapper = ProjectorWrapper(module, adapter_name, routing=routing)
-            wrapper.set_adapter(adapter_name if active else [], inference_mode=config.inference_mode)
-            rollback.callback(setattr, parent, child, module)
-            setattr(parent, child, wrapper)
-            self._note_loading(wrapper, adapter_name, config)
-
-    def _note_loading(self, wrapper: ProjectorWrapper, adapter_name: str, config: MAnyConfig) -> None:
-        if self._is_for_peft_model and hasattr(config, "loaded_from"):
-            wrapper.looked_up.add(adapter_name)
+                wrapper = module
+                rollback.callback(wrapper.delete_adapter, adapter_name, wrapper.active_adapters)
+                wrapper.update(adapter_name, routing=routing)
+            else:
+                _check_trainable(name, module)
+                for parameter in module.parameters():
+                    rollback.callback(parameter.requires_grad_, parameter.requires_grad)
+                wrapper = ProjectorWrapper(module, adapter_name, routing=routing)
+                wrapper.set_adapter(adapter_name if active else [], inference_mode=config.inference_mode)
+                rollback.callback(setattr, parent, child, module)
+                setattr(parent, child, wrapper)
+            if self._is_for_peft_model and hasattr(config, "loaded_from"):
+                wrapper.looked_up.add(adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -179,7 +169,8 @@ class MAnyModel(LoraModel):
 
     def _warn_of_folding(self, adapter_names: list[str] | None) -> None:
         for name in adapter_names or self.active_adapters:
-            if name in self.peft_config and _is_gated(self.peft_config[name]):
+            merge = merge_of(self.peft_config.get(name))
+            if merge is not None and merge.options.gate_lora:
                 warnings.warn(
                     f"The adapter '{name}' is a merge with `gate_lora`. What is chosen for each image cannot be "
                     "folded into the base model: it will use the merged LoRA for all inputs.",
@@ -230,10 +221,6 @@ def _projector_keys(model: nn.Module, adapter_name: str, config: MAnyConfig) -> 
         name: [f"{KEY_PREFIX}{name}.{key}" for key in wrapper.modules_to_save[adapter_name].state_dict()]
         for name, wrapper in wrappers.items()
     }
-
-
-def _is_gated(config: MAnyConfig) -> bool:
-    return config.merge is not None and bool(config.merge.options.gate_lora)
 
 
 def _gate_layers(model: nn.Module, adapter_name: str, merge: MergeRecord) -> None:

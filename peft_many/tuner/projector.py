@@ -23,25 +23,15 @@ from ..routing.gates import GateTarget, note_images
 
 @dataclass(frozen=True)
 class ProjectorRouting:
-    """What must be known of a mixture before its weights are loaded.
+    """What must be known of a mixture before its weights are loaded; see [`MergeOptions`] and [`RoutedProjector`]."""
 
-    Args:
-        width (`int`): Feature width of the prototypes, the last dimension of the projector's input.
-        trained (`list[bool]`): For each task whether it brings its own projector; if not, the base model's serves.
-        temperature (`float`): `τ` of the routing softmax.
-        top_k (`int`, *optional*): How many tasks at most take part in each image; `None` is all of them.
-        directions (`int`, *optional*): How many directions a Gaussian router's metric has; `None` is the cosine one.
-        abstain_above (`float`, *optional*): From which distance on images go through the base model's projector.
-        gate ([`GateTarget`], *optional*): The LoRA layers that go by the same weights, if any do.
-    """
-
-    width: int
-    trained: list[bool]
+    width: int  # of the prototypes, the last dimension of the projector's input
+    trained: list[bool]  # of each task whether it brings its own projector; if not, the base model's serves
     temperature: float
     top_k: int | None = None
-    directions: int | None = None
+    directions: int | None = None  # of a Gaussian router's metric; `None` is the cosine router
     abstain_above: float | None = None
-    gate: GateTarget | None = None
+    gate: GateTarget | None = None  # the LoRA layers that go by the same weights, if any do
 
 
 class ProjectorMixture(nn.Module):
@@ -65,7 +55,11 @@ class ProjectorMixture(nn.Module):
         self.gate = routing.gate
         # Keys that no adapter is called by: PEFT filters state dicts by ".<adapter name>.".
         self.experts = nn.ModuleDict(
-            {f"task_{t}": _plain_copy(template) for t, trained in enumerate(routing.trained) if trained}
+            {
+                f"task_{t}": remove_hook_from_module(copy.deepcopy(template), recurse=True)
+                for t, trained in enumerate(routing.trained)
+                if trained
+            }
         )
         device = next((parameter.device for parameter in template.parameters()), torch.device("cpu"))
         self.register_buffer("prototypes", torch.zeros(len(routing.trained), routing.width, device=device))
@@ -89,7 +83,7 @@ class ProjectorMixture(nn.Module):
         if len(experts) == 1 and self.gate is None:
             return _call(experts[0], *args, **kwargs)
         if not features_of(args, kwargs).is_floating_point():  # ids of tokens such as those around an image
-            return self._uniform(of_tasks, args, kwargs)
+            return torch.stack([_call(expert, *args, **kwargs) for expert in of_tasks[: len(self.trained)]]).mean(0)
         call = projector_call(self, args, kwargs)
         rows = image_rows_of(call)
         by_task = self._decide(rows, call.vision_features)
@@ -139,11 +133,6 @@ class ProjectorMixture(nn.Module):
             mixed = rows.add_weighted(mixed, output, weights[:, e], carried[:, e])
         return _cast(mixed, features_of(args, kwargs).dtype)
 
-    def _uniform(self, of_tasks: list[nn.Module | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The mean of the tasks' outputs, for inputs that are no images."""
-        outputs = [_call(expert, *args, **kwargs) for expert in of_tasks[: len(self.trained)]]
-        return torch.stack(outputs).mean(0)
-
     def task_weights(self, pooled: Tensor) -> Tensor:
         """What each task counts for each image, `(images, tasks)`, float32; all zero where none is resembled."""
         prototypes = self.prototypes.to(pooled.device)
@@ -152,16 +141,11 @@ class ProjectorMixture(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> ProjectorMixture:
         # `.half()` and `.to(dtype)` are meant for weights; rounded prototypes would route differently.
-        before = dict(self._buffers)
+        before: dict[str, Any] = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            assert buffer is not None
-            assert after is not None
-            if buffer.is_meta:  # `to_empty`: there is nothing to keep
-                self._buffers[name] = after.float()
-            else:
-                self._buffers[name] = buffer.to(after.device)
+        for name, after in self.named_buffers(recurse=False):
+            # Of `to_empty` there is nothing to keep.
+            self._buffers[name] = after.float() if before[name].is_meta else before[name].to(after.device)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -182,12 +166,6 @@ def _sums_by_expert(weights: Tensor, experts: list[nn.Module | None], of_tasks: 
         return weights
     places = torch.tensor([experts.index(expert) for expert in of_tasks], device=weights.device)
     return weights.new_zeros(len(weights), len(experts)).index_add_(1, places, weights)
-
-
-def _plain_copy(module: nn.Module) -> nn.Module:
-    clone = copy.deepcopy(module)
-    remove_hook_from_module(clone, recurse=True)
-    return clone
 
 
 def _call(expert: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
