@@ -22,7 +22,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from peft_many.tuner.projector import ProjectorMixture, ProjectorRouting
+from peft_many.records import MergeOptions, RoutedProjector, RoutedTask
+from peft_many.tuner.projector import ProjectorMixture
 
 TASKS = (1, 2, 4, 8, 16, 32, 64)
 ALL_EXPERTS_UP_TO = 4  # where every projector runs on everything, its time is in proportion to the tasks
@@ -69,8 +70,8 @@ def make_projector(sizes: Sizes) -> nn.Module:
 def make_mixture(sizes: Sizes, tasks: int) -> ProjectorMixture:
     """A mixture of random projectors with random prototypes, each with memory of its own."""
     with torch.device("meta"):
-        routing = ProjectorRouting(sizes.vision, [True] * tasks, TEMPERATURE)
-        mixture = ProjectorMixture(make_projector(sizes), routing)
+        routed = RoutedProjector(sizes.vision, [RoutedTask(str(task), trained=True) for task in range(tasks)])
+        mixture = ProjectorMixture(make_projector(sizes), routed, MergeOptions(temperature=TEMPERATURE))
     mixture = mixture.to_empty(device="cpu")
     for parameter in mixture.parameters():
         parameter.data.uniform_(-0.03, 0.03)

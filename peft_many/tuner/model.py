@@ -28,7 +28,7 @@ from .config import MAnyConfig
 from .gated_linear import GatedLinear
 from .layers import hang_on_layers, lora_layers
 from .loaded_keys import current_projector_keys, require_known, with_current_keys
-from .projector import ProjectorMixture, ProjectorRouting, ProjectorWrapper
+from .projector import Mixing, ProjectorMixture, ProjectorWrapper
 from .targets import default_targets, update_expert_names
 
 
@@ -116,16 +116,16 @@ class MAnyModel(LoraModel):
         for name in projectors:
             parent_name, _, child = name.rpartition(".")
             parent, module = model.get_submodule(parent_name), model.get_submodule(name)
-            routing = _routing(config.merge, name, adapter_name)
+            mixing = _mixing(config.merge, name, adapter_name)
             if isinstance(module, ProjectorWrapper):
                 wrapper = module
                 rollback.callback(wrapper.delete_adapter, adapter_name, wrapper.active_adapters)
-                wrapper.update(adapter_name, routing=routing)
+                wrapper.update(adapter_name, mixing=mixing)
             else:
                 _check_trainable(name, module)
                 for parameter in module.parameters():
                     rollback.callback(parameter.requires_grad_, parameter.requires_grad)
-                wrapper = ProjectorWrapper(module, adapter_name, routing=routing)
+                wrapper = ProjectorWrapper(module, adapter_name, mixing=mixing)
                 wrapper.set_adapter(adapter_name if active else [], inference_mode=config.inference_mode)
                 rollback.callback(setattr, parent, child, module)
                 setattr(parent, child, wrapper)
@@ -235,20 +235,11 @@ def _gate_layers(model: nn.Module, adapter_name: str, merge: MergeRecord) -> Non
         layer.lora_A[adapter_name] = GatedLinear(layer.lora_A[adapter_name], adapter_name, ranks)
 
 
-def _routing(merge: MergeRecord | None, projector: str, adapter_name: str) -> ProjectorRouting | None:
-    """What a merge's record says of the mixture at one projector."""
+def _mixing(merge: MergeRecord | None, projector: str, adapter_name: str) -> Mixing | None:
+    """How to make the mixture at a projector; `None` where the adapter has a projector of its own."""
     if merge is None or projector not in merge.routing:
         return None
-    routed, options, gate = merge.routing[projector], merge.options, None
-    if options.gate_lora:
+    routed, gate = merge.routing[projector], None
+    if merge.options.gate_lora:
         gate = GateTarget(adapter_name, tuple(merge.names.index(name) for name in routed.names), len(merge.tasks))
-    assert options.temperature is not None
-    return ProjectorRouting(
-        width=routed.width,
-        trained=[task.trained for task in routed.tasks],
-        temperature=options.temperature,
-        top_k=options.top_k,
-        directions=routed.directions,
-        abstain_above=options.abstain_above,
-        gate=gate,
-    )
+    return functools.partial(ProjectorMixture, routed=routed, options=merge.options, gate=gate)

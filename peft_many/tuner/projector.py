@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,21 +17,9 @@ from ..algebra.spread import FeatureMetric
 from ..families.image_layouts import image_rows_of
 from ..families.image_rows import ImageRows, parts_of, with_parts
 from ..families.projector_call import features_of
+from ..records import MergeOptions, RoutedProjector
 from ..routing.calls import current_image_call, projector_call
 from ..routing.gates import GateTarget, note_images
-
-
-@dataclass(frozen=True)
-class ProjectorRouting:
-    """What must be known of a mixture before its weights are loaded; see [`MergeOptions`] and [`RoutedProjector`]."""
-
-    width: int  # of the prototypes, the last dimension of the projector's input
-    trained: list[bool]  # of each task whether it brings its own projector; if not, the base model's serves
-    temperature: float
-    top_k: int | None = None
-    directions: int | None = None  # of a Gaussian router's metric; `None` is the cosine router
-    abstain_above: float | None = None
-    gate: GateTarget | None = None  # the LoRA layers that go by the same weights, if any do
 
 
 class ProjectorMixture(nn.Module):
@@ -46,27 +34,30 @@ class ProjectorMixture(nn.Module):
     directions: Tensor
     variances: Tensor
 
-    def __init__(self, template: nn.Module, routing: ProjectorRouting) -> None:
+    def __init__(
+        self, template: nn.Module, routed: RoutedProjector, options: MergeOptions, gate: GateTarget | None = None
+    ) -> None:
         super().__init__()
-        self.trained = routing.trained
-        self.temperature = routing.temperature
-        self.top_k = routing.top_k
-        self.abstain_above = routing.abstain_above
-        self.gate = routing.gate
+        assert options.temperature is not None
+        self.trained = [task.trained for task in routed.tasks]
+        self.temperature = options.temperature
+        self.top_k = options.top_k
+        self.abstain_above = options.abstain_above
+        self.gate = gate  # the LoRA layers that go by the same weights, if any do
         # Keys that no adapter is called by: PEFT filters state dicts by ".<adapter name>.".
         self.experts = nn.ModuleDict(
             {
                 f"task_{t}": remove_hook_from_module(copy.deepcopy(template), recurse=True)
-                for t, trained in enumerate(routing.trained)
+                for t, trained in enumerate(self.trained)
                 if trained
             }
         )
         device = next((parameter.device for parameter in template.parameters()), torch.device("cpu"))
-        self.register_buffer("prototypes", torch.zeros(len(routing.trained), routing.width, device=device))
-        self.is_gaussian = routing.directions is not None
-        if routing.directions is not None:
-            self.register_buffer("directions", torch.zeros(routing.directions, routing.width, device=device))
-            self.register_buffer("variances", torch.ones(routing.directions + 1, device=device))
+        self.register_buffer("prototypes", torch.zeros(len(routed.tasks), routed.width, device=device))
+        self.is_gaussian = routed.directions is not None
+        if routed.directions is not None:
+            self.register_buffer("directions", torch.zeros(routed.directions, routed.width, device=device))
+            self.register_buffer("variances", torch.ones(routed.directions + 1, device=device))
         self.base: nn.Module | None = None
         self._returns_tensor = True  # until seen
 
@@ -194,18 +185,21 @@ def _cast(output: Any, dtype: torch.dtype) -> Any:
     )
 
 
+Mixing = Callable[[nn.Module], ProjectorMixture]  # from the base model's projector
+
+
 class ProjectorWrapper(ModulesToSaveWrapper):
     """PEFT's `modules_to_save` wrapper for a projector: a task's trainable copy, or a merge's mixture."""
 
     def __init__(
-        self, module_to_save: nn.Module, adapter_name: str, routing: ProjectorRouting | None = None, **kwargs: Any
+        self, module_to_save: nn.Module, adapter_name: str, mixing: Mixing | None = None, **kwargs: Any
     ) -> None:
-        super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, routing=routing, **kwargs)
+        super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, mixing=mixing, **kwargs)
         self.looked_up: set[str] = set()
 
-    def update(self, adapter_name: str, routing: ProjectorRouting | None = None, **kwargs: Any) -> None:
-        if routing is not None and adapter_name not in self.modules_to_save:
-            self.modules_to_save[adapter_name] = ProjectorMixture(self.original_module, routing)
+    def update(self, adapter_name: str, mixing: Mixing | None = None, **kwargs: Any) -> None:
+        if mixing is not None and adapter_name not in self.modules_to_save:
+            self.modules_to_save[adapter_name] = mixing(self.original_module)
         super().update(adapter_name, **kwargs)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,11 @@ from peft_many import MAnyConfig, merge_adapter_sequence
 from peft_many.algebra.routing import routing_weights
 from peft_many.families.image_layouts import image_rows_of
 from peft_many.families.image_rows import ImageRows
-from peft_many.records import MergeOptions
+from peft_many.records import MergeOptions, RoutedProjector, RoutedTask
 from peft_many.routing.calls import projector_call as running_call
 from peft_many.routing.watching import watching_calls
 from peft_many.tuner import projector as projector_module
-from peft_many.tuner.projector import ProjectorMixture, ProjectorRouting
+from peft_many.tuner.projector import ProjectorMixture
 from tests import tiny
 from tests.files import making
 from tests.files.making import PROJECTORS, STYLES
@@ -43,6 +44,12 @@ def mixed_rows(family: str) -> list[list[Tensor]]:
     one, two, three = STYLES
     numbers = [[(one, 0)], [(two, 1), (three, 2), (one, 3)], [], [(three, 1), (6, 2)]]
     return [[picture(family, style, number) for style, number in row] for row in numbers]
+
+
+def mixture_of(template: nn.Module, trained: str = "yy", **options: Any) -> ProjectorMixture:
+    """A mixture for features of width 6, of a task for each letter: `y` if it brings a projector of its own."""
+    tasks = [RoutedTask(str(t), letter == "y") for t, letter in enumerate(trained)]
+    return ProjectorMixture(template, RoutedProjector(6, tasks), MergeOptions(**options))
 
 
 def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -333,7 +340,7 @@ def test_a_merge_on_a_bf16_model_keeps_exact_prototypes(low_cpu_mem_usage: bool)
 
 def test_a_mixture_made_on_the_meta_device_can_be_given_memory() -> None:
     with torch.device("meta"):
-        mixture = ProjectorMixture(nn.Linear(6, 4), ProjectorRouting(width=6, trained=[True, True], temperature=0.1))
+        mixture = mixture_of(nn.Linear(6, 4), temperature=0.1)
     mixture = mixture.half().to_empty(device="cpu")
     assert mixture.prototypes.device.type == "cpu"
     assert mixture.prototypes.dtype == torch.float32
@@ -428,8 +435,7 @@ class Several(nn.Module):
 
 @pytest.mark.parametrize("top_k", [None, 1])
 def test_a_projector_that_returns_several_tensors_is_mixed_in_each(top_k: int | None) -> None:
-    routing = ProjectorRouting(width=6, trained=[True, True], temperature=1.0, top_k=top_k)
-    mixture = ProjectorMixture(Several(), routing)
+    mixture = mixture_of(Several(), temperature=1.0, top_k=top_k)
     experts = [mixture.experts["task_0"], mixture.experts["task_1"]]
     nn.init.normal_(experts[1].linear.weight)
     mixture.prototypes.copy_(torch.eye(6)[:2])
@@ -449,13 +455,13 @@ def test_a_projector_that_returns_no_tensor_says_so() -> None:
         def forward(self, features: Tensor) -> str:
             return "features"
 
-    mixture = ProjectorMixture(Name(), ProjectorRouting(width=6, trained=[True, True], temperature=0.1))
+    mixture = mixture_of(Name(), temperature=0.1)
     with pytest.raises(TypeError, match="returned str"):
         mixture(torch.randn(2, 5, 6))
 
 
 def test_ids_of_tokens_around_images_get_the_mean_of_all_tasks() -> None:
-    mixture = ProjectorMixture(nn.Embedding(8, 4), ProjectorRouting(width=6, trained=[True, True], temperature=0.1))
+    mixture = mixture_of(nn.Embedding(8, 4), temperature=0.1)
     nn.init.normal_(mixture.experts["task_1"].weight)
     ids = torch.tensor([3, 5])
     expected = (mixture.experts["task_0"](ids) + mixture.experts["task_1"](ids)) / 2
@@ -531,8 +537,7 @@ def small_mixture(top_k: int | None = 1, template: nn.Module | None = None, trai
     """A mixture of random projectors; `trained` says which tasks have one of their own."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        routing = ProjectorRouting(6, [one == "y" for one in trained], temperature=SOFT, top_k=top_k)
-        mixture = ProjectorMixture(template or Merger(), routing)
+        mixture = mixture_of(template or Merger(), trained, temperature=SOFT, top_k=top_k)
         mixture.prototypes.normal_()
         for parameter in mixture.parameters():
             parameter.normal_()
