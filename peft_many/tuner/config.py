@@ -72,9 +72,15 @@ class MAnyConfig(LoraConfig):
         ```
     """
 
-    task_name: str | None = None
-    projector_modules: list[str] | None = None
-    energy: float = DEFAULT_ENERGY
+    # `HfArgumentParser` shows these to people who train by command line.
+    task_name: str | None = field(default=None, metadata={"help": "What to call the task in merges."})
+    projector_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the projector's modules. Looked for if not given; [] trains no projector."},
+    )
+    energy: float = field(
+        default=DEFAULT_ENERGY, metadata={"help": "Share of each covariance's energy whose directions are kept."}
+    )
     merge: MergeRecord | None = None
     pool: PoolRecord | None = None
     format_version: int = FORMAT_VERSION
