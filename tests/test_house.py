@@ -70,7 +70,7 @@ def test_the_architecture_page_names_rooms_and_files_that_exist():
 @pytest.mark.parametrize(("way", "longest"), [("covariance", 12), ("projector", 10)])
 def test_the_ways_are_short(way, longest):
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    section = page.partition(f"## The way of a {way}\n")[2].partition("\n## ")[0]
+    section = page.partition(f"## The path of a {way}\n")[2].partition("\n## ")[0]
     assert 5 <= len(re.findall(r"^\d+\. `\w+/\w+\.py`", section, re.M)) <= longest
 
 
