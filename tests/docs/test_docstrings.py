@@ -6,6 +6,7 @@ import doctest
 import inspect
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,12 @@ def shelf(tmp_path_factory):
     tiny.build("llava").save_pretrained(root / "base")
     checkpoint(root / "Task4_llava_lora")
     return root
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_reference_lists_it(name):
+    page = Path(__file__).parents[2] / "docs" / "reference.md"
+    assert f"::: peft_many.{name}\n" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,12 @@ def test_a_name_gives_the_method_with_its_defaults(method):
     assert as_method(method.name) == method
     assert as_method("lpm") is None
     assert as_method(Ties(density=0.3)) == Ties(density=0.3)
+
+
+def test_the_documentation_knows_it(method):
+    kind, docs = type(method), Path(__file__).parents[2] / "docs"
+    assert f"::: {kind.__module__}.{kind.__name__}\n" in (docs / "reference.md").read_text(encoding="utf-8")
+    assert f'`"{method.name}"`' in (docs / "how-to.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("unknown", ["tyes", "", "LPM", None, 3, Ties])
