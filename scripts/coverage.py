@@ -31,9 +31,9 @@ def main(wanted: list[str]) -> None:
     unknown = [family for family in wanted if family not in FAMILIES]
     if unknown:
         sys.exit(
-            f"{', '.join(unknown)}: not a model_type of transformers' auto class for images and text. If only the auto "
-            "class leaves it out, enter it under `_MORE` in tests/families/rows.py; for a model that is not part of "
-            "transformers see 'A model family of your own' in docs/how-to.md."
+            f"{', '.join(unknown)}: not a model_type of transformers' auto class for images and text. If only the "
+            "auto class leaves it out, enter it under `_MORE` in tests/families/rows.py; for a model that is not part "
+            "of transformers see 'A model family of your own' in docs/how-to.md."
         )
     torch.set_num_threads(1)
     logging.captureWarnings(True)
