@@ -60,29 +60,15 @@ def pool_adapters(
     is lost: its tasks share one projector, so that images are no longer routed among them, and none of them can be
     forgotten. Pool tasks that look alike, and leave the others apart.
 
+    The arguments are those of [`merge_adapter_sequence`], merges and pools among the adapters, and:
+
     Args:
-        adapters (`Sequence[str]`):
-            As in [`merge_adapter_sequence`]; merges and pools among them.
-        output_dir (`str`):
-            The folder to create; it must not exist, or be empty.
+        output_dir (`str`): The folder to create; it must not exist, or be empty.
         task_name (`str`, *optional*):
             What to call the pool. Defaults to its tasks' names, joined by `+`; of more than three to their number.
-        weights (`Sequence[float]`, *optional*):
-            As in [`merge_adapter_sequence`], like all that is not said here.
-        task_names (`Sequence[str]`, *optional*):
-            Names of the tasks, where the adapters do not say or clash.
-        rank (`int`, defaults to 128):
-            The largest rank of a pooled delta.
+        rank (`int`, defaults to 128): The largest rank of a pooled delta.
         statistics_rank (`int`, defaults to 256):
             The most directions of a pooled covariance, and of the images' spread.
-        ridge (`float`, *optional*):
-            `λ`.
-        device (`str` or `torch.device`, defaults to `"cpu"`):
-            Where to compute.
-        progress (`bool`, defaults to `True`):
-            Show a progress bar.
-        **hub:
-            `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
     Returns:
         `Path`: The folder.
@@ -102,7 +88,7 @@ def pool_adapters(
     """
     if statistics_rank < 1:
         raise ValueError(f"`statistics_rank` must be at least 1, but it is {statistics_rank}.")
-    plan = prepare_merge(
+    prepared = prepare_merge(
         adapters,
         MergeOptions(projectors=MEAN, ridge=ridge, rank=rank),
         weights=weights,
@@ -110,34 +96,35 @@ def pool_adapters(
         hub=hub,
         progress=progress,
     )
-    name = task_name or _joined([task.name for task in plan.tasks])
-    tensors = {f"{KEY_PREFIX}{key}": tensor.contiguous() for key, tensor in plan.projector_tensors.items()}
+    name = task_name or _joined([task.name for task in prepared.tasks])
+    tensors = {f"{KEY_PREFIX}{key}": tensor.contiguous() for key, tensor in prepared.projector_tensors.items()}
     truncation = Truncation(rank=statistics_rank, energy=1.0)
     inputs: dict[str, InputStatistics] = {}
     input_of: dict[str, str] = {}
     fingerprints: dict[str, list[float]] = {}
-    for group in tqdm(plan.groups, desc=f"Pooling {len(plan.tasks)} tasks", unit="input", disable=not progress):
-        tensors |= tensors_of(merged_deltas(plan, group, device))
-        plan.release()
-        for module in group:
-            A, B = (tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] for half in "AB")
-            fingerprints[module] = weight_fingerprint(A, B)
-        pooled = _pooled_input(plan.tasks, group[0], truncation)
+    for group in tqdm(
+        prepared.groups, desc=f"Pooling {len(prepared.tasks)} tasks", unit="input", disable=not progress
+    ):
+        merged = merged_deltas(prepared, group, device)
+        prepared.release()
+        tensors |= tensors_of(merged)
+        fingerprints |= {module: weight_fingerprint(delta.A, delta.B) for module, delta in merged.items()}
+        pooled = _pooled_input(prepared.tasks, group[0], truncation)
         if pooled is not None:
             inputs[group[0]] = pooled
             input_of |= dict.fromkeys(group, group[0])
     statistics = TaskStatistics(
         name=name,
-        samples=sum(task.statistics.samples for task in plan.tasks),
+        samples=sum(task.statistics.samples for task in prepared.tasks),
         inputs=inputs,
         input_of=input_of,
-        projectors=_pooled_images(plan.tasks, truncation),
+        projectors=_pooled_images(prepared.tasks, truncation),
         fingerprints=fingerprints,
-        weight=sum(task.weight for task in plan.tasks),
+        weight=sum(task.weight for task in prepared.tasks),
     )
     with new_folder(Path(output_dir).expanduser()) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-        _config_of(plan, name, statistics).save_pretrained(folder)
+        _config_of(prepared, name, statistics).save_pretrained(folder)
     return Path(output_dir).expanduser()
 
 

@@ -59,18 +59,15 @@ def refit_merge(
             What [`merge_adapter_sequence`] returned, or a merge that was loaded with its statistics.
         calibration (`Mapping[str, Iterable]`):
             For each of the merge's tasks, by name, batches as for training; each is read once.
-        targets (`str`, defaults to `"outputs"`):
-            `"outputs"` or `"deltas"`, as above.
+        targets (`str`, defaults to `"outputs"`): `"outputs"` or `"deltas"`, as above.
         ridge (`float`, defaults to 1e-4):
             `λ`, the share of the mean input energy with which each layer is pulled to the tasks' own deltas.
         rank (`int`, *optional*):
             The largest rank of a refitted layer; defaults to what the layer has in the merge, and cannot be more.
-        max_samples (`int`, *optional*, defaults to 128):
-            Of each task; `None` reads all.
+        max_samples (`int`, *optional*, defaults to 128): Of each task; `None` reads all.
         forward_fn (`Callable`, *optional*):
             Runs the model on a batch, `forward_fn(model, batch)`, where `model(**batch)` is not right.
-        progress (`bool`, defaults to `True`):
-            Show a progress bar.
+        progress (`bool`, defaults to `True`): Show a progress bar.
 
     Raises:
         ValueError: The model's active adapter is no merge with statistics, or `calibration` does not fit its tasks.
@@ -121,25 +118,15 @@ def refit_merge(
 
 @dataclass(frozen=True)
 class _Refit:
-    """What refitting one group of layers after another needs.
+    """What refitting one group of layers after another needs."""
 
-    Args:
-        layers (`Mapping[str, nn.Module]`): The LoRA layers, by path.
-        pairs (`Mapping[str, _Pair]`): Their weights, which are written.
-        own (`Mapping[str, Mapping[str, LowRankDelta]]`): By task and layer, the task's own deltas.
-        weights (`Mapping[str, float]`): `w_t` by task.
-        samples (`Mapping[str, list]`): Batches by task.
-        run (`Callable`): Runs the model on a batch.
-        by_outputs (`bool`): Whether to fit what comes out of a layer, or what its delta makes of its inputs.
-    """
-
-    layers: Mapping[str, Any]
-    pairs: Mapping[str, _Pair]
-    own: Mapping[str, Mapping[str, LowRankDelta]]
-    weights: Mapping[str, float]
-    samples: Mapping[str, list[Any]]
-    run: Callable[[Any], None]
-    by_outputs: bool
+    layers: Mapping[str, Any]  # the LoRA layers, by path
+    pairs: Mapping[str, _Pair]  # their weights, which are written
+    own: Mapping[str, Mapping[str, LowRankDelta]]  # by task and layer, the task's own deltas
+    weights: Mapping[str, float]  # `w_t` by task
+    samples: Mapping[str, list[Any]]  # batches by task
+    run: Callable[[Any], None]  # runs the model on a batch
+    by_outputs: bool  # whether to fit what comes out of a layer, or what its delta makes of its inputs
     ridge: float
     rank: int | None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,16 @@ def add_task(
         PosixPath('merged-3')
         ```
     """
-    change = {"adapters": [merge, adapter], "task_names": None if task_name is None else [None, task_name]}
-    return _merged_anew(merge, output_dir, change, hub, weights=weights, device=device, progress=progress)
+    return _merged_anew(
+        merge,
+        output_dir,
+        hub,
+        further=[adapter],
+        task_names=None if task_name is None else [None, task_name],
+        weights=weights,
+        device=device,
+        progress=progress,
+    )
 
 
 def remove_task(
@@ -80,14 +88,10 @@ def remove_task(
     the task is left in the files. Copies of the merge elsewhere, in a Hub repository's history say, are not touched.
     A refitted merge ([`refit_merge`]) is merged anew, without its refit, which the task had a part in.
 
+    The arguments are those of [`add_task`], and:
+
     Args:
-        merge (`str`): The folder or Hub id of a merge.
         task_name (`str`): The task to forget.
-        output_dir (`str`, *optional*): The folder to create. Without it the merge's own folder is replaced, whole.
-        weights (`Mapping[str, float]`, *optional*): New weights of the other tasks, by name.
-        device (`str` or `torch.device`, defaults to `"cpu"`): As in [`merge_adapter_files`].
-        progress (`bool`, defaults to `True`): Show progress bars.
-        **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
     Returns:
         `Path`: The folder.
@@ -106,8 +110,7 @@ def remove_task(
         PosixPath('merged-without-clevr')
         ```
     """
-    change = {"adapters": [merge], "without": [task_name]}
-    return _merged_anew(merge, output_dir, change, hub, weights=weights, device=device, progress=progress)
+    return _merged_anew(merge, output_dir, hub, without=[task_name], weights=weights, device=device, progress=progress)
 
 
 def reweight_tasks(
@@ -122,15 +125,7 @@ def reweight_tasks(
     """Give tasks of a merge other weights, without the adapters that it was made of and without a base model.
 
     The result is what merging the tasks' adapters with these weights would have given; a refit of the merge
-    ([`refit_merge`]) is not kept.
-
-    Args:
-        merge (`str`): The folder or Hub id of a merge.
-        weights (`Mapping[str, float]`): New weights by task name; tasks that are not named keep theirs.
-        output_dir (`str`, *optional*): The folder to create. Without it the merge's own folder is replaced, whole.
-        device (`str` or `torch.device`, defaults to `"cpu"`): As in [`merge_adapter_files`].
-        progress (`bool`, defaults to `True`): Show progress bars.
-        **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
+    ([`refit_merge`]) is not kept. The arguments are those of [`add_task`].
 
     Returns:
         `Path`: The folder.
@@ -149,20 +144,11 @@ def reweight_tasks(
         PosixPath('merged-2')
         ```
     """
-    change = {"adapters": [merge]}
-    return _merged_anew(merge, output_dir, change, hub, weights=weights, device=device, progress=progress)
+    return _merged_anew(merge, output_dir, hub, weights=weights, device=device, progress=progress)
 
 
 def merge_options(merge: AdapterPath, **hub: Unpack[HubArguments]) -> MergeOptions:
-    """The options that a merge was made with.
-
-    Args:
-        merge (`str`): The folder or Hub id of a merge.
-        **hub: `token`, `cache_dir` and `local_files_only`.
-
-    Raises:
-        UnmergeableAdapterError: It is no merge, or was made by a method that is not one of ours.
-    """
+    """The options that a merge was made with, if it is one and by a method of ours."""
     source = find_adapter(merge, **hub)
     record = read_adapter(source).merge
     if record is None:
@@ -180,22 +166,18 @@ def merge_options(merge: AdapterPath, **hub: Unpack[HubArguments]) -> MergeOptio
 def _merged_anew(
     merge: AdapterPath,
     output_dir: str | os.PathLike[str] | None,
-    change: Mapping[str, Any],
     hub: HubArguments,
-    **options: Any,
+    further: Sequence[AdapterPath] = (),
+    **change: Any,
 ) -> Path:
     """Merge again with the options that a merge was made with, in its place or in a new folder."""
-    return merge_adapter_files(
-        **change,
-        output_dir=_place(merge, output_dir),
-        overwrite=output_dir is None,
-        **vars(merge_options(merge, **hub)),
-        **options,
-        **hub,
-    )
-
-
-def _place(merge: AdapterPath, output_dir: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
     if output_dir is None and not Path(merge).expanduser().is_dir():
         raise ValueError(f"'{merge}' is no local folder that could be replaced; say where the new merge should go.")
-    return merge if output_dir is None else output_dir
+    return merge_adapter_files(
+        [merge, *further],
+        output_dir=merge if output_dir is None else output_dir,
+        overwrite=output_dir is None,
+        **vars(merge_options(merge, **hub)),
+        **change,
+        **hub,
+    )

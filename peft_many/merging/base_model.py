@@ -16,38 +16,29 @@ from ..tuner.config import MAnyConfig
 
 
 def check_fits_model(config: MAnyConfig, shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
-    """Raise `UnmergeableAdapterError` unless every tensor of a merge has its place in the base model.
-
-    Args:
-        config ([`MAnyConfig`]): The merge's config.
-        shapes (`Mapping[str, tuple[int, ...]]`): Of what `adapter_model.safetensors` holds, by its keys.
-        model (`torch.nn.Module`): The base model, without adapters.
-    """
+    """Refuse a merge unless every tensor of its weights file, by key, has its place in the base model."""
     shapes = {key.removeprefix(KEY_PREFIX): shape for key, shape in shapes.items()}
     modules = dict(model.named_modules())
     check_patterns(config, list(modules), "The merge")  # some are the adapters' own words
-    layers = [key.removesuffix(".lora_A.weight") for key in shapes if key.endswith(".lora_A.weight")]
-    for layer in layers:
-        if layer not in modules:
+    layers = {key.removesuffix(".lora_A.weight"): None for key in shapes if key.endswith(".lora_A.weight")}
+    projectors = config.projector_modules or []
+    for kind, names in (("layer", layers), ("projector", projectors)):
+        unknown = next((name for name in names if name not in modules), None)
+        if unknown is not None:
             raise UnmergeableAdapterError(
-                f"The adapters' layer '{layer}' matches no module of {type(model).__name__}: they were trained on "
+                f"The adapters' {kind} '{unknown}' matches no module of {type(model).__name__}: they were trained on "
                 "another base model."
             )
+    for layer in layers:
         width, height = shapes[f"{layer}.lora_A.weight"][1], shapes[f"{layer}.lora_B.weight"][0]
         _check_layer(layer, modules[layer], width, height, model)
-    left_out = set(modules).difference(layers)
-    extra = next((name for name in modules if name in left_out and check_target_module_exists(config, name)), None)
+    extra = next((name for name in modules if name not in layers and check_target_module_exists(config, name)), None)
     if extra is not None:
         raise UnmergeableAdapterError(
             f"{type(model).__name__} has a layer '{extra}', for which the adapters hold no tensor although their "
             "`target_modules` match it: they were trained on another base model."
         )
-    for projector in config.projector_modules or []:
-        if projector not in modules:
-            raise UnmergeableAdapterError(
-                f"The adapters' projector '{projector}' matches no module of {type(model).__name__}: they were "
-                "trained on another base model."
-            )
+    for projector in projectors:
         _check_copies(config, projector, shapes, modules[projector], model)
 
 
@@ -79,7 +70,7 @@ def _check_copies(
     for key, shape in shapes.items():
         if key.startswith(inside):
             name = key.removeprefix(inside)
-            task, _, weight = name.partition(".") if inside.endswith(".experts.") else ("mean", "", name)
+            task, _, weight = name.partition(".") if is_routed else ("mean", "", name)
             copies.setdefault(task, {})[weight] = shape
     for found in copies.values():
         wrong = next((key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)), None)

@@ -16,17 +16,15 @@ from .prepare import PreparedMerge
 
 
 def merge_by_method(
-    plan: PreparedMerge, method: MergeMethod, group: Sequence[str], device: str | torch.device
+    prepared: PreparedMerge, group: Sequence[str], device: str | torch.device
 ) -> dict[str, MergedDelta]:
-    """The merged delta of each layer of a group, at the plan's rank and in its dtype.
-
-    Raises:
-        SingularMergeError, OverflowError: As the method, and as [`rounded_delta`].
-    """
+    """The merged delta of each layer of a group, at the merge's rank and in its dtype."""
+    method = prepared.options.merge_method
+    assert method is not None
     merged = {}
     for module in group:
-        shape = plan.shape_of(module)
-        everyone = [_layer_task(task, module, shape, method, device) for task in plan.tasks]
+        shape = prepared.shape_of(module)
+        everyone = [_layer_task(task, module, shape, method, device) for task in prepared.tasks]
         tasks = [task for task in everyone if task is not None]
         B = torch.cat([task.delta.B for task in tasks], dim=1)
         heard = [task for task in tasks if task.weight > 0]
@@ -34,9 +32,9 @@ def merge_by_method(
             result = method.merge(heard, module)
         else:  # no task that counts has trained it
             result = LowRankDelta(A=B.new_zeros(0, shape[1]), B=B[:, :0])
-        A, B_merged = _of_rank(result, plan.rank_of(module), plan.options.dtype)
+        A, B_merged = _of_rank(result, prepared.rank_of(module), prepared.options.dtype)
         stacked = B_merged.shape == B.shape and bool((B_merged == B).all())
-        merged[module] = rounded_delta(module, A, B_merged, plan.options.dtype, stacked)
+        merged[module] = rounded_delta(module, A, B_merged, prepared.options.dtype, stacked)
     return merged
 
 

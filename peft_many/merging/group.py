@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,52 +20,31 @@ from .prepare import PreparedMerge
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What the merge's statistics and its config say of a merged layer.
+    """What the merge's statistics and its config say of a merged layer."""
 
-    Args:
-        stacked (`bool`): As in [`MergedDelta`].
-        fingerprints (`dict[str, list[float]]`): By task that trained it, of its block of the merged weights.
-        residuals (`dict[str, float]`): What merging costs each task that trained it (`relative_residuals`).
-    """
-
-    stacked: bool
-    fingerprints: dict[str, list[float]]
-    residuals: dict[str, float]
+    stacked: bool  # as in `MergedDelta`
+    fingerprints: dict[str, list[float]]  # by task that trained it, of its block of the merged weights
+    residuals: dict[str, float]  # what merging costs each task that trained it
 
 
-@dataclass(frozen=True)
-class MergedGroup:
-    """What merging one group of layers gave.
-
-    Args:
-        tensors (`dict[str, torch.Tensor]`): For the weights file, by key.
-        layers (`dict[str, LayerRecord]`): By layer.
-    """
-
-    tensors: dict[str, Tensor]
-    layers: dict[str, LayerRecord]
-
-
-def merge_group(plan: PreparedMerge, group: Sequence[str], device: str | torch.device) -> MergedGroup:
-    """Merge layers that share their input; what was read for it is given back."""
-    merged = merged_deltas(plan, group, device)
-    layers = {
-        module: LayerRecord(delta.stacked, _fingerprints(plan, module, delta), _residuals(plan, module, delta))
+def merge_group(
+    prepared: PreparedMerge, group: Sequence[str], device: str | torch.device
+) -> tuple[dict[str, Tensor], dict[str, LayerRecord]]:
+    """Merge layers that share their input: tensors for the weights file, by key, and what to record of each layer."""
+    merged = merged_deltas(prepared, group, device)
+    records = {
+        module: LayerRecord(delta.stacked, _fingerprints(prepared, module, delta), _residuals(prepared, module, delta))
         for module, delta in merged.items()
     }
-    plan.release()
-    return MergedGroup(tensors_of(merged), layers)
+    prepared.release()
+    return tensors_of(merged), records
 
 
-def merged_deltas(plan: PreparedMerge, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:
-    """The merged delta of each layer of a group.
-
-    Raises:
-        UnmergeableAdapterError: There is none.
-    """
+def merged_deltas(prepared: PreparedMerge, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:
+    """The merged delta of each layer of a group; an error names the group's first layer."""
+    merge = _merge_by_lpm if prepared.options.merge_method is None else merge_by_method
     try:
-        method = plan.options.merge_method
-        return _merge_by_lpm(plan, group, device) if method is None else merge_by_method(plan, method, group, device)
+        return merge(prepared, group, device)
     except (SingularMergeError, OverflowError) as error:
         raise UnmergeableAdapterError(f"'{group[0]}' cannot be merged: {error}.") from None
 
@@ -81,11 +60,11 @@ def tensors_of(merged: Mapping[str, MergedDelta]) -> dict[str, Tensor]:
     return tensors
 
 
-def _merge_by_lpm(plan: PreparedMerge, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:
-    options = plan.options
+def _merge_by_lpm(prepared: PreparedMerge, group: Sequence[str], device: str | torch.device) -> dict[str, MergedDelta]:
+    options = prepared.options
     assert options.ridge is not None
     problem = LeastSquaresMerge(options.ridge, device)
-    for task in plan.tasks:
+    for task in prepared.tasks:
         covariance = task.statistics.covariance_of(group[0])
         if covariance is not None:
             check_covariance(covariance, f"{task.source}: the covariance of '{group[0]}'")
@@ -94,10 +73,10 @@ def _merge_by_lpm(plan: PreparedMerge, group: Sequence[str], device: str | torch
     return problem.solve(options.rank, options.dtype, bool(options.gate_lora))
 
 
-def _fingerprints(plan: PreparedMerge, module: str, merged: MergedDelta) -> dict[str, list[float]]:
+def _fingerprints(prepared: PreparedMerge, module: str, merged: MergedDelta) -> dict[str, list[float]]:
     """By task, of its block of the merged weights, or of all of them where they have no blocks."""
     found, start = {}, 0
-    for task in plan.tasks:
+    for task in prepared.tasks:
         if module in task.deltas:
             end = start + task.deltas[module].rank
             block = slice(start, end) if merged.stacked else slice(None)
@@ -106,19 +85,19 @@ def _fingerprints(plan: PreparedMerge, module: str, merged: MergedDelta) -> dict
     return found
 
 
-def _residuals(plan: PreparedMerge, module: str, merged: MergedDelta) -> dict[str, float]:
-    """By task that trained a layer, [`relative_residuals`]; without those whose inputs nobody measured there."""
-    tasks = [task for task in plan.tasks if module in task.deltas]
+def _residuals(prepared: PreparedMerge, module: str, merged: MergedDelta) -> dict[str, float]:
+    """`relative_residuals` by task that trained a layer; without those whose inputs nobody measured there."""
+    tasks = [task for task in prepared.tasks if module in task.deltas]
     deltas = [LowRankDelta(A=task.deltas[module].rows(), B=task.deltas[module].columns()) for task in tasks]
     covariances = [task.statistics.covariance_of(module) for task in tasks]
     found = relative_residuals(merged, list(zip(deltas, covariances)))
     return {task.name: residual for task, residual in zip(tasks, found) if not math.isnan(residual)}
 
 
-def mean_residuals(residuals: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """By task the mean over layers, from each layer's residuals by task; four digits are kept."""
+def mean_residuals(records: Mapping[str, LayerRecord]) -> dict[str, float]:
+    """By task the mean over layers of what merging costs it; four digits are kept."""
     by_task: dict[str, list[float]] = {}
-    for of_layer in residuals:
-        for task, residual in of_layer.items():
+    for record in records.values():
+        for task, residual in record.residuals.items():
             by_task.setdefault(task, []).append(residual)
     return {task: float(f"{math.fsum(found) / len(found):.4g}") for task, found in by_task.items()}

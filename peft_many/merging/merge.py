@@ -64,8 +64,7 @@ def merge_adapter_sequence(
         adapters (`Sequence[str]`):
             Local folders and Hub ids (`"me/adapter"`, `"me/adapter@revision"`), merges among them; adapters of type
             MANY, LORA and others (docs/how-to.md) that `collect_statistics` was run on, if the method needs that.
-        adapter_name (`str`, defaults to `"default"`):
-            What the merge is called inside the returned model.
+        adapter_name (`str`, defaults to `"default"`): What the merge is called inside the returned model.
         weights (`Sequence[float]` or `Mapping[str, float]`, *optional*):
             One weight `w_t ≥ 0` for each adapter, all 1 by default; it multiplies those of a merge's tasks. Or weights
             by task name, in place of the tasks' own; tasks that are not named keep theirs. To LPM, RegMean and
@@ -75,20 +74,14 @@ def merge_adapter_sequence(
         task_names (`Sequence[str]`, *optional*):
             Names of the tasks, where the adapters do not say or clash; `None` entries keep the adapter's own, and a
             merge takes a list, in the order of its config's `tasks`.
-        device (`str` or `torch.device`, defaults to `"cpu"`):
-            Where to compute; it must know float64.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute; it must know float64.
         low_cpu_mem_usage (`bool`, defaults to `False`):
             Create the adapter's weights on the meta device before they are filled.
-        token (`str` or `bool`, *optional*):
-            As in [`~huggingface_hub.snapshot_download`], like the next two.
-        cache_dir (`str`, *optional*):
-            Where Hub downloads are kept.
-        local_files_only (`bool`, defaults to `False`):
-            Use only what is in the cache.
-        progress (`bool`, defaults to `True`):
-            Show a progress bar.
-        **options:
-            How to merge: `method`, `ridge`, `rank`, `router` and all others of [`MergeOptions`].
+        token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
+        cache_dir (`str`, *optional*): Where Hub downloads are kept.
+        local_files_only (`bool`, defaults to `False`): Use only what is in the cache.
+        progress (`bool`, defaults to `True`): Show a progress bar.
+        **options: How to merge: `method`, `ridge`, `rank`, `router` and all others of [`MergeOptions`].
 
     Returns:
         [`~peft.PeftModel`]: The base model with the merge as its only and active adapter, in evaluation mode.
@@ -114,7 +107,7 @@ def merge_adapter_sequence(
         raise ValueError("The model already has adapters; pass the base model (`model.unload()` gives it back).")
     check_dispatched(model)
     chosen, device = MergeOptions(**options), usable_device(device)
-    plan = prepare_merge(
+    prepared = prepare_merge(
         adapters,
         chosen,
         weights=weights,
@@ -124,17 +117,17 @@ def merge_adapter_sequence(
         progress=progress,
         base=model,
     )
-    config = merged_config(plan, plan.record())
+    config = merged_config(prepared, prepared.record())
     config.loaded_from = "The merge"  # some of its words are the adapters' own, and are not trusted
-    check_fits_model(config, {key: shape for key, (_, shape) in plan.tensors().items()}, model)
-    tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in plan.projector_tensors.items()}
-    layers: dict[str, LayerRecord] = {}
-    for group in _progress(plan, plan.groups, progress):
-        merged = merge_group(plan, group, device)
-        tensors |= merged.tensors
-        layers |= merged.layers
-    config.statistics = merged_statistics(plan, layers, in_memory=True)
-    config.merge = plan.record(mean_residuals(layer.residuals for layer in layers.values()))
+    check_fits_model(config, {key: shape for key, (_, shape) in prepared.tensors().items()}, model)
+    tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in prepared.projector_tensors.items()}
+    records: dict[str, LayerRecord] = {}
+    for group in _progress(prepared, prepared.groups, progress):
+        merged, found = merge_group(prepared, group, device)
+        tensors |= merged
+        records |= found
+    config.statistics = merged_statistics(prepared, records, in_memory=True)
+    config.merge = prepared.record(mean_residuals(records))
     config.base_model_name_or_path = None  # which get_peft_model sets to the model's own
     if is_offloaded(model):
         return load_on_offloaded(model, config, tensors, adapter_name)
@@ -194,7 +187,7 @@ def merge_adapter_files(
     output, chosen = Path(output_dir).expanduser(), MergeOptions(**options)
     replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
 
-    def prepared() -> PreparedMerge:
+    def prepare() -> PreparedMerge:
         usable_device(device)
         writable_place(output, replaced)  # before anything is read
         return prepare_merge(
@@ -207,40 +200,39 @@ def merge_adapter_files(
             progress=progress,
         )
 
-    plan = together(prepared)
+    prepared = together(prepare)
     with shared_folder(output, replaced) as folder:
         weights_file = folder / SAFETENSORS_WEIGHTS_NAME
-        in_first(lambda: lay_out(weights_file, plan.tensors(), {"format": "pt"}))
-        mine = together(lambda: _merge_groups(plan, weights_file, device, progress))
+        in_first(lambda: lay_out(weights_file, prepared.tensors(), {"format": "pt"}))
+        mine = together(lambda: _merge_groups(prepared, weights_file, device, progress))
         records = {layer: record for found in from_every_process(mine) for layer, record in found.items()}
-        in_first(lambda: _complete(plan, records, folder, output / CARD_NAME))
+        in_first(lambda: _complete(prepared, records, folder, output / CARD_NAME))
     return output
 
 
 def _merge_groups(
-    plan: PreparedMerge, weights_file: Path, device: str | torch.device, progress: bool
+    prepared: PreparedMerge, weights_file: Path, device: str | torch.device, progress: bool
 ) -> dict[str, LayerRecord]:
     """Write this process's share of the merged layers; what is to be recorded of each."""
     records: dict[str, LayerRecord] = {}
     with TensorFileWriter(weights_file) as writer:
-        for group in _progress(plan, share(plan.groups, plan.cost_of), progress):
-            merged = merge_group(plan, group, device)
-            for key, tensor in merged.tensors.items():
+        for group in _progress(prepared, share(prepared.groups, prepared.cost_of), progress):
+            tensors, found = merge_group(prepared, group, device)
+            for key, tensor in tensors.items():
                 writer.write(key, tensor)
-            records |= merged.layers
+            records |= found
     return records
 
 
-def _complete(plan: PreparedMerge, records: dict[str, LayerRecord], folder: Path, card: Path) -> None:
+def _complete(prepared: PreparedMerge, records: dict[str, LayerRecord], folder: Path, card: Path) -> None:
     """Write all of a merge but its layers; what is not ours in the card that is replaced stays."""
     with TensorFileWriter(folder / SAFETENSORS_WEIGHTS_NAME) as writer:
-        for name, tensor in plan.projector_tensors.items():
+        for name, tensor in prepared.projector_tensors.items():
             writer.write(f"{KEY_PREFIX}{name}", tensor)
     if card.is_file():
         shutil.copyfile(card, folder / CARD_NAME)
-    interference = mean_residuals(record.residuals for record in records.values())
-    merged_config(plan, plan.record(interference)).save_pretrained(folder)
-    merged_statistics(plan, records).save(folder, sources=plan.files)
+    merged_config(prepared, prepared.record(mean_residuals(records))).save_pretrained(folder)
+    merged_statistics(prepared, records).save(folder, sources=prepared.files)
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -253,9 +245,9 @@ def usable_device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _progress(plan: PreparedMerge, groups: Sequence[Sequence[str]], progress: bool) -> Iterator[Sequence[str]]:
+def _progress(prepared: PreparedMerge, groups: Sequence[Sequence[str]], progress: bool) -> Iterator[Sequence[str]]:
     """The groups, with a bar that counts their layers."""
-    label = f"Merging {len(plan.tasks)} tasks"
+    label = f"Merging {len(prepared.tasks)} tasks"
     with tqdm(total=sum(map(len, groups)), desc=label, unit="layer", disable=not progress) as bar:
         for group in groups:
             yield group

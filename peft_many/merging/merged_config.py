@@ -14,13 +14,7 @@ from .prepare import PreparedMerge, most_frequent
 def merged_config(
     prepared: PreparedMerge, record: MergeRecord | None = None, statistics: Statistics | None = None
 ) -> MAnyConfig:
-    """The config of a merge.
-
-    Args:
-        prepared ([`PreparedMerge`]): The merge.
-        record ([`MergeRecord`], *optional*): Of the merge; without it the config is not that of a merge.
-        statistics (`AdapterStatistics`, *optional*): Of the merge.
-    """
+    """The config of a merge, or without its record that of a pool, which is an adapter of one task."""
     configs = [adapter.config for adapter in prepared.adapters]
     ranks = {layer: prepared.rank_of(layer) for layer in prepared.layers}
     rank = most_frequent(list(ranks.values()))

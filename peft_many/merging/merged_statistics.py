@@ -13,17 +13,11 @@ from .prepare import PreparedMerge
 
 
 def merged_statistics(
-    plan: PreparedMerge, layers: Mapping[str, LayerRecord], in_memory: bool = False
+    prepared: PreparedMerge, layers: Mapping[str, LayerRecord], in_memory: bool = False
 ) -> AdapterStatistics:
-    """Each task's statistics with its deltas.
-
-    Args:
-        plan ([`PreparedMerge`]): The merge.
-        layers (`Mapping[str, LayerRecord]`): What came of each merged layer.
-        in_memory (`bool`): Whether to read the deltas now, or each time they are asked for.
-    """
+    """Each task's statistics with its deltas, which are read now (`in_memory`) or each time they are asked for."""
     measured = []
-    for task in plan.tasks:
+    for task in prepared.tasks:
         A = _Reading({module: delta.rows for module, delta in task.deltas.items()})
         B = _Reading({module: delta.columns for module, delta in task.deltas.items() if not layers[module].stacked})
         measured.append(

@@ -19,12 +19,9 @@ def operation(kind: str, tasks: Sequence[str], options: Mapping[str, object], fo
 
 
 def operations_of(adapters: Sequence[Adapter], without: Sequence[str], options: MergeOptions) -> list[Operation]:
-    """The record of a merge that is made of these adapters: theirs, and what is done now.
+    """The record of a merge that is made of these adapters as they were read: theirs, and what is done now.
 
-    Args:
-        adapters (`Sequence[Adapter]`): As they were read, those of `without` included.
-        without (`Sequence[str]`): The tasks that are left out, whose names leave the record too.
-        options ([`MergeOptions`]): Of the merge.
+    The names of the tasks that are left out leave the record too.
     """
     record = []
     left_out = [task for adapter in adapters for task in adapter.tasks if task.name in without]

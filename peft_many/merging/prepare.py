@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,18 +16,17 @@ from ..algebra.lpm import has_full_rank
 from ..algebra.scatter import cost
 from ..files.adapter import Adapter, TaskAdapter, read_adapter
 from ..files.key_layouts import with_current_names
-from ..files.stored_delta import KEY_PREFIX, TASK_WEIGHT
+from ..files.statistics import group_by_input
+from ..files.stored_delta import KEY_PREFIX, TASK_WEIGHT, UnmergeableAdapterError
 from ..files.tensor_file import TensorFile
 from ..hub.sources import find_adapter
 from ..records import MergeOptions, MergeRecord, Operation, RoutedProjector, TaskRecord
 from ..records.options import ROUTED
-from ..version import __version__
-from .agreement import check_same_base, check_tasks, check_whole_projectors, shared_inputs
+from .checks import check_measured, check_same_base, check_same_shape, check_tasks, check_whole_projectors
 from .mean_projectors import average_projectors
 from .operations import operations_of
-from .requirements import check_can_gate, check_measured
 from .routed_projectors import route_projectors
-from .selection import TaskWeights, weighted_tasks, without_tasks
+from .selection import TaskWeights, select_tasks
 
 AdapterPath = str | os.PathLike[str]
 TaskNames = str | Sequence[str] | None
@@ -38,31 +34,19 @@ TaskNames = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class PreparedMerge:
-    """A merge that can be carried out: tasks that fit together, options, and what will come out.
+    """A merge that can be carried out: tasks that fit together, options, and what will come out."""
 
-    Args:
-        adapters (`Sequence[Adapter]`): As they were given.
-        tasks (`Sequence[TaskAdapter]`): Of all adapters, sorted by name.
-        groups (`Sequence[Sequence[str]]`): The layers that share their input in every task; one problem to solve each.
-        options ([`MergeOptions`]): With nothing left open.
-        routing (`dict[str, RoutedProjector]`): The routed projectors.
-        averaged (`dict[str, list[str]]`): By averaged projector, the tasks in the mean.
-        projector_tensors (`dict[str, torch.Tensor]`): Experts and prototypes, on disk until they are used; or means.
-        operations (`list[Operation]`): What was done to make the adapters, and this merge.
-    """
-
-    adapters: Sequence[Adapter]
-    tasks: Sequence[TaskAdapter]
-    groups: Sequence[Sequence[str]]
-    options: MergeOptions
+    adapters: Sequence[Adapter]  # in the order in which they were given
+    tasks: Sequence[TaskAdapter]  # of all adapters, sorted by name
+    groups: Sequence[Sequence[str]]  # the layers that share their input in every task; one problem to solve each
+    options: MergeOptions  # with nothing left open
     routing: dict[str, RoutedProjector]
-    averaged: dict[str, list[str]]
-    projector_tensors: dict[str, Tensor]
-    operations: list[Operation]
+    averaged: dict[str, list[str]]  # by averaged projector, the tasks in the mean
+    projector_tensors: dict[str, Tensor]  # experts and prototypes, on disk until they are used; or means
+    operations: list[Operation]  # what was done to make the adapters, and this merge
 
     @property
     def layers(self) -> list[str]:
-        """All layers that are merged."""
         return [layer for group in self.groups for layer in group]
 
     @property
@@ -80,10 +64,13 @@ class PreparedMerge:
         return [task.deltas[layer].rank if layer in task.deltas else 0 for task in self.tasks]
 
     def rank_of(self, layer: str) -> int:
-        """The rank of a layer's merged delta: what the tasks make up, and what `rank` allows."""
+        """The rank of a layer's merged delta: `Σ r_t` or what the method makes of it, and what `rank` allows."""
+        shape, options = self.shape_of(layer), self.options
         ranks = [rank for rank in self.ranks_of(layer) if rank]
-        whole = whole_rank(ranks, self.shape_of(layer), self.options)
-        return whole if self.options.rank is None else min(whole, self.options.rank)
+        rank = sum(ranks) if options.merge_method is None else options.merge_method.rank_of(ranks)
+        if has_full_rank(ranks, shape) and not options.gate_lora:
+            rank = min(rank, *shape)  # deltas of full rank add up to no more, but a gate keeps the tasks' blocks
+        return rank if options.rank is None else min(rank, options.rank)
 
     def shape_of(self, layer: str) -> tuple[int, int]:
         """`(out, in)` of a layer."""
@@ -110,19 +97,8 @@ class PreparedMerge:
             found[f"{KEY_PREFIX}{name}"] = (tensor.dtype, tuple(tensor.shape))
         return found
 
-    def key(self) -> str:
-        """A name for this very merge: the same inputs, options and version of the code give the same."""
-        files = [(str(file.path), *_identity(file.path)) for file in self.files]
-        tasks = [(task.name, task.weight, task.origin.sha256) for task in self.tasks]
-        text = json.dumps([__version__, torch.__version__, files, tasks, self.options.describe()], default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
     def record(self, interference: Mapping[str, float] | None = None) -> MergeRecord:
-        """What the merge's config will say of it.
-
-        Args:
-            interference (`Mapping[str, float]`, *optional*): By task, what merging costs it.
-        """
+        """What the merge's config will say of it; `interference` is what merging costs each task, once it is known."""
         blocks = {layer: self.ranks_of(layer) for layer in self.layers} if self.options.gate_lora else {}
         usual = most_frequent(list(blocks.values())) if blocks else None
         return MergeRecord(
@@ -153,21 +129,6 @@ def most_frequent(values: Sequence[Any]) -> Any:
     return max(values, key=values.count)
 
 
-def whole_rank(ranks: Sequence[int], shape: tuple[int, int], options: MergeOptions) -> int:
-    """The rank of a merged delta without a limit: `Σ r_t`, or what the method makes of it.
-
-    Deltas of full rank do not add up to more than that, but where a gate keeps the tasks' blocks.
-
-    Args:
-        ranks (`Sequence[int]`): Of the tasks that trained the layer.
-        shape (`tuple[int, int]`): `(out, in)` of the layer.
-        options ([`MergeOptions`]): Of the merge.
-    """
-    method = options.merge_method
-    whole = sum(ranks) if method is None else method.rank_of(ranks)
-    return min(whole, *shape) if has_full_rank(ranks, shape) and not options.gate_lora else whole
-
-
 def prepare_merge(
     entries: Sequence[AdapterPath],
     options: MergeOptions,
@@ -179,22 +140,15 @@ def prepare_merge(
     progress: bool,
     base: nn.Module | None = None,
 ) -> PreparedMerge:
-    """Find and read the adapters and check that they can be merged; the arguments are those of merging.
-
-    Args:
-        base (`torch.nn.Module`, *optional*): The base model, where there is one.
-
-    Raises:
-        ValueError, UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As merging says.
-    """
-    check_arguments(entries, weights, task_names)
-    adapters = [
+    """Find and read the adapters and check that they can be merged; arguments and errors are those of merging."""
+    _check_arguments(entries, weights, task_names)
+    read = [
         read_adapter(find_adapter(entry, **hub), task_names[i] if task_names is not None else None, base)
         for i, entry in enumerate(tqdm(entries, desc="Reading adapters", unit="adapter", disable=not progress))
     ]
-    adapters = everything = with_current_names(adapters, base)
-    tasks = weighted_tasks(adapters, weights)
-    adapters, tasks = without_tasks(adapters, tasks, without)
+    everything = with_current_names(read, base)
+    adapters = select_tasks(everything, weights, without)
+    tasks = [task for adapter in adapters for task in adapter.tasks]
     tasks.sort(key=lambda task: task.name)  # so that any order of the list gives the same merge to the bit
     check_tasks(tasks)
     check_measured(adapters, tasks, options)
@@ -206,21 +160,20 @@ def prepare_merge(
         routing, tensors = route_projectors(tasks, str(options.router), untrained_too=bool(options.gate_lora))
     else:
         averaged, tensors = average_projectors(tasks)
-    if options.gate_lora:
-        check_can_gate(routing)
+    if options.gate_lora and not routing:
+        raise UnmergeableAdapterError(
+            "`gate_lora` goes by the tasks' visual prototypes, but none of the adapters has one: no image passed "
+            "while their statistics were collected."
+        )
     check_whole_projectors(tasks, [*routing, *averaged])
     operations = operations_of(everything, without, options)
-    return PreparedMerge(adapters, tasks, shared_inputs(tasks), options, routing, averaged, tensors, operations)
+    return PreparedMerge(adapters, tasks, _shared_inputs(tasks), options, routing, averaged, tensors, operations)
 
 
-def check_arguments(
+def _check_arguments(
     entries: Sequence[AdapterPath], weights: TaskWeights, task_names: Sequence[TaskNames] | None
 ) -> None:
-    """Check what can be checked before any adapter is read.
-
-    Raises:
-        ValueError: There is no adapter, a list does not have an entry for each, or a weight is negative or no number.
-    """
+    """Check what can be checked before any adapter is read."""
     if isinstance(entries, (str, os.PathLike)) or not entries:
         raise ValueError("Give a list of at least one adapter to merge.")
     for name, given in (("weights", weights), ("task_names", task_names)):
@@ -231,6 +184,12 @@ def check_arguments(
         raise ValueError(f"`weights` must be finite and not negative, but they are {numbers}.")
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    about = path.stat()
-    return about.st_size, about.st_mtime_ns
+def _shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:
+    """The layers that any task trained, those that share their input in every task together."""
+    found: dict[str, list[tuple[TaskAdapter, tuple[int, int]]]] = {}
+    for task in tasks:
+        for layer, delta in task.deltas.items():
+            found.setdefault(layer, []).append((task, delta.shape))
+    for layer, shapes in found.items():
+        check_same_shape(f"The shape of '{layer}'", shapes)
+    return group_by_input(sorted(found), [task.statistics for task in tasks])

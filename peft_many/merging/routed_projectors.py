@@ -1,4 +1,4 @@
-"""CPM's part of a plan: every task's projector and prototype side by side, and how images will be compared."""
+"""CPM's part of a merge: every task's projector and prototype side by side, and how images will be compared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ..algebra.spread import shared_metric
 from ..files.adapter import TaskAdapter
 from ..files.stored_delta import UnmergeableAdapterError
 from ..records import RoutedProjector, RoutedTask
-from .mean_projectors import check_same_shapes
+from .checks import check_same_shape
+from .mean_projectors import check_same_tensors
 
 
 def route_projectors(
@@ -20,16 +21,8 @@ def route_projectors(
 ) -> tuple[dict[str, RoutedProjector], dict[str, Tensor]]:
     """What the config and the weights file of a merge say of routed projectors; tasks that saw no image take no part.
 
-    Args:
-        tasks (`Sequence[TaskAdapter]`): In the order of the merge.
-        router (`str`): `"cosine"`, or `"gaussian"`, which needs the spread of every routed task's images.
-        untrained_too (`bool`): Whether to route projectors that no task trained, for what a gate learns from them.
-
-    Returns:
-        `tuple`: What the record says of each projector, and tensors by key, on disk.
-
-    Raises:
-        UnmergeableAdapterError: Prototypes or projectors do not fit one another, or a spread is missing.
+    With `untrained_too` projectors that no task trained are routed as well, for what a gate learns from them. The
+    tensors, by key, stay on disk.
     """
     routing: dict[str, RoutedProjector] = {}
     tensors: dict[str, Tensor] = {}
@@ -43,12 +36,8 @@ def route_projectors(
         if not routed:
             continue
         prototypes = [task.statistics.projectors[projector].prototype.float() for task in routed]
-        for task, prototype in zip(routed, prototypes):
-            if prototype.shape != prototypes[0].shape:
-                raise UnmergeableAdapterError(
-                    f"The features at '{projector}' have width {len(prototypes[0])} in {routed[0].source}, but "
-                    f"{len(prototype)} in {task.source}: they were trained on different base models."
-                )
+        check_same_shape(f"The width of the features at '{projector}'", zip(routed, map(len, prototypes)))
+        check_same_tensors(projector, [task for task in routed if projector in task.projectors])
         directions = None
         tensors[f"{projector}.prototypes"] = torch.stack(prototypes)
         if router == "gaussian":
@@ -59,7 +48,6 @@ def route_projectors(
             tensors[f"{projector}.variances"] = metric.variances.float()
         named = [RoutedTask(task.name, trained=projector in task.projectors) for task in routed]
         routing[projector] = RoutedProjector(len(prototypes[0]), named, directions)
-        check_same_shapes(projector, [task for task in routed if projector in task.projectors])
         for t, task in enumerate(routed):
             for key, tensor in task.projectors.get(projector, {}).items():
                 tensors[f"{projector}.experts.task_{t}.{key}"] = tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ..files.adapter import Adapter, TaskAdapter
@@ -14,81 +14,43 @@ from ..files.stored_delta import UnmergeableAdapterError
 TaskWeights = Sequence[float] | Mapping[str, float] | None
 
 
-def weighted_tasks(adapters: Sequence[Adapter], weights: TaskWeights) -> list[TaskAdapter]:
-    """The tasks of all adapters with the weights that they have in the merge.
-
-    Raises:
-        ValueError: There is no task of that name, or it is part of a pool.
-        UnmergeableAdapterError: A mean of projectors would have to be taken again with other weights, or a task had
-            the weight 0 when its projector would have been written.
-    """
+def select_tasks(adapters: Sequence[Adapter], weights: TaskWeights, without: Collection[str]) -> list[Adapter]:
+    """The adapters with those of their tasks that take part, which have the weights that they have in the merge."""
+    by_name: Mapping[str, float] = {}
+    factors: Sequence[float] = [1.0] * len(adapters)
     if isinstance(weights, Mapping):
-        _check_known(weights, adapters, "`weights`")
+        by_name = weights
+    elif weights is not None:
+        factors = weights
+    _check_known(by_name, adapters, "`weights`")
+    _check_known(without, adapters, "`without`")
+    selected = []
+    for adapter, factor in zip(adapters, factors):
         tasks = [
-            [replace(task, weight=float(weights.get(task.name, task.weight))) for task in adapter.tasks]
-            for adapter in adapters
+            replace(task, weight=float(by_name.get(task.name, factor * task.weight)))
+            for task in adapter.tasks
+            if task.name not in without
         ]
-        for adapter, weighted in zip(adapters, tasks):
-            _check_projectors_are_kept(weighted)
-            _check_same_mean(adapter, weighted)
-        return [task for weighted in tasks for task in weighted]
-    factors = weights if weights is not None else [1.0] * len(adapters)
-    return [
-        replace(task, weight=factor * task.weight)
-        for adapter, factor in zip(adapters, factors)
-        for task in adapter.tasks
-    ]
-
-
-def without_tasks(
-    adapters: Sequence[Adapter], tasks: Sequence[TaskAdapter], names: Sequence[str]
-) -> tuple[list[Adapter], list[TaskAdapter]]:
-    """Leave out the tasks of these names, as if they had never been merged.
-
-    Args:
-        adapters (`Sequence[Adapter]`): As they were read.
-        tasks (`Sequence[TaskAdapter]`): All their tasks, with their weights in the merge.
-        names (`Sequence[str]`): Names of tasks.
-
-    Returns:
-        The adapters and tasks that remain.
-
-    Raises:
-        ValueError: There is no task of that name, or none would be left.
-        UnmergeableAdapterError: A projector that remains is a mean that a task has a part in.
-    """
-    if not names:
-        return list(adapters), list(tasks)
-    _check_known(names, adapters, "`without`")
-    kept = [task for task in tasks if task.name not in names]
-    if not kept:
+        _check_projectors_are_kept(tasks)
+        _check_means_stay(adapter, tasks)
+        if tasks:
+            selected.append(_with_tasks(adapter, tasks))
+    if not selected:
         raise ValueError("Without these tasks, none is left to merge.")
-    return [left for adapter in adapters if (left := _left_of(adapter, names)) is not None], kept
+    return selected
 
 
-def _left_of(adapter: Adapter, names: Sequence[str]) -> Adapter | None:
-    left = tuple(task for task in adapter.tasks if task.name not in names)
-    if len(left) == len(adapter.tasks):
-        return adapter
-    if not left:
-        return None
-    for projector, averaged in adapter.averaged_projectors.items():
-        gone = [task for task in adapter.tasks if task.name in names and projector in task.projectors]
-        if gone and len(averaged) > 1:
-            raise UnmergeableAdapterError(
-                f"{gone[0].source} cannot be taken out: the projector '{projector}' is the mean of several tasks' "
-                "projectors, and their own are not kept. Merge the other tasks' adapters anew."
-            )
-    layers = {module for task in left for module in task.deltas}
-    config = adapter.config
+def _with_tasks(adapter: Adapter, tasks: Sequence[TaskAdapter]) -> Adapter:
+    """The adapter with some of its tasks; if layers fall away with the others, its config says so."""
+    config, layers = adapter.config, {module for task in tasks for module in task.deltas}
     if layers != {module for task in adapter.tasks for module in task.deltas}:
         config = copy.copy(config)
         config.target_modules = sorted(layers)  # its own words would adapt layers that nobody trained
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    return replace(adapter, config=config, tasks=left)
+    return replace(adapter, config=config, tasks=tuple(tasks))
 
 
-def _check_known(names: Sequence[str] | Mapping[str, float], adapters: Sequence[Adapter], option: str) -> None:
+def _check_known(names: Collection[str], adapters: Sequence[Adapter], option: str) -> None:
     tasks = [task for adapter in adapters for task in adapter.tasks]
     known = [task.name for task in tasks]
     unknown = next((name for name in names if name not in known), None)
@@ -102,8 +64,8 @@ def _check_known(names: Sequence[str] | Mapping[str, float], adapters: Sequence[
         raise ValueError(f"{option} names the task '{unknown}', but the tasks are {', '.join(map(repr, known))}.")
 
 
-def _check_projectors_are_kept(weighted: Sequence[TaskAdapter]) -> None:
-    for task in weighted:
+def _check_projectors_are_kept(tasks: Sequence[TaskAdapter]) -> None:
+    for task in tasks:
         left_out = task.origin.projectors_left_out
         if task.weight > 0 and left_out:
             raise UnmergeableAdapterError(
@@ -112,16 +74,16 @@ def _check_projectors_are_kept(weighted: Sequence[TaskAdapter]) -> None:
             )
 
 
-def _check_same_mean(adapter: Adapter, weighted: Sequence[TaskAdapter]) -> None:
-    """A mean of projectors stays right only if the weights of the tasks in it keep their ratios."""
+def _check_means_stay(adapter: Adapter, tasks: Sequence[TaskAdapter]) -> None:
+    """A mean of projectors stays right only if its tasks keep the ratios of their weights, and all or none stay."""
+    weights = {task.name: task.weight for task in tasks}
     for projector in adapter.averaged_projectors:
-        ratios = [
-            new.weight / old.weight
-            for old, new in zip(adapter.tasks, weighted)
-            if projector in old.projectors and old.weight > 0
-        ]
+        heard = [task for task in adapter.tasks if projector in task.projectors and task.weight > 0]
+        ratios = [weights.get(task.name, 0.0) / task.weight for task in heard]
         if not all(math.isclose(ratio, ratios[0], abs_tol=1e-12) for ratio in ratios):
+            gone = next((task for task in heard if task.name not in weights), None)
             raise UnmergeableAdapterError(
-                f"{adapter.tasks[0].source}: the projector '{projector}' is the mean of several tasks' projectors by "
-                "their old weights, and their own are not kept. Merge the tasks' adapters anew."
+                f"{(gone or heard[0]).source} cannot {'be taken out' if gone else 'get this weight'}: the projector "
+                f"'{projector}' is the mean of several tasks' projectors by their old weights, and their own are not "
+                "kept. Merge the tasks' adapters anew."
             )

@@ -21,11 +21,7 @@ METHODS: dict[str, type[MergeMethod]] = {
 
 
 def as_method(method: str | MergeMethod) -> MergeMethod | None:
-    """The method of that name with its default options; `None` for `"lpm"`, the merging functions' own.
-
-    Raises:
-        ValueError: There is no such method.
-    """
+    """The method of that name with its default options; `None` for `"lpm"`, the merging functions' own."""
     if method == LPM:
         return None
     if isinstance(method, str) and method in METHODS:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..algebra.covariance import Covariance
@@ -78,21 +79,20 @@ class ForeignMethod(MergeMethod):
     options: dict[str, Any]
 
     def merge(self, tasks: Sequence[LayerTask], layer: str = "") -> LowRankDelta | Tensor:
-        """There is no way to.
-
-        Raises:
-            ValueError: Always.
-        """
         raise ValueError(f"the method '{self.name}' is not one of peft_many's; merge anew with another `method`")
 
     def describe(self) -> dict[str, Any]:
-        """Name, source and options, as they were read."""
         return {"name": self.name, "source": self.source, **self.options}
 
 
 def trained(tasks: Sequence[LayerTask]) -> list[LayerTask]:
     """The tasks that trained the layer."""
     return [task for task in tasks if task.delta.A.shape[0] > 0]
+
+
+def smallest_resolved(matrix: Tensor, values: Tensor) -> Tensor:
+    """The smallest singular value that is told from zero in a matrix of these singular values, the largest first."""
+    return max(matrix.shape) * torch.finfo(matrix.dtype).eps * values[:1].sum()  # there may be none
 
 
 def check_share(name: str, value: float) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.lpm import LowRankDelta
-from .base import LayerTask, MergeMethod, check_finite, trained
+from .base import LayerTask, MergeMethod, check_finite, smallest_resolved, trained
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,12 @@ class CoreSpace(MergeMethod):
 def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triplets `U, σ, V`, at most `count`, none whose value is zero up to rounding."""
     U, values, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    kept = min(count, int((values > _resolved(matrix, values)).sum()))
+    kept = min(count, int((values > smallest_resolved(matrix, values)).sum()))
     return U[:, :kept], values[:kept], Vh[:kept].T
 
 
 def _orthogonal(columns: Tensor) -> Tensor:
     """The nearest matrix with orthonormal columns; a partial isometry where the columns are dependent."""
     P, values, Sh = torch.linalg.svd(columns, full_matrices=False)
-    kept = values > _resolved(columns, values)
+    kept = values > smallest_resolved(columns, values)
     return P[:, kept] @ Sh[kept]
-
-
-def _resolved(matrix: Tensor, values: Tensor) -> Tensor:
-    """The smallest singular value that float64 tells from zero in this matrix."""
-    return max(matrix.shape) * torch.finfo(matrix.dtype).eps * values[:1].sum()  # the largest, if any

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from peft.utils.merge_utils import ties
 from torch import Tensor
 
 from ..algebra.lpm import LowRankDelta
-from .base import LayerTask, MergeMethod, check_finite, check_share, trained
-from .ties import check_sign_method, unpruned_is_fine, weights_of
+from .base import LayerTask, smallest_resolved, trained
+from .ties import Ties
 
 
 @dataclass(frozen=True)
-class Knots(MergeMethod):
+class Knots(Ties):
     """KnOTS-TIES: `[ΔW_1 … ΔW_T] = U Σ [V_1ᵀ … V_Tᵀ]`, then `ΔW = λ U · TIES(Σ V_1ᵀ, …, Σ V_Tᵀ)`.
 
     In the common basis `U` entries of different tasks mean the same thing, so that their signs can be compared. As
@@ -29,26 +28,15 @@ class Knots(MergeMethod):
         majority_sign_method (`str`, defaults to `"total"`): As in [`Ties`].
     """
 
-    density: float = 0.2
-    scaling: float = 1.0
-    majority_sign_method: str = "total"
-
     name = "knots"
     source = "KnOTS-TIES, arXiv 2410.19735"
-
-    def __post_init__(self) -> None:
-        check_share("density", self.density)
-        check_finite("scaling", self.scaling)
-        check_sign_method(self.majority_sign_method)
 
     def merge(self, tasks: Sequence[LayerTask], layer: str = "") -> LowRankDelta:
         """`B = U` with orthonormal columns, `A = λ TIES(Σ V_tᵀ)`."""
         tasks = trained(tasks)
         U = left_singular_vectors([task.delta for task in tasks])
         aligned = [(U.T @ task.delta.B.double()) @ task.delta.A.double() for task in tasks]  # Σ V_tᵀ = Uᵀ ΔW_t
-        with unpruned_is_fine():
-            merged = ties(aligned, weights_of(tasks, aligned[0]), self.density, self.majority_sign_method)
-        return LowRankDelta(A=self.scaling * merged, B=U)
+        return LowRankDelta(A=self.combined(aligned, tasks), B=U)
 
 
 def left_singular_vectors(deltas: Sequence[LowRankDelta]) -> Tensor:
@@ -60,5 +48,4 @@ def left_singular_vectors(deltas: Sequence[LowRankDelta]) -> Tensor:
     blocks = upper.split([delta.A.shape[0] for delta in deltas], dim=1)
     small = torch.cat([R @ torch.linalg.qr(delta.A.double().T).R.T for R, delta in zip(blocks, deltas)], dim=1)
     U, values, _ = torch.linalg.svd(small, full_matrices=False)
-    tolerance = max(small.shape) * torch.finfo(small.dtype).eps * values[0]
-    return Q @ U[:, values > tolerance]
+    return Q @ U[:, values > smallest_resolved(small, values)]

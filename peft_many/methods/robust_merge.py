@@ -44,7 +44,6 @@ class RobustMerge(MergeMethod):
         check_finite("scaling", self.scaling)
 
     def rank_of(self, ranks: Sequence[int]) -> int:
-        """The largest of them."""
         return max(ranks)
 
     def merge(self, tasks: Sequence[LayerTask], layer: str = "") -> LowRankDelta:

@@ -11,6 +11,7 @@ import torch
 from peft.utils.merge_utils import ties
 from torch import Tensor
 
+from ..algebra.lpm import LowRankDelta
 from .base import LayerTask, MergeMethod, check_finite, check_share, trained
 
 SIGN_METHODS = ("total", "frequency")
@@ -43,12 +44,16 @@ class Ties(MergeMethod):
         check_finite("scaling", self.scaling)
         check_sign_method(self.majority_sign_method)
 
-    def merge(self, tasks: Sequence[LayerTask], layer: str = "") -> Tensor:
+    def merge(self, tasks: Sequence[LayerTask], layer: str = "") -> LowRankDelta | Tensor:
         """`λ · TIES(ΔW_1, …, ΔW_T)`, dense."""
         tasks = trained(tasks)
-        deltas = [task.delta.B @ task.delta.A for task in tasks]
+        return self.combined([task.delta.B @ task.delta.A for task in tasks], tasks)
+
+    def combined(self, matrices: list[Tensor], tasks: Sequence[LayerTask]) -> Tensor:
+        """`λ · TIES` of one matrix for each task."""
+        weights = weights_of(tasks, matrices[0])
         with unpruned_is_fine():
-            return self.scaling * ties(deltas, weights_of(tasks, deltas[0]), self.density, self.majority_sign_method)
+            return self.scaling * ties(matrices, weights, self.density, self.majority_sign_method)
 
 
 def weights_of(tasks: Sequence[LayerTask], like: Tensor) -> Tensor:

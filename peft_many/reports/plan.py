@@ -103,7 +103,7 @@ def plan_merge(
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     expected = (AdapterNotFoundError, StatisticsError, UnmergeableAdapterError)
     try:
-        plan = prepare_merge(adapters, chosen, **about_tasks, hub=hub, progress=progress)
+        prepared = prepare_merge(adapters, chosen, **about_tasks, hub=hub, progress=progress)
     except expected as error:
         problems = []
         for adapter in adapters:  # what is wrong with each by itself; if nothing is, they do not go together
@@ -112,27 +112,27 @@ def plan_merge(
             except expected as one:
                 problems.append(str(one))
         return MergePlan(problems or [str(error)], [], [])
-    ranks = [plan.rank_of(layer) for layer in plan.layers]
+    ranks = [prepared.rank_of(layer) for layer in prepared.layers]
     return MergePlan(
         problems=[],
-        notes=_notes(plan),
-        tasks=[PlannedTask(**known_of(task), source=task.source) for task in plan.tasks],
+        notes=_notes(prepared),
+        tasks=[PlannedTask(**known_of(task), source=task.source) for task in prepared.tasks],
         layers=len(ranks),
-        groups=len(plan.groups),
+        groups=len(prepared.groups),
         ranks=(min(ranks), max(ranks)),
-        options=plan.options.describe(),
-        projectors={**{name: routed.names for name, routed in plan.routing.items()}, **plan.averaged},
-        output_bytes=sum(dtype.itemsize * math.prod(shape) for dtype, shape in plan.tensors().values()),
-        multiplications=sum(plan.cost_of(group) for group in plan.groups),
+        options=prepared.options.describe(),
+        projectors={**{name: routed.names for name, routed in prepared.routing.items()}, **prepared.averaged},
+        output_bytes=sum(dtype.itemsize * math.prod(shape) for dtype, shape in prepared.tensors().values()),
+        multiplications=sum(prepared.cost_of(group) for group in prepared.groups),
     )
 
 
-def _notes(plan: PreparedMerge) -> list[str]:
+def _notes(prepared: PreparedMerge) -> list[str]:
     """What may surprise in a merge that can be made."""
     notes = []
-    layers, method = plan.layers, plan.options.merge_method
+    layers, method = prepared.layers, prepared.options.merge_method
     needs_covariances = method is None or method.needs_covariances
-    for task in plan.tasks:
+    for task in prepared.tasks:
         missing = [module for module in layers if module not in task.deltas]
         silent = [module for module in missing if module not in task.statistics.input_of]
         if task.weight == 0:
@@ -146,25 +146,25 @@ def _notes(plan: PreparedMerge) -> list[str]:
             notes.append(note)
         if 0 < task.statistics.samples < _FEW_SAMPLES:
             notes.append(f"'{task.name}' was measured on {task.statistics.samples} samples; 32 to 128 are enough.")
-        for projector in plan.routing:
+        for projector in prepared.routing:
             if projector not in task.statistics.projectors:
                 notes.append(f"'{task.name}' saw no image at '{projector}', so no image is sent to it.")
             elif projector not in task.projectors:
                 notes.append(f"'{task.name}' has no projector '{projector}' of its own: the base model's serves.")
-    return [*notes, *_alike(plan)]
+    return [*notes, *_alike(prepared)]
 
 
-def _alike(plan: PreparedMerge) -> list[str]:
+def _alike(prepared: PreparedMerge) -> list[str]:
     """Tasks whose images the router can hardly tell apart, by their prototypes alone."""
     notes = []
-    for projector, routed in plan.routing.items():
-        prototypes = plan.projector_tensors[f"{projector}.prototypes"]
+    for projector, routed in prepared.routing.items():
+        prototypes = prepared.projector_tensors[f"{projector}.prototypes"]
         metric = None
         if routed.directions is not None:
             metric = FeatureMetric(
-                *(plan.projector_tensors[f"{projector}.{of}"] for of in ("directions", "variances"))
+                *(prepared.projector_tensors[f"{projector}.{of}"] for of in ("directions", "variances"))
             )
-        weights = task_weights(prototypes, prototypes, metric, float(plan.options.temperature or 0))
+        weights = task_weights(prototypes, prototypes, metric, float(prepared.options.temperature or 0))
         names = routed.names
         for one, two in (weights.fill_diagonal_(0.0) > _ALIKE).nonzero().tolist():
             notes.append(
