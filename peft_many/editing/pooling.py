@@ -60,7 +60,7 @@ def pool_adapters(
     is lost: its tasks share one projector, so that images are no longer routed among them, and none of them can be
     forgotten. Pool tasks that look alike, and leave the others apart.
 
-    The arguments are those of [`merge_adapter_sequence`], merges and pools among the adapters, and:
+    Merges and pools may be among the adapters. Arguments that are not listed are as in [`merge_adapter_sequence`].
 
     Args:
         output_dir (`str`): The folder to create; it must not exist, or be empty.
@@ -96,15 +96,14 @@ def pool_adapters(
         hub=hub,
         progress=progress,
     )
-    name = task_name or _joined([task.name for task in prepared.tasks])
+    names = [task.name for task in prepared.tasks]
+    name = task_name or ("+".join(names) if len(names) <= 3 else f"{len(names)} tasks")
     tensors = {f"{KEY_PREFIX}{key}": tensor.contiguous() for key, tensor in prepared.projector_tensors.items()}
     truncation = Truncation(rank=statistics_rank, energy=1.0)
     inputs: dict[str, InputStatistics] = {}
     input_of: dict[str, str] = {}
     fingerprints: dict[str, list[float]] = {}
-    for group in tqdm(
-        prepared.groups, desc=f"Pooling {len(prepared.tasks)} tasks", unit="input", disable=not progress
-    ):
+    for group in tqdm(prepared.groups, desc=f"Pooling {len(names)} tasks", unit="input", disable=not progress):
         merged = merged_deltas(prepared, group, device)
         prepared.release()
         tensors |= tensors_of(merged)
@@ -126,10 +125,6 @@ def pool_adapters(
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
         _config_of(prepared, name, statistics).save_pretrained(folder)
     return Path(output_dir).expanduser()
-
-
-def _joined(names: Sequence[str]) -> str:
-    return "+".join(names) if len(names) <= 3 else f"{len(names)} tasks"
 
 
 def _config_of(prepared: PreparedMerge, name: str, statistics: TaskStatistics) -> MAnyConfig:

@@ -88,7 +88,7 @@ def remove_task(
     the task is left in the files. Copies of the merge elsewhere, in a Hub repository's history say, are not touched.
     A refitted merge ([`refit_merge`]) is merged anew, without its refit, which the task had a part in.
 
-    The arguments are those of [`add_task`], and:
+    Arguments that are not listed are as in [`add_task`].
 
     Args:
         task_name (`str`): The task to forget.
@@ -125,7 +125,7 @@ def reweight_tasks(
     """Give tasks of a merge other weights, without the adapters that it was made of and without a base model.
 
     The result is what merging the tasks' adapters with these weights would have given; a refit of the merge
-    ([`refit_merge`]) is not kept. The arguments are those of [`add_task`].
+    ([`refit_merge`]) is not kept. The arguments are as in [`add_task`].
 
     Returns:
         `Path`: The folder.

@@ -1,1 +1,1 @@
-"""From a list of adapters to one: options, plan, one group of layers after another, record."""
+"""From a list of adapters to one: options, preparation, one group of layers after another, record."""

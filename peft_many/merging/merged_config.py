@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import mode
 from typing import Any
 
 from ..files.adapter import Adapter
 from ..records import MergeRecord
 from ..tuner.config import MAnyConfig, Statistics
-from .prepare import PreparedMerge, most_frequent
+from .prepare import PreparedMerge
 
 
 def merged_config(
@@ -17,7 +18,7 @@ def merged_config(
     """The config of a merge, or without its record that of a pool, which is an adapter of one task."""
     configs = [adapter.config for adapter in prepared.adapters]
     ranks = {layer: prepared.rank_of(layer) for layer in prepared.layers}
-    rank = most_frequent(list(ranks.values()))
+    rank = mode(ranks.values())
     projectors = sorted({*prepared.routing, *prepared.averaged})
     exceptions = {layer.replace(".", r"\."): r for layer, r in ranks.items() if r != rank}
     merged = MAnyConfig(

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import mode
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class PreparedMerge:
     def record(self, interference: Mapping[str, float] | None = None) -> MergeRecord:
         """What the merge's config will say of it; `interference` is what merging costs each task, once it is known."""
         blocks = {layer: self.ranks_of(layer) for layer in self.layers} if self.options.gate_lora else {}
-        usual = most_frequent(list(blocks.values())) if blocks else None
+        usual = list(mode(map(tuple, blocks.values()))) if blocks else None
         return MergeRecord(
             options=self.options,
             tasks=[_task_record(task, (interference or {}).get(task.name)) for task in self.tasks],
@@ -122,11 +123,6 @@ def _task_record(task: TaskAdapter, interference: float | None) -> TaskRecord:
         images=task.statistics.images,
         interference=interference,
     )
-
-
-def most_frequent(values: Sequence[Any]) -> Any:
-    """The value that occurs most often, of several the first."""
-    return max(values, key=values.count)
 
 
 def prepare_merge(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import yaml
 
 from ..records import MergeOptions
 from ..records.options import number
+
+_FURTHER = ("device", "without", "weights")  # what `options` knows beside those of `MergeOptions`
 
 
 class RecipeError(ValueError):
@@ -89,7 +91,7 @@ def _arguments(content: Any, folder: Path) -> dict[str, Any]:
     if "weights" in options and "weights" in arguments:
         raise RecipeError("give the weights either by adapter (`weight`) or by task (`options: weights`).")
     given = {name: value for name, value in options.items() if value is not None}
-    arguments |= {name: read(given.pop(name)) for name, read in _FURTHER.items() if name in given}
+    arguments |= {name: _read_further(name, given.pop(name)) for name in _FURTHER if name in given}
     chosen = MergeOptions.read(given)
     return arguments | {name: getattr(chosen, name) for name in given}
 
@@ -114,10 +116,8 @@ def _entry(entry: Any, place: int, folder: Path) -> dict[str, Any]:
         found["adapter"] = f"{name}@{revision}"
     if "weight" in found:
         found["weight"] = number(f"the weight of {where}", found["weight"])
-    if "name" in found and not isinstance(found["name"], str):
-        names = found["name"]
-        if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
-            raise RecipeError(f"the name of {where} must be a string, or a list of them for a merge.")
+    if not isinstance(found.get("name", ""), str) and not _are_names(found["name"]):
+        raise RecipeError(f"the name of {where} must be a string, or a list of them for a merge.")
     return found
 
 
@@ -127,23 +127,18 @@ def _check_keys(found: Mapping[Any, Any], known: tuple[str, ...], where: str) ->
         raise RecipeError(f"{where} knows no `{unknown}`; it knows {', '.join(f'`{key}`' for key in known)}.")
 
 
-def _names(value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _read_further(name: str, value: Any) -> Any:
+    """What is no field of `MergeOptions`."""
+    if name == "device" and not isinstance(value, str):
+        raise RecipeError(f"`device` must be a string, but it is {value!r}.")
+    if name == "without" and not _are_names(value):
         raise RecipeError(f"`without` must be a list of tasks' names, but it is {value!r}.")
-    return value
-
-
-def _weights(value: Any) -> dict[str, float]:
-    if not isinstance(value, dict) or not all(isinstance(task, str) for task in value):
+    if name != "weights":
+        return value
+    if not isinstance(value, dict) or not _are_names(list(value)):
         raise RecipeError(f"`weights` must map tasks' names to numbers, but it is {value!r}.")
     return {task: number(f"the weight of '{task}'", weight) for task, weight in value.items()}
-
-
-def _device(value: Any) -> str:
-    if not isinstance(value, str):
-        raise RecipeError(f"`device` must be a string, but it is {value!r}.")
-    return value
-
-
-# What a recipe's `options` know beside those of `MergeOptions`.
-_FURTHER: dict[str, Callable[[Any], Any]] = {"device": _device, "without": _names, "weights": _weights}
