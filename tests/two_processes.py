@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files
-from peft_many.files.adapter import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.files.processes import ProcessFailedError
 from tests import tiny
 from tests.adapters import covariances

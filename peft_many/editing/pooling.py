@@ -20,7 +20,7 @@ from ..files.adapter import TaskAdapter
 from ..files.atomic import new_folder
 from ..files.fingerprints import weight_fingerprint
 from ..files.statistics import AdapterStatistics, ImageStatistics, InputStatistics, TaskStatistics
-from ..files.stored_delta import KEY_PREFIX
+from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import HubArguments
 from ..merging.group import merged_deltas, tensors_of
 from ..merging.merged_config import merged_config

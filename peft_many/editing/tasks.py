@@ -11,7 +11,7 @@ import torch
 from typing_extensions import Unpack
 
 from ..files.adapter import read_adapter
-from ..files.stored_delta import UnmergeableAdapterError
+from ..files.errors import UnmergeableAdapterError
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.merge import merge_adapter_files
 from ..merging.prepare import AdapterPath, TaskNames

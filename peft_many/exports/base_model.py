@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..files.adapter import Adapter
-from ..files.stored_delta import UnmergeableAdapterError
+from ..files.errors import UnmergeableAdapterError
 from ..hub.sources import HubArguments, first_line
 from ..merging.base_model import check_fits_model
 from ..tuner.config import MAnyConfig

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..algebra.reduction import padded
 from ..files.adapter import Adapter
 from ..files.card import CARD_NAME, plain
-from ..files.stored_delta import KEY_PREFIX
+from ..files.tensor_keys import KEY_PREFIX
 from ..version import __version__
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]  # by layer, `A` with the LoRA scaling folded in, and `B`

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..files.adapter import read_adapter
 from ..files.atomic import new_folder
 from ..files.source import AdapterSource
-from ..files.stored_delta import KEY_PREFIX
+from ..files.tensor_keys import KEY_PREFIX
 from ..tuner.config import MAnyConfig
 from .export import write_adapter
 

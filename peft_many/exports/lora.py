@@ -10,8 +10,8 @@ from typing_extensions import Unpack
 
 from ..files.adapter import read_adapter
 from ..files.atomic import new_folder
+from ..files.errors import UnmergeableAdapterError
 from ..files.key_layouts import with_current_names
-from ..files.stored_delta import UnmergeableAdapterError
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.prepare import AdapterPath
 from .export import Export, as_lora, largest_rank, notes_on_gate, read_pairs, write_adapter, write_card

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from ..files.adapter import Adapter, read_adapter
 from ..files.atomic import new_folder
 from ..files.key_layouts import with_current_names
-from ..files.stored_delta import KEY_PREFIX
+from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.prepare import AdapterPath
 from ..records import MergeRecord

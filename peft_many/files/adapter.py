@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,65 +16,44 @@ from torch import Tensor, nn
 
 from ..records import MergeRecord, Operation, Origin, PoolRecord, merge_of
 from .card import data_sets_of
-from .lora_pairs import split_pairs
+from .errors import StatisticsError, UnmergeableAdapterError
+from .lora_pairs import lora_pairs
 from .peft_deltas import deltas_by_peft
 from .peft_methods import check_method, check_options, is_plain_lora, name_of
 from .projectors import projectors_in_merge, projectors_of_adapter
 from .source import AdapterSource
-from .statistics import STATISTICS_NAME, AdapterStatistics, StatisticsError, TaskStatistics, open_statistics
-from .stored_delta import (
-    KEY_PREFIX,
-    StoredDelta,
-    StoredPair,
-    UnmergeableAdapterError,
-    delta_of_adapter,
-    deltas_in_merge,
-)
+from .statistics import STATISTICS_NAME, AdapterStatistics, TaskStatistics, open_statistics
+from .stored_delta import StoredDelta, StoredPair, check_finite, delta_of_adapter, deltas_in_merge
 from .tensor_file import TensorFile
+from .tensor_keys import KEY_PREFIX, tensor_keys
 from .untrusted import LARGEST_CONFIG, NONSENSE_ERRORS, check_config
 
 # Of the options that a task's adapter was trained with, those that a merge's config keeps.
 _TOLD_OPTIONS = ("r", "lora_alpha", "use_rslora")
+_KEY = re.compile(r"[\w-]+(?:\.[\w-]+)*")
 
 
 @dataclass(frozen=True)
 class TaskAdapter:
-    """One task as it goes into a merge. Weights and covariances stay on disk until they are used.
-
-    Args:
-        name (`str`): The task's name.
-        weight (`float`): `w_t`.
-        origin ([`Origin`]): Where its adapter came from, for the merge's record.
-        statistics ([`TaskStatistics`]): Covariances and prototypes.
-        deltas (`Mapping[str, StoredDelta]`): By layer.
-        projectors (`Mapping[str, Mapping[str, torch.Tensor]]`): The state dict of each projector of its own.
-        source (`str`): The adapter's name for messages.
-    """
+    """One task as it goes into a merge. Weights and covariances stay on disk until they are used."""
 
     name: str
-    weight: float
+    weight: float  # w_t
     origin: Origin
     statistics: TaskStatistics
-    deltas: Mapping[str, StoredDelta]
-    projectors: Mapping[str, Mapping[str, Tensor]]
-    source: str
+    deltas: Mapping[str, StoredDelta]  # by layer
+    projectors: Mapping[str, Mapping[str, Tensor]]  # the state dict of each projector of its own
+    source: str  # the adapter's name for messages
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder, opened and checked: its config, its tasks (several if it is a merge) and its mapped files.
-
-    Args:
-        config ([`~peft.LoraConfig`]): As saved.
-        tasks (`tuple[TaskAdapter, ...]`): One, or those of a merge.
-        files (`tuple[TensorFile, ...]`): What everything is mapped from.
-        pairs (`Mapping[str, StoredPair]`): By layer, the LoRA in the file, in a merge the merged one; none of others.
-    """
+    """An adapter folder, opened and checked: its config, its tasks (several if it is a merge) and its mapped files."""
 
     config: PeftConfig
     tasks: tuple[TaskAdapter, ...]
-    files: tuple[TensorFile, ...]
-    pairs: Mapping[str, StoredPair]
+    files: tuple[TensorFile, ...]  # what everything is mapped from
+    pairs: Mapping[str, StoredPair]  # by layer, the plain LoRA in the file, in a merge the merged one
 
     @property
     def merge(self) -> MergeRecord | None:
@@ -100,18 +80,11 @@ class Adapter:
 def read_adapter(
     source: AdapterSource, task_names: str | Sequence[str] | None = None, base: nn.Module | None = None
 ) -> Adapter:
-    """Read an adapter with its statistics, if it has any. Only safetensors and JSON are read, nothing is executed.
+    """Read an adapter with its statistics, if it has any, or raise `UnmergeableAdapterError` or `StatisticsError`.
 
-    Args:
-        source ([`AdapterSource`]): Where it is.
-        task_names (`str` or `Sequence[str]`, *optional*): Overrides the task's name; a list, for each task of a merge.
-        base (`torch.nn.Module`, *optional*): The base model, which the deltas of some PEFT methods depend on.
-
-    An adapter without a statistics file is read as one task of which nothing is known; whether the merge can do
-    without is for the caller to say.
-
-    Raises:
-        UnmergeableAdapterError: It cannot be merged, be it damaged or not linear.
+    Only safetensors and JSON are read, nothing is executed. `task_names` replaces the names of its tasks. Of an
+    adapter without a statistics file nothing is known; whether the merge can do without is for the caller to say. The
+    deltas of some PEFT methods depend on the base model.
     """
     try:
         return _read(source, task_names, base)
@@ -125,28 +98,32 @@ def read_adapter(
 def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: nn.Module | None) -> Adapter:
     config = _read_config(source)
     weights = _open_weights(source)
-    layers = (key.removeprefix(KEY_PREFIX).partition(".lora_")[0] for key in sorted(weights) if ".lora_" in key)
+    keys = tensor_keys(config, weights)
     try:
-        check_options(config, next(layers, "no layer"))
+        check_options(config, next(iter(keys.own), "no layer"))
     except ValueError as error:
         raise UnmergeableAdapterError(f"{source.name} {error}") from None
     files, statistics = _read_statistics(source, config)
     pairs: dict[str, StoredPair] = {}
+    if isinstance(config, LoraConfig) and is_plain_lora(config):
+        pairs = lora_pairs(source.name, config, weights, keys)
+    for key in keys.rest:
+        check_finite(weights[key], f"{weights.path}: tensor '{key}'")
+    rest = {key.removeprefix(KEY_PREFIX): weights[key] for key in keys.rest}
     merge = merge_of(config)
     if merge is not None:
-        pairs, rest = split_pairs(source.name, config, weights)
         tasks = _tasks_of_merge(source, merge, statistics, pairs, rest)
+    elif len(statistics.tasks) != 1:
+        raise UnmergeableAdapterError(
+            f"{source.name} is no merge, but its statistics hold {len(statistics.tasks)} tasks."
+        )
     else:
-        if len(statistics.tasks) != 1:
-            raise UnmergeableAdapterError(
-                f"{source.name} is no merge, but its statistics hold {len(statistics.tasks)} tasks."
-            )
         measured = statistics.tasks[0]
-        if isinstance(config, LoraConfig) and is_plain_lora(config):
-            pairs, rest = split_pairs(source.name, config, weights)
-            deltas = {name: delta_of_adapter(pair, measured, name, source.name) for name, pair in pairs.items()}
-        else:
-            deltas, rest = deltas_by_peft(source.name, config, weights, measured, base)
+        deltas = (
+            {name: delta_of_adapter(pair, measured, source.name) for name, pair in pairs.items()}
+            if pairs
+            else deltas_by_peft(source.name, config, weights, keys, measured, base)
+        )
         tasks = (_single_task(source, config, measured, deltas, rest),)
     if task_names is not None:
         names = [task_names] if isinstance(task_names, str) else list(task_names)
@@ -199,19 +176,18 @@ def _read_config(source: AdapterSource) -> PeftConfig:
 def _open_weights(source: AdapterSource) -> TensorFile:
     path = source.folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
-        pickled = (source.folder / WEIGHTS_NAME).is_file()
-        raise UnmergeableAdapterError(
-            f"{source.name} has no {SAFETENSORS_WEIGHTS_NAME}"
-            + (
-                f"; its {WEIGHTS_NAME} is a pickle, which is never opened. Save it again as safetensors."
-                if pickled
-                else "."
-            )
-        )
+        why = "."
+        if (source.folder / WEIGHTS_NAME).is_file():
+            why = f"; its {WEIGHTS_NAME} is a pickle, which is never opened. Save it again as safetensors."
+        raise UnmergeableAdapterError(f"{source.name} has no {SAFETENSORS_WEIGHTS_NAME}{why}")
     try:
-        return TensorFile(path)
+        weights = TensorFile(path)
     except SafetensorError as error:
         raise UnmergeableAdapterError(f"{path} is damaged or truncated ({error}).") from None
+    strange = next((key for key in weights if not _KEY.fullmatch(key)), None)
+    if strange is not None:  # it would be part of patterns, tables and messages
+        raise UnmergeableAdapterError(f"{source.name}: tensor {strange!r:.200} is not called as modules are.")
+    return weights
 
 
 def _single_task(

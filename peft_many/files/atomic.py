@@ -35,16 +35,8 @@ def new_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
     """Give an empty folder that becomes `path` when the block ends well; folders above it are made as needed.
 
     After an error or Ctrl-C nothing is left. A process that is killed leaves a hidden folder beside `path`, which the
-    next call for this path removes.
-
-    Args:
-        path (`Path`): The final place.
-        replaced (`Collection[str]`): Names of files that may be in `path`, which is replaced whole then.
-
-    Raises:
-        FileExistsError: `path` exists and is not an empty folder, or holds other files than these.
-        BlockingIOError: Another process is writing there.
-        OSError: It cannot be created. That is found out before the block runs.
+    next call for this path removes. That `path` cannot be created, holds files that are not `replaced`, or is being
+    written by another process, is found out before the block runs.
     """
     path = writable_place(path, replaced)
     missing = [parent for parent in path.parents if not parent.exists()]
@@ -87,15 +79,7 @@ def _reserved(path: Path) -> Iterator[Path]:
 
 
 def writable_place(path: Path, replaced: Collection[str] = ()) -> Path:
-    """Where a new folder really goes.
-
-    Args:
-        path (`Path`): The new folder.
-        replaced (`Collection[str]`): Names of files that may be in it already, and will be gone.
-
-    Raises:
-        FileExistsError: `path` exists and is not an empty folder, or holds others than these.
-    """
+    """Where a new folder really goes, or `FileExistsError` if there are more than files by the names in `replaced`."""
     path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"The output folder '{path}' is a file; nothing was written.")

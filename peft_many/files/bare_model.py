@@ -20,17 +20,11 @@ _ADAPTER = "default"
 
 @dataclass(frozen=True)
 class BareLinear:
-    """A linear layer without its model.
+    """A linear layer without its model."""
 
-    Args:
-        shape (`tuple[int, int]`): `(out, in)`.
-        weight (`torch.Tensor`, *optional*): The base weight, as the layer stores it; zero if not given.
-        is_conv1d (`bool`, defaults to `False`): Whether it is transformers' `Conv1D`, whose weight is transposed.
-    """
-
-    shape: tuple[int, int]
-    weight: Tensor | None = None
-    is_conv1d: bool = False
+    shape: tuple[int, int]  # (out, in)
+    weight: Tensor | None = None  # the base weight as the layer stores it; zero if not given
+    is_conv1d: bool = False  # transformers' `Conv1D`, whose weight is transposed
 
     def build(self) -> nn.Module:
         """The layer; one without a base weight takes no memory."""
@@ -47,13 +41,8 @@ class BareLinear:
 def bare_model(config: PeftConfig, tensors: Mapping[str, Tensor], linears: Mapping[str, BareLinear]) -> PeftModel:
     """An adapter on bare linear layers, whose tensors stay where they are until a delta is asked for.
 
-    Args:
-        config ([`~peft.PeftConfig`]): The adapter's.
-        tensors (`Mapping[str, torch.Tensor]`): Its tensors by key, without those of modules that are saved whole.
-        linears (`Mapping[str, BareLinear]`): All layers that it adapts, in the order of the model.
-
-    Raises:
-        ValueError: The config does not fit the layers, or a tensor is missing, of another shape, or belongs nowhere.
+    `linears` are all layers that it adapts, in the order of the model; `tensors` those of its file that do not belong
+    to modules saved whole. What does not fit together is a `ValueError`.
     """
     root = nn.Module()
     for path, linear in linears.items():

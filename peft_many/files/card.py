@@ -37,13 +37,8 @@ class Described(Protocol):
 def update_card(folder: Path, config: Described, repo_id: str | None = None, subfolder: str | None = None) -> None:
     """Put our part at the top of the folder's model card, or renew it there; all else in the card stays.
 
-    Without `import peft_many` PEFT cannot load the adapter, so its card must say so.
-
-    Args:
-        folder (`Path`): The adapter's folder, with a `README.md` or without.
-        config (`MAnyConfig`): The adapter's.
-        repo_id (`str`, *optional*): Where on the Hub it goes, for the example; without it the example is of a folder.
-        subfolder (`str`, *optional*): Where in the repository.
+    Without `import peft_many` PEFT cannot load the adapter, so its card must say so. The example in it loads from
+    `repo_id` on the Hub, or from a folder if that is not given.
     """
     path = folder / CARD_NAME
     card = ModelCard.load(path) if path.is_file() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")

@@ -7,14 +7,15 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from ..families.module_names import Names, names_before_v5, names_on
 from .adapter import Adapter, TaskAdapter
+from .errors import UnmergeableAdapterError
 from .statistics import TaskStatistics
-from .stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from .tensor_keys import KEY_PREFIX
 
 Value = TypeVar("Value")
 
@@ -26,11 +27,7 @@ _OLD_BESIDE_NEW = (
 
 
 def with_current_names(adapters: Sequence[Adapter], base: nn.Module | None) -> list[Adapter]:
-    """The adapters with the names of the base model, or, without one, with names that fit each other.
-
-    Raises:
-        UnmergeableAdapterError: A layer or projector of an adapter matches no module of the base model.
-    """
+    """The adapters with the names of the base model, or, without one, with names that fit each other."""
     if base is not None:
         names_there = names_on(base)
         return [_renamed(adapter, names_there, type(base).__name__) for adapter in adapters]
@@ -71,16 +68,10 @@ def _renamed_task(task: TaskAdapter, current: Names, model: str) -> TaskAdapter:
 
 
 def _renamed_statistics(statistics: TaskStatistics, current: Names) -> TaskStatistics:
-    return replace(
-        statistics,
-        inputs=_by_new_name(statistics.inputs, current),
-        input_of={name: current(key) or key for name, key in _by_new_name(statistics.input_of, current).items()},
-        projectors=_by_new_name(statistics.projectors, current),
-        fingerprints=_by_new_name(statistics.fingerprints, current),
-        shapes=_by_new_name(statistics.shapes, current),
-        lora_A=_by_new_name(statistics.lora_A, current),
-        lora_B=_by_new_name(statistics.lora_B, current),
-    )
+    by_layer = ("inputs", "input_of", "projectors", "fingerprints", "shapes", "lora_A", "lora_B")
+    renamed: dict[str, Any] = {field: _by_new_name(getattr(statistics, field), current) for field in by_layer}
+    renamed["input_of"] = {name: current(key) or key for name, key in renamed["input_of"].items()}
+    return replace(statistics, **renamed)
 
 
 def _by_new_name(values: Mapping[str, Value], current: Names) -> dict[str, Value]:

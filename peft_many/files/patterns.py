@@ -18,7 +18,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from ..records import merge_of
-from .untrusted import MalformedAdapterError
+from .errors import unusable_config
 
 T = TypeVar("T")
 
@@ -27,7 +27,6 @@ _QUICK_PAIRS = 2_000_000
 # No repetition and no choice: as many steps as characters. What precedes it in PEFT, `(.*\.)?`, tries every dot.
 _STEPWISE = re.compile(r"\^?(?:[\w.-]|\\[.\-_])*\$?")
 _NAME = re.compile(r"(?:[\w-]|\\[.\-_])+")
-MODULE_NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*")
 
 _TRIAL = """
 import json, re, sys
@@ -42,9 +41,7 @@ for pattern, how in patterns:
 class ByPattern(Generic[T]):
     """What a `rank_pattern` or the like says of each layer, as PEFT's `get_pattern_key` does; the first match counts.
 
-    Args:
-        pattern (`Mapping[str, T]`): Values by regular expression, checked by `check_patterns`.
-        default (`T`): For layers that none matches.
+    Where all are names, they are looked up, as thousands of layers times thousands of expressions take minutes.
     """
 
     def __init__(self, pattern: Mapping[str, T] | None, default: T) -> None:
@@ -66,16 +63,9 @@ class ByPattern(Generic[T]):
 
 
 def check_patterns(config: PeftConfig, names: Sequence[str], source: str, *, only_ranks: bool = False) -> None:
-    """Check that PEFT gets done with a config's regular expressions on these module names.
+    """Raise `MalformedAdapterError` unless PEFT gets done with a config's regular expressions on these module names.
 
-    Args:
-        config ([`~peft.PeftConfig`]): As read from a file, its types checked.
-        names (`Sequence[str]`): The modules that they will be compared with.
-        source (`str`): The adapter's name, for messages.
-        only_ranks (`bool`): Leave out those that say which modules are adapted, which merging files never asks.
-
-    Raises:
-        MalformedAdapterError: One is no regular expression, or they take longer than `SECONDS`.
+    `only_ranks` leaves out those that say which modules are adapted, which merging files never asks.
     """
     patterns = [*_ranks_as_peft_matches(config), *([] if only_ranks else _modules_as_peft_matches(config))]
     pairs = len(patterns) * len(names)
@@ -101,7 +91,7 @@ def check_patterns(config: PeftConfig, names: Sequence[str], source: str, *, onl
         pass
     except OSError as error:
         reason = f"its regular expressions cannot be tried, as no process can be started here ({error})"
-    raise MalformedAdapterError(f"{source}: adapter_config.json cannot be used: {reason}.")
+    raise unusable_config(source, reason)
 
 
 def _ranks_as_peft_matches(config: Any) -> Iterable[tuple[str, str, str]]:

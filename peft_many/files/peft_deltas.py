@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peft import PeftConfig, PeftModel
@@ -17,12 +17,12 @@ from ..algebra.lpm import LowRankDelta
 from ..families.linears import features_of_linear, is_linear
 from ..families.module_names import names_on
 from .bare_model import BareLinear, bare_model, dense_delta
-from .fingerprints import same_weights, tensors_fingerprint
+from .errors import UnmergeableAdapterError
 from .peft_methods import described, needs_base, rank_bound
 from .statistics import TaskStatistics
-from .stored_delta import KEY_PREFIX, StoredDelta, UnmergeableAdapterError, check_finite
+from .stored_delta import StoredDelta, check_as_measured, check_finite
 from .tensor_file import TensorFile
-from .upstream import prefix_of
+from .tensor_keys import KEY_PREFIX, TensorKeys, fingerprint_of
 
 # Entries of the largest layer that is believed on the word of a statistics file; real ones have a third of that.
 LARGEST_LAYER = 1 << 31
@@ -31,61 +31,15 @@ LARGEST_SIZE = 1 << 14
 _SIZES = ("r", "init_r", "hybrid_r", "num_vectors", "vector_length")
 
 
-@dataclass(frozen=True)
-class TensorKeys:
-    """What an adapter's tensors belong to, by their keys.
-
-    Args:
-        own (`dict[str, list[str]]`): By layer, sorted.
-        shared (`list[str]`): To all layers; sorted.
-        rest (`list[str]`): To modules that are saved whole.
-    """
-
-    own: dict[str, list[str]]
-    shared: list[str]
-    rest: list[str]
-
-    def of_layer(self, module: str) -> list[str]:
-        """The keys of all tensors that the delta of a layer may depend on."""
-        return [*self.own.get(module, []), *self.shared]
-
-
-def tensor_keys(config: PeftConfig, keys: Iterable[str]) -> TensorKeys:
-    """Tell the tensors of an adapter apart by PEFT's prefix of the method."""
-    marker = f".{prefix_of(config)}"
-    found = TensorKeys({}, [], [])
-    for key in sorted(keys):
-        if not key.startswith(KEY_PREFIX):
-            found.shared.append(key)
-        elif marker in key:
-            found.own.setdefault(key.removeprefix(KEY_PREFIX).rpartition(marker)[0], []).append(key)
-        else:
-            found.rest.append(key)
-    return found
-
-
-def fingerprint_of(tensors: Mapping[str, Tensor], keys: TensorKeys, module: str) -> list[float]:
-    """What tells whether the tensors behind a layer's delta are still the same."""
-    return tensors_fingerprint([tensors[key] for key in keys.of_layer(module)])
-
-
 def deltas_by_peft(
-    adapter: str, config: PeftConfig, weights: TensorFile, measured: TaskStatistics, base: nn.Module | None
-) -> tuple[dict[str, StoredDelta], dict[str, Tensor]]:
-    """The deltas of an adapter by layer, and its tensors of modules that are saved whole, without PEFT's prefix.
-
-    Args:
-        adapter (`str`): Its name, for messages.
-        config ([`~peft.PeftConfig`]): Its config, of a method that can be merged.
-        weights (`TensorFile`): Its tensors.
-        measured ([`TaskStatistics`]): Its statistics, which know how large its layers are.
-        base (`torch.nn.Module`, *optional*): The base model, which knows that too.
-
-    Raises:
-        UnmergeableAdapterError: The sizes of the layers or the base weights are needed and not known, or the tensors
-            do not fit the config.
-    """
-    keys = tensor_keys(config, weights)
+    adapter: str,
+    config: PeftConfig,
+    weights: TensorFile,
+    keys: TensorKeys,
+    measured: TaskStatistics,
+    base: nn.Module | None,
+) -> dict[str, StoredDelta]:
+    """The deltas of an adapter by layer. Its statistics know how large the layers are, and the base model does."""
     for name in _SIZES:
         size = getattr(config, name, None)
         if isinstance(size, int) and size > LARGEST_SIZE:
@@ -105,10 +59,7 @@ def deltas_by_peft(
     except ValueError as error:
         raise UnmergeableAdapterError(f"{adapter} {described(config)}: {error}.") from error
     layers = _Layers(adapter, config, weights, keys, measured, linears, model)
-    rest = {key.removeprefix(KEY_PREFIX): weights[key] for key in keys.rest}
-    for name, tensor in rest.items():
-        check_finite(tensor, f"{weights.path}: tensor '{KEY_PREFIX}{name}'")
-    return {module: layers.stored(module) for module in linears}, rest
+    return {module: layers.stored(module) for module in linears}
 
 
 @dataclass(eq=False)
@@ -144,12 +95,7 @@ class _Layers:
     def _read(self, module: str) -> LowRankDelta:
         for key in self.keys.of_layer(module):
             check_finite(self.weights[key], f"{self.weights.path}: tensor '{key}'")
-        known = self.measured.fingerprints.get(module)
-        if known is not None and not same_weights(known, fingerprint_of(self.weights, self.keys, module)):
-            raise UnmergeableAdapterError(
-                f"{self.adapter} was trained further after its statistics were collected ('{module}' has changed); "
-                "run `collect_statistics` again."
-            )
+        check_as_measured(self.measured, module, fingerprint_of(self.weights, self.keys, module), self.adapter)
         return self.factors(module)
 
     def _compute(self, module: str) -> LowRankDelta:

@@ -78,11 +78,7 @@ def described(config: PeftConfig) -> str:
 
 
 def check_method(config: PeftConfig) -> None:
-    """Refuse an adapter whose PEFT method cannot be merged.
-
-    Raises:
-        ValueError: The message says why, to go after the adapter's name.
-    """
+    """Refuse an adapter whose PEFT method cannot be merged, by a `ValueError` whose text goes after its name."""
     method = _method(config)
     if not is_plain_lora(config) and method not in RANKS:
         raise ValueError(f"{described(config)}, which {_WHY_NOT.get(method, _WHY_NOT_IN_GENERAL)}")
@@ -94,26 +90,15 @@ def needs_base(config: PeftConfig) -> bool:
 
 
 def rank_bound(config: PeftConfig, shapes: Shapes, layer: tuple[int, int]) -> int:
-    """What the rank of a layer's delta cannot exceed, by how the method makes it.
-
-    Args:
-        config ([`~peft.PeftConfig`]): The adapter's, of a method that can be merged.
-        shapes (`Mapping[str, tuple[int, ...]]`): Of the layer's tensors, by their names after the layer's.
-        layer (`tuple[int, int]`): `(out, in)` of the layer.
-    """
+    """What the rank of a layer's delta cannot exceed, by the shapes of the layer, `(out, in)`, and of its tensors."""
     rule = RANKS[_method(config)]
     return min(layer) if rule is None else max(1, min(rule(shapes, config), *layer))
 
 
 def check_options(config: PeftConfig, layer: str) -> None:
-    """Refuse options by which an adapter does more than adding a delta to the weight of linear layers.
+    """As `check_method`, of options by which an adapter does more than adding a delta to linear layers' weights.
 
-    Args:
-        config ([`~peft.PeftConfig`]): The adapter's.
-        layer (`str`): One of its layers, for messages.
-
-    Raises:
-        ValueError: The message is to go after the adapter's name.
+    `layer` is one of its layers, for messages.
     """
     for option in _UNSUPPORTED_OPTIONS:
         if getattr(config, option, None):

@@ -39,12 +39,9 @@ def from_every_process(value: Any) -> list[Any]:
 
 
 def together(step: Callable[[], T]) -> T:
-    """Do a step in every process; if it fails in one, it fails in all. Alone, simply do it.
+    """Do a step in every process; if it fails in one, it fails in the others too, by `ProcessFailedError`.
 
-    Otherwise the others would wait for the failed one until they time out.
-
-    Raises:
-        ProcessFailedError: It failed in another process; in that one, its own error.
+    Otherwise these would wait for the failed one until they time out. Alone, simply do it.
     """
     if current_processes() is None:
         return step()

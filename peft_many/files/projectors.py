@@ -10,8 +10,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..records import MergeRecord
+from .errors import UnmergeableAdapterError
 from .statistics import TaskStatistics
-from .stored_delta import UnmergeableAdapterError
 
 # The last path component of a projector, by the names that transformers' families use: there is no model to look at.
 PROJECTOR_NAME = re.compile(
@@ -23,16 +23,9 @@ PROJECTOR_NAME = re.compile(
 def projectors_of_adapter(
     adapter: str, config: PeftConfig, measured: TaskStatistics, rest: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """The state dict of each projector that a task trained.
+    """The state dict of each projector that a task trained, out of `rest`, the tensors of modules saved whole.
 
-    Args:
-        adapter (`str`): The adapter's name, for messages.
-        config ([`~peft.PeftConfig`]): Its config.
-        measured ([`TaskStatistics`]): Its statistics.
-        rest (`Mapping[str, torch.Tensor]`): Its tensors of modules that are saved whole.
-
-    Raises:
-        UnmergeableAdapterError: Another module was trained whole, or a projector in part, or one is missing.
+    Other modules that were trained whole are refused, and so are projectors that were trained in part or are missing.
     """
     # A plain LoRA adapter does not say which of its modules is a projector; measuring it found out.
     known = getattr(config, "projector_modules", None) or list(measured.projectors)
@@ -65,18 +58,7 @@ def projectors_of_adapter(
 def projectors_in_merge(
     adapter: str, merge: MergeRecord, measured: TaskStatistics, task: str, rest: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """The state dict of each projector that stands for a task in a merge: its own expert, or the mean it is in.
-
-    Args:
-        adapter (`str`): The merge's name, for messages.
-        merge ([`MergeRecord`]): What its config says.
-        measured ([`TaskStatistics`]): The task's statistics.
-        task (`str`): The task's name.
-        rest (`Mapping[str, torch.Tensor]`): The merge's tensors of modules that are saved whole.
-
-    Raises:
-        UnmergeableAdapterError: A tensor or a prototype is missing.
-    """
+    """The state dict of each projector that stands for a task in a merge: its own expert, or the mean it is in."""
     found: dict[str, dict[str, Tensor]] = {}
     for projector, routed in merge.routing.items():
         if task not in routed.names:

@@ -8,17 +8,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """A local copy of an adapter, and where it came from.
-
-    Args:
-        folder (`Path`): The local folder.
-        name (`str`): What the user called it: a path or a Hub id.
-        revision (`str`, *optional*): The commit, for a Hub repository.
-    """
+    """A local copy of an adapter, and where it came from."""
 
     folder: Path
-    name: str
-    revision: str | None = None
+    name: str  # what the user called it: a path or a Hub id
+    revision: str | None = None  # the commit, for a Hub repository
 
     @property
     def short_name(self) -> str:

@@ -18,42 +18,27 @@ from ..algebra.covariance import Covariance, DenseCovariance, InvalidCovarianceE
 from ..algebra.eight_bits import Scales
 from ..algebra.lpm import LowRankDelta
 from .atomic import replace_file
-from .errors import AdapterFileError
+from .errors import StatisticsError
 from .tensor_file import TensorFile, TensorFileWriter, lay_out
 
 STATISTICS_NAME = "adapter_statistics.safetensors"
 FORMAT_VERSION = 1
 
 
-class StatisticsError(AdapterFileError):
-    """A statistics file cannot be used; the message says which one, which tensor and why."""
-
-
 @dataclass(frozen=True)
 class InputStatistics:
-    """What was measured of one distinct input, which one layer reads or several.
+    """What was measured of one distinct input, which one layer reads or several."""
 
-    Args:
-        covariance ([`Covariance`]): `C = E[x xᵀ]`.
-        tokens (`int`): How many tokens that is the mean of.
-    """
-
-    covariance: Covariance
-    tokens: int
+    covariance: Covariance  # E[x xᵀ]
+    tokens: int  # that it is the mean of
 
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """What was measured of a task's images where they arrive at one projector.
+    """What was measured of a task's images where they arrive at one projector."""
 
-    Args:
-        prototype (`torch.Tensor`): Mean over images of the mean-pooled projector input, shape `(d,)`, float32.
-        spread ([`Covariance`], *optional*): The covariance of these features about the prototype, if of two or more.
-        images (`int`): How many images.
-    """
-
-    prototype: Tensor
-    spread: Covariance | None
+    prototype: Tensor  # mean over images of the mean-pooled projector input, shape (d,), float32
+    spread: Covariance | None  # of these features about the prototype, if of two or more images
     images: int
 
 

@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..algebra.lpm import LowRankDelta
-from .errors import AdapterFileError
+from .errors import UnmergeableAdapterError
 from .fingerprints import same_weights, weight_fingerprint
 from .statistics import AdapterStatistics, TaskStatistics
 from .tensor_file import TensorFile
-
-KEY_PREFIX = "base_model.model."
-TASK_WEIGHT = "lora_A.task_weight"  # of a layer of a merge with `gate_lora`: the tasks' own `A_t`, stacked
-
-
-class UnmergeableAdapterError(AdapterFileError):
-    """An adapter cannot be merged; the message says which, where and why."""
+from .tensor_keys import KEY_PREFIX
 
 
 @dataclass(frozen=True)
 class StoredDelta:
-    """Where one layer's delta of a task is, and how to read it; `read` checks what it reads.
+    """Where one layer's delta of a task is, and how to read it: all is float32, the LoRA scaling folded into `A`."""
 
-    Args:
-        shape (`tuple[int, int]`): `(out, in)` of the layer.
-        rank (`int`): `r_t`.
-        read (`Callable[[], LowRankDelta]`): Reads `A`, with the LoRA scaling folded in, and `B`; both float32.
-        rows (`Callable[[], torch.Tensor]`): Reads that `A` alone, unchecked.
-        columns (`Callable[[], torch.Tensor]`): Reads that `B` alone, unchecked.
-    """
-
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # (out, in) of the layer
     rank: int
-    read: Callable[[], LowRankDelta]
-    rows: Callable[[], Tensor]
-    columns: Callable[[], Tensor]
+    read: Callable[[], LowRankDelta]  # checks what it reads
+    rows: Callable[[], Tensor]  # `A` alone, unchecked
+    columns: Callable[[], Tensor]  # `B` alone, unchecked
 
 
 @dataclass(frozen=True)
@@ -68,41 +54,34 @@ class StoredPair:
         return f"{KEY_PREFIX}{self.module}.lora_{half}.weight"
 
 
-def delta_of_adapter(pair: StoredPair, measured: TaskStatistics, module: str, name: str) -> StoredDelta:
+def delta_of_adapter(pair: StoredPair, measured: TaskStatistics, name: str) -> StoredDelta:
     """The delta of an adapter that is no merge; `name` is the adapter's, for messages."""
 
     def read() -> LowRankDelta:
         delta = pair.read()
-        if not _is_as_measured(measured, module, delta):
-            raise UnmergeableAdapterError(
-                f"{name} was trained further after its statistics were collected ('{module}' has changed); "
-                "run `collect_statistics` again."
-            )
+        check_as_measured(measured, pair.module, weight_fingerprint(delta.A, delta.B), name)
         return delta
 
     rank, width = pair.shape("A")
     return StoredDelta((pair.shape("B")[0], width), rank, read, rows=pair.rows, columns=pair.columns)
 
 
-def _is_as_measured(measured: TaskStatistics, module: str, weights: LowRankDelta) -> bool:
-    fingerprint = measured.fingerprints.get(module)
-    return fingerprint is None or same_weights(fingerprint, weight_fingerprint(weights.A, weights.B))
+def check_as_measured(measured: TaskStatistics, module: str, fingerprint: Sequence[float], name: str) -> None:
+    """Raise `UnmergeableAdapterError` if an adapter's layer was trained further after it was measured."""
+    known = measured.fingerprints.get(module)
+    if known is not None and not same_weights(known, fingerprint):
+        raise UnmergeableAdapterError(
+            f"{name} was trained further after its statistics were collected ('{module}' has changed); "
+            "run `collect_statistics` again."
+        )
 
 
 def deltas_in_merge(
     adapter: str, pairs: Mapping[str, StoredPair], statistics: AdapterStatistics
 ) -> list[dict[str, StoredDelta]]:
-    """The deltas of each task of a merge, by layer.
+    """The deltas of each task of a merge, by layer; `pairs` are the merged LoRA.
 
     The statistics hold every `A_t`; the `B_t` are blocks of columns of the merged `B`, or are in the statistics too.
-
-    Args:
-        adapter (`str`): The merge's name, for messages.
-        pairs (`Mapping[str, StoredPair]`): The merged LoRA by layer.
-        statistics ([`AdapterStatistics`]): Of its tasks.
-
-    Raises:
-        UnmergeableAdapterError: Weights and statistics disagree.
     """
     ends = dict.fromkeys(pairs, 0)  # of the columns that tasks have taken so far
     unstacked = {module for task in statistics.tasks for module in task.lora_B if module in task.lora_A}
@@ -146,7 +125,8 @@ def _delta_in_merge(
         stored = merged if block is None else LowRankDelta(A=merged.A[block], B=B)
         for half, tensor in (("A", A), ("B", B)):
             check_finite(tensor, f"{name}: the lora_{half} of '{module}' in the statistics")
-        if not _is_as_measured(measured, module, stored):
+        known = measured.fingerprints.get(module)
+        if known is not None and not same_weights(known, weight_fingerprint(stored.A, stored.B)):
             raise UnmergeableAdapterError(
                 f"{name} was trained further after merging ('{module}' has changed), and its "
                 "statistics know nothing of that. Train task adapters, and merge those."

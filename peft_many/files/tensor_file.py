@@ -38,14 +38,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of a safetensors file by key, on the CPU, memory-mapped: they stay on disk until they are used.
 
-    They stay readable when the file is replaced or deleted. Nothing must write to them.
-
-    Args:
-        path (`Path`): The file.
-
-    Raises:
-        SafetensorError: It is damaged or truncated.
-        FileNotFoundError: There is none.
+    They stay readable when the file is replaced or deleted. Nothing must write to them. A file that is damaged or
+    truncated is a `SafetensorError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,11 +76,7 @@ class TensorFile(Mapping[str, Tensor]):
         return tuple(self._header[key]["shape"])
 
     def dtype(self, key: str) -> torch.dtype:
-        """The dtype of a tensor, without reading it.
-
-        Raises:
-            TypeError: It is one that nothing here uses.
-        """
+        """The dtype of a tensor, without reading it; a `TypeError` if it is one that nothing here uses."""
         name = self._header[key]["dtype"]
         if name not in _DTYPES:
             raise TypeError(f"tensor '{key}' has the unknown dtype {name}")
@@ -102,9 +92,6 @@ class TensorFileWriter:
     """Fills in a safetensors file that `lay_out` made, one tensor at a time, in any order.
 
     Several processes may write different tensors at once.
-
-    Args:
-        path (`Path`): The file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -121,11 +108,7 @@ class TensorFileWriter:
         self._file.close()
 
     def write(self, key: str, tensor: Tensor) -> None:
-        """Put one tensor in its place.
-
-        Raises:
-            ValueError: Its shape or dtype is not the announced one.
-        """
+        """Put one tensor in its place; a `ValueError` if its shape or dtype is not the announced one."""
         about = self._header[key]
         if _NAMES.get(tensor.dtype) != about["dtype"] or list(tensor.shape) != about["shape"]:
             raise ValueError(
@@ -177,12 +160,9 @@ def lay_out(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the header of a safetensors file and give the file its full length; all tensors read as zero.
+    """Write the header of a safetensors file of these dtypes and shapes, and give the file its full length.
 
-    Args:
-        path (`Path`): The file; it is replaced if it exists.
-        tensors (`Mapping[str, tuple[torch.dtype, tuple[int, ...]]]`): Dtype and shape of every tensor.
-        metadata (`Mapping[str, str]`, *optional*): As in [`~safetensors.torch.save_file`].
+    All tensors read as zero. A file that is there is replaced.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0

@@ -10,8 +10,8 @@ from peft import PeftConfig
 
 from ..records import RoutedProjector, merge_of
 from ..records.checking import check_types, nonsense
+from .errors import MalformedAdapterError, unusable_config
 from .peft_methods import name_of
-from .stored_delta import UnmergeableAdapterError
 from .tensor_file import TensorFile
 
 # Up to here a config is taken at its word: a LoRA of this rank is smaller than the base model's layers.
@@ -19,10 +19,6 @@ UNBACKED_RANK = 512
 # What Python code raises on values of a kind that it was not written for.
 NONSENSE_ERRORS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RecursionError, TypeError)
 LARGEST_CONFIG = 16 << 20  # bytes; JSON takes many times its size in memory
-
-
-class MalformedAdapterError(UnmergeableAdapterError):
-    """An adapter's files hold nonsense or contradict each other, so it is neither loaded nor merged."""
 
 
 class _LoraFields(TypedDict, total=False):
@@ -57,16 +53,9 @@ class _LoraFields(TypedDict, total=False):
 
 
 def check_config(config: PeftConfig, source: str) -> None:
-    """Check that everything in a config that was read from a file has the type that its field is declared with.
+    """Raise `MalformedAdapterError` unless what was read from a file has the types that its fields are declared with.
 
-    Numbers must be finite, ranks positive, and what a merge says of its tasks consistent.
-
-    Args:
-        config ([`~peft.PeftConfig`]): Of any PEFT type.
-        source (`str`): The adapter's name, for messages.
-
-    Raises:
-        MalformedAdapterError: It does not; the message names the field.
+    Numbers must be finite and ranks positive. Records have checked themselves.
     """
     known = _LoraFields.__annotations__ if name_of(config) in ("LORA", "MANY") else {}
     found: dict[str, Any] = {}
@@ -75,17 +64,17 @@ def check_config(config: PeftConfig, source: str) -> None:
         if field.name in ("statistics", "merge", "pool"):
             continue
         if (wrong := nonsense(value)) is not None:
-            raise _malformed(source, f"`{field.name}` cannot be {wrong}")
+            raise unusable_config(source, f"`{field.name}` cannot be {wrong}")
         if field.name in known:
             found[field.name] = _as_lists(value)
     try:
         check_types(_LoraFields, found)
     except TypeError as error:
-        raise _malformed(source, str(error)) from None
+        raise unusable_config(source, str(error)) from None
     ranks = [getattr(config, "r", 1), *(getattr(config, "rank_pattern", None) or {}).values()]
     ranks = [rank for rank in ranks if isinstance(rank, int)]  # AdaLoRA's are lists of which directions it kept
     if not all(rank > 0 for rank in ranks):
-        raise _malformed(source, f"ranks must be positive, but it has {min(ranks)}")
+        raise unusable_config(source, f"ranks must be positive, but it has {min(ranks)}")
 
 
 def _as_lists(value: Any) -> Any:
@@ -96,29 +85,23 @@ def _as_lists(value: Any) -> Any:
 
 
 def check_backed(config: Any, weights: TensorFile | None, source: str) -> None:
-    """Check that what a config makes PEFT allocate is there in the weights file, whose shapes its own size bounds.
+    """Raise `MalformedAdapterError` if a config makes PEFT allocate more than is in the weights file, if there is one.
 
-    Args:
-        config (`MAnyConfig`): Checked by `check_config`.
-        weights ([`TensorFile`], *optional*): The weights beside it; `None` if there are none.
-        source (`str`): The adapter's name, for messages.
-
-    Raises:
-        MalformedAdapterError: There is less in the file than the config says.
+    A file's own size bounds the shapes in it.
     """
     shapes = {} if weights is None else {key: weights.shape(key) for key in weights}
     loras = [shape for key, shape in shapes.items() if ".lora_A." in key or key.endswith(".lora_embedding_A")]
     largest = max((shape[0] for shape in loras if shape), default=0)
     rank = max(config.r, *(config.rank_pattern or {}).values(), 0)
     if rank > max(UNBACKED_RANK, largest):
-        raise _malformed(source, f"it has the rank {rank}, but its weights go up to rank {largest}")
+        raise unusable_config(source, f"it has the rank {rank}, but its weights go up to rank {largest}")
     copies = sum(max(0, end - start) for start, end in config.layer_replication or [])
     if copies > max(UNBACKED_RANK, len(loras)):
-        raise _malformed(source, f"`layer_replication` makes {copies} layers, but it has weights of {len(loras)}")
+        raise unusable_config(source, f"`layer_replication` makes {copies} layers, but it has weights of {len(loras)}")
     indices = config.trainable_token_indices or []
     tokens = sum(map(len, indices.values())) if isinstance(indices, dict) else len(indices)
     if tokens > max(UNBACKED_RANK, *(shape[0] for key, shape in shapes.items() if "trainable_tokens" in key), 0):
-        raise _malformed(source, f"it trains {tokens} tokens, but its weights hold fewer")
+        raise unusable_config(source, f"it trains {tokens} tokens, but its weights hold fewer")
     merge = merge_of(config)
     for projector, routed in merge.routing.items() if merge is not None else ():
         _check_routing(projector, routed, shapes, source)
@@ -135,7 +118,7 @@ def _check_routing(
     for name, shape in expected.items():
         found = None if inside is None else shapes.get(f"{inside}{name}")
         if found != shape:
-            raise _malformed(
+            raise unusable_config(
                 source, f"it routes '{projector}' by {name} of shape {shape}, but its weights have {found or 'none'}"
             )
     experts: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -146,7 +129,7 @@ def _check_routing(
     like = next(iter(experts.values()), {})
     for t, task in enumerate(routed.tasks):
         if task.trained and (not like or experts.get(f"task_{t}") != like):
-            raise _malformed(source, f"its weights lack a tensor of '{projector}' of the task '{task.name}'")
+            raise unusable_config(source, f"its weights lack a tensor of '{projector}' of the task '{task.name}'")
 
 
 def check_projectors_are_there(keys: Collection[str], expected: Mapping[str, Collection[str]], source: str) -> None:
@@ -171,7 +154,3 @@ def check_projectors_are_there(keys: Collection[str], expected: Mapping[str, Col
                 f"{source}: adapter_model.safetensors lacks the tensor '{missing[0]}' of the projector '{projector}', "
                 "which its config says is trained: the file is incomplete; save or download the adapter again."
             )
-
-
-def _malformed(source: str, reason: str) -> MalformedAdapterError:
-    return MalformedAdapterError(f"{source}: adapter_config.json cannot be used: {' '.join(reason.split())}.")

@@ -14,9 +14,10 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftWarning
 from safetensors import SafetensorError
 
-from ..files.statistics import AdapterStatistics, StatisticsError
+from ..files.errors import MalformedAdapterError, StatisticsError
+from ..files.statistics import AdapterStatistics
 from ..files.tensor_file import TensorFile
-from ..files.untrusted import NONSENSE_ERRORS, MalformedAdapterError, check_backed, check_config
+from ..files.untrusted import NONSENSE_ERRORS, check_backed, check_config
 from ..files.upstream import wrap_method
 from ..records.checking import RecordError
 from ..tuner.config import MAnyConfig

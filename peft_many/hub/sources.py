@@ -22,8 +22,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftWarning
 from typing_extensions import Unpack
 
 from ..files.card import CARD_NAME
+from ..files.errors import StatisticsError
 from ..files.source import AdapterSource
-from ..files.statistics import STATISTICS_NAME, AdapterStatistics, StatisticsError
+from ..files.statistics import STATISTICS_NAME, AdapterStatistics
 
 # All that merging reads; nothing else is downloaded, pickles least of all.
 ADAPTER_FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STATISTICS_NAME]

@@ -9,8 +9,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..families.linears import features_of_linear, is_linear
+from ..files.errors import UnmergeableAdapterError
 from ..files.patterns import check_patterns
-from ..files.stored_delta import KEY_PREFIX, UnmergeableAdapterError
+from ..files.tensor_keys import KEY_PREFIX
 from ..routing.watching import unwatch_calls
 from ..tuner.config import MAnyConfig
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..files.adapter import Adapter, TaskAdapter
-from ..files.stored_delta import UnmergeableAdapterError
+from ..files.errors import UnmergeableAdapterError
 from ..methods import without_statistics
 from ..records import MergeOptions
 from ..records.options import ROUTED

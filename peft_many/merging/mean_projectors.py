@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..files.adapter import TaskAdapter
-from ..files.stored_delta import UnmergeableAdapterError
+from ..files.errors import UnmergeableAdapterError
 from .checks import check_same_shape
 
 

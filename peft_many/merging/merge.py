@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from ..files.atomic import writable_place
 from ..files.card import CARD_NAME
 from ..files.processes import from_every_process, in_first, share, shared_folder, together
-from ..files.stored_delta import KEY_PREFIX
 from ..files.tensor_file import TensorFileWriter, lay_out
+from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import ADAPTER_FILES
 from ..records import MergeOptions
 from ..records.options import takes_merge_options

@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 from ..algebra.lpm import has_full_rank
 from ..algebra.scatter import cost
 from ..files.adapter import Adapter, TaskAdapter, read_adapter
+from ..files.errors import UnmergeableAdapterError
 from ..files.key_layouts import with_current_names
 from ..files.statistics import group_by_input
-from ..files.stored_delta import KEY_PREFIX, TASK_WEIGHT, UnmergeableAdapterError
 from ..files.tensor_file import TensorFile
+from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT
 from ..hub.sources import find_adapter
 from ..records import MergeOptions, MergeRecord, Operation, RoutedProjector, TaskRecord
 from ..records.options import ROUTED

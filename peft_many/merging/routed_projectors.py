@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..algebra.spread import shared_metric
 from ..files.adapter import TaskAdapter
-from ..files.stored_delta import UnmergeableAdapterError
+from ..files.errors import UnmergeableAdapterError
 from ..records import RoutedProjector, RoutedTask
 from .checks import check_same_shape
 from .mean_projectors import check_same_tensors

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ..files.adapter import Adapter, TaskAdapter
-from ..files.stored_delta import UnmergeableAdapterError
+from ..files.errors import UnmergeableAdapterError
 
 # One for each adapter, which multiplies its tasks' own; or by task name, in place of its own.
 TaskWeights = Sequence[float] | Mapping[str, float] | None

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..files.adapter import Adapter, TaskAdapter, read_adapter
 from ..files.card import CARD_NAME
-from ..files.stored_delta import KEY_PREFIX
+from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import ADAPTER_FILES, HubArguments, find_adapter
 from ..merging.prepare import AdapterPath
 from ..records import Operation, TaskRecord

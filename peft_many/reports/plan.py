@@ -11,8 +11,7 @@ import torch
 
 from ..algebra.routing import task_weights
 from ..algebra.spread import FeatureMetric
-from ..files.statistics import StatisticsError
-from ..files.stored_delta import UnmergeableAdapterError
+from ..files.errors import StatisticsError, UnmergeableAdapterError
 from ..hub.sources import AdapterNotFoundError
 from ..merging.merge import usable_device
 from ..merging.prepare import AdapterPath, PreparedMerge, TaskNames, prepare_merge

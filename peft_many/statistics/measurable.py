@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from ..algebra.lpm import LowRankDelta
 from ..families.linears import features_of_linear, is_linear
 from ..files.fingerprints import weight_fingerprint
-from ..files.peft_deltas import fingerprint_of, tensor_keys
 from ..files.peft_methods import check_method, is_plain_lora
-from ..files.stored_delta import KEY_PREFIX
+from ..files.tensor_keys import KEY_PREFIX, fingerprint_of, tensor_keys
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers
 

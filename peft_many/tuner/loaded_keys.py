@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..families.module_names import Names, names_on
-from ..files.stored_delta import KEY_PREFIX
+from ..files.tensor_keys import KEY_PREFIX
 from .layers import lora_layers
 from .projector import ProjectorWrapper
 

@@ -17,10 +17,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..families.parts import find_projectors, match_projectors, takes_images, where_projectors_are_sought
+from ..files.errors import MalformedAdapterError
 from ..files.patterns import check_patterns
 from ..files.statistics import AdapterStatistics
-from ..files.stored_delta import KEY_PREFIX
-from ..files.untrusted import NONSENSE_ERRORS, MalformedAdapterError, check_projectors_are_there
+from ..files.tensor_keys import KEY_PREFIX
+from ..files.untrusted import NONSENSE_ERRORS, check_projectors_are_there
 from ..records import MergeRecord, merge_of
 from ..routing.gates import GateTarget
 from ..routing.watching import unwatch_calls, watch_calls

@@ -8,8 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from peft_many import merge_adapter_files, pool_adapters
+from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.files.statistics import AdapterStatistics
-from peft_many.files.stored_delta import UnmergeableAdapterError
 from tests import adapters
 from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, covariances, distance, merged_deltas
 

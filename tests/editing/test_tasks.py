@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import peft_many.files.atomic
 from peft_many import add_task, merge_adapter_files, merge_adapter_sequence, remove_task, reweight_tasks
-from peft_many.files.adapter import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.methods import Ties
 from tests.adapters import STATISTICS, WEIGHTS, base, but_operations, distance, files, logits, make
 

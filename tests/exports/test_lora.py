@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from peft_many import export_lora, merge_adapter_files
 from peft_many.exports.lora import SERVED_RANKS
-from peft_many.files.adapter import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from tests.adapters import STATISTICS, WEIGHTS, base, distance, files, logits, make, make_loha, merged_deltas
 from tests.exports.shelf import Shelf, text_logits
 

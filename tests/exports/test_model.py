@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from benchmarks.mini_ucit.parts import with_parts
 from peft_many import export_lora, export_model, merge_adapter_files
-from peft_many.files.adapter import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, base, distance, files, logits, make
 from tests.exports.shelf import Shelf, text_logits
 

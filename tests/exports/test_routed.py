@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from peft_many import export_routed_model, load_routed_model, merge_adapter_files
-from peft_many.files.adapter import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.tuner.projector import ProjectorMixture
 from tests.adapters import WEIGHTS, base, batches, distance, files, logits, make
 from tests.exports.shelf import Shelf, text_logits

@@ -18,8 +18,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from peft_many import merge_adapter_files
-from peft_many.files.statistics import AdapterStatistics, StatisticsError
-from peft_many.files.stored_delta import UnmergeableAdapterError
+from peft_many.files.errors import StatisticsError, UnmergeableAdapterError
+from peft_many.files.statistics import AdapterStatistics
 from tests.adapters import STATISTICS, WEIGHTS, base, files, make
 from tests.faults.kills import _forked, _Watch, assert_next_succeeds, killed_after, killed_at, operations
 

@@ -6,10 +6,7 @@ import pickle
 import pytest
 
 from peft_many import merge_adapter_files
-from peft_many.files.errors import AdapterFileError
-from peft_many.files.statistics import StatisticsError
-from peft_many.files.stored_delta import UnmergeableAdapterError
-from peft_many.files.untrusted import MalformedAdapterError
+from peft_many.files.errors import AdapterFileError, MalformedAdapterError, StatisticsError, UnmergeableAdapterError
 from tests.adapters import make
 
 HOSTILE = "a\nb\x1b[2J\x00\u2028\ud800\t"

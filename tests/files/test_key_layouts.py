@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_many import collect_statistics, merge_adapter_files, merge_adapter_sequence
 from peft_many.families.module_names import names_before_v5, names_on
-from peft_many.files.stored_delta import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.files.tensor_file import TensorFile
 from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, base, batches, files, logits, make
 

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_many import MAnyConfig, merge_adapter_files
-from peft_many.files.adapter import UnmergeableAdapterError
-from peft_many.files.untrusted import MalformedAdapterError, check_projectors_are_there
+from peft_many.files.errors import MalformedAdapterError, UnmergeableAdapterError
+from peft_many.files.untrusted import check_projectors_are_there
 from tests.adapters import PROJECTOR, WEIGHTS, base, distance, logits, make, state_digest
 from tests.hub_server import StandInHub, talk_to
 

@@ -9,8 +9,8 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from peft_many.files import patterns
+from peft_many.files.errors import MalformedAdapterError
 from peft_many.files.patterns import ByPattern, check_patterns
-from peft_many.files.untrusted import MalformedAdapterError
 
 parts = st.sampled_from(["model", "layers", "0", "1", "10", "q_proj", "proj", "my-layer"])
 layers = st.lists(parts, min_size=1, max_size=5).map(".".join)

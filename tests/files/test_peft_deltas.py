@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
 from peft_many.files import peft_methods
-from peft_many.files.stored_delta import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.files.tensor_file import TensorFile
 from tests.adapters import (
     PROJECTOR,

@@ -17,13 +17,13 @@ from torch import Tensor
 from peft_many.algebra.covariance import DenseCovariance, LowRankCovariance
 from peft_many.algebra.sketch import CovarianceAccumulator
 from peft_many.algebra.spectrum import Truncation
+from peft_many.files.errors import StatisticsError
 from peft_many.files.statistics import (
     FORMAT_VERSION,
     STATISTICS_NAME,
     AdapterStatistics,
     ImageStatistics,
     InputStatistics,
-    StatisticsError,
     TaskStatistics,
     check_covariance,
     group_by_input,

@@ -10,7 +10,8 @@ from peft import LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import EvaConfig, LoraRuntimeConfig
 
 from peft_many import MAnyConfig
-from peft_many.files.untrusted import MalformedAdapterError, check_config
+from peft_many.files.errors import MalformedAdapterError
+from peft_many.files.untrusted import check_config
 from tests.adapters import base
 
 TASK = {"name": "a", "weight": 1.0, "origin": {"sha256": "0", "source": "a"}}

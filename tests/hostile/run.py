@@ -32,8 +32,7 @@ from peft import PeftModel
 import peft_many
 from peft_many import export_lora, inspect_adapter, merge_adapter_files, merge_adapter_sequence, merge_report
 from peft_many.files import patterns
-from peft_many.files.statistics import StatisticsError
-from peft_many.files.stored_delta import UnmergeableAdapterError
+from peft_many.files.errors import StatisticsError, UnmergeableAdapterError
 from peft_many.files.tensor_file import TensorFile
 from tests.adapters import base, files
 from tests.hostile.mutations import TRAP, mutate

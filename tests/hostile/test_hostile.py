@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 
 from peft_many import merge_adapter_files, merge_adapter_sequence, merge_report
 from peft_many.files import patterns
-from peft_many.files.stored_delta import UnmergeableAdapterError
-from peft_many.files.untrusted import LARGEST_CONFIG, MalformedAdapterError
+from peft_many.files.errors import MalformedAdapterError, UnmergeableAdapterError
+from peft_many.files.untrusted import LARGEST_CONFIG
 from tests.adapters import WEIGHTS, base, state_digest
 from tests.hostile.good import make_good
 from tests.hostile.mutations import CONFIG, TRAP
@@ -109,7 +109,7 @@ def test_what_a_config_declares_is_checked_before_it_is_allocated(root, tmp_path
 import json, resource, shutil, sys
 from pathlib import Path
 from peft import PeftModel
-from peft_many.files.untrusted import MalformedAdapterError
+from peft_many.files.errors import MalformedAdapterError
 from tests.adapters import base
 good, work = Path({str(root / "good")!r}), Path({str(tmp_path)!r})
 models = [base("llava") for _ in range(9)]

@@ -17,8 +17,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import PeftWarning
 
 from peft_many import inspect_adapter, merge_adapter_files, merge_adapter_sequence, merge_report
-from peft_many.files.adapter import UnmergeableAdapterError
-from peft_many.files.untrusted import MalformedAdapterError
+from peft_many.files.errors import MalformedAdapterError, UnmergeableAdapterError
 from peft_many.hub.sources import AdapterNotFoundError, RemoteStatistics
 from tests.adapters import STATISTICS, WEIGHTS, base, but_operations, distance, files, logits, make
 from tests.hub_server import StandInHub, connect, talk_to

@@ -23,8 +23,7 @@ from torch import Tensor
 
 import peft_many.merging.merge
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
-from peft_many.files.adapter import UnmergeableAdapterError
-from peft_many.files.statistics import StatisticsError
+from peft_many.files.errors import StatisticsError, UnmergeableAdapterError
 from peft_many.hub.sources import AdapterNotFoundError
 from tests import tiny
 from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, base, batches, files, make, scatter, state_digest

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from peft_many import add_task, merge_adapter_files, merge_adapter_sequence, remove_task
-from peft_many.files.statistics import AdapterStatistics, StatisticsError
-from peft_many.files.stored_delta import UnmergeableAdapterError
+from peft_many.files.errors import StatisticsError, UnmergeableAdapterError
+from peft_many.files.statistics import AdapterStatistics
 from peft_many.hub.sources import AdapterNotFoundError
 from tests import tiny
 from tests.adapters import STATISTICS, WEIGHTS, base, files, make

@@ -12,8 +12,8 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_many import collect_statistics, merge_adapter_files, merge_adapter_sequence
+from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.files.statistics import TaskStatistics
-from peft_many.files.stored_delta import UnmergeableAdapterError
 from tests.adapters import PROJECTOR, base, batches, covariances, logits, make
 
 PARTS = {"model.vision_tower": "cpu", PROJECTOR: "cpu", "model.language_model": "disk", "lm_head": "cpu"}

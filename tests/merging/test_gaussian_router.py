@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from peft_many import MAnyConfig, merge_adapter_files, merge_adapter_sequence
-from peft_many.files.adapter import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.files.statistics import AdapterStatistics
 from peft_many.tuner.projector import ProjectorMixture
 from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, base, batches, logits, make

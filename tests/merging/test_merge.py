@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
-from peft_many.files.adapter import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.files.statistics import AdapterStatistics
 from tests import tiny
 from tests.adapters import (

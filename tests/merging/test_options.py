@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
-from peft_many.files.adapter import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.files.fingerprints import same_weights, weight_fingerprint
 from peft_many.files.statistics import AdapterStatistics
 from peft_many.tuner.projector import ProjectorMixture

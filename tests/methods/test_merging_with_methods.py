@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peft_many import MAnyConfig, merge_adapter_files, merge_adapter_sequence
 from peft_many.algebra.lpm import LowRankDelta
-from peft_many.files.adapter import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.files.processes import share
 from peft_many.files.statistics import AdapterStatistics
 from peft_many.merging.prepare import prepare_merge

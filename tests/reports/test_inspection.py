@@ -11,7 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from peft_many import inspect_adapter, merge_adapter_files, merge_report, remove_task
-from peft_many.files.adapter import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, files, make, make_loha
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_many import merge_adapter_files, merge_adapter_sequence, merge_report, save_report
-from peft_many.files.statistics import StatisticsError
+from peft_many.files.errors import StatisticsError
 from tests import adapters
 
 

@@ -38,7 +38,7 @@ from transformers import (
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
 from peft_many.algebra.gating import CONFIDENT_WEIGHT
-from peft_many.files.adapter import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.routing import watching
 from peft_many.routing.row_weights import CACHE_ATTRIBUTE
 from peft_many.routing.watched import WatchedMethod

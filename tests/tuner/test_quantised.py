@@ -17,7 +17,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration, PreTrainedModel, QuantoConfig
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
-from peft_many.files.stored_delta import UnmergeableAdapterError
+from peft_many.files.errors import UnmergeableAdapterError
 from tests import tiny
 from tests.adapters import covariances, distance, make, recorded
 

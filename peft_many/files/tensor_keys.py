@@ -1,0 +1,47 @@
+"""What the tensors in an adapter's file belong to, told by their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from peft import PeftConfig
+from torch import Tensor
+
+from .fingerprints import tensors_fingerprint
+from .upstream import prefix_of
+
+KEY_PREFIX = "base_model.model."  # PEFT's, of every tensor that belongs to a module of the base model
+TASK_WEIGHT = "lora_A.task_weight"  # of a layer of a merge with `gate_lora`: the tasks' own `A_t`, stacked
+
+
+@dataclass(frozen=True)
+class TensorKeys:
+    """The keys of an adapter's tensors, sorted, by what they belong to."""
+
+    own: dict[str, list[str]]  # by layer
+    shared: list[str]  # to all layers
+    rest: list[str]  # to modules that are saved whole
+
+    def of_layer(self, module: str) -> list[str]:
+        """The keys of all tensors that the delta of a layer may depend on."""
+        return [*self.own.get(module, []), *self.shared]
+
+
+def tensor_keys(config: PeftConfig, keys: Iterable[str]) -> TensorKeys:
+    """Tell the tensors of an adapter apart by PEFT's prefix of the method."""
+    found = TensorKeys({}, [], [])
+    for key in sorted(keys):
+        layer = key.removeprefix(KEY_PREFIX).rpartition(f".{prefix_of(config)}")[0]
+        if not key.startswith(KEY_PREFIX):
+            found.shared.append(key)
+        elif layer:
+            found.own.setdefault(layer, []).append(key)
+        else:
+            found.rest.append(key)
+    return found
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor], keys: TensorKeys, module: str) -> list[float]:
+    """What tells whether the tensors behind a layer's delta are still the same."""
+    return tensors_fingerprint([tensors[key] for key in keys.of_layer(module)])
