@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftWarning
 from safetensors import SafetensorError
 
-from ..files.errors import MalformedAdapterError, StatisticsError
+from ..files.errors import MalformedAdapterError, StatisticsError, unusable_config
 from ..files.statistics import AdapterStatistics
 from ..files.tensor_file import TensorFile
 from ..files.untrusted import NONSENSE_ERRORS, check_backed, check_config
@@ -38,11 +37,11 @@ def _load_with_statistics(
     try:
         config = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
     except RecordError as error:
-        raise MalformedAdapterError(f"{source}: adapter_config.json cannot be used: {error!s:.300}.") from error
+        raise unusable_config(source, f"{error!s:.300}") from error
     except NONSENSE_ERRORS as error:
         if not issubclass(cls, MAnyConfig):
             raise  # as PEFT does
-        raise MalformedAdapterError(f"{source}: adapter_config.json cannot be used: {error!r:.300}.") from error
+        raise unusable_config(source, f"{error!r:.300}") from error
     where = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
     if isinstance(config, MAnyConfig):
         _check_loaded(config, source, subfolder, where)
@@ -63,30 +62,30 @@ def _check_loaded(config: MAnyConfig, source: str, subfolder: str | None, where:
     check_config(config, source)
     config.loaded_from = source  # no fields: what a user makes of it is the user's own
     folder = Path(source, subfolder or "")
-    path: str | Path | None = folder / SAFETENSORS_WEIGHTS_NAME
-    if not folder.is_dir():
-        path = None
-        try:
-            check_backed(config, None, source)
-        except MalformedAdapterError:  # unless its weights, which PEFT is about to load, say so too
-            path = _download_weights(source, subfolder, where)
-        else:
-            if config.modules_to_save:
-                with contextlib.suppress(LocalEntryNotFoundError):  # a config can be read where the Hub is away
-                    path = _download_weights(source, subfolder, where)
+    path = folder / SAFETENSORS_WEIGHTS_NAME if folder.is_dir() else _weights_on_hub(config, source, subfolder, where)
     try:
-        weights = TensorFile(Path(path)) if path and Path(path).is_file() else None
-        check_backed(config, weights, source)
+        weights = TensorFile(path) if path is not None and path.is_file() else None
     except SafetensorError as error:
         raise MalformedAdapterError(f"{path} is damaged or truncated ({error}).") from None
+    check_backed(config, weights, source)
     config.loaded_keys = frozenset(weights or ())
 
 
-def _download_weights(source: str, subfolder: str | None, where: Mapping[str, Any]) -> str | None:
-    """The weights on the Hub that a config speaks of, which PEFT is about to load; `None` if there are none."""
+def _weights_on_hub(config: MAnyConfig, source: str, subfolder: str | None, where: Mapping[str, Any]) -> Path | None:
+    """The weights on the Hub that a config speaks of, if it is to be checked by them and there are any.
+
+    PEFT is about to load them; but a config by itself can be read too.
+    """
     try:
-        return hf_hub_download(source, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **where)
-    except LocalEntryNotFoundError:
-        raise  # the Hub cannot be reached
-    except EntryNotFoundError:
+        check_backed(config, None, source)
+        is_backed = True
+    except MalformedAdapterError:  # unless its weights say so too
+        is_backed = False
+    if is_backed and not config.modules_to_save:
+        return None
+    try:
+        return Path(hf_hub_download(source, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **where))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError) and not is_backed:
+            raise  # the Hub cannot be reached
         return None

@@ -46,17 +46,11 @@ _WHAT_IS_WRONG: dict[type[Exception], str] = {
 
 
 class HubArguments(TypedDict, total=False):
-    """How to reach the Hub, as in [`~huggingface_hub.snapshot_download`].
+    """How to reach the Hub, as in [`~huggingface_hub.snapshot_download`]."""
 
-    Args:
-        token (`str` or `bool`): An access token, or whether to use the one that was saved by logging in.
-        cache_dir (`str`): Where downloads are kept.
-        local_files_only (`bool`): Use only what was downloaded before.
-    """
-
-    token: str | bool | None
-    cache_dir: str | Path | None
-    local_files_only: bool
+    token: str | bool | None  # an access token, or whether to use the one that was saved by logging in
+    cache_dir: str | Path | None  # where downloads are kept
+    local_files_only: bool  # use only what was downloaded before
 
 
 class AdapterNotFoundError(FileNotFoundError):
@@ -70,24 +64,12 @@ class RemoteStatistics:
     config is printed, logged and pickled, and the token must stay out of that.
     """
 
-    def __init__(
-        self,
-        repo_id: str,
-        filename: str,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-    ) -> None:
-        self.where: dict[str, Any] = {
-            "repo_id": repo_id,
-            "filename": filename,
-            "revision": revision,
-            "cache_dir": cache_dir,
-        }
+    def __init__(self, repo_id: str, filename: str, *, token: str | bool | None = None, **where: Any) -> None:
+        self.where = {"repo_id": repo_id, "filename": filename, **where}  # as `hf_hub_download` takes it
         self._token = token
 
     def __repr__(self) -> str:
-        return f"RemoteStatistics({self.where['repo_id']!r}, revision={self.where['revision']!r})"
+        return f"RemoteStatistics({self.where['repo_id']!r}, revision={self.where.get('revision')!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteStatistics:
         return self
@@ -113,34 +95,28 @@ class RemoteStatistics:
 
 
 def locate_statistics(
-    source: str | os.PathLike[str],
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
+    source: str | os.PathLike[str], subfolder: str | None, *, revision: str | None, cache_dir: Any, token: Any
 ) -> AdapterStatistics | RemoteStatistics | None:
     """The statistics that lie beside an adapter's config, without downloading anything."""
     folder = Path(source, subfolder or "")
     if folder.is_dir():
         path = folder / STATISTICS_NAME
         return AdapterStatistics.load(path) if path.is_file() else None
-    prefix = f"{subfolder}/" if subfolder else ""
-    config = try_to_load_from_cache(str(source), f"{prefix}{CONFIG_NAME}", cache_dir=cache_dir, revision=revision)
+    repo_id, prefix = str(source), f"{subfolder}/" if subfolder else ""
+    config = try_to_load_from_cache(repo_id, f"{prefix}{CONFIG_NAME}", cache_dir=cache_dir, revision=revision)
     # The commit that the config came from: a branch may move before the statistics are fetched.
     commit = Path(config).parents[prefix.count("/")].name if isinstance(config, str) else revision
     name = f"{prefix}{STATISTICS_NAME}"
-    cached = try_to_load_from_cache(str(source), name, cache_dir=cache_dir, revision=commit)
+    cached = try_to_load_from_cache(repo_id, name, cache_dir=cache_dir, revision=commit)
     if isinstance(cached, str):
         return AdapterStatistics.load(cached)
-    return RemoteStatistics(str(source), name, commit, token, cache_dir)
+    return RemoteStatistics(repo_id, name, token=token, revision=commit, cache_dir=cache_dir)
 
 
 def find_adapter(entry: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> AdapterSource:
     """Find a local folder, or download a Hub repository's adapter files (`"me/adapter"` or `"me/adapter@revision"`).
 
-    Raises:
-        AdapterNotFoundError: It is neither, or cannot be reached.
-        TypeError: A keyword is none of the Hub's.
+    What is neither, or cannot be reached, is an `AdapterNotFoundError`.
     """
     unknown = next((name for name in hub if name not in HubArguments.__annotations__), None)
     if unknown is not None:  # which a local folder would let pass

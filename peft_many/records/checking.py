@@ -19,14 +19,9 @@ class RecordError(ValueError):
 
 
 def check_types(schema: type, values: Mapping[str, Any]) -> None:
-    """Check values by the annotations of a dataclass or TypedDict; lists of a dataclass must hold instances of it.
+    """Raise `TypeError` unless values have the types that a dataclass or `TypedDict` declares for these names.
 
-    Args:
-        schema (`type`): A dataclass or a `TypedDict`.
-        values (`Mapping[str, Any]`): By the names of its fields; others must not be there.
-
-    Raises:
-        TypeError: A value has another type; the message names the field and the value.
+    Lists of a dataclass must hold instances of it.
     """
     for name, value in values.items():
         try:

@@ -156,11 +156,7 @@ class MergeOptions:
         return self.method if isinstance(self.method, MergeMethod) else None
 
     def filled_in(self, merges: Sequence[MergeOptions]) -> MergeOptions:
-        """The same with nothing left open that matters: what merges among the adapters agree on, or the defaults.
-
-        Args:
-            merges (`Sequence[MergeOptions]`): Those that the merges among the adapters were made with.
-        """
+        """The same with nothing left open that matters: what merges among the adapters agree on, or the defaults."""
         is_lpm, is_routed = self.merge_method is None, self.projectors == ROUTED
         found: dict[str, Any] = {}
         if is_lpm:
@@ -188,12 +184,7 @@ class MergeOptions:
     def read(cls, described: Mapping[str, Any], *, foreign: bool = False) -> MergeOptions:
         """Options from a recipe or a record, where numbers may be strings and dtypes and methods are names.
 
-        Args:
-            described (`Mapping[str, Any]`): Values by the names of options.
-            foreign (`bool`): Whether methods are allowed that are not known here; these cannot be merged with.
-
-        Raises:
-            ValueError: An option is unknown or has an impossible value.
+        `foreign` allows methods that are not known here; these cannot be merged with.
         """
         known = {option.name: option for option in dataclasses.fields(cls)}
         unknown = next((name for name in described if name not in known), None)
@@ -213,11 +204,7 @@ class MergeOptions:
 
 
 def number(name: str, value: Any) -> float:
-    """A number as YAML and command lines write it.
-
-    Raises:
-        ValueError: It is none.
-    """
+    """A number as YAML and command lines write it, or a `ValueError`."""
     try:
         if isinstance(value, bool):
             raise TypeError

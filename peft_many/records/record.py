@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,24 +25,37 @@ class _Record:
 
     @classmethod
     def read(cls, content: Any) -> Self:
-        """A record from JSON.
-
-        Raises:
-            TypeError, ValueError, KeyError: It is none.
-        """
-        return cls(**content)
-
-    @classmethod
-    def read_all(cls, content: list[Any]) -> list[Self]:
-        """A list of records from JSON."""
-        if not isinstance(content, list) or len(content) > _MOST:
-            raise TypeError(f"{cls.__name__}: a list of at most {_MOST} is expected")
-        return [cls.read(one) for one in content]
+        """A record from JSON; an error if it is none."""
+        wrong = nonsense(content)
+        if wrong is not None:
+            raise ValueError(f"it cannot hold {wrong}")
+        return _from_json(cls, content)
 
     def to_json(self) -> dict[str, Any]:
         """All fields that differ from their default, as JSON; [`read`] reads it."""
         values = {one.name: (getattr(self, one.name), _default(one)) for one in dataclasses.fields(self)}
         return {name: _json(value) for name, (value, default) in values.items() if value != default}
+
+
+def _is_record(kind: Any) -> bool:
+    return typing.get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, _Record)
+
+
+def _from_json(kind: Any, value: Any) -> Any:
+    """A value from JSON, of the type that its field is declared with."""
+    if kind is MergeOptions:
+        return MergeOptions.read(value, foreign=True)
+    inner = next(reversed(typing.get_args(kind)), None)  # what a list or dict holds
+    if _is_record(inner) and isinstance(value, dict):
+        return {key: _from_json(inner, one) for key, one in value.items()}
+    if _is_record(inner):
+        if not isinstance(value, list) or len(value) > _MOST:
+            raise TypeError(f"{inner.__name__}: a list of at most {_MOST} is expected")
+        return [_from_json(inner, one) for one in value]
+    if not _is_record(kind):
+        return value
+    declared = typing.get_type_hints(kind)
+    return kind(**{name: _from_json(declared.get(name), one) for name, one in value.items()})
 
 
 def _default(one: dataclasses.Field[Any]) -> Any:
@@ -99,10 +113,6 @@ class Origin(_Record):
     pooled: list[PooledTask] = field(default_factory=list)
     projectors_left_out: list[str] = field(default_factory=list)
 
-    @classmethod
-    def read(cls, content: Any) -> Self:
-        return cls(**{**content, "pooled": PooledTask.read_all(content.get("pooled", []))})
-
 
 @dataclass(frozen=True)
 class TaskRecord(_Record):
@@ -123,10 +133,6 @@ class TaskRecord(_Record):
     samples: int = 0
     images: int = 0
     interference: Number | None = None
-
-    @classmethod
-    def read(cls, content: Any) -> Self:
-        return cls(**{**content, "origin": Origin.read(content["origin"])})
 
 
 @dataclass(frozen=True)
@@ -180,10 +186,6 @@ class RoutedProjector(_Record):
         """The names of the tasks, in the order of the prototypes."""
         return [task.name for task in self.tasks]
 
-    @classmethod
-    def read(cls, content: Any) -> Self:
-        return cls(**{**content, "tasks": RoutedTask.read_all(content["tasks"])})
-
 
 @dataclass(frozen=True)
 class MergeRecord(_Record):
@@ -228,21 +230,6 @@ class MergeRecord(_Record):
         """The names of the tasks, in their order."""
         return [task.name for task in self.tasks]
 
-    @classmethod
-    def read(cls, content: Any) -> Self:
-        wrong = nonsense(content)
-        if wrong is not None:
-            raise ValueError(f"`merge` cannot hold {wrong}")
-        return cls(
-            **{
-                **content,
-                "options": MergeOptions.read(content["options"], foreign=True),
-                "tasks": TaskRecord.read_all(content["tasks"]),
-                "operations": Operation.read_all(content.get("operations", [])),
-                "routing": {name: RoutedProjector.read(of) for name, of in content.get("routing", {}).items()},
-            }
-        )
-
 
 @dataclass(frozen=True)
 class PoolRecord(_Record):
@@ -255,14 +242,6 @@ class PoolRecord(_Record):
 
     tasks: list[PooledTask]
     operations: list[Operation] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, content: Any) -> Self:
-        wrong = nonsense(content)
-        if wrong is not None:
-            raise ValueError(f"`pool` cannot hold {wrong}")
-        operations = Operation.read_all(content.get("operations", []))
-        return cls(**{**content, "tasks": PooledTask.read_all(content["tasks"]), "operations": operations})
 
 
 def merge_of(config: Any) -> MergeRecord | None:
