@@ -22,9 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..files.adapter import read_adapter
+from ..files.adapter import AdapterSource, read_adapter
 from ..files.atomic import new_folder
-from ..files.source import AdapterSource
 from ..files.tensor_keys import KEY_PREFIX
 from ..tuner.config import MAnyConfig
 from .export import write_adapter

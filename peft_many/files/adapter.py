@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from ..records import MergeRecord, Operation, Origin, PoolRecord, merge_of
 from .card import data_sets_of
-from .errors import StatisticsError, UnmergeableAdapterError
+from .errors import AdapterFileError, UnmergeableAdapterError
 from .lora_pairs import lora_pairs
 from .peft_deltas import deltas_by_peft
 from .peft_methods import check_method, check_options, is_plain_lora, name_of
 from .projectors import projectors_in_merge, projectors_of_adapter
-from .source import AdapterSource
 from .statistics import STATISTICS_NAME, AdapterStatistics, TaskStatistics, open_statistics
 from .stored_delta import StoredDelta, StoredPair, check_finite, delta_of_adapter, deltas_in_merge
 from .tensor_file import TensorFile
@@ -31,6 +30,25 @@ from .untrusted import LARGEST_CONFIG, NONSENSE_ERRORS, check_config
 # Of the options that a task's adapter was trained with, those that a merge's config keeps.
 _TOLD_OPTIONS = ("r", "lora_alpha", "use_rslora")
 _KEY = re.compile(r"[\w-]+(?:\.[\w-]+)*")
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """A local copy of an adapter, and where it came from."""
+
+    folder: Path
+    name: str  # what the user called it: a path or a Hub id
+    revision: str | None = None  # the commit, for a Hub repository
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the name, the default name of the task."""
+        return Path(self.folder if self.revision is None else self.name).resolve().name
+
+    @property
+    def public_name(self) -> str:
+        """What a merge's config and card call it: local paths are nobody else's business."""
+        return self.short_name if self.revision is None else self.name
 
 
 @dataclass(frozen=True)
@@ -88,8 +106,6 @@ def read_adapter(
     """
     try:
         return _read(source, task_names, base)
-    except (UnmergeableAdapterError, StatisticsError):
-        raise
     except NONSENSE_ERRORS as error:
         # Configs and headers are JSON that anybody may have written; what is in them may have any type.
         raise UnmergeableAdapterError(f"{source.name} is malformed: {error!r}.") from error
@@ -159,7 +175,7 @@ def _read_config(source: AdapterSource) -> PeftConfig:
         raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} is larger than {LARGEST_CONFIG >> 20} MiB.")
     try:
         config = PeftConfig.from_pretrained(str(source.folder))
-    except (StatisticsError, UnmergeableAdapterError):
+    except AdapterFileError:
         raise
     except (*NONSENSE_ERRORS, ValueError) as error:
         # ValueError covers broken JSON and the messages of configs, which are written for people.

@@ -115,13 +115,18 @@ class AdapterStatistics:
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterStatistics:
         return self  # Immutable, and large: `dataclasses.asdict` and copies of a config need not copy it.
 
+    def columns_of(self, t: int, module: str) -> slice | None:
+        """Which columns of the merged `B` of a layer are task `t`'s; `None` where they are no longer side by side."""
+        if module in self.tasks[t].lora_B:
+            return None
+        start = sum(len(task.lora_A[module]) for task in self.tasks[:t] if module in task.lora_A)
+        return slice(start, start + len(self.tasks[t].lora_A[module]))
+
     def own_delta(self, t: int, module: str, merged_B: Tensor) -> LowRankDelta:
         """What task `t` trained in a layer, float32, the LoRA scaling in `A`; `merged_B` is the merge's `B` there."""
-        A, B = self.tasks[t].lora_A[module], self.tasks[t].lora_B.get(module)
-        if B is None:
-            start = sum(len(task.lora_A[module]) for task in self.tasks[:t] if module in task.lora_A)
-            B = merged_B[:, start : start + len(A)]
-        return LowRankDelta(A=A.float(), B=B.float())
+        columns = self.columns_of(t, module)
+        B = self.tasks[t].lora_B[module] if columns is None else merged_B[:, columns]
+        return LowRankDelta(A=self.tasks[t].lora_A[module].float(), B=B.float())
 
     def save(self, folder: str | os.PathLike[str], *, sources: Iterable[TensorFile] = ()) -> None:
         """Write the file into an existing folder, whole or not at all.

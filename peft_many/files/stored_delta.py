@@ -83,39 +83,31 @@ def deltas_in_merge(
 
     The statistics hold every `A_t`; the `B_t` are blocks of columns of the merged `B`, or are in the statistics too.
     """
-    ends = dict.fromkeys(pairs, 0)  # of the columns that tasks have taken so far
-    unstacked = {module for task in statistics.tasks for module in task.lora_B if module in task.lora_A}
-    found = []
-    for task in statistics.tasks:
-        deltas = {}
-        for module, A in task.lora_A.items():
-            pair, own = pairs.get(module), task.lora_B.get(module)
-            if (
-                pair is None
-                or A.shape[1] != pair.shape("A")[1]
-                or (module in unstacked) != (own is not None)
-                or (own is not None and tuple(own.shape) != (pair.shape("B")[0], A.shape[0]))
-            ):
-                raise _disagreement(adapter, module)
-            block = slice(ends[module], ends[module] + A.shape[0]) if own is None else None
-            ends[module] = pair.shape("A")[0] if block is None else block.stop
-            deltas[module] = _delta_in_merge(pair, task, module, block, f"{adapter}, task '{task.name}'")
-        found.append(deltas)
-    wrong = next((module for module, pair in pairs.items() if ends[module] != pair.shape("A")[0]), None)
-    if wrong is not None:
-        raise _disagreement(adapter, wrong)
-    return found
+    for module in dict.fromkeys([*pairs, *(module for task in statistics.tasks for module in task.lora_A)]):
+        if module not in pairs or not _fits(pairs[module], [t for t in statistics.tasks if module in t.lora_A]):
+            raise UnmergeableAdapterError(f"{adapter}: its weights and its statistics disagree on '{module}'.")
+    return [
+        {
+            module: _delta_in_merge(pairs[module], statistics, t, f"{adapter}, task '{task.name}'")
+            for module in task.lora_A
+        }
+        for t, task in enumerate(statistics.tasks)
+    ]
 
 
-def _disagreement(adapter: str, module: str) -> UnmergeableAdapterError:
-    return UnmergeableAdapterError(f"{adapter}: its weights and its statistics disagree on '{module}'.")
+def _fits(pair: StoredPair, tasks: Sequence[TaskStatistics]) -> bool:
+    """Whether the parts of these tasks make up a merged pair, or all tasks have whole ones of their own."""
+    (rank, width), out = pair.shape("A"), pair.shape("B")[0]
+    A = [task.lora_A[pair.module] for task in tasks]
+    B = [task.lora_B[pair.module] for task in tasks if pair.module in task.lora_B]
+    if any(part.shape[1] != width for part in A):
+        return False
+    return [part.shape for part in B] == [(out, len(part)) for part in A] if B else sum(map(len, A)) == rank
 
 
-def _delta_in_merge(
-    pair: StoredPair, measured: TaskStatistics, module: str, block: slice | None, name: str
-) -> StoredDelta:
-    """A task's delta; `block` says which part of the merged pair is the task's, if one is."""
-    A = measured.lora_A[module]
+def _delta_in_merge(pair: StoredPair, statistics: AdapterStatistics, t: int, name: str) -> StoredDelta:
+    measured, module = statistics.tasks[t], pair.module
+    A, block = measured.lora_A[module], statistics.columns_of(t, module)
 
     def columns() -> Tensor:
         return measured.lora_B[module].float() if block is None else pair.columns()[:, block]

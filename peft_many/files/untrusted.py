@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from peft import PeftConfig
 
 from ..records import RoutedProjector, merge_of
 from ..records.checking import check_types, nonsense
-from .errors import MalformedAdapterError, unusable_config
+from .errors import unusable_config
 from .peft_methods import name_of
 from .tensor_file import TensorFile
 
@@ -61,8 +61,6 @@ def check_config(config: PeftConfig, source: str) -> None:
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name, None)
-        if field.name in ("statistics", "merge", "pool"):
-            continue
         if (wrong := nonsense(value)) is not None:
             raise unusable_config(source, f"`{field.name}` cannot be {wrong}")
         if field.name in known:
@@ -130,27 +128,3 @@ def _check_routing(
     for t, task in enumerate(routed.tasks):
         if task.trained and (not like or experts.get(f"task_{t}") != like):
             raise unusable_config(source, f"its weights lack a tensor of '{projector}' of the task '{task.name}'")
-
-
-def check_projectors_are_there(keys: Collection[str], expected: Mapping[str, Collection[str]], source: str) -> None:
-    """Check that a weights file lacks no tensor of an adapter's projectors, which PEFT would say by a bare `KeyError`.
-
-    Args:
-        keys (`Collection[str]`): What is in the file; without any nothing is checked.
-        expected (`Mapping[str, Collection[str]]`): By projector, the keys of its tensors.
-        source (`str`): The adapter's name, for messages.
-
-    Raises:
-        MalformedAdapterError: A tensor is missing; the message names it.
-    """
-    known = {key for of_one in expected.values() for key in of_one}
-    # Tensors by other names may be these ones, and be renamed by the user's `key_mapping` when PEFT reads them.
-    renamed = any(key not in known and ".lora_" not in key for key in keys)
-    for projector, of_one in expected.items():
-        missing = [key for key in of_one if key not in keys]
-        has_some = any(f".{projector}." in f".{key}" for key in keys)
-        if keys and missing and (has_some or not renamed):
-            raise MalformedAdapterError(
-                f"{source}: adapter_model.safetensors lacks the tensor '{missing[0]}' of the projector '{projector}', "
-                "which its config says is trained: the file is incomplete; save or download the adapter again."
-            )

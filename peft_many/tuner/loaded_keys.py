@@ -5,13 +5,14 @@ PEFT renames layers for its own LORA type only, and of projectors it requires th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..families.module_names import Names, names_on
+from ..files.errors import MalformedAdapterError
 from ..files.tensor_keys import KEY_PREFIX
 from .layers import lora_layers
 from .projector import ProjectorWrapper
@@ -23,8 +24,7 @@ _INSIDE_A_WRAPPER = ("modules_to_save.", "original_module.")
 def with_current_keys(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The tensors of an adapter's file under today's names of layers and projectors, before PEFT adds adapter names.
 
-    Raises:
-        ValueError: The adapter trained a projector, of which the file lacks a tensor.
+    That a projector lacks a tensor under all names, those of the user's `key_mapping` too, is a `ValueError`.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     names, adapted = names_on(base), _adapted(model, adapter_name)
@@ -36,15 +36,14 @@ def with_current_keys(state_dict: Mapping[str, Tensor], model: nn.Module, adapte
     of_adapter = f"modules_to_save.{adapter_name}."
     renamed: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
-        layer, path = _layer(key), key.removeprefix(KEY_PREFIX)
-        if layer is None:
-            projector, rest = _projector_of(path, projectors, names)
-            if projector is not None and rest.startswith(_INSIDE_A_WRAPPER) and rest.endswith(".bias"):
-                continue
-            stored = key if projector is None else f"{KEY_PREFIX}{projector}.{of_adapter}{rest}"
-        else:
-            stored = key if layer in adapted else key.replace(layer, names(layer) or layer, 1)
-        renamed[stored] = tensor
+        layer = _layer(key)
+        projector, rest = _projector_of(key, projectors, names)
+        if layer is not None:
+            renamed[key if layer in adapted else key.replace(layer, names(layer) or layer, 1)] = tensor
+        elif projector is None:
+            renamed[key] = tensor
+        elif not (rest.startswith(_INSIDE_A_WRAPPER) and rest.endswith(".bias")):
+            renamed[f"{KEY_PREFIX}{projector}.{of_adapter}{rest}"] = tensor
     for name, wrapper in projectors.items():
         wrapper.looked_up.discard(adapter_name)
         for rest in wrapper.modules_to_save[adapter_name].state_dict():
@@ -56,28 +55,32 @@ def with_current_keys(state_dict: Mapping[str, Tensor], model: nn.Module, adapte
     return renamed
 
 
-def current_projector_keys(keys: Iterable[str], base: nn.Module, projectors: Collection[str]) -> set[str]:
-    """The keys of a weights file, those of projectors under today's names.
+def check_projectors_are_there(
+    stored: Collection[str], base: nn.Module, expected: Mapping[str, Collection[str]], source: str
+) -> None:
+    """Refuse a weights file that lacks a tensor of a projector before the model is touched; without a file, nothing.
 
-    Args:
-        keys (`Iterable[str]`): As they are in the file.
-        base (`torch.nn.Module`): The base model.
-        projectors (`Collection[str]`): The names of the adapter's projectors in it.
+    `expected` are, by projector, the keys of its tensors. PEFT would say it by a bare `KeyError`.
     """
-    names, found = names_on(base), set()
-    for key in keys:
-        path = key.removeprefix(KEY_PREFIX)
-        projector, rest = (None, path) if _layer(key) is not None else _projector_of(path, projectors, names)
-        found.add(key if projector is None else f"{KEY_PREFIX}{projector}.{rest}")
-    return found
+    names, keys = names_on(base), set()
+    for key in stored:
+        projector, rest = _projector_of(key, expected, names)
+        keys.add(key if projector is None else f"{KEY_PREFIX}{projector}.{rest}")
+    known = {key for of_one in expected.values() for key in of_one}
+    # Tensors by other names may be these ones, and be renamed by the user's `key_mapping` when PEFT reads them.
+    renamed = any(key not in known and ".lora_" not in key for key in keys)
+    for projector, of_one in expected.items():
+        missing = [key for key in of_one if key not in keys]
+        has_some = any(f".{projector}." in f".{key}" for key in keys)
+        if keys and missing and (has_some or not renamed):
+            raise MalformedAdapterError(
+                f"{source}: adapter_model.safetensors lacks the tensor '{missing[0]}' of the projector '{projector}', "
+                "which its config says is trained: the file is incomplete; save or download the adapter again."
+            )
 
 
 def require_known(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> None:
-    """Refuse tensors that belong to no part of the model.
-
-    Raises:
-        ValueError: Its message names the tensor.
-    """
+    """Raise `ValueError` naming a tensor that belongs to no part of the model."""
     adapted = _adapted(model, adapter_name)
     there = {key.removeprefix(KEY_PREFIX) for key in model.state_dict()}
     there |= {key.replace(f".{adapter_name}.", ".", 1) for key in there}  # PEFT adds the name where it does not stand
@@ -101,11 +104,11 @@ def _layer(key: str) -> str | None:
     return layer if f"lora_{rest.partition('.')[0]}" in LoraLayer.adapter_layer_names else None
 
 
-def _projector_of(path: str, projectors: Collection[str], names: Names) -> tuple[str | None, str]:
-    """The projector that a tensor's path lies in, by its name then or now, and the rest of the path."""
-    parts = path.split(".")
+def _projector_of(key: str, projectors: Collection[str], names: Names) -> tuple[str | None, str]:
+    """The projector that a tensor lies in, by its name then or now, and the rest of the path; LoRA's lie in none."""
+    parts = [] if _layer(key) is not None else key.removeprefix(KEY_PREFIX).split(".")
     for length in range(len(parts) - 1, 0, -1):
         name = names(".".join(parts[:length]))
         if name in projectors:
             return name, ".".join(parts[length:])
-    return None, path
+    return None, ""

@@ -21,14 +21,14 @@ from ..files.errors import MalformedAdapterError
 from ..files.patterns import check_patterns
 from ..files.statistics import AdapterStatistics
 from ..files.tensor_keys import KEY_PREFIX
-from ..files.untrusted import NONSENSE_ERRORS, check_projectors_are_there
+from ..files.untrusted import NONSENSE_ERRORS
 from ..records import MergeRecord, merge_of
 from ..routing.gates import GateTarget
 from ..routing.watching import unwatch_calls, watch_calls
 from .config import MAnyConfig
 from .gated_linear import GatedLinear
 from .layers import hang_on_layers, lora_layers
-from .loaded_keys import current_projector_keys, require_known, with_current_keys
+from .loaded_keys import check_projectors_are_there, require_known, with_current_keys
 from .projector import Mixing, ProjectorMixture, ProjectorWrapper
 from .targets import default_targets, update_expert_names
 
@@ -71,10 +71,8 @@ class MAnyModel(LoraModel):
             self._wrap_projectors(model, adapter_name, config, rollback)
             if source is not None:  # with the names of the wrapped projectors, which PEFT goes through too
                 check_patterns(config, [name for name, _ in model.named_modules()], source)
-                keys = current_projector_keys(
-                    getattr(config, "loaded_keys", ()), model, config.projector_modules or ()
-                )
-                check_projectors_are_there(keys, _projector_keys(model, adapter_name, config), source)
+                expected = _projector_keys(model, adapter_name, config)
+                check_projectors_are_there(getattr(config, "loaded_keys", ()), model, expected, source)
             if config.target_modules is not None:
                 update_expert_names(config, model)
             try:

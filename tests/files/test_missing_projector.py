@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from peft_many import MAnyConfig, merge_adapter_files
 from peft_many.files.errors import MalformedAdapterError, UnmergeableAdapterError
-from peft_many.files.untrusted import check_projectors_are_there
+from peft_many.tuner.loaded_keys import check_projectors_are_there
 from tests.adapters import PROJECTOR, WEIGHTS, base, distance, logits, make, state_digest
 from tests.hub_server import StandInHub, talk_to
 
@@ -101,11 +102,11 @@ def test_a_config_without_weights_can_be_trained_anew(good, tmp_path):
 def test_which_names_count_as_missing():
     expected = {"p": ["p.w", "p.b"], "q": ["q.w"]}
     whole = {"p.w", "p.b", "q.w", "x.lora_A.weight"}
-    check_projectors_are_there(whole, expected, "me/x")
-    check_projectors_are_there((), expected, "me/x")
-    check_projectors_are_there({"p.w", "p.b", "renamed.w"}, expected, "me/x")
+    check_projectors_are_there(whole, nn.Module(), expected, "me/x")
+    check_projectors_are_there((), nn.Module(), expected, "me/x")
+    check_projectors_are_there({"p.w", "p.b", "renamed.w"}, nn.Module(), expected, "me/x")
     with pytest.raises(MalformedAdapterError, match=r"'p\.w' of the projector 'p'"):  # those of a merge, not of a task
-        check_projectors_are_there({"p.experts.task_0.w", "q.w"}, expected, "me/x")
+        check_projectors_are_there({"p.experts.task_0.w", "q.w"}, nn.Module(), expected, "me/x")
     for gone in ("p.w", "p.b", "q.w"):
         with pytest.raises(MalformedAdapterError, match=f"me/x: .*'{gone}' of the projector '{gone[0]}'"):
-            check_projectors_are_there(whole - {gone}, expected, "me/x")
+            check_projectors_are_there(whole - {gone}, nn.Module(), expected, "me/x")
