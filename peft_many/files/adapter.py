@@ -11,19 +11,18 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..records import MergeRecord, Operation, Origin, PoolRecord, merge_of
 from .card import data_sets_of
-from .errors import AdapterFileError, UnmergeableAdapterError
+from .errors import AdapterFileError, UnmergeableAdapterError, unusable_config
 from .lora_pairs import lora_pairs
 from .peft_deltas import deltas_by_peft
 from .peft_methods import check_method, check_options, is_plain_lora, name_of
 from .projectors import projectors_in_merge, projectors_of_adapter
 from .statistics import STATISTICS_NAME, AdapterStatistics, TaskStatistics, open_statistics
 from .stored_delta import StoredDelta, StoredPair, check_finite, delta_of_adapter, deltas_in_merge
-from .tensor_file import TensorFile
+from .tensor_file import TensorFile, open_tensors
 from .tensor_keys import KEY_PREFIX, tensor_keys
 from .untrusted import LARGEST_CONFIG, NONSENSE_ERRORS, check_config
 
@@ -115,10 +114,7 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: n
     config = _read_config(source)
     weights = _open_weights(source)
     keys = tensor_keys(config, weights)
-    try:
-        check_options(config, next(iter(keys.own), "no layer"))
-    except ValueError as error:
-        raise UnmergeableAdapterError(f"{source.name} {error}") from None
+    check_options(config, source.name, next(iter(keys.own), "no layer"))
     files, statistics = _read_statistics(source, config)
     pairs: dict[str, StoredPair] = {}
     if isinstance(config, LoraConfig) and is_plain_lora(config):
@@ -180,11 +176,8 @@ def _read_config(source: AdapterSource) -> PeftConfig:
     except (*NONSENSE_ERRORS, ValueError) as error:
         # ValueError covers broken JSON and the messages of configs, which are written for people.
         reason = f"{error} is unknown" if isinstance(error, KeyError) else str(error).rstrip(".")
-        raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} cannot be used: {reason}.") from error
-    try:
-        check_method(config)
-    except ValueError as error:
-        raise UnmergeableAdapterError(f"{source.name} {error}; it cannot be merged.") from None
+        raise unusable_config(source.name, reason) from error
+    check_method(config, source.name)
     check_config(config, source.name)
     return config
 
@@ -196,10 +189,7 @@ def _open_weights(source: AdapterSource) -> TensorFile:
         if (source.folder / WEIGHTS_NAME).is_file():
             why = f"; its {WEIGHTS_NAME} is a pickle, which is never opened. Save it again as safetensors."
         raise UnmergeableAdapterError(f"{source.name} has no {SAFETENSORS_WEIGHTS_NAME}{why}")
-    try:
-        weights = TensorFile(path)
-    except SafetensorError as error:
-        raise UnmergeableAdapterError(f"{path} is damaged or truncated ({error}).") from None
+    weights = open_tensors(path, UnmergeableAdapterError)
     strange = next((key for key in weights if not _KEY.fullmatch(key)), None)
     if strange is not None:  # it would be part of patterns, tables and messages
         raise UnmergeableAdapterError(f"{source.name}: tensor {strange!r:.200} is not called as modules are.")

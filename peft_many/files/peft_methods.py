@@ -13,6 +13,8 @@ from typing import Any
 
 from peft import PeftConfig
 
+from .errors import UnmergeableAdapterError
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 # By PEFT type, and by the option that makes a LoRA another variant: how large the rank of a layer's delta can be, by
@@ -77,11 +79,12 @@ def described(config: PeftConfig) -> str:
     return f"uses {' and '.join(options)}" if options else f"is of PEFT type {name_of(config)}"
 
 
-def check_method(config: PeftConfig) -> None:
-    """Refuse an adapter whose PEFT method cannot be merged, by a `ValueError` whose text goes after its name."""
+def check_method(config: PeftConfig, adapter: str) -> None:
+    """Raise `UnmergeableAdapterError` if an adapter's PEFT method cannot be merged; `adapter` is how to call it."""
     method = _method(config)
     if not is_plain_lora(config) and method not in RANKS:
-        raise ValueError(f"{described(config)}, which {_WHY_NOT.get(method, _WHY_NOT_IN_GENERAL)}")
+        why = _WHY_NOT.get(method, _WHY_NOT_IN_GENERAL)
+        raise UnmergeableAdapterError(f"{adapter} {described(config)}, which {why}; it cannot be merged.")
 
 
 def needs_base(config: PeftConfig) -> bool:
@@ -95,25 +98,26 @@ def rank_bound(config: PeftConfig, shapes: Shapes, layer: tuple[int, int]) -> in
     return min(layer) if rule is None else max(1, min(rule(shapes, config), *layer))
 
 
-def check_options(config: PeftConfig, layer: str) -> None:
+def check_options(config: PeftConfig, adapter: str, layer: str) -> None:
     """As `check_method`, of options by which an adapter does more than adding a delta to linear layers' weights.
 
     `layer` is one of its layers, for messages.
     """
     for option in _UNSUPPORTED_OPTIONS:
         if getattr(config, option, None):
-            raise ValueError(
-                f"uses `{option}`, so its effect on '{layer}' is no plain low-rank delta and cannot be merged."
+            raise UnmergeableAdapterError(
+                f"{adapter} uses `{option}`, so its effect on '{layer}' is no plain low-rank delta and cannot be "
+                "merged."
             )
     bias = getattr(config, "bias", "none")
     if bias not in ("none", False, None):
-        raise ValueError(f"trains biases (`bias='{bias}'`), which cannot be merged.")
+        raise UnmergeableAdapterError(f"{adapter} trains biases (`bias='{bias}'`), which cannot be merged.")
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.startswith(_MUTATING_INITS):
-        raise ValueError(
-            f"was initialised with `init_lora_weights='{init}'`, which changes the base weights of '{layer}'. Convert "
-            "it with `path_initial_model_for_weight_conversion` of `save_pretrained`, load the result on the base "
-            "model as it was, and run `collect_statistics` again."
+        raise UnmergeableAdapterError(
+            f"{adapter} was initialised with `init_lora_weights='{init}'`, which changes the base weights of "
+            f"'{layer}'. Convert it with `path_initial_model_for_weight_conversion` of `save_pretrained`, load the "
+            "result on the base model as it was, and run `collect_statistics` again."
         )
 
 

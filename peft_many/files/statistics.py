@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..algebra.covariance import Covariance, DenseCovariance, InvalidCovarianceError, LowRankCovariance
@@ -19,7 +18,7 @@ from ..algebra.eight_bits import Scales
 from ..algebra.lpm import LowRankDelta
 from .atomic import replace_file
 from .errors import StatisticsError
-from .tensor_file import TensorFile, TensorFileWriter, lay_out
+from .tensor_file import TensorFile, TensorFileWriter, lay_out, open_tensors
 
 STATISTICS_NAME = "adapter_statistics.safetensors"
 FORMAT_VERSION = 1
@@ -160,10 +159,9 @@ class AdapterStatistics:
 def open_statistics(path: str | os.PathLike[str]) -> TensorFile:
     """Map a statistics file, or raise `StatisticsError`: it does not exist, is damaged, or is truncated."""
     try:
-        return TensorFile(Path(path))
-    except (FileNotFoundError, SafetensorError) as error:
-        reason = f"is damaged or truncated ({error})" if isinstance(error, SafetensorError) else "does not exist"
-        raise StatisticsError(f"{path} {reason}.") from None
+        return open_tensors(Path(path), StatisticsError)
+    except FileNotFoundError:
+        raise StatisticsError(f"{path} does not exist.") from None
 
 
 def check_covariance(covariance: Covariance, where: str) -> None:

@@ -20,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .errors import AdapterFileError
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -86,6 +88,14 @@ class TensorFile(Mapping[str, Tensor]):
         """Give the memory of what was read so far back to the system; using a tensor again reads it again."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def open_tensors(path: Path, error: type[AdapterFileError]) -> TensorFile:
+    """A file of an adapter, or an error of this class if it is damaged."""
+    try:
+        return TensorFile(path)
+    except SafetensorError as damage:
+        raise error(f"{path} is damaged or truncated ({damage}).") from None
 
 
 class TensorFileWriter:

@@ -11,11 +11,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftWarning
-from safetensors import SafetensorError
 
 from ..files.errors import MalformedAdapterError, StatisticsError, unusable_config
 from ..files.statistics import AdapterStatistics
-from ..files.tensor_file import TensorFile
+from ..files.tensor_file import open_tensors
 from ..files.untrusted import NONSENSE_ERRORS, check_backed, check_config
 from ..files.upstream import wrap_method
 from ..records.checking import RecordError
@@ -63,10 +62,7 @@ def _check_loaded(config: MAnyConfig, source: str, subfolder: str | None, where:
     config.loaded_from = source  # no fields: what a user makes of it is the user's own
     folder = Path(source, subfolder or "")
     path = folder / SAFETENSORS_WEIGHTS_NAME if folder.is_dir() else _weights_on_hub(config, source, subfolder, where)
-    try:
-        weights = TensorFile(path) if path is not None and path.is_file() else None
-    except SafetensorError as error:
-        raise MalformedAdapterError(f"{path} is damaged or truncated ({error}).") from None
+    weights = open_tensors(path, MalformedAdapterError) if path is not None and path.is_file() else None
     check_backed(config, weights, source)
     config.loaded_keys = frozenset(weights or ())
 

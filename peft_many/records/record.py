@@ -45,7 +45,7 @@ def _from_json(kind: Any, value: Any) -> Any:
     """A value from JSON, of the type that its field is declared with."""
     if kind is MergeOptions:
         return MergeOptions.read(value, foreign=True)
-    inner = next(reversed(typing.get_args(kind)), None)  # what a list or dict holds
+    inner: Any = (typing.get_args(kind) or (None,))[-1]  # what a list or dict holds
     if _is_record(inner) and isinstance(value, dict):
         return {key: _from_json(inner, one) for key, one in value.items()}
     if _is_record(inner):

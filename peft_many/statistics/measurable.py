@@ -83,10 +83,7 @@ def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
     config = configs[adapter_name]
     if isinstance(config, MAnyConfig) and config.is_merge:
         raise ValueError(f"Adapter '{adapter_name}' is a merge; it carries the statistics of its tasks already.")
-    try:
-        check_method(config)
-    except ValueError as error:
-        raise ValueError(f"Adapter '{adapter_name}' {error}; it cannot be merged, so it is not measured.") from None
+    check_method(config, f"Adapter '{adapter_name}'")
     layers = adapted_layers(model, adapter_name)
     if not layers:
         raise ValueError(f"Adapter '{adapter_name}' has no layers to measure.")

@@ -249,7 +249,7 @@ def test_the_others_are_refused_by_name(kind, tmp_path):
 )
 def test_other_variants_of_lora_are_refused_by_name(options, said):
     with pytest.raises(ValueError, match=said):
-        peft_methods.check_method(LoraConfig(**options))
+        peft_methods.check_method(LoraConfig(**options), "x")
 
 
 # ------------------------------------------------------------------------------------------------ more of the same
