@@ -64,11 +64,11 @@ def with_merge_options(command: Command) -> Command:
 
 def _typed(option: dataclasses.Field[Any]) -> Any:
     """The option of the command line for a field of `MergeOptions`."""
-    known, declared = option.metadata.get("choices", ()), str(option.type)
+    known, declared = option.metadata["choices"], str(option.type)
     kind = next((kind for name, kind in {"bool": bool, "float": float, "int": int}.items() if name in declared), str)
     kind = str if known else kind
     help = option.metadata["help"] + (f" One of {', '.join(known)}." if known else "")
-    if "default" in option.metadata:
+    if option.metadata["default"]:
         help += f" [dim]default: {option.metadata['default']}[/dim]"
     names = [f"--{option.name}/--no-{option.name}".replace("_", "-")] if kind is bool else []
 

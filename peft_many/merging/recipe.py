@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..records import MergeOptions
-from ..records.options import number
+from ..records.values import number
 
 _FURTHER = ("device", "without", "weights")  # what `options` knows beside those of `MergeOptions`
 

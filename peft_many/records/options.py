@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -14,13 +13,33 @@ import torch
 
 from ..methods import LPM, METHODS, MergeMethod, as_method
 from ..methods.base import ForeignMethod
+from .values import DTYPES, count, dtype, flag, not_negative, number, one_of, positive
 
 ROUTERS = {"cosine": 0.02, "gaussian": 1.0}  # with their default temperatures
 ROUTED, MEAN = "routed", "mean"
-DEFAULT_RIDGE = 1e-4
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _option(
+    help: str,
+    check: Callable[[str, Any, Sequence[str]], None] | None = None,
+    *,
+    default: Any = None,
+    of: Sequence[str] = (),
+    inherited: bool | str = False,
+    otherwise: Any = None,
+    shown: str | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
+    """A field of [`MergeOptions`], with all that the rest of the package must know of it.
+
+    `of` says where it has a meaning: `LPM`, `ROUTED` or both. One that is left open is `inherited` from merges among
+    the adapters where these agree (on the option named here, too), and is `otherwise` this, or what this makes of the
+    options before it. The command line shows `help`, `choices` and the default as `shown`.
+    """
+    about = {"help": help, "check": check, "of": of, "inherited": inherited, "otherwise": otherwise}
+    return field(default=default, metadata={**about, "choices": choices, "default": shown})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,80 +94,66 @@ class MergeOptions:
         ```
     """
 
-    # The metadata are what the command line shows.
-    method: str | MergeMethod = field(
-        default=LPM, metadata={"help": "How to merge the LoRA deltas.", "choices": (LPM, *METHODS)}
+    method: str | MergeMethod = _option("How to merge the LoRA deltas.", default=LPM, choices=(LPM, *METHODS))  # noqa: RUF009
+    projectors: str = _option(
+        "Route each image, or average the projectors' weights.", one_of, default=ROUTED, choices=(ROUTED, MEAN)
     )
-    projectors: str = field(
-        default=ROUTED,
-        metadata={"help": "Route each image, or average the projectors' weights.", "choices": (ROUTED, MEAN)},
+    ridge: float | None = _option(
+        "The ridge λ of LPM.", not_negative, of=(LPM,), inherited=True, otherwise=1e-4, shown="1e-4"
     )
-    ridge: float | None = field(default=None, metadata={"help": "The ridge λ of LPM.", "default": "1e-4"})
-    router: str | None = field(
-        default=None,
-        metadata={"help": "How images are compared with tasks.", "default": "cosine", "choices": tuple(ROUTERS)},
+    router: str | None = _option(
+        "How images are compared with tasks.",
+        one_of,
+        of=(ROUTED,),
+        inherited=True,
+        otherwise="cosine",
+        shown="cosine",
+        choices=tuple(ROUTERS),
     )
-    temperature: float | None = field(
-        default=None, metadata={"help": "τ of the routing.", "default": "0.02, gaussian: 1"}
+    # Another router measures other distances, so that these two are inherited along with it.
+    temperature: float | None = _option(
+        "τ of the routing.",
+        positive,
+        of=(ROUTED,),
+        inherited="router",
+        otherwise=lambda options: ROUTERS[options.router],
+        shown="0.02, gaussian: 1",
     )
-    top_k: int | None = field(default=None, metadata={"help": "The most projectors an image is sent through."})
-    abstain_above: float | None = field(
-        default=None,
-        metadata={"help": "gaussian: from which distance on images go through the base model's projector."},
+    top_k: int | None = _option("The most projectors an image is sent through.", count, of=(ROUTED,), inherited=True)
+    abstain_above: float | None = _option(
+        "gaussian: from which distance on images go through the base model's projector.",
+        positive,
+        of=(ROUTED,),
+        inherited="router",
     )
-    rank: int | None = field(default=None, metadata={"help": "The largest rank of a merged layer.", "default": "Σ r"})
-    gate_lora: bool | None = field(default=None, metadata={"help": "Let images choose the LoRA too."})
-    dtype: torch.dtype = field(
-        default=torch.float32, metadata={"help": "Of the merged weights.", "choices": tuple(DTYPES)}
+    rank: int | None = _option("The largest rank of a merged layer.", count, shown="Σ r")
+    gate_lora: bool | None = _option(
+        "Let images choose the LoRA too.", flag, of=(LPM, ROUTED), inherited=True, otherwise=False
     )
+    dtype: torch.dtype = _option("Of the merged weights.", dtype, default=torch.float32, choices=tuple(DTYPES))  # noqa: RUF009
 
     def __post_init__(self) -> None:
         method = as_method(self.method)
         object.__setattr__(self, "method", LPM if method is None else method)
         for option in dataclasses.fields(self):
-            self._check(option)
-        if self.merge_method is not None and self.ridge is not None:
-            raise ValueError(f"`ridge` is an option of LPM; the method '{self.merge_method.name}' has none.")
-        if self.projectors == MEAN:
-            routing = ("router", "temperature", "top_k", "abstain_above", "gate_lora")
-            given = next((name for name in routing if getattr(self, name)), None)
-            if given is not None:
-                raise ValueError(f"`{given}` is an option of routed projectors, not of `projectors='{MEAN}'`.")
+            name, value, about = option.name, getattr(self, option.name), option.metadata
+            if value is None:
+                continue
+            if about["check"] is not None:
+                about["check"](name, value, about["choices"])
+            if value is False or name == "method":
+                continue
+            if LPM in about["of"] and self.merge_method is not None:
+                raise ValueError(f"`{name}` is an option of LPM, not of the method '{self.merge_method.name}'.")
+            if ROUTED in about["of"] and self.projectors == MEAN:
+                raise ValueError(f"`{name}` is an option of routed projectors, not of `projectors='{MEAN}'`.")
         if self.abstain_above is not None and self.router not in (None, "gaussian"):
             raise ValueError("`abstain_above` is a distance of `router='gaussian'`; cosines know none.")
-        if self.gate_lora and self.merge_method is not None:
-            raise ValueError(
-                f"`gate_lora` is an option of LPM; the method '{self.merge_method.name}' keeps no blocks of the tasks."
-            )
         if self.gate_lora and self.rank is not None:
             raise ValueError(
                 "`gate_lora` keeps every task's block of each layer, so a `rank` cannot be given; pass "
                 "`gate_lora=False` or leave `rank` out."
             )
-
-    def _check(self, option: dataclasses.Field[Any]) -> None:
-        name, value, choices = option.name, getattr(self, option.name), option.metadata.get("choices")
-        if value is None or name == "method":
-            return
-        if name == "dtype":
-            if value not in DTYPES.values():
-                raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES.values()))}, but it is {value}.")
-        elif choices:
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, but it is {value!r}.")
-        elif name == "gate_lora":
-            if not isinstance(value, bool):
-                raise ValueError(f"`gate_lora` must be True or False, but it is {value!r}.")
-        elif name in ("top_k", "rank"):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"`{name}` must be a whole number, but it is {value!r}.")
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, but it is {value}.")
-        elif not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise ValueError(f"`{name}` must be a number, but it is {value!r}.")
-        elif not (0 <= value < math.inf and (value > 0 or name == "ridge")):
-            allowed = "finite and not negative" if name == "ridge" else "positive and finite"
-            raise ValueError(f"`{name}` must be {allowed}, but it is {value}.")
 
     @property
     def merge_method(self) -> MergeMethod | None:
@@ -157,21 +162,21 @@ class MergeOptions:
 
     def filled_in(self, merges: Sequence[MergeOptions]) -> MergeOptions:
         """The same with nothing left open that matters: what merges among the adapters agree on, or the defaults."""
-        is_lpm, is_routed = self.merge_method is None, self.projectors == ROUTED
-        found: dict[str, Any] = {}
-        if is_lpm:
-            found["ridge"] = _first(self.ridge, _agreed(merges, "ridge"), DEFAULT_RIDGE)
-        if is_routed:
-            router = _first(self.router, _agreed(merges, "router"), "cosine")
-            alike = merges if _agreed(merges, "router") == router else []  # another router measures other distances
-            found |= {
-                "router": router,
-                "temperature": _first(self.temperature, _agreed(alike, "temperature"), ROUTERS[router]),
-                "top_k": _first(self.top_k, _agreed(merges, "top_k")),
-                "abstain_above": _first(self.abstain_above, _agreed(alike, "abstain_above")),
-            }
-        gated = _agreed(merges, "gate_lora") if is_lpm and is_routed else None
-        return replace(self, **found, gate_lora=_first(self.gate_lora, gated, False))
+        found = self
+        for option in dataclasses.fields(self):
+            name, about = option.name, option.metadata
+            is_idle = (LPM in about["of"] and self.merge_method is not None) or (
+                ROUTED in about["of"] and self.projectors != ROUTED
+            )
+            if getattr(found, name) is not None or not about["inherited"] or (is_idle and about["otherwise"]):
+                continue
+            along = about["inherited"] if isinstance(about["inherited"], str) else None
+            is_alike = along is None or _agreed(merges, along) == getattr(found, along)
+            value = _agreed(merges, name) if is_alike and not is_idle else None
+            if value is None:
+                value = about["otherwise"](found) if callable(about["otherwise"]) else about["otherwise"]
+            found = replace(found, **{name: value})
+        return found
 
     def describe(self) -> dict[str, Any]:
         """The options that are set, as JSON and as a recipe has them; [`MergeOptions.read`] reads it."""
@@ -201,16 +206,6 @@ class MergeOptions:
             else:
                 found[name] = value
         return cls(**found)
-
-
-def number(name: str, value: Any) -> float:
-    """A number as YAML and command lines write it, or a `ValueError`."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number, but it is {value!r}.") from None
 
 
 def _method(value: Any, foreign: bool) -> str | MergeMethod:
@@ -258,7 +253,3 @@ def _agreed(merges: Sequence[MergeOptions], option: str) -> Any:
     """What all merges say of an option, else `None`."""
     values = [getattr(merge, option) for merge in merges]
     return values[0] if values and all(value == values[0] for value in values) else None
-
-
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)

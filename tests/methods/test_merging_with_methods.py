@@ -477,7 +477,7 @@ def test_a_mean_that_does_not_fit_the_model_is_refused(shelf, tmp_path):
     ("options", "message"),
     [
         ({"method": "tyes"}, r"unknown method 'tyes'; known: lpm, average"),
-        ({"method": "ties", "ridge": 1e-3}, r"`ridge` is an option of LPM; the method 'ties' has none"),
+        ({"method": "ties", "ridge": 1e-3}, r"`ridge` is an option of LPM, not of the method 'ties'"),
         ({"projectors": "median"}, r"`projectors` must be one of 'routed', 'mean', but it is 'median'"),
         ({"projectors": "mean", "temperature": 0.1}, r"is an option of routed projectors"),
         ({"projectors": "mean", "top_k": 1}, r"is an option of routed projectors"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peft_many import MergeOptions, merge_adapter_files, merge_adapter_sequence, plan_merge
 from peft_many.methods import METHODS, RegMean, Ties
 from peft_many.methods.base import ForeignMethod
-from peft_many.records.options import DTYPES
+from peft_many.records.values import DTYPES
 
 NAMES = [option.name for option in dataclasses.fields(MergeOptions)]
 
@@ -82,7 +82,7 @@ def test_merges_hand_down_what_they_agree_on():
         ({"projectors": "both"}, "`projectors` must be one of 'routed', 'mean'"),
         ({"ridge": -1.0}, "`ridge` must be finite and not negative"),
         ({"ridge": float("nan")}, "`ridge` must be finite"),
-        ({"ridge": 1e-4, "method": "ties"}, "`ridge` is an option of LPM; the method 'ties' has none"),
+        ({"ridge": 1e-4, "method": "ties"}, "`ridge` is an option of LPM, not of the method 'ties'"),
         ({"router": "magic"}, "`router` must be one of"),
         ({"router": "cosine", "projectors": "mean"}, "`router` is an option of routed projectors"),
         ({"gate_lora": True, "projectors": "mean"}, "`gate_lora` is an option of routed projectors"),
