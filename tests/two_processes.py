@@ -7,10 +7,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import get_peft_model
+from peft.utils import PeftWarning
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
-from peft_many import MAnyConfig, collect_statistics, merge_adapter_files
+from peft_many import MAnyCallback, MAnyConfig, collect_statistics, merge_adapter_files
 from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.files.processes import ProcessFailedError
 from tests import tiny
@@ -95,5 +97,20 @@ for bad in (adapters if main else [folder / "names", folder / "nothing"], [folde
     with pytest.raises((UnmergeableAdapterError, OSError, ProcessFailedError)):
         merge_adapter_files(bad, folder / "bad", progress=False)
     assert not (folder / "bad").exists()
+
+model = get_peft_model(tiny.build("llava"), MAnyConfig(r=4))
+arguments = TrainingArguments(
+    str(folder.with_name("run")), max_steps=2, report_to=[], save_strategy="no", use_cpu=True
+)
+callbacks = [MAnyCallback(adapter_name=None if main else "clever")]
+trainer = Trainer(model, arguments, train_dataset=Samples(model), data_collator=collate, callbacks=callbacks)
+with pytest.raises(ProcessFailedError if main else ValueError, match="There is no adapter 'clever'"):
+    trainer.train()
+assert trainer.state.global_step == 0
+callbacks = [MAnyCallback(plain, forward_fn=fail_in_the_second)]
+trainer = Trainer(model, arguments, train_dataset=Samples(model), data_collator=collate, callbacks=callbacks)
+with pytest.warns(PeftWarning, match="could not be measured.*the disk is gone"):
+    trainer.train()
+assert trainer.state.global_step == 2
 accelerator.wait_for_everyone()
 accelerator.end_training()

@@ -149,10 +149,11 @@ def collect_statistics(
             return _sum_up(peft_model, batches, inputs, forward_fn)
 
     def kept(covariance: Covariance, names: list[str]) -> Covariance:
-        return truncation.apply(covariance, [weights.deltas[name] for name in names if name in weights.deltas])
+        return agreed(lambda: truncation.apply(covariance, [weights.deltas[n] for n in names if n in weights.deltas]))
 
     gather = alone if state is None else from_every_process
-    samples, found = measure() if state is None else together(measure)
+    agreed: Callable[[Callable[[], Any]], Any] = (lambda step: step()) if state is None else together
+    samples, found = agreed(measure)
     samples = sum(gather(samples))
     if samples == 0:
         raise ValueError("The dataloader gave no batch, so there is nothing to measure.")

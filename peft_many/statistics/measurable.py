@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.utils import align_module_device
 from peft import get_peft_model_state_dict
-from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -106,6 +106,6 @@ def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
 
 def _is_linear_lora(layer: Any, adapter_name: str) -> bool:
     """Whether the layer computes `base(x) + B A x` of the input that arrives at it."""
-    if isinstance(layer, (MultiheadAttention, ParamWrapper)):
+    if not isinstance(layer, LoraLayer) or isinstance(layer, (MultiheadAttention, ParamWrapper)):
         return False
     return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)

@@ -1,4 +1,4 @@
-"""`MAnyCallback` in TRL's `SFTTrainer`, with the trainer's own defaults: pictures by a processor, and packed text."""
+"""`MAnyCallback` in trainers of TRL with their own defaults: supervised on pictures and packed text, DPO, and GRPO."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from peft_many import MAnyCallback, MAnyConfig, merge_adapter_sequence
+from peft_many import MAnyCallback, MAnyConfig, merge_adapter_files, merge_adapter_sequence
 from tests import tiny
 from tests.examples.scripts import script, write_toy
 
@@ -22,6 +22,10 @@ datasets = pytest.importorskip("datasets")
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Path:
     return write_toy(tmp_path_factory.mktemp("toy"), examples=64)
+
+
+USUAL = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+WORDS = "the red circle is there . how many shapes are left ? three"
 
 
 def conversations(toy: Path, task: str) -> datasets.Dataset:
@@ -48,10 +52,7 @@ def test_sft_trainer_with_pictures(toy, tmp_path):
             num_train_epochs=2,
             learning_rate=4e-3,
             logging_steps=4,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
+            **USUAL,
         ),
         train_dataset=conversations(toy, "scenes"),
         processing_class=AutoProcessor.from_pretrained(toy / "model"),
@@ -84,8 +85,7 @@ def test_sft_trainer_with_pictures(toy, tmp_path):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_sft_trainer_with_text(toy, tmp_path, packing):
-    words = "the red circle is there . how many shapes are left ? three"
-    rows = [{"text": " ".join(words.split()[: 4 + i % 8])} for i in range(24)]
+    rows = [{"text": " ".join(WORDS.split()[: 4 + i % 8])} for i in range(24)]
     model = tiny.build_text("llama")
     tokens = sum(len(row["text"].split()) for row in rows)
     trainer = trl.SFTTrainer(
@@ -97,10 +97,7 @@ def test_sft_trainer_with_text(toy, tmp_path, packing):
             max_length=32,
             packing=packing,
             bf16=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
+            **USUAL,
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(toy / "model"),
@@ -113,3 +110,53 @@ def test_sft_trainer_with_text(toy, tmp_path, packing):
     # The trainer ends every text by an end-of-sequence token; no padding may be counted.
     assert counted == {tokens + len(rows)}
     assert (task.samples < len(rows)) == packing, "packed texts share a row"
+
+
+def test_dpo_measures_chosen_and_rejected_rows(toy, tmp_path):
+    rejected = [{"role": "assistant", "content": "three <eos>"}]
+    data = conversations(toy, "scenes").rename_column("completion", "chosen").select(range(16))
+    trainer = trl.DPOTrainer(
+        AutoModelForImageTextToText.from_pretrained(toy / "model"),
+        args=trl.DPOConfig(str(tmp_path / "run"), per_device_train_batch_size=4, max_steps=2, **USUAL),
+        train_dataset=data.add_column("rejected", [rejected] * len(data)),
+        processing_class=AutoProcessor.from_pretrained(toy / "model"),
+        peft_config=MAnyConfig(r=4, task_name="scenes"),
+        callbacks=[MAnyCallback(max_samples=12)],
+    )
+    trainer.train()
+    task = trainer.model.peft_config["default"].statistics.tasks[0]
+    assert (task.samples, task.images) == (16, 16), "two batches of four pairs"
+    trainer.save_model(str(tmp_path / "scenes"))
+    merge_adapter_files([tmp_path / "scenes"], tmp_path / "merged", progress=False)
+
+
+def test_grpo_measures_prompts_with_their_completions(toy, tmp_path):
+    trainer = trl.GRPOTrainer(
+        tiny.build_text("llama"),
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+        args=trl.GRPOConfig(
+            str(tmp_path / "run"),
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=6,
+            max_steps=3,
+            beta=0.1,  # which makes it call the model as a reference too
+            **USUAL,
+        ),
+        train_dataset=datasets.Dataset.from_list([{"prompt": WORDS[:20]}] * 8),
+        processing_class=AutoTokenizer.from_pretrained(toy / "model"),
+        peft_config=MAnyConfig(r=4, task_name="words"),
+        callbacks=[MAnyCallback(max_samples=8)],
+    )
+    trained = []
+
+    def note(model, args, kwargs):
+        if model.training and torch.is_grad_enabled():
+            trained.append(int(kwargs["attention_mask"].sum()))
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    task = trainer.model.peft_config["default"].statistics.tasks[0]
+    assert len(trained) == 3
+    assert task.samples == 8
+    assert {measured.tokens for measured in task.inputs.values()} == {sum(trained[-2:])}
