@@ -33,6 +33,9 @@ Weights = Annotated[
     typer.Option("--weight", "-w", metavar="TASK=W", help="Weight of a task; repeat it. 1 by default."),
 ]
 Without = Annotated[list[str] | None, typer.Option("--without", metavar="TASK", help="Leave out a task; repeat it.")]
+SameBase = Annotated[
+    bool, typer.Option("--same-base", help="The adapters' base models are one, whatever they are called.")
+]
 Ridge = Annotated[float | None, typer.Option(min=0, help="The ridge λ of LPM. [dim]default: 1e-4[/dim]")]
 Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, … [dim]default: cpu[/dim]")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
@@ -83,6 +86,7 @@ def merge_arguments(
     recipe: Path | None,
     weight: list[str] | None,
     without: list[str] | None,
+    same_base: bool,
     device: str | None,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -101,6 +105,8 @@ def merge_arguments(
         arguments["weights"] = {**of_recipe, **weights}
     if without:
         arguments["without"] = without
+    if same_base:
+        arguments["same_base"] = True
     if device is not None:
         arguments["device"] = device
     given = {name: value for name, value in options.items() if value is not None}

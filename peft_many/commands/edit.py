@@ -36,6 +36,7 @@ def add(
     output: NewPlace = None,
     name: Annotated[str | None, typer.Option(help="What to call the task in the merge.")] = None,
     weight: a.Weights = None,
+    same_base: a.SameBase = False,
     device: a.Device = None,
     dry_run: a.DryRun = False,
     quiet: a.Quiet = False,
@@ -54,10 +55,17 @@ def add(
     if dry_run:
         names = None if name is None else [None, name]
         arguments = {"weights": weights, "task_names": names, "device": device or "cpu", **vars(merge_options(merge))}
-        show({"adapters": [merge, adapter], **arguments}, quiet)
+        show({"adapters": [merge, adapter], "same_base": same_base, **arguments}, quiet)
         return
     folder = add_task(
-        merge, adapter, output, task_name=name, weights=weights, device=device or "cpu", progress=not quiet
+        merge,
+        adapter,
+        output,
+        task_name=name,
+        same_base=same_base,
+        weights=weights,
+        device=device or "cpu",
+        progress=not quiet,
     )
     typer.echo(f"The merge: {folder}")
 
@@ -101,6 +109,7 @@ def pool(
     statistics_rank: Annotated[
         int, typer.Option(min=1, help="The most directions of a pooled covariance.")
     ] = DEFAULT_STATISTICS_RANK,
+    same_base: a.SameBase = False,
     ridge: a.Ridge = None,
     device: a.Device = None,
     quiet: a.Quiet = False,
@@ -122,6 +131,7 @@ def pool(
         weights=a.weights_by_task(weight),
         rank=rank,
         statistics_rank=statistics_rank,
+        same_base=same_base,
         ridge=ridge,
         device=device or "cpu",
         progress=not quiet,

@@ -22,6 +22,7 @@ def plan(
     recipe: a.Recipe = None,
     weight: a.Weights = None,
     without: a.Without = None,
+    same_base: a.SameBase = False,
     device: a.Device = None,
     quiet: a.Quiet = False,
     json: a.Json = False,
@@ -37,7 +38,7 @@ def plan(
 
     peft-many plan --recipe tasks.yaml --rank 64 --json
     """
-    show(a.merge_arguments(adapters, recipe, weight, without, device, options), quiet, json)
+    show(a.merge_arguments(adapters, recipe, weight, without, same_base, device, options), quiet, json)
 
 
 @a.with_merge_options
@@ -47,6 +48,7 @@ def merge(
     recipe: a.Recipe = None,
     weight: a.Weights = None,
     without: a.Without = None,
+    same_base: a.SameBase = False,
     device: a.Device = None,
     overwrite: a.Overwrite = False,
     dry_run: a.DryRun = False,
@@ -67,7 +69,7 @@ def merge(
 
     peft-many merge merged --output merged-2 --weight clevr=2 --ridge 1e-5 [dim]# weigh it anew[/dim]
     """
-    arguments = a.merge_arguments(adapters, recipe, weight, without, device, options)
+    arguments = a.merge_arguments(adapters, recipe, weight, without, same_base, device, options)
     if dry_run:
         writable_place(output.expanduser(), [*ADAPTER_FILES, CARD_NAME] if overwrite else ())
         show(arguments, quiet)

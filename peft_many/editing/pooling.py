@@ -22,6 +22,7 @@ from ..files.fingerprints import weight_fingerprint
 from ..files.statistics import AdapterStatistics, ImageStatistics, InputStatistics, TaskStatistics
 from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import HubArguments
+from ..merging.arguments import output_folder
 from ..merging.group import merged_deltas, tensors_of
 from ..merging.merged_config import merged_config
 from ..merging.operations import POOL, operation
@@ -42,6 +43,7 @@ def pool_adapters(
     task_name: str | None = None,
     weights: TaskWeights = None,
     task_names: Sequence[TaskNames] | None = None,
+    same_base: bool = False,
     rank: int = DEFAULT_POOL_RANK,
     statistics_rank: int = DEFAULT_STATISTICS_RANK,
     ridge: float | None = None,
@@ -60,7 +62,7 @@ def pool_adapters(
     is lost: its tasks share one projector, so that images are no longer routed among them, and none of them can be
     forgotten. Pool tasks that look alike, and leave the others apart.
 
-    Merges and pools may be among the adapters. Arguments that are not listed are as in [`merge_adapter_sequence`].
+    Merges and pools may be among the adapters. Arguments that are not listed are as in [`merge_adapter_files`].
 
     Args:
         output_dir (`str`): The folder to create; it must not exist, or be empty.
@@ -86,6 +88,7 @@ def pool_adapters(
         PosixPath('pool')
         ```
     """
+    output = output_folder(output_dir)
     if statistics_rank < 1:
         raise ValueError(f"`statistics_rank` must be at least 1, but it is {statistics_rank}.")
     prepared = prepare_merge(
@@ -95,6 +98,7 @@ def pool_adapters(
         task_names=task_names,
         hub=hub,
         progress=progress,
+        same_base=same_base,
     )
     names = [task.name for task in prepared.tasks]
     name = task_name or ("+".join(names) if len(names) <= 3 else f"{len(names)} tasks")
@@ -121,10 +125,10 @@ def pool_adapters(
         fingerprints=fingerprints,
         weight=sum(task.weight for task in prepared.tasks),
     )
-    with new_folder(Path(output_dir).expanduser()) as folder:
+    with new_folder(output) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
         _config_of(prepared, name, statistics).save_pretrained(folder)
-    return Path(output_dir).expanduser()
+    return output
 
 
 def _config_of(prepared: PreparedMerge, name: str, statistics: TaskStatistics) -> MAnyConfig:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import extract_model_from_parallel, send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -22,7 +22,7 @@ from ..files.statistics import AdapterStatistics, TaskStatistics
 from ..merging.operations import REFIT, operation
 from ..records import MergeRecord
 from ..statistics.capture import LayerCapture, layers_by_input
-from ..statistics.forward import batch_size, device_of, forward, in_inference
+from ..statistics.forward import batch_size, check_batches, device_of, forward, in_inference
 from ..statistics.tokens import masks_of
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import lora_layers
@@ -89,6 +89,8 @@ def refit_merge(
         raise ValueError(f"`ridge` must be positive and finite, but it is {ridge}.")
     if rank is not None and rank < 1:
         raise ValueError(f"`rank` must be at least 1, but it is {rank}.")
+    if isinstance(model, nn.Module):
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
     name, config, merge, statistics = _merge_to_refit(model)
     tasks = {task.name or "": task for task in statistics.tasks}
     _check_calibration(tasks, calibration)
@@ -228,7 +230,12 @@ def _example(
 
 
 def _merge_to_refit(model: Any) -> tuple[str, MAnyConfig, MergeRecord, AdapterStatistics]:
-    names = getattr(model, "active_adapters", [])
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"`model` must be a PeftModel that holds a merge, but it is a {type(model).__name__}; "
+            "`PeftModel.from_pretrained(base, folder)` loads a saved one."
+        )
+    names = model.active_adapters
     config = model.peft_config[names[0]] if len(names) == 1 else None
     if not isinstance(config, MAnyConfig) or config.merge is None:
         raise ValueError(
@@ -245,6 +252,13 @@ def _merge_to_refit(model: Any) -> tuple[str, MAnyConfig, MergeRecord, AdapterSt
 
 
 def _check_calibration(tasks: Mapping[str, TaskStatistics], calibration: Mapping[str, Iterable[Any]]) -> None:
+    if not isinstance(calibration, Mapping):
+        raise ValueError(
+            f"`calibration` must give each task's batches by its name, {{'{next(iter(tasks))}': …}}, but it is a "
+            f"{type(calibration).__name__}."
+        )
+    for batches in calibration.values():
+        check_batches(batches)
     unknown, missing = (sorted({*a} - {*b}) for a, b in ((calibration, tasks), (tasks, calibration)))
     if unknown or missing:
         said = f"unknown: {', '.join(unknown)}" if unknown else f"missing: {', '.join(missing)}"

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from ..files.adapter import read_adapter
 from ..files.errors import UnmergeableAdapterError
-from ..hub.sources import HubArguments, find_adapter
+from ..hub.sources import HubArguments, check_entry, find_adapter
 from ..merging.merge import merge_adapter_files
 from ..merging.prepare import AdapterPath, TaskNames
 from ..methods.base import ForeignMethod
@@ -25,6 +25,7 @@ def add_task(
     output_dir: str | os.PathLike[str] | None = None,
     *,
     task_name: TaskNames = None,
+    same_base: bool = False,
     weights: Mapping[str, float] | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -40,6 +41,7 @@ def add_task(
         adapter (`str`): The folder or Hub id of the new task's adapter; another merge brings several tasks.
         output_dir (`str`, *optional*): The folder to create. Without it the merge's own folder is replaced, whole.
         task_name (`str`, *optional*): Name of the new task, where the adapter does not say or clashes.
+        same_base (`bool`, defaults to `False`): As in [`merge_adapter_files`], like `device`.
         weights (`Mapping[str, float]`, *optional*): Weights by task name; the others keep theirs, a new task 1.
         device (`str` or `torch.device`, defaults to `"cpu"`): As in [`merge_adapter_files`].
         progress (`bool`, defaults to `True`): Show progress bars.
@@ -66,6 +68,7 @@ def add_task(
         hub,
         further=[adapter],
         task_names=None if task_name is None else [None, task_name],
+        same_base=same_base,
         weights=weights,
         device=device,
         progress=progress,
@@ -110,6 +113,8 @@ def remove_task(
         PosixPath('merged-without-clevr')
         ```
     """
+    if not isinstance(task_name, str):
+        raise ValueError(f"`task_name` must be the name of one task, but it is {task_name!r}.")
     return _merged_anew(merge, output_dir, hub, without=[task_name], weights=weights, device=device, progress=progress)
 
 
@@ -171,6 +176,9 @@ def _merged_anew(
     **change: Any,
 ) -> Path:
     """Merge again with the options that a merge was made with, in its place or in a new folder."""
+    check_entry(merge)
+    if not isinstance(change["weights"], (Mapping, type(None))):
+        raise ValueError(f"`weights` must map tasks' names to weights, but it is {change['weights']!r}.")
     if output_dir is None and not Path(merge).expanduser().is_dir():
         raise ValueError(f"'{merge}' is no local folder that could be replaced; say where the new merge should go.")
     return merge_adapter_files(

@@ -50,6 +50,8 @@ class BaseModel:
     @classmethod
     def of(cls, given: str | os.PathLike[str] | None, adapter: Adapter, hub: HubArguments) -> BaseModel:
         """The one given (`"me/model@revision"` too), or the one that the adapter's config names."""
+        if not isinstance(given, (str, os.PathLike, type(None))):
+            raise ValueError(f"`base_model` must be a folder or a Hub id, but it is a {type(given).__name__}.")
         if given is None:
             name, revision = adapter.config.base_model_name_or_path, adapter.config.revision
         elif Path(given).expanduser().is_dir():

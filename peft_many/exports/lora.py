@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from peft import LoraConfig
 from typing_extensions import Unpack
@@ -13,6 +12,7 @@ from ..files.atomic import new_folder
 from ..files.errors import UnmergeableAdapterError
 from ..files.key_layouts import with_current_names
 from ..hub.sources import HubArguments, find_adapter
+from ..merging.arguments import output_folder
 from ..merging.prepare import AdapterPath
 from .export import Export, as_lora, largest_rank, notes_on_gate, read_pairs, write_adapter, write_card
 
@@ -72,7 +72,7 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
             "base model's projector."
         )
     notes += notes_on_gate(read)
-    output = Path(output_dir).expanduser()
+    output = output_folder(output_dir)
     with new_folder(output) as folder:
         write_adapter(folder, config, tensors)
         write_card(

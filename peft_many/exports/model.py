@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from typing_extensions import Unpack
 
@@ -11,6 +10,7 @@ from ..files.adapter import Adapter, read_adapter
 from ..files.atomic import new_folder
 from ..files.key_layouts import with_current_names
 from ..hub.sources import HubArguments, find_adapter
+from ..merging.arguments import output_folder
 from ..merging.mean_projectors import average_projectors
 from ..merging.prepare import AdapterPath
 from .base_model import BaseModel, fold, put_projector
@@ -66,7 +66,7 @@ def export_model(
     read = read_adapter(find_adapter(adapter, **hub))
     base = BaseModel.of(base_model, read, hub)
     _check_task(read, projector)
-    output = Path(output_dir).expanduser()
+    output = output_folder(output_dir)
     with new_folder(output) as folder:
         model = base.load()
         (read,) = with_current_names([read], model)

@@ -18,6 +18,7 @@ from ..files.atomic import new_folder
 from ..files.key_layouts import with_current_names
 from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import HubArguments, find_adapter
+from ..merging.arguments import output_folder
 from ..merging.prepare import AdapterPath
 from ..records import MergeRecord
 from ..tuner.config import MAnyConfig
@@ -68,7 +69,7 @@ def export_routed_model(
     if read.merge is None or not read.merge.routing:
         raise ValueError(f"{source.name} routes no projector; `export_model` loses nothing there.")
     base = BaseModel.of(base_model, read, hub)
-    output = Path(output_dir).expanduser()
+    output = output_folder(output_dir)
     with new_folder(output) as folder:
         model = base.load()
         (renamed,) = with_current_names([read], model)

@@ -166,7 +166,7 @@ def _read_statistics(source: AdapterSource, config: PeftConfig) -> tuple[list[Te
 
 def _read_config(source: AdapterSource) -> PeftConfig:
     if not (source.folder / CONFIG_NAME).is_file():
-        raise UnmergeableAdapterError(f"{source.name} has no {CONFIG_NAME}: it is no PEFT adapter.")
+        raise UnmergeableAdapterError(f"{source.name} has no {CONFIG_NAME}: {_what_else(source)}.")
     if (source.folder / CONFIG_NAME).stat().st_size > LARGEST_CONFIG:
         raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} is larger than {LARGEST_CONFIG >> 20} MiB.")
     try:
@@ -180,6 +180,18 @@ def _read_config(source: AdapterSource) -> PeftConfig:
     check_method(config, source.name)
     check_config(config, source.name)
     return config
+
+
+def _what_else(source: AdapterSource) -> str:
+    """What a folder without an adapter's config is, for messages."""
+    inside = sorted(path.parent for path in source.folder.glob(f"*/{CONFIG_NAME}"))
+    if inside:
+        several = "adapters lie in subfolders of it; give one of them" if len(inside) > 1 else "give its subfolder"
+        return f"{several}, {', '.join(map(repr, map(str, inside[:5])))}"
+    if (source.folder / "config.json").is_file():
+        return "it is a whole model; give the adapters' folders alone"
+    at_hub = "; if the adapter lies in a subfolder, download that and give the folder"
+    return f"it is no PEFT adapter{at_hub if source.revision else ''}"
 
 
 def _open_weights(source: AdapterSource) -> TensorFile:

@@ -34,6 +34,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_LFS_POINTER = b"version https://git-lfs"  # what a clone without LFS has in place of a large file
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -146,8 +147,10 @@ def _opened_and_checked(path: Path) -> BinaryIO:
                 pass
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
-        except BaseException:
-            file.close()
+        except BaseException as error:
+            with file:
+                if isinstance(error, SafetensorError) and file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                    raise SafetensorError("it is a pointer of Git LFS: run `git lfs pull` in its folder") from None
             raise
         file.close()
 

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # or httpx2, as the version has it
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftWarning
+from torch import nn
 from typing_extensions import Unpack
 
 from ..files.adapter import AdapterSource
@@ -113,11 +114,22 @@ def locate_statistics(
     return RemoteStatistics(repo_id, name, token=token, revision=commit, cache_dir=cache_dir)
 
 
+def check_entry(entry: Any) -> None:
+    """Refuse what can be no adapter's place, a model in memory say, with a `ValueError`."""
+    if not isinstance(entry, (str, os.PathLike)) or not os.fspath(entry):
+        what = repr(entry) if not entry else f"a {type(entry).__name__}"
+        how = "; save it (`save_pretrained(folder)`) and give the folder" if isinstance(entry, nn.Module) else ""
+        raise ValueError(f"An adapter is given as a folder or a Hub id, but one is {what}{how}.")
+    if Path(entry).expanduser().is_file():
+        raise ValueError(f"'{entry}' is a file; give the adapter's folder, '{Path(entry).parent}'.")
+
+
 def find_adapter(entry: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> AdapterSource:
     """Find a local folder, or download a Hub repository's adapter files (`"me/adapter"` or `"me/adapter@revision"`).
 
     What is neither, or cannot be reached, is an `AdapterNotFoundError`.
     """
+    check_entry(entry)
     unknown = next((name for name in hub if name not in HubArguments.__annotations__), None)
     if unknown is not None:  # which a local folder would let pass
         raise TypeError(

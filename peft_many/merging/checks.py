@@ -33,20 +33,6 @@ def check_tasks(tasks: Sequence[TaskAdapter]) -> None:
         raise ValueError("All weights are zero, so there is nothing to merge.")
 
 
-def check_same_base(adapters: Sequence[Adapter]) -> None:
-    """No two adapters name different base models."""
-    names = {adapter.config.base_model_name_or_path: adapter for adapter in adapters}
-    names.pop(None, None)
-    names.pop("", None)
-    if len(names) > 1:
-        (one, first), (two, second) = list(names.items())[:2]
-        raise UnmergeableAdapterError(
-            f"The adapters were trained on different base models: {first.tasks[0].source} on '{one}', "
-            f"{second.tasks[0].source} on '{two}'. If these are the same model, make `base_model_name_or_path` in "
-            "their adapter_config.json agree."
-        )
-
-
 def check_same_shape(what: str, found: Iterable[tuple[TaskAdapter, Any]]) -> None:
     """All tasks must have the same shape of something, or whatever else a base model decides."""
     (first, expected), *others = found

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -23,6 +24,8 @@ from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import ADAPTER_FILES
 from ..records import MergeOptions
 from ..records.options import takes_merge_options
+from ..tuner.adapter_names import check_adapter_name
+from .arguments import output_folder, usable_device
 from .base_model import check_fits_model, untouched_on_failure
 from .group import LayerRecord, mean_residuals, merge_group
 from .merged_config import merged_config
@@ -103,8 +106,15 @@ def merge_adapter_sequence(
         ['clevr', 'iconqa']
         ```
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"`model` must be the loaded base model, but it is a {type(model).__name__}; the adapters come second. "
+            "`merge_adapter_files` needs no model."
+        )
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model already has adapters; pass the base model (`model.unload()` gives it back).")
+    check_adapter_name(adapter_name, model)
     check_dispatched(model)
     chosen, device = MergeOptions(**options), usable_device(device)
     prepared = prepare_merge(
@@ -128,7 +138,8 @@ def merge_adapter_sequence(
         records |= found
     config.statistics = merged_statistics(prepared, records, in_memory=True)
     config.merge = prepared.record(mean_residuals(records))
-    config.base_model_name_or_path = None  # which get_peft_model sets to the model's own
+    if config.base_model_name_or_path != getattr(model, "name_or_path", None):
+        config.base_model_name_or_path = config.revision = None  # get_peft_model sets it to the model's own
     if is_offloaded(model):
         return load_on_offloaded(model, config, tensors, adapter_name)
     with untouched_on_failure(model):
@@ -145,6 +156,7 @@ def merge_adapter_files(
     weights: TaskWeights = None,
     without: Sequence[str] = (),
     task_names: Sequence[TaskNames] | None = None,
+    same_base: bool = False,
     overwrite: bool = False,
     device: str | torch.device = "cpu",
     token: str | bool | None = None,
@@ -163,6 +175,9 @@ def merge_adapter_files(
 
     Args:
         output_dir (`str`): The folder to create; it must not exist, or be empty, or see `overwrite`.
+        same_base (`bool`, defaults to `False`):
+            Take the adapters' base models for one, whatever they are called. Without it, names that differ are
+            compared as folders, where they are here; models that differ are refused, and doubts are a warning.
         overwrite (`bool`, defaults to `False`):
             Replace an adapter that is in the output folder, whole and at the end; it may be one of those merged. Your
             own text in its model card stays.
@@ -184,7 +199,7 @@ def merge_adapter_files(
         PosixPath('all-three')
         ```
     """
-    output, chosen = Path(output_dir).expanduser(), MergeOptions(**options)
+    output, chosen = output_folder(output_dir), MergeOptions(**options)
     replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
 
     def prepare() -> PreparedMerge:
@@ -198,6 +213,7 @@ def merge_adapter_files(
             task_names=task_names,
             hub={"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only},
             progress=progress,
+            same_base=same_base,
         )
 
     prepared = together(prepare)
@@ -233,16 +249,6 @@ def _complete(prepared: PreparedMerge, records: dict[str, LayerRecord], folder: 
         shutil.copyfile(card, folder / CARD_NAME)
     merged_config(prepared, prepared.record(mean_residuals(records))).save_pretrained(folder)
     merged_statistics(prepared, records).save(folder, sources=prepared.files)
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device, tried out before anything is read."""
-    try:
-        torch.zeros(1, dtype=torch.float64, device=device).item()
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"`device` {str(device)!r} cannot compute in float64 here: {reason}") from None
-    return torch.device(device)
 
 
 def _progress(prepared: PreparedMerge, groups: Sequence[Sequence[str]], progress: bool) -> Iterator[Sequence[str]]:

@@ -10,6 +10,7 @@ from ..files.adapter import Adapter
 from ..records import MergeRecord
 from ..tuner.config import MAnyConfig, Statistics
 from .prepare import PreparedMerge
+from .same_base import base_of
 
 
 def merged_config(
@@ -20,6 +21,7 @@ def merged_config(
     ranks = {layer: prepared.rank_of(layer) for layer in prepared.layers}
     rank = mode(ranks.values())
     projectors = sorted({*prepared.routing, *prepared.averaged})
+    base_model, revision = base_of(prepared.adapters)
     exceptions = {layer.replace(".", r"\."): r for layer, r in ranks.items() if r != rank}
     merged = MAnyConfig(
         r=rank,
@@ -32,8 +34,8 @@ def merged_config(
         fan_in_fan_out=any(getattr(config, "fan_in_fan_out", False) for config in configs),
         task_type=_common(configs, "task_type"),
         auto_mapping=_common(configs, "auto_mapping"),
-        base_model_name_or_path=_common(configs, "base_model_name_or_path"),
-        revision=_common(configs, "revision"),
+        base_model_name_or_path=base_model,
+        revision=revision,
         inference_mode=True,
         merge=record,
         statistics=statistics,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mode
 from typing import Any
@@ -24,10 +24,12 @@ from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT
 from ..hub.sources import find_adapter
 from ..records import MergeOptions, MergeRecord, Operation, RoutedProjector, TaskRecord
 from ..records.options import ROUTED
-from .checks import check_measured, check_same_base, check_same_shape, check_tasks, check_whole_projectors
+from .arguments import check_arguments
+from .checks import check_measured, check_same_shape, check_tasks, check_whole_projectors
 from .mean_projectors import average_projectors
 from .operations import operations_of
 from .routed_projectors import route_projectors
+from .same_base import check_same_base
 from .selection import TaskWeights, select_tasks
 
 AdapterPath = str | os.PathLike[str]
@@ -135,10 +137,13 @@ def prepare_merge(
     task_names: Sequence[TaskNames] | None = None,
     hub: Mapping[str, Any],
     progress: bool,
+    same_base: bool = False,
     base: nn.Module | None = None,
 ) -> PreparedMerge:
     """Find and read the adapters and check that they can be merged; arguments and errors are those of merging."""
-    _check_arguments(entries, weights, task_names)
+    if isinstance(entries, Iterator):
+        entries = list(entries)
+    check_arguments(entries, weights, without, task_names)
     read = [
         read_adapter(find_adapter(entry, **hub), task_names[i] if task_names is not None else None, base)
         for i, entry in enumerate(tqdm(entries, desc="Reading adapters", unit="adapter", disable=not progress))
@@ -149,7 +154,6 @@ def prepare_merge(
     tasks.sort(key=lambda task: task.name)  # so that any order of the list gives the same merge to the bit
     check_tasks(tasks)
     check_measured(adapters, tasks, options)
-    check_same_base(adapters)
     options = options.filled_in([adapter.merge.options for adapter in adapters if adapter.merge is not None])
     routing: dict[str, RoutedProjector] = {}
     averaged: dict[str, list[str]] = {}
@@ -163,22 +167,10 @@ def prepare_merge(
             "while their statistics were collected."
         )
     check_whole_projectors(tasks, [*routing, *averaged])
+    groups = _shared_inputs(tasks)
+    check_same_base(adapters, same_base, base is not None, hub.get("cache_dir"))
     operations = operations_of(everything, without, options)
-    return PreparedMerge(adapters, tasks, _shared_inputs(tasks), options, routing, averaged, tensors, operations)
-
-
-def _check_arguments(
-    entries: Sequence[AdapterPath], weights: TaskWeights, task_names: Sequence[TaskNames] | None
-) -> None:
-    """Check what can be checked before any adapter is read."""
-    if isinstance(entries, (str, os.PathLike)) or not entries:
-        raise ValueError("Give a list of at least one adapter to merge.")
-    for name, given in (("weights", weights), ("task_names", task_names)):
-        if given is not None and not isinstance(given, Mapping) and len(given) != len(entries):
-            raise ValueError(f"`{name}` has {len(given)} entries for {len(entries)} adapters.")
-    numbers = list(weights.values() if isinstance(weights, Mapping) else weights or [])
-    if not all(0 <= weight < math.inf for weight in numbers):
-        raise ValueError(f"`weights` must be finite and not negative, but they are {numbers}.")
+    return PreparedMerge(adapters, tasks, groups, options, routing, averaged, tensors, operations)
 
 
 def _shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:

@@ -13,7 +13,7 @@ import yaml
 from ..records import MergeOptions
 from ..records.values import number
 
-_FURTHER = ("device", "without", "weights")  # what `options` knows beside those of `MergeOptions`
+_FURTHER = ("device", "same_base", "without", "weights")  # what `options` knows beside those of `MergeOptions`
 
 
 class RecipeError(ValueError):
@@ -35,8 +35,8 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
       ridge: 1e-4
     ```
 
-    `options` knows those of [`MergeOptions`], `device`, `without` (a list of tasks) and `weights` (by task name, in
-    place of every `weight`).
+    `options` knows those of [`MergeOptions`], `device`, `same_base` (true or false), `without` (a list of tasks) and
+    `weights` (by task name, in place of every `weight`).
 
     Args:
         path (`str`): The file. Folders in it are relative to where it is.
@@ -135,6 +135,8 @@ def _read_further(name: str, value: Any) -> Any:
     """What is no field of `MergeOptions`."""
     if name == "device" and not isinstance(value, str):
         raise RecipeError(f"`device` must be a string, but it is {value!r}.")
+    if name == "same_base" and not isinstance(value, bool):
+        raise RecipeError(f"`same_base` must be true or false, but it is {value!r}.")
     if name == "without" and not _are_names(value):
         raise RecipeError(f"`without` must be a list of tasks' names, but it is {value!r}.")
     if name != "weights":

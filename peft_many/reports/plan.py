@@ -13,7 +13,7 @@ from ..algebra.routing import task_weights
 from ..algebra.spread import FeatureMetric
 from ..files.errors import StatisticsError, UnmergeableAdapterError
 from ..hub.sources import AdapterNotFoundError
-from ..merging.merge import usable_device
+from ..merging.arguments import usable_device
 from ..merging.prepare import AdapterPath, PreparedMerge, TaskNames, prepare_merge
 from ..merging.selection import TaskWeights
 from ..records import MergeOptions
@@ -60,6 +60,7 @@ def plan_merge(
     weights: TaskWeights = None,
     without: Sequence[str] = (),
     task_names: Sequence[TaskNames] | None = None,
+    same_base: bool = False,
     device: str | torch.device = "cpu",
     token: str | bool | None = None,
     cache_dir: str | None = None,
@@ -73,6 +74,7 @@ def plan_merge(
 
     Args:
         adapters (`Sequence[str]`): As in [`merge_adapter_files`], like all others.
+        same_base (`bool`): Whether their base models are one, whatever they are called.
         device (`str`): Where it would be computed.
         token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
         cache_dir (`str`, *optional*): Where Hub downloads are kept.
@@ -102,7 +104,7 @@ def plan_merge(
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     expected = (AdapterNotFoundError, StatisticsError, UnmergeableAdapterError)
     try:
-        prepared = prepare_merge(adapters, chosen, **about_tasks, hub=hub, progress=progress)
+        prepared = prepare_merge(adapters, chosen, **about_tasks, hub=hub, progress=progress, same_base=same_base)
     except expected as error:
         problems = []
         for adapter in adapters:  # what is wrong with each by itself; if nothing is, they do not go together

@@ -25,7 +25,7 @@ from ..routing.watching import watching_calls
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers, hang_on_layers
 from ..tuner.registration import give_statistics
-from .forward import batch_size, device_of, forward, in_inference
+from .forward import batch_size, check_batches, device_of, forward, in_inference
 from .gathering import alone, gather_images, gather_inputs
 from .images import PrototypeHooks
 from .inputs import CovarianceHooks, MeasuredInputs
@@ -131,6 +131,11 @@ def collect_statistics(
     """
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"`max_samples` must be at least 1, but it is {max_samples}.")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"`model` must be a model with adapters, but it is a {type(model).__name__}; data come second."
+        )
+    check_batches(dataloader)
     peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     adapter_name = adapter_to_measure(peft_model, adapter_name)
     config = peft_model.peft_config[adapter_name]

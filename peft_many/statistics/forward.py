@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from ..tuner.layers import has_adapter
 from .tokens import MASK_NAMES
@@ -74,6 +75,15 @@ def forward(model: nn.Module, batch: Any, forward_fn: Callable[[nn.Module, Any],
         model(*batch)
     else:
         model(batch)
+
+
+def check_batches(batches: Any) -> None:
+    """Refuse what is no collection of batches, a single one say, with a `ValueError`."""
+    if isinstance(batches, (str, os.PathLike, Mapping, Tensor, nn.Module)) or not hasattr(batches, "__iter__"):
+        raise ValueError(
+            f"Batches must be given as a DataLoader or a list, but this is a {type(batches).__name__}; put a single "
+            "batch into a list."
+        )
 
 
 def device_of(model: nn.Module) -> torch.device:

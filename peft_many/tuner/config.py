@@ -92,6 +92,8 @@ class MAnyConfig(LoraConfig):
         self.peft_type = MAnyPeftType.MANY
         if not 0.0 < self.energy <= 1.0:
             raise ValueError(f"`energy` must be in (0, 1], but it is {self.energy}.")
+        if not isinstance(self.task_name, (str, type(None))):  # which would be found out when its file is read
+            raise TypeError(f"`task_name` must be a string, but it is {self.task_name!r}.")
         if isinstance(self.projector_modules, str):
             self.projector_modules = [self.projector_modules]
         if self.format_version != FORMAT_VERSION:

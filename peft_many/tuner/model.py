@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraModel
 from peft.utils import PeftWarning
@@ -25,6 +28,7 @@ from ..files.untrusted import NONSENSE_ERRORS
 from ..records import MergeRecord, merge_of
 from ..routing.gates import GateTarget
 from ..routing.watching import unwatch_calls, watch_calls
+from .adapter_names import check_possible, eats_weights
 from .config import MAnyConfig
 from .gated_linear import GatedLinear
 from .layers import hang_on_layers, lora_layers
@@ -42,6 +46,13 @@ class MAnyModel(LoraModel):
     def __init__(self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args: Any, **kwargs: Any):
         # Or else for a single adapter (`inject_adapter_in_model`), as transformers does, which renames by itself.
         self._is_for_peft_model = isinstance(peft_config, dict)
+        if is_compiled_module(model):  # whose modules have other names
+            warnings.warn(
+                "The base model is compiled; the adapter is put into what it was before. Compile the PEFT model.",
+                PeftWarning,
+                stacklevel=4,
+            )
+            model = extract_model_from_parallel(model, keep_torch_compile=False)
         super().__init__(model, peft_config, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: MAnyConfig, model_config: dict[str, Any]) -> PeftConfig:
@@ -65,6 +76,14 @@ class MAnyModel(LoraModel):
 
         If anything fails, the projectors are as before.
         """
+        check_possible(adapter_name)
+        if eats_weights(adapter_name, model):
+            warnings.warn(
+                f"Tensors of the model have '{adapter_name}' in their names too. If it gets a second adapter, PEFT "
+                "leaves these out when it saves that one; call the adapter otherwise.",
+                PeftWarning,
+                stacklevel=2,
+            )
         config: MAnyConfig = self.peft_config[adapter_name]
         source = getattr(config, "loaded_from", None)
         with ExitStack() as rollback:
@@ -154,6 +173,18 @@ class MAnyModel(LoraModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's; unlike in [`~peft.LoraModel`] its forward hooks run, which gated adapters need."""
         return self.model(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """See PEFT's, which leaves the hooks of `adapter_names` behind if the forward pass fails."""
+        failed: BaseException | None = None
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            try:
+                yield
+            except BaseException as error:
+                failed = error
+        if failed is not None:
+            raise failed
 
     def delete_adapter(self, adapter_name: str) -> None:
         """See [`~peft.LoraModel`]."""

@@ -212,6 +212,16 @@ class ProjectorWrapper(ModulesToSaveWrapper):
             return active.mix(self.original_module, *args, **kwargs)
         return super()._forward_wrapped(*args, **kwargs)
 
+    def _mixed_batch_forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Of images there may be more or fewer than rows, and PEFT sends them to the adapters as if they were rows.
+        mixtures = [copy for copy in self.modules_to_save.values() if isinstance(copy, ProjectorMixture)]
+        if mixtures or not isinstance(self.original_module, nn.Linear):
+            raise ValueError(
+                "`adapter_names` cannot be passed together with images: the rows of a batch cannot go through "
+                "different copies of the projector. Run each adapter's rows by themselves, after `set_adapter`."
+            )
+        return super()._mixed_batch_forward(*args, **kwargs)
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:

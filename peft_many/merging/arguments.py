@@ -1,0 +1,79 @@
+"""Arguments of merging and of what builds on it, checked before anything is read."""
+
+from __future__ import annotations
+
+import math
+import os
+import reprlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..hub.sources import check_entry
+
+
+def check_arguments(entries: Any, weights: Any, without: Any, task_names: Any) -> None:
+    """Check what a list of adapters, and what is said of each or of its tasks, looks like."""
+    if not _is_list(entries) or len(entries) == 0:
+        raise ValueError(f"`adapters` must be a list of at least one folder or Hub id, but it is {_shown(entries)}.")
+    for entry in entries:
+        check_entry(entry)
+    by_task = isinstance(weights, Mapping)
+    for name, given in (("weights", None if by_task else weights), ("task_names", task_names)):
+        if given is None:
+            continue
+        if not _is_list(given):
+            or_by_task = ", or a mapping of tasks' names to weights" if name == "weights" else ""
+            raise ValueError(
+                f"`{name}` must be a list with one entry for each adapter{or_by_task}, but it is {_shown(given)}."
+            )
+        if len(given) != len(entries):
+            raise ValueError(f"`{name}` has {len(given)} entries for {len(entries)} adapters.")
+    for given in () if task_names is None else task_names:
+        if given is not None and not isinstance(given, str) and not _are_names(given):
+            raise ValueError(f"`task_names` holds names, and for a merge a list of them, but one is {_shown(given)}.")
+    if not _are_names(without):
+        raise ValueError(f"`without` must be a list of tasks' names, but it is {_shown(without)}.")
+    numbers = list(weights.values() if by_task else () if weights is None else weights)
+    if not all(_is_weight(weight) for weight in numbers):
+        raise ValueError(f"`weights` must be finite and not negative, but they are {_shown(numbers)}.")
+
+
+def output_folder(output_dir: Any) -> Path:
+    """The folder that is to be written."""
+    if not isinstance(output_dir, (str, os.PathLike)) or not os.fspath(output_dir):
+        raise ValueError(f"The output folder must be a path, but it is {_shown(output_dir)}; adapters come before it.")
+    return Path(output_dir).expanduser()
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, tried out before anything is read."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`device` {str(device)!r} cannot compute in float64 here: {reason}") from None
+    return torch.device(device)
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Collection) and not isinstance(given, (str, bytes, Mapping))
+
+
+def _are_names(given: Any) -> bool:
+    return _is_list(given) and all(isinstance(name, str) for name in given)
+
+
+def _is_weight(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and 0 <= float(value) < math.inf
+    except (TypeError, ValueError):
+        return False
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, or only its kind."""
+    is_plain = isinstance(value, (str, int, float, list, tuple, dict, set, type(None)))
+    return reprlib.repr(value) if is_plain else f"a {type(value).__name__}"

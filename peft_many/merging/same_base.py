@@ -1,0 +1,166 @@
+"""Whether adapters were trained on one base model: its weights say so, whatever each adapter calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft.utils import PeftWarning
+from safetensors import SafetensorError
+
+from ..files.adapter import Adapter
+from ..files.errors import UnmergeableAdapterError
+from ..files.tensor_file import TensorFile, bytes_of
+
+_CONFIG = "config.json"
+# What may differ between the configs of two copies of a model.
+_SAYS_NOTHING = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+_SAMPLED = 1000  # tensors of which a piece is compared, at random, as a fine-tuned copy may differ in a few only
+_PIECE = 1024  # numbers
+
+
+def check_same_base(
+    adapters: Sequence[Adapter], same_base: bool, is_at_hand: bool, cache_dir: str | Path | None = None
+) -> None:
+    """Refuse adapters whose base models are known to differ, and warn of those that may be different ones.
+
+    With the model at hand its modules and shapes decide, so that is only a warning, and doubts are none.
+    """
+    found: dict[str, Adapter] = {}
+    for adapter in adapters:
+        name, revision = _named(adapter)
+        if name:
+            found.setdefault(_identity(name, revision, cache_dir), adapter)
+    if same_base or len(found) < 2:
+        return
+    (place, first), *others = sorted(found.items(), key=lambda item: not os.path.isdir(item[0]))
+    doubts = []
+    for other_place, other in others:
+        same, reason = _compare(Path(place), Path(other_place))
+        said = f"{_trained(first)} and {_trained(other)}; {reason}"
+        if same is False and is_at_hand:
+            doubts.append(f"The adapters were trained on different base models: {said}.")
+        elif same is False:
+            raise UnmergeableAdapterError(
+                f"The adapters were trained on different base models: {said}. If they belong together nevertheless, "
+                "say so by `same_base=True` (`--same-base`)."
+            )
+        elif same is None and not is_at_hand:
+            doubts.append(
+                f"The adapters may have been trained on different base models: {said}. If these are the same, say so "
+                "by `same_base=True` (`--same-base`, or `same_base: true` in a recipe); if not, the merge is of no "
+                "use."
+            )
+    if doubts:
+        warnings.warn(doubts[0], PeftWarning, stacklevel=2)
+
+
+def base_of(adapters: Sequence[Adapter]) -> tuple[str | None, str | None]:
+    """What a merge calls its base model, and its revision: a name on the Hub before a folder, and what most say."""
+    names = Counter(_named(adapter) for adapter in adapters)
+    del names["", None]
+
+    def order(named: tuple[str, str | None]) -> tuple[Any, ...]:
+        name, revision = named
+        path = os.path.expanduser(name)
+        is_known = not _is_on_hub(name), not os.path.isdir(path), not os.path.isabs(path)
+        return *is_known, revision is None, -names[named], name, revision
+
+    return min(names, key=order, default=(None, None))
+
+
+def _named(adapter: Adapter) -> tuple[str, str | None]:
+    """What an adapter calls its base model, nothing if it does not say, and the revision."""
+    name, revision = adapter.config.base_model_name_or_path, adapter.config.revision
+    if not name or not isinstance(name, str):
+        return "", None
+    return name, revision if revision and isinstance(revision, str) else None
+
+
+def _trained(adapter: Adapter) -> str:
+    return f"{adapter.tasks[0].source} on '{'@'.join(filter(None, _named(adapter)))}'"
+
+
+def _identity(name: str, revision: str | None, cache_dir: str | Path | None) -> str:
+    """The real path of a base model's folder, in the Hub's cache too, or its name on the Hub with the revision."""
+    if _is_on_hub(name):
+        cached = try_to_load_from_cache(name, _CONFIG, cache_dir=cache_dir, revision=revision)
+        if not isinstance(cached, str):
+            return f"{name.lower()}@{revision or 'main'}"  # no two repositories differ in case alone
+        name = os.path.dirname(cached)
+    path = os.path.abspath(os.path.expanduser(name))
+    return os.path.realpath(path) if os.path.isdir(path) else path
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether a name can only be that of a Hub repository."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not os.path.isdir(os.path.expanduser(name))
+
+
+def _compare(one: Path, other: Path) -> tuple[bool | None, str]:
+    """Whether two folders hold the same model, as far as a bounded sample tells; `None` if it cannot tell, and why."""
+    if not (one.is_dir() and other.is_dir()):
+        return None, "they are not both here to be compared"
+    mine, theirs = _tensors_in(one), _tensors_in(other)
+    common = sorted({*mine} & {*theirs})
+    for key in common:
+        shapes = mine[key].shape(key), theirs[key].shape(key)
+        if shapes[0] != shapes[1]:
+            return False, f"their '{key}' has shape {shapes[0]} and {shapes[1]}"
+    alike = [key for key in common if mine[key].dtype(key) == theirs[key].dtype(key)]
+    for key in random.Random(0).sample(alike, min(_SAMPLED, len(alike))):
+        if _piece(mine[key], key) != _piece(theirs[key], key):
+            return False, f"their '{key}' differs"
+    if not alike or len(alike) < max(len(mine), len(theirs)):
+        return None, "their files cannot be compared tensor by tensor"
+    option = next(_differing_options(*(_config_in(folder) for folder in (one, other))), None)
+    return (True, "") if option is None else (None, f"their weights are alike, but `{option}` in {_CONFIG} is not")
+
+
+def _tensors_in(folder: Path) -> dict[str, TensorFile]:
+    """By tensor, the file that it is in; nothing where a file cannot be read."""
+    found: dict[str, TensorFile] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            file = TensorFile(path)
+            found |= {key: file for key in file if file.dtype(key)}
+        except (OSError, SafetensorError, TypeError):
+            return {}
+    return found
+
+
+def _piece(file: TensorFile, key: str) -> bytes:
+    flat = file[key].flatten()
+    start = max(0, len(flat) - _PIECE) // 2
+    return bytes(bytes_of(flat[start : start + _PIECE]))
+
+
+def _config_in(folder: Path) -> Any:
+    try:
+        return json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _differing_options(one: Any, other: Any, name: str = "") -> Iterator[str]:
+    """What two configs both say, but differently; versions of transformers write more or fewer of the defaults."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        if one != other:
+            yield name
+        return
+    for key in one:
+        if key in other and not key.startswith("_") and key not in _SAYS_NOTHING:
+            yield from _differing_options(one[key], other[key], f"{name}.{key}".removeprefix("."))
