@@ -71,9 +71,9 @@ def base_of(adapters: Sequence[Adapter]) -> tuple[str | None, str | None]:
 
     def order(named: tuple[str, str | None]) -> tuple[Any, ...]:
         name, revision = named
-        path = os.path.expanduser(name)
-        is_known = not _is_on_hub(name), not os.path.isdir(path), not os.path.isabs(path)
-        return *is_known, revision is None, -names[named], name, revision
+        path, is_hub_id = os.path.expanduser(name), "/" in name and _is_on_hub(name)
+        found = not is_hub_id, not os.path.isdir(path), not os.path.isabs(path), revision is None
+        return *found, -names[named], name, revision
 
     return min(names, key=order, default=(None, None))
 

@@ -132,9 +132,7 @@ def collect_statistics(
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"`max_samples` must be at least 1, but it is {max_samples}.")
     if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"`model` must be a model with adapters, but it is a {type(model).__name__}; data come second."
-        )
+        raise ValueError(f"`model` must be a model with adapters, not a {type(model).__name__}; data come second.")
     check_batches(dataloader)
     peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     adapter_name = adapter_to_measure(peft_model, adapter_name)

@@ -319,3 +319,10 @@ def test_a_dtype_that_nothing_here_uses_is_an_error_on_access(tmp_path, name, si
     for access in (file.dtype, file.__getitem__):
         with pytest.raises(TypeError, match=f"'odd' has the unknown dtype {name}"):
             access("odd")
+
+
+def test_a_pointer_of_git_lfs_is_called_so(tmp_path):
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
+    with pytest.raises(SafetensorError, match="git lfs pull"):
+        TensorFile(path)

@@ -511,14 +511,6 @@ def test_a_failure_while_the_base_model_is_wrapped(good, monkeypatch, step, erro
     assert merge_adapter_sequence(model, [good["a"], good["b"]], progress=False).active_adapters == ["default"]
 
 
-def test_adapters_of_differently_named_base_models(good, tmp_path):
-    for name in ("a", "b"):
-        shutil.copytree(good[name], tmp_path / name)
-        edit_config(tmp_path / name, base_model_name_or_path=f"me/base-{name}")
-    assert_refused(tmp_path, [tmp_path / "a", tmp_path / "b"], "'me/base-a'", "'me/base-b'", str(tmp_path / "b"))
-    merge_adapter_files([tmp_path / "a", good["b"]], tmp_path / "fine", progress=False)  # one that does not say
-
-
 # ------------------------------------------------------------------------------------------------- kinds of adapters
 
 
