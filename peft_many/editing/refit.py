@@ -257,8 +257,6 @@ def _check_calibration(tasks: Mapping[str, TaskStatistics], calibration: Mapping
             f"`calibration` must give each task's batches by its name, {{'{next(iter(tasks))}': …}}, but it is a "
             f"{type(calibration).__name__}."
         )
-    for batches in calibration.values():
-        check_batches(batches)
     unknown, missing = (sorted({*a} - {*b}) for a, b in ((calibration, tasks), (tasks, calibration)))
     if unknown or missing:
         said = f"unknown: {', '.join(unknown)}" if unknown else f"missing: {', '.join(missing)}"
@@ -266,6 +264,7 @@ def _check_calibration(tasks: Mapping[str, TaskStatistics], calibration: Mapping
 
 
 def _samples(batches: Iterable[Any], most: int | None, task: str, device: torch.device) -> list[Any]:
+    check_batches(batches, most)
     found, rows = [], 0
     for batch in batches:
         found.append(send_to_device(batch, device))

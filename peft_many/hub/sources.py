@@ -120,8 +120,6 @@ def check_entry(entry: Any) -> None:
         what = repr(entry) if not entry else f"a {type(entry).__name__}"
         how = "; save it (`save_pretrained(folder)`) and give the folder" if isinstance(entry, nn.Module) else ""
         raise ValueError(f"An adapter is given as a folder or a Hub id, but one is {what}{how}.")
-    if Path(entry).expanduser().is_file():
-        raise ValueError(f"'{entry}' is a file; give the adapter's folder, '{Path(entry).parent}'.")
 
 
 def find_adapter(entry: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> AdapterSource:
@@ -138,6 +136,8 @@ def find_adapter(entry: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> 
     path = Path(entry).expanduser()
     if path.is_dir():
         return AdapterSource(folder=path, name=str(entry))
+    if path.is_file():
+        raise AdapterNotFoundError(f"There is no folder '{entry}', but a file; give its folder, '{path.parent}'.")
     repo_id, _, revision = str(entry).partition("@")
     try:
         folder = snapshot_download(

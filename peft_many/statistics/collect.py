@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel, send_to_device
+from accelerate.utils import send_to_device
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftWarning
@@ -29,7 +29,7 @@ from .forward import batch_size, check_batches, device_of, forward, in_inference
 from .gathering import alone, gather_images, gather_inputs
 from .images import PrototypeHooks
 from .inputs import CovarianceHooks, MeasuredInputs
-from .measurable import adapter_to_measure, weights_of
+from .measurable import adapter_to_measure, unwrapped, weights_of
 from .tokens import TokenRows
 
 
@@ -129,12 +129,8 @@ def collect_statistics(
         >>> model.save_pretrained("demo")  # with what was measured
         ```
     """
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"`max_samples` must be at least 1, but it is {max_samples}.")
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"`model` must be a model with adapters, not a {type(model).__name__}; data come second.")
-    check_batches(dataloader)
-    peft_model: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    check_batches(dataloader, max_samples)
+    peft_model: Any = unwrapped(model)
     adapter_name = adapter_to_measure(peft_model, adapter_name)
     config = peft_model.peft_config[adapter_name]
     base = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model

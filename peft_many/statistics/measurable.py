@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate.utils import align_module_device
+from accelerate.utils import align_module_device, extract_model_from_parallel
 from peft import get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -65,6 +65,13 @@ def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
             "measure it there."
         )
     return LowRankDelta(A=A, B=B)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model with adapters, out of what compiles or distributes it."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` must be a model with adapters, not a {type(model).__name__}; data come second.")
+    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
