@@ -129,8 +129,8 @@ def collect_statistics(
         >>> model.save_pretrained("demo")  # with what was measured
         ```
     """
+    peft_model = unwrapped(model)
     check_batches(dataloader, max_samples)
-    peft_model: Any = unwrapped(model)
     adapter_name = adapter_to_measure(peft_model, adapter_name)
     config = peft_model.peft_config[adapter_name]
     base = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
