@@ -81,7 +81,9 @@ def check_batches(batches: Any, max_samples: int | None) -> None:
     """Refuse what is no collection of batches, a single one say, with a `ValueError`."""
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"`max_samples` must be at least 1, but it is {max_samples}.")
-    if isinstance(batches, (str, os.PathLike, Mapping, Tensor, nn.Module)) or not hasattr(batches, "__iter__"):
+    if isinstance(batches, (str, os.PathLike, Mapping, Tensor, nn.Module)) or not (
+        hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    ):
         raise ValueError(
             f"Batches must be given as a DataLoader or a list, but this is a {type(batches).__name__}; put a single "
             "batch into a list."
