@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .covariance import DenseCovariance, LowRankCovariance
+from .precision import float32_products, without_autocast
 from .spectrum import Spectrum, eigen_directions
 
 # Features that are multiplied at a time: their copies in float32 then stay in the cache, which halves the cost.
@@ -79,6 +78,7 @@ class CovarianceSketch:
         self._first: list[Tensor] = []
         self._sums: _Sums | None = None  # once there are more tokens than are kept
 
+    @without_autocast()
     def update(self, inputs: Tensor) -> None:
         """Add rows as in a [`CovarianceAccumulator`]; an entry beyond 1e18 is a `FloatingPointError` too."""
         rows = inputs.detach().to(self.device)
@@ -138,8 +138,7 @@ class _Sums:
 
     def add(self, rows: Tensor) -> None:
         half = rows.dtype == torch.bfloat16
-        # "medium" takes factors as bfloat16, or TF32: these are bfloat16 already.
-        with _product_precision("medium" if half else "highest"):
+        with float32_products(full=not half):  # the factors are bfloat16 already
             projected = (rows @ self.test.bfloat16()).float() if half else rows.float() @ self.test
             self.core += projected.T @ projected
             for block, summed in zip(rows.split(_BLOCK, dim=1), self.moved.split(_BLOCK)):
@@ -157,19 +156,8 @@ def _orthonormal_test_matrix(rows: Tensor, size: int) -> Tensor:
     width = rows.shape[1]
     generator = torch.Generator().manual_seed(width)
     gaussian = torch.randn(width, size, generator=generator).to(rows.device)
-    with _product_precision("highest"):
+    with float32_products(full=True):
         moved = rows.T @ (rows @ gaussian) / len(rows)
     # Where the first tokens span fewer than `size` directions, Gaussian ones take the free places.
     moved += 1e-3 * rows.square().mean() * gaussian
     return torch.linalg.qr(moved).Q.contiguous()
-
-
-@contextlib.contextmanager
-def _product_precision(precision: str) -> Iterator[None]:
-    """Float32 products of this precision: what users allow may be less, and would drown small directions."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .covariance import Covariance, LowRankCovariance
+from .precision import without_autocast
 from .spectrum import eigen_directions
 from .sums import mean_covariance
 
@@ -20,6 +21,7 @@ class FeatureMetric:
     directions: Tensor  # (k, d), orthonormal rows
     variances: Tensor  # (k + 1,), positive: along the directions, and along every other one
 
+    @without_autocast()
     def squared_distances(self, features: Tensor, prototypes: Tensor) -> Tensor:
         """`(x − μ)ᵀ Σ⁻¹ (x − μ)` of each row `x` of `features`, `(m, d)`, and `μ` of `prototypes`, `(n, d)`: `(m, n)`.
 

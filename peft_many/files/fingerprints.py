@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..algebra.precision import without_autocast
+
 LARGEST_FINGERPRINTED = 1 << 20
 
 
@@ -42,6 +44,7 @@ def same_weights(one: Sequence[float], two: Sequence[float]) -> bool:
     return abs(one[0] - two[0]) <= 1e-3 * max(one[0], two[0]) and math.dist(one[1:], two[1:]) <= 7.5e-3
 
 
+@without_autocast()
 def _components(matrix: Tensor) -> list[float]:
     flat = matrix.detach().cpu().float().flatten()
     return (_directions(len(flat)) @ flat / flat.norm().clamp(min=1e-30)).tolist()

@@ -1,0 +1,53 @@
+"""The precision of this package's own arithmetic, whatever a user allows for a model's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the dtypes that are written; also a decorator.
+
+    Hooks run inside a model's autocast, as in `Trainer(bf16=True)`. It would round to bfloat16 what is meant to be
+    float32, and decompositions have no bfloat16 kernels on GPUs. Of float64, autocast leaves products alone.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    with contextlib.ExitStack() as off:
+        for kind in filter(torch.is_autocast_enabled, kinds):
+            off.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def float32_products(*, full: bool) -> Iterator[None]:
+    """Float32 products in full precision, or with factors as bfloat16 or TF32 on the devices that can do that.
+
+    What users allow may be less, and would drown small directions. Their setting is afterwards as before, whether made
+    by `torch.set_float32_matmul_precision` or by `fp32_precision`, of which the former may know nothing.
+    """
+    has_parts = hasattr(torch.backends, "fp32_precision")  # since torch 2.9
+    parts: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if has_parts else []
+    before = [part.fp32_precision for part in parts]
+    whole: str | None = None
+    try:
+        whole = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the parts were set to something that it has no word for
+        for part, low in zip(parts, ("tf32", "bf16")):
+            part.fp32_precision = "ieee" if full else low
+    else:
+        torch.set_float32_matmul_precision("highest" if full else "medium")
+    try:
+        yield
+    finally:
+        if whole is not None:
+            torch.set_float32_matmul_precision(whole)
+        for part, precision in zip(parts, before):
+            part.fp32_precision = "none"  # so that it follows what is set for all operations
+            if part.fp32_precision != precision:
+                part.fp32_precision = precision
