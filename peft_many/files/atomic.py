@@ -7,7 +7,7 @@ import ctypes
 import os
 import shutil
 import sys
-import tempfile
+import uuid
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -17,14 +17,10 @@ from filelock import FileLock, Timeout
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; what was written there replaces `path` when the block ends well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less what the user's mask takes off
     try:
         yield temporary
-        mask = os.umask(0)  # which can only be read by setting it
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
