@@ -37,8 +37,9 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     python, numpy = random.getstate(), np.random.get_state()
+    kind, gpus = _gpus_of(model)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(gpus, device_type=kind):
             yield
     finally:
         random.setstate(python)
@@ -47,6 +48,13 @@ def state_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+
+
+def _gpus_of(model: nn.Module) -> tuple[str, list[int]]:
+    """The kind of a model's devices with a random state of their own each, and which these are."""
+    devices = {parameter.device for parameter in model.parameters()}
+    found = sorted((device.type, device.index or 0) for device in devices if device.type not in ("cpu", "meta", "mps"))
+    return (found[0][0] if found else "cuda"), [index for _, index in found]
 
 
 @contextlib.contextmanager
