@@ -31,7 +31,7 @@ from ..routing.watching import unwatch_calls, watch_calls
 from .adapter_names import check_possible, eats_weights
 from .config import MAnyConfig
 from .gated_linear import GatedLinear
-from .layers import hang_on_layers, lora_layers
+from .layers import hang_on_layers, keep_running_statistics, lora_layers
 from .loaded_keys import check_projectors_are_there, require_known, with_current_keys
 from .projector import Mixing, ProjectorMixture, ProjectorWrapper
 from .targets import default_targets, update_expert_names
@@ -106,6 +106,7 @@ class MAnyModel(LoraModel):
             if merge is not None and merge.options.gate_lora:
                 _gate_layers(model, adapter_name, merge)
             rollback.pop_all()
+        keep_running_statistics(model)
         if merge is not None and merge.routing:
             watch_calls(model)
         if isinstance(config.statistics, AdapterStatistics):
@@ -169,6 +170,22 @@ class MAnyModel(LoraModel):
         """See PEFT's, which gives LoRA's tensors only; the projectors' stay in the file too."""
         others = {key: tensor for key, tensor in output_state_dict.items() if self.prefix not in key}
         return others | super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            for module in self.model.modules():
+                if isinstance(module, ProjectorWrapper) and adapter_name in module.modules_to_save:
+                    module.to_float32(adapter_name)
+
+    def train(self, mode: bool = True) -> MAnyModel:
+        """See [`~torch.nn.Module`]; frozen batch norms stay as in inference.
+
+        Their running statistics would drift in training, and the tasks' adapters would no longer share one base model.
+        """
+        super().train(mode)
+        keep_running_statistics(self.model)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's; unlike in [`~peft.LoraModel`] its forward hooks run, which gated adapters need."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import recursively_apply
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
@@ -15,7 +16,7 @@ from transformers.utils import ModelOutput
 from ..algebra.routing import task_weights
 from ..algebra.spread import FeatureMetric
 from ..families.image_layouts import image_rows_of
-from ..families.image_rows import ImageRows, parts_of, with_parts
+from ..families.image_rows import ImageRows
 from ..families.projector_call import features_of
 from ..records import MergeOptions, RoutedProjector
 from ..routing.calls import current_image_call, projector_call
@@ -121,6 +122,11 @@ class ProjectorMixture(nn.Module):
             if self._returns_tensor and not isinstance(output, Tensor):
                 self._returns_tensor = False  # such outputs are mixed with all images in all of them
                 return self._mix_images(rows, weights, experts, args, kwargs)
+            if not isinstance(output, (Tensor, list, tuple, ModelOutput, type(None))):
+                raise TypeError(
+                    f"A projector returned {type(output).__name__}; only those that return tensors, or lists of "
+                    "tensors, can be mixed. `MAnyConfig(projector_modules=[])` leaves the projector as it is."
+                )
             mixed = rows.add_weighted(mixed, output, weights[:, e], carried[:, e])
         return _cast(mixed, features_of(args, kwargs).dtype)
 
@@ -165,7 +171,7 @@ def _call(expert: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
     features = features_of(args, kwargs)
     if not features.is_floating_point():
         return expert(*args, **kwargs)
-    dtype = next((p.dtype for p in expert.parameters() if p.is_floating_point()), features.dtype)
+    dtype = _dtype_of(expert) or features.dtype
     if args:
         args = (features.to(dtype), *args[1:])
     else:
@@ -173,16 +179,29 @@ def _call(expert: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
     return _cast(expert(*args, **kwargs), features.dtype)
 
 
+def _dtypes(module: nn.Module) -> list[torch.dtype]:
+    return [parameter.dtype for parameter in module.parameters()]
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _take_dtypes(module: nn.Module, original: nn.Module) -> None:
+    """Bring a projector's copy, or those of a mixture, to the dtypes of the original."""
+    dtypes = {name: tensor.dtype for name, tensor in original.state_dict(keep_vars=True).items()}
+    for copied in module.experts.values() if isinstance(module, ProjectorMixture) else [module]:
+        for name, tensor in copied.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+
+
 def _cast(output: Any, dtype: torch.dtype) -> Any:
-    """A tensor, or a list, tuple or model output of such, in one dtype."""
-    if output is None or isinstance(output, Tensor):
-        return None if output is None else output.to(dtype)
-    if isinstance(output, (list, tuple, ModelOutput)):
-        return with_parts(output, [_cast(part, dtype) for part in parts_of(output)])
-    raise TypeError(
-        f"A projector returned {type(output).__name__}; only those that return tensors, or lists of tensors, can be "
-        "routed. `MAnyConfig(projector_modules=[])` leaves the projector as it is."
-    )
+    """Whatever a projector returns, with the floating-point tensors in it in one dtype."""
+    return recursively_apply(lambda tensor: tensor.to(dtype), output, test_type=_is_floating_point)
+
+
+def _is_floating_point(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 Mixing = Callable[[nn.Module], ProjectorMixture]  # from the base model's projector
@@ -206,11 +225,31 @@ class ProjectorWrapper(ModulesToSaveWrapper):
         """See PEFT's; nothing for adapters whose tensors `MAnyModel` looks up by their names then and now."""
         return {} if adapter_name in self.looked_up else super().adapter_state_dict_load_map(adapter_name)
 
+    def to_float32(self, adapter_name: str) -> None:
+        """Train an adapter's copy in float32, as PEFT does LoRA's weights: bfloat16 would round small steps away."""
+        module = self.modules_to_save[adapter_name]
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
+            module.float()
+
     def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:
-        active = self.modules_to_save[self.active_adapters[0]] if self.active_adapters else None
+        if not self.active_adapters:
+            return super()._forward_wrapped(*args, **kwargs)
+        return self._run(self.modules_to_save[self.active_adapters[0]], args, kwargs)
+
+    def _forward_wrapped_mixed_batch(self, x: Tensor, active_adapter: str, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self.modules_to_save[active_adapter], (x, *args), kwargs)
+
+    def _run(self, active: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an adapter makes of the features, in the dtype that the base model would give it in."""
         if isinstance(active, ProjectorMixture):
-            return active.mix(self.original_module, *args, **kwargs)
-        return super()._forward_wrapped(*args, **kwargs)
+            output = active.mix(self.original_module, *args, **kwargs)
+        elif _dtypes(active) == _dtypes(self.original_module):
+            return active(*args, **kwargs)
+        else:
+            output = _call(active, *args, **kwargs)
+        of_base = _dtype_of(self.original_module)
+        ids = not features_of(args, kwargs).is_floating_point()
+        return _cast(output, of_base) if ids and of_base is not None else output
 
     def _mixed_batch_forward(self, *args: Any, **kwargs: Any) -> Any:
         # Of images there may be more or fewer than rows, and PEFT sends them to the adapters as if they were rows.
@@ -229,6 +268,7 @@ class ProjectorWrapper(ModulesToSaveWrapper):
             # PEFT's own wrapper leaves the trained copy behind, but `unload()` promises the base model.
             return self.original_module
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        _take_dtypes(module, self.original_module)
         if isinstance(module, ProjectorMixture):
             module.gate = None  # the LoRA layers are gone
             if len(module.trained) == 1 and module.abstain_above is None:
