@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .eight_bits import Scales, from_eight_bits, to_eight_bits
-from .precision import without_autocast
 
 _BLOCK = 256  # rows of a symmetric product that are computed at once
 
@@ -221,7 +220,6 @@ class LowRankCovariance(Covariance):
         factor = self.factor_rows(rows.device)
         return (rows.double() @ factor.T) @ factor + self.remainder * rows.double()
 
-    @without_autocast()
     def energy(self, rows: Tensor) -> float:
         # Nothing cancels in a sum of squares, so the product is as exact as a factor in float32 is; half the time.
         factor = self._stored(device=rows.device)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from ..algebra.covariance import LowRankCovariance
+from ..algebra.precision import without_autocast
 from ..algebra.spectrum import Truncation
 from ..algebra.sums import added_covariances
 from ..files.adapter import TaskAdapter
@@ -36,6 +37,7 @@ DEFAULT_POOL_RANK = 128
 DEFAULT_STATISTICS_RANK = 256
 
 
+@without_autocast()
 def pool_adapters(
     adapters: Sequence[AdapterPath],
     output_dir: str | os.PathLike[str],

@@ -17,7 +17,6 @@ from peft import get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ..algebra.precision import without_autocast
 from ..files.adapter import Adapter
 from ..files.errors import UnmergeableAdapterError
 from ..hub.sources import HubArguments, first_line
@@ -104,7 +103,6 @@ def model_class(config: Any, name: str) -> Any:
     return kind
 
 
-@without_autocast()
 def fold(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     """Add an adapter's deltas to the model's weights, in place; of a merge with a gate, the merged LoRA."""
     pairs = read_pairs(adapter)

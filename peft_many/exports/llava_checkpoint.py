@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..algebra.precision import without_autocast
 from ..files.adapter import AdapterSource, read_adapter
 from ..files.atomic import new_folder
 from ..files.tensor_keys import KEY_PREFIX
@@ -37,6 +38,7 @@ _PROJECTOR = re.compile(r"(?:base_model\.)?(?:model\.){0,2}mm_projector\.([02])\
 _PROJECTOR_LAYERS = {"0": "linear_1", "2": "linear_2"}  # an `mlp2x_gelu` is Linear, GELU, Linear
 
 
+@without_autocast()
 def import_llava_checkpoint(
     folder: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],

@@ -7,6 +7,7 @@ import os
 from peft import LoraConfig
 from typing_extensions import Unpack
 
+from ..algebra.precision import without_autocast
 from ..files.adapter import read_adapter
 from ..files.atomic import new_folder
 from ..files.errors import UnmergeableAdapterError
@@ -24,6 +25,7 @@ model = PeftModel.from_pretrained(base_model, "this/adapter")
 """
 
 
+@without_autocast()
 def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> Export:
     """Write a merge or an adapter as a plain PEFT LoRA, which loads without this package.
 

@@ -6,6 +6,7 @@ import os
 
 from typing_extensions import Unpack
 
+from ..algebra.precision import without_autocast
 from ..files.adapter import Adapter, read_adapter
 from ..files.atomic import new_folder
 from ..files.key_layouts import with_current_names
@@ -22,6 +23,7 @@ model = {kind}.from_pretrained("this/model")
 """
 
 
+@without_autocast()
 def export_model(
     adapter: AdapterPath,
     output_dir: str | os.PathLike[str],

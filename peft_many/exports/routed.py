@@ -13,6 +13,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import AutoConfig, PreTrainedModel
 from typing_extensions import Unpack
 
+from ..algebra.precision import without_autocast
 from ..files.adapter import Adapter, read_adapter
 from ..files.atomic import new_folder
 from ..files.key_layouts import with_current_names
@@ -31,6 +32,7 @@ model = peft_many.load_routed_model("this/model")
 """
 
 
+@without_autocast()
 def export_routed_model(
     adapter: AdapterPath,
     output_dir: str | os.PathLike[str],

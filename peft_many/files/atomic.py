@@ -7,6 +7,7 @@ import ctypes
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Collection, Iterator
 from pathlib import Path

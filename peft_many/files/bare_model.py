@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_mod
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..algebra.precision import without_autocast
 from .peft_methods import name_of
 
 _ADAPTER = "default"
@@ -74,7 +73,6 @@ def bare_model(config: PeftConfig, tensors: Mapping[str, Tensor], linears: Mappi
     return model.eval()
 
 
-@without_autocast()
 def dense_delta(model: PeftModel, module: str, linear: BareLinear) -> Tensor:
     """What merging the adapter would add to the weight of a layer, `ΔW` of shape `(out, in)`, float64."""
     with torch.no_grad(), warnings.catch_warnings():

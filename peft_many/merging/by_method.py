@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..algebra.lpm import LARGEST_ROUNDING_LOSS, LowRankDelta, MergedDelta, rounded_delta
-from ..algebra.precision import without_autocast
 from ..algebra.reduction import compress, nearest_of_rank, orthonormal, padded, rounding_loss
 from ..files.adapter import TaskAdapter
 from ..files.statistics import check_covariance
@@ -16,7 +15,6 @@ from ..methods import LayerTask, MergeMethod
 from .prepare import PreparedMerge
 
 
-@without_autocast()
 def merge_by_method(
     prepared: PreparedMerge, group: Sequence[str], device: str | torch.device
 ) -> dict[str, MergedDelta]:

@@ -16,6 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..algebra.precision import without_autocast
 from ..files.atomic import writable_place
 from ..files.card import CARD_NAME
 from ..files.processes import from_every_process, in_first, share, shared_folder, together
@@ -36,6 +37,7 @@ from .selection import TaskWeights
 
 
 @takes_merge_options
+@without_autocast()
 def merge_adapter_sequence(
     model: nn.Module,
     adapters: Sequence[AdapterPath],
@@ -149,6 +151,7 @@ def merge_adapter_sequence(
 
 
 @takes_merge_options
+@without_autocast()
 def merge_adapter_files(
     adapters: Sequence[AdapterPath],
     output_dir: str | os.PathLike[str],

@@ -8,6 +8,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
+from ..algebra.precision import without_autocast
 from ..files.adapter import Adapter, TaskAdapter, read_adapter
 from ..files.card import CARD_NAME
 from ..files.tensor_keys import KEY_PREFIX
@@ -113,6 +114,7 @@ class AdapterInspection:
     operations: list[Operation]
 
 
+@without_autocast()
 def inspect_adapter(adapter: AdapterPath, **hub: Unpack[HubArguments]) -> AdapterInspection:
     """Look into an adapter or a merge, without loading any base model.
 

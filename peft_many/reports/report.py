@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..algebra.lpm import LowRankDelta
+from ..algebra.precision import without_autocast
 from ..files.adapter import read_adapter
 from ..files.atomic import replace_file
 from ..files.statistics import AdapterStatistics
@@ -25,6 +26,7 @@ from .costs import MergeReport, report_on
 __all__ = ["MergeReport", "merge_report", "save_report"]
 
 
+@without_autocast()
 def merge_report(
     merge: AdapterPath | PeftModel, *, conflicts: bool = True, progress: bool = True, **hub: Unpack[HubArguments]
 ) -> MergeReport:
