@@ -171,11 +171,8 @@ def _call(expert: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
     features = features_of(args, kwargs)
     if not features.is_floating_point():
         return expert(*args, **kwargs)
-    dtype = _dtype_of(expert) or features.dtype
-    if args:
-        args = (features.to(dtype), *args[1:])
-    else:
-        kwargs = {**kwargs, next(iter(kwargs)): features.to(dtype)}
+    own = _dtype_of(expert) or features.dtype
+    args, kwargs = _cast((args, kwargs), own, only=features.dtype)
     return _cast(expert(*args, **kwargs), features.dtype)
 
 
@@ -195,13 +192,13 @@ def _take_dtypes(module: nn.Module, original: nn.Module) -> None:
             tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
 
 
-def _cast(output: Any, dtype: torch.dtype) -> Any:
-    """Whatever a projector returns, with the floating-point tensors in it in one dtype."""
-    return recursively_apply(lambda tensor: tensor.to(dtype), output, test_type=_is_floating_point)
+def _cast(values: Any, dtype: torch.dtype, only: torch.dtype | None = None) -> Any:
+    """What a projector takes or returns with its floating-point tensors in one dtype, or only those of another one."""
 
+    def is_meant(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.is_floating_point() and only in (None, value.dtype)
 
-def _is_floating_point(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return recursively_apply(lambda tensor: tensor.to(dtype), values, test_type=is_meant)
 
 
 Mixing = Callable[[nn.Module], ProjectorMixture]  # from the base model's projector

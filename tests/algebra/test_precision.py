@@ -70,7 +70,7 @@ def inputs(dtype=torch.float32):
 def test_the_users_precision_is_as_before(settings, allow, precision, full):
     allow(precision)
     before = precisions()
-    with pytest.raises(KeyError), float32_products(full=full):
+    with contextlib.suppress(KeyError), float32_products(full=full):
         wanted = ["ieee", "ieee"] if full else ["tf32", "bf16"]
         assert [part.fp32_precision for part in parts()] == wanted
         raise KeyError
@@ -111,7 +111,7 @@ def test_distances_under_autocast_are_those_without():
 def test_autocast_is_on_again_afterwards():
     one = torch.ones(2, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(KeyError), without_autocast():
+        with contextlib.suppress(KeyError), without_autocast():
             assert (one @ one).dtype == torch.float32
             raise KeyError
         assert (one @ one).dtype == torch.bfloat16

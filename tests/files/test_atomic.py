@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_many.files.atomic import new_folder
+from peft_many.files.atomic import new_folder, replace_file
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def names(folder: Path) -> list[str]:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from peft_many.files.atomic import new_folder
+from peft_many.files.atomic import new_folder, replace_file
 with new_folder(Path(sys.argv[1])) as new:
     (new / "weights").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -57,6 +57,36 @@ def test_it_becomes_the_path_with_the_permissions_of_any_new_folder(tmp_path, ou
     assert names(out) == ["file"]
     assert stat.S_IMODE(out.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
     assert names(tmp_path) == ["out", "plain"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_a_replaced_file_has_the_permissions_of_any_new_one(tmp_path, out, mask, monkeypatch):
+    before = os.umask(mask)
+    try:
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "umask")  # other threads would create their files without one meanwhile
+            with replace_file(out) as new:
+                new.write_text("content")
+                assert not out.exists()
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    assert out.read_text() == "content"
+    assert stat.S_IMODE(out.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert names(tmp_path) == ["out", "plain"]
+
+
+def test_a_file_that_was_not_finished_is_not_replaced(tmp_path, out):
+    def interrupted():
+        with replace_file(out) as new:
+            new.write_text("half")
+            raise KeyboardInterrupt
+
+    out.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert out.read_text() == "old"
+    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("there", ["nothing", "no parent", "an empty folder", "a link to an empty folder"])
