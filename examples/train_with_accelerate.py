@@ -49,8 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
     model = get_peft_model(base, MAnyConfig(r=args.rank, lora_alpha=2 * args.rank, task_name=args.task_name))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:  # the projector's copy too: small steps would be lost in bfloat16
-        parameter.data = parameter.data.float()
 
     loader = DataLoader(Questions(args.data), args.batch_size, shuffle=True, collate_fn=Collator(processor))
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate)

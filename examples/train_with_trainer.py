@@ -42,9 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> Trainer:
     processor = AutoProcessor.from_pretrained(args.model)
     base = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
     model = get_peft_model(base, MAnyConfig(r=args.rank, lora_alpha=2 * args.rank, task_name=args.task_name))
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # the projector's copy too: small steps would be lost in bfloat16
-            parameter.data = parameter.data.float()
     model.print_trainable_parameters()
 
     trainer = Trainer(

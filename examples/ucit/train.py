@@ -124,12 +124,11 @@ def accumulated(total: int, batch_size: int) -> int:
 
 
 def parameter_groups(model: PeftModel, projector_learning_rate: float) -> list[dict[str, object]]:
-    """What is trained, by learning rate, and in float32: bfloat16 would round small steps of the projector away."""
+    """What is trained, by learning rate."""
     names = [f".{name}." for name in model.peft_config["default"].projector_modules or []]
     lora, projector = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
             (projector if any(part in f".{name}" for part in names) else lora).append(parameter)
     groups: list[dict[str, object]] = [{"params": lora}]
     return [*groups, {"params": projector, "lr": projector_learning_rate}] if projector else groups
