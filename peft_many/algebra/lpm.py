@@ -179,4 +179,4 @@ def has_full_rank(ranks: Sequence[int], shape: tuple[int, int]) -> bool:
 
 
 def _identity(width: int) -> Covariance:
-    return LowRankCovariance(remainder=1.0, factor=torch.zeros(0, width))
+    return LowRankCovariance(remainder=1.0, factor=torch.zeros(0, width, dtype=torch.float32))

@@ -16,7 +16,7 @@ def pool_segments(rows: Tensor, lengths: Tensor) -> Tensor:
     """Means of consecutive segments of rows, one for each image: `(Σ lengths, d)` to `(images, d)`, float32."""
     places = torch.arange(len(lengths), device=rows.device)
     images = torch.repeat_interleave(places, lengths, output_size=len(rows))  # or a GPU has to be asked for it
-    sums = torch.zeros(len(lengths), rows.shape[1], device=rows.device).index_add_(0, images, rows.float())
+    sums = rows.new_zeros(len(lengths), rows.shape[1], dtype=torch.float32).index_add_(0, images, rows.float())
     return sums / lengths[:, None].clamp(min=1)
 
 

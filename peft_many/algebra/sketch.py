@@ -105,7 +105,8 @@ class CovarianceSketch:
         Eigenvalues are never above the true ones by more than rounding, and the trace is exact.
         """
         if self._sums is None:
-            rows = torch.cat([torch.zeros(0, self.width), *(rows.cpu().double() for rows in self._first)])
+            none = torch.zeros(0, self.width, dtype=torch.float64)
+            rows = torch.cat([none, *(rows.cpu().double() for rows in self._first)])
             factor = rows / max(self.tokens, 1) ** 0.5
             return eigen_directions(LowRankCovariance(remainder=0.0, factor=factor))
         test, moved, core = (part.cpu().double() for part in (self._sums.test, self._sums.moved, self._sums.core))
@@ -155,7 +156,7 @@ def _orthonormal_test_matrix(rows: Tensor, size: int) -> Tensor:
     """`Ω = orth(C₁ G)` for the second moment `C₁` of `rows`, shape `(in, size)`, float32."""
     width = rows.shape[1]
     generator = torch.Generator().manual_seed(width)
-    gaussian = torch.randn(width, size, generator=generator).to(rows.device)
+    gaussian = torch.randn(width, size, generator=generator, dtype=torch.float32).to(rows.device)
     with float32_products(full=True):
         moved = rows.T @ (rows @ gaussian) / len(rows)
     # Where the first tokens span fewer than `size` directions, Gaussian ones take the free places.

@@ -52,7 +52,9 @@ def _layer_task(
         delta = LowRankDelta(A=read.A.to(device), B=read.B.to(device))
     else:
         out, width = shape
-        delta = LowRankDelta(A=torch.zeros(0, width, device=device), B=torch.zeros(out, 0, device=device))
+        delta = LowRankDelta(
+            *(torch.zeros(size, dtype=torch.float32, device=device) for size in ((0, width), (out, 0)))
+        )
     return LayerTask(delta, task.weight, covariance)
 
 

@@ -54,11 +54,12 @@ class ProjectorMixture(nn.Module):
             }
         )
         device = next((parameter.device for parameter in template.parameters()), torch.device("cpu"))
-        self.register_buffer("prototypes", torch.zeros(len(routed.tasks), routed.width, device=device))
+        like = torch.ones(0, dtype=torch.float32, device=device)
+        self.register_buffer("prototypes", like.new_zeros(len(routed.tasks), routed.width))
         self.is_gaussian = routed.directions is not None
         if routed.directions is not None:
-            self.register_buffer("directions", torch.zeros(routed.directions, routed.width, device=device))
-            self.register_buffer("variances", torch.ones(routed.directions + 1, device=device))
+            self.register_buffer("directions", like.new_zeros(routed.directions, routed.width))
+            self.register_buffer("variances", like.new_ones(routed.directions + 1))
         self.base: nn.Module | None = None
         self._returns_tensor = True  # until seen
 

@@ -1,4 +1,4 @@
-"""A user's autocast, as around a training step, changes nothing that is measured, merged or reported."""
+"""A user's autocast, as around a training step, and torch's default dtype change nothing of what is merged."""
 
 import warnings
 
@@ -117,3 +117,27 @@ def test_what_is_measured_under_autocast_is_what_passes_through(shelf, rank):
         assert covariance.trace == pytest.approx((rows.square().sum() / len(rows)).item(), rel=1e-3)
         if rank is None:
             torch.testing.assert_close(covariance.dense(), rows.T @ rows / len(rows), atol=1e-9, rtol=1e-9)
+
+
+@pytest.fixture
+def default_dtype():
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_changes_nothing_either(shelf, tmp_path, default_dtype, dtype):
+    adapted = PeftModel.from_pretrained(base("llava"), shelf[0]).eval()
+    loader = batches(adapted, "llava", 0, rows=32)
+    model = merge_adapter_sequence(base("llava"), shelf[:3], router="gaussian", progress=False)
+    merge_adapter_files(shelf[:3], tmp_path / "plain", router="gaussian", progress=False)
+    answers, inputs = logits(model, "llava"), batches(model, "llava", 50)
+    known = collect_statistics(adapted, loader, rank=4, progress=False).tasks[0]
+    default_dtype(dtype)
+    merge_adapter_files(shelf[:3], tmp_path / "other", router="gaussian", progress=False)
+    with torch.no_grad():
+        assert torch.equal(torch.cat([model(**batch).logits.flatten() for batch in inputs]), answers)
+    measured = collect_statistics(adapted, loader, rank=4, progress=False).tasks[0]
+    assert files(tmp_path / "other") == files(tmp_path / "plain")
+    for name, found in measured.inputs.items():
+        assert torch.equal(found.covariance.factor, known.inputs[name].covariance.factor)
