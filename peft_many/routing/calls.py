@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..families.projector_call import ProjectorCall, features_of
-from .noted_images import NotedImages
+from .noted_images import ImageMethod, NotedImages
 from .row_weights import remember, remembered
 from .watched import arguments_of, watch_replica
 
 
 @dataclass(eq=False)
 class Call:
-    """A running call of a model."""
+    """A running call of a model.
+
+    Nothing that it leads to leads back to it, so that models and images are not kept longer than their calls.
+    """
 
     kind: str  # the method: "forward", "generate", which runs `forward` of the same module, or "images"
     owner: nn.Module  # the module that was called
@@ -31,23 +34,41 @@ class Call:
     def __post_init__(self) -> None:
         outer = self.outer
         is_part = outer is not None and any(part is self.owner for part in outer.owner.modules())
-        around = outer if is_part else None
-        # This call and those that it is a part of, the innermost first; calls of other models are left out.
-        self.lineage: tuple[Call, ...] = (self,) if around is None else (self, *around.lineage)
-        # The innermost image method among these.
-        self.images: ImageCall | None = None if around is None else around.images
-        # The innermost `forward` or `generate`, whose arguments may hold token ids.
-        self.of_model: Call | None = self
-        # The outermost `forward`, whose batch the layers see; while `generate` prepares the first one, `generate`.
-        self.of_batch: Call | None = self
-        if self.kind == "forward" and around is not None and around.of_batch is not None:
-            self.of_batch = self if around.of_batch.kind == "generate" else around.of_batch
+        self.around = outer if is_part else None  # the call that this one is a part of; calls of other models are none
+
+    @property
+    def lineage(self) -> Iterator[Call]:
+        """This call and those that it is a part of, the innermost first."""
+        call: Call | None = self
+        while call is not None:
+            yield call
+            call = call.around
+
+    @property
+    def images(self) -> ImageCall | None:
+        """The innermost image method among these."""
+        return next((call for call in self.lineage if isinstance(call, ImageCall)), None)
+
+    @property
+    def of_model(self) -> Call | None:
+        """The innermost `forward` or `generate`, whose arguments may hold token ids."""
+        return next((call for call in self.lineage if not isinstance(call, ImageCall)), None)
+
+    @property
+    def of_batch(self) -> Call | None:
+        """The outermost `forward`, whose batch the layers see; while `generate` prepares the first one, `generate`."""
+        found: Call | None = None
+        for call in self.lineage:
+            if call.kind == "generate":
+                return found or call
+            found = call if call.kind == "forward" else found
+        return found
 
     def is_over(self, inner: Call) -> bool:
         """Whether this is a `forward` that was interrupted, as another call cannot have been made in it."""
         if self.kind != "forward" or self.owner is inner.owner:
             return self.kind == "forward"
-        return len(inner.lineage) == 1 and not _is_being_called(self.owner)
+        return inner.around is None and not _is_being_called(self.owner)
 
     @property
     def generation(self) -> Call | None:
@@ -60,16 +81,9 @@ class Call:
 class ImageCall(Call):
     """A running `get_image_features` or `get_video_features`."""
 
-    modality: str = "image"  # or "video"
-    tokens: list[int] | None = None  # once it has returned: how many each image has become, if it says so
+    told: ImageMethod = field(default_factory=ImageMethod)
     encoded: Tensor | None = None  # what the vision tower gave, of families that route by it
     decided: dict[nn.Module, Tensor] = field(default_factory=dict)  # at a projector, when it was called first
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.images = self
-        _, *around = self.lineage
-        self.of_model, self.of_batch = (around[0].of_model, around[0].of_batch) if around else (None, None)
 
 
 # A context variable, so that threads that share one model do not see each other's calls.
@@ -125,7 +139,7 @@ def projector_call(projector: nn.Module, args: tuple[Any, ...], kwargs: Mapping[
         known |= {"model": call.of_model.owner, "model_arguments": call.of_model.arguments}
     if call is not None and call.images is not None:
         images, *outer = (one for one in call.lineage if isinstance(one, ImageCall))
-        known |= {"image_model": images.owner, "image_arguments": images.arguments, "modality": images.modality}
+        known |= {"image_model": images.owner, "image_arguments": images.arguments, "modality": images.told.modality}
         known |= {"is_further": projector in images.decided, "tower_features": images.encoded}
         known["outer_image_arguments"] = tuple(one.arguments for one in outer)
     return ProjectorCall(features_of(args, kwargs), projector, kwargs, **known)

@@ -42,8 +42,9 @@ def note_images(target: GateTarget, weights: Tensor, rows: ImageRows) -> None:
         )
     all_tasks = weights.new_zeros(len(weights), target.tasks)
     all_tasks[:, list(target.columns)] = weights
+    told = running_call.images.told if running_call.images is not None else None
     start = cached_length(call.arguments.get("past_key_values"))
-    call.noted.add(target.adapter_name, ImageWeights(all_tasks, rows, running_call.images, start))
+    call.noted.add(target.adapter_name, ImageWeights(all_tasks, rows, told, start))
 
 
 def current_gates(adapter_name: str, ranks: tuple[int, ...], x: Tensor) -> Gates | None:

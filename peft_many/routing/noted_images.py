@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,12 @@ from ..families.prompts import placeholder_tokens, token_ids
 from .row_weights import RowWeights, shapes_of_batch, warn_of_merged
 
 
-class ImageMethod(Protocol):
-    """What must be known here of an `ImageCall`."""
+@dataclass(eq=False)
+class ImageMethod:
+    """What one run of an image method told of its images."""
 
-    modality: str
-    tokens: list[int] | None
+    modality: str = "image"  # or "video"
+    tokens: list[int] | None = None  # once it has returned: how many each image has become, if it says so
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ImageWeights:
 
     weights: Tensor  # (images, tasks), float32
     rows: ImageRows  # how the projector's input was shared out among them
-    call: ImageMethod | None  # the `get_image_features` in which it was called
+    method: ImageMethod | None  # the `get_image_features` in which it was called
     start: int  # how many tokens the cache held then
 
     def by_row(self, model: nn.Module, arguments: Mapping[str, Any]) -> RowWeights | None:
@@ -51,7 +52,7 @@ class ImageWeights:
 
     def _tokens(self, placeholders: Tensor) -> Tensor:
         """How many of the batch's placeholder tokens each image fills, `(images,)`, int64."""
-        told = self.call.tokens if self.call is not None else None
+        told = self.method.tokens if self.method is not None else None
         if told is not None and len(told) == len(self.weights):
             return torch.tensor(told)
         if placeholders.sum() == len(self.weights):
@@ -60,7 +61,7 @@ class ImageWeights:
 
     def _placeholders(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
         """How many tokens of each row stand for images, `(rows,)`, int64, on the CPU; `None` if nothing tells."""
-        modality = self.call.modality if self.call is not None else "image"
+        modality = self.method.modality if self.method is not None else "image"
         for token in placeholder_tokens(getattr(model, "config", None), modality):
             found = _which_are(token, model, arguments)
             if found is not None and found.any():
@@ -92,7 +93,7 @@ class NotedImages:
     def add(self, adapter_name: str, images: ImageWeights) -> None:
         """Note images that were encoded."""
         noted = self._images.setdefault(adapter_name, [])
-        if noted and noted[-1].call is images.call is not None:
+        if noted and noted[-1].method is images.method is not None:
             noted.pop()  # of several projectors the last one is nearest to the language model
         noted.append(images)
         self._known.pop(adapter_name, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,34 @@ from transformers import Cache
 class WatchedMethod:
     """Stands in for a method; subclasses are called in its place, and do more than `own_method`.
 
-    An object that holds its module, not a bound function, so that copies and pickles of a model watch themselves.
+    An object that knows its module, not a bound function, so that copies and pickles of a model watch themselves. It
+    knows it weakly: in a circle of references a deleted model would keep its memory until Python looks for circles.
     """
 
     def __init__(self, module: nn.Module | Cache, name: str) -> None:
-        self.module = module
+        self._module = weakref.ref(module)
         self.name = name
         self.patch: Callable[..., Any] | None = vars(module).get(name)  # somebody else's, on this very module
+
+    @property
+    def module(self) -> Any:
+        """The module or cache whose method it is."""
+        module = self._module()
+        if module is None:
+            raise ReferenceError(f"`{self.name}` was kept, but not the model that it belongs to; keep the model too.")
+        return module
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_module": self._module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _module=weakref.ref(state["_module"]))
+
+    def on(self, module: nn.Module) -> WatchedMethod:
+        """The same for a copy of the module."""
+        own = copy.copy(self)
+        own._module = weakref.ref(module)
+        return own
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -57,9 +79,7 @@ def watch_replica(module: nn.Module) -> None:
     if any(method.module is not module for method in _watched(module).values()):
         for part in module.modules():
             for name, method in _watched(part).items():
-                own = copy.copy(method)
-                own.module = part
-                setattr(part, name, own)
+                setattr(part, name, method.on(part))
 
 
 def _watched(module: nn.Module) -> dict[str, WatchedMethod]:

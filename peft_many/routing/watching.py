@@ -12,7 +12,7 @@ from ..families.family import family_of
 from ..families.parts import takes_images
 from ..families.prompts import token_ids
 from .calls import Call, ImageCall, begin_forward, current_image_call, end_forward, running
-from .noted_images import NotedImages
+from .noted_images import ImageMethod, NotedImages
 from .row_weights import cached_length, remembered
 from .watched import WatchedMethod, arguments_of, unwatch, watch
 
@@ -97,15 +97,15 @@ class _WatchedImages(WatchedMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outer = current_image_call()
         # Some families pass the frames of videos through `get_image_features`.
-        is_video = "video" in self.name or (outer is not None and outer.modality == "video")
-        arguments, modality = arguments_of(self.own_method(), args, kwargs), "video" if is_video else "image"
-        call = ImageCall("images", self.module, arguments, running.get(), modality=modality)
+        is_video = "video" in self.name or (outer is not None and outer.told.modality == "video")
+        arguments, told = arguments_of(self.own_method(), args, kwargs), ImageMethod("video" if is_video else "image")
+        call = ImageCall("images", self.module, arguments, running.get(), told=told)
         token = running.set(call)
         try:
             output = self.own_method()(*args, **kwargs)
         finally:
             running.reset(token)
-        call.tokens = _token_counts(output)
+        told.tokens = _token_counts(output)
         return output
 
 

@@ -239,7 +239,7 @@ class MAnyModel(LoraModel):
             # The model keeps routing, but its class knows nothing of a mixture: saved and loaded as what it calls
             # itself, it would come back with a randomly initialised projector.
             if isinstance(model, PreTrainedModel):
-                model.save_pretrained = functools.partial(_refuse_saving, model)
+                model.save_pretrained = functools.partial(_refuse_saving, type(model).__name__)
         else:
             unwatch_calls(model.modules())
         return model
@@ -254,9 +254,9 @@ def _check_trainable(name: str, projector: nn.Module) -> None:
             )
 
 
-def _refuse_saving(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+def _refuse_saving(model: str, *args: Any, **kwargs: Any) -> None:
     raise ValueError(
-        f"This {type(model).__name__} holds a routed projector, which cannot be saved as part of a plain model: "
+        f"This {model} holds a routed projector, which cannot be saved as part of a plain model: "
         "loading it would leave the projector untrained. Save the PEFT model before `merge_and_unload()` instead."
     )
 
