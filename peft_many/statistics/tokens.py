@@ -46,7 +46,8 @@ class TokenRows:
 
     def __enter__(self) -> TokenRows:
         for path, module in self._around.items():
-            self._hooks.enter_context(module.register_forward_pre_hook(partial(self._passing, path), with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_pre_hook(partial(self._begins, path), with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_hook(partial(self._ends, path)))
         if self.text_encoder is not None:
             self._hooks.enter_context(self.text_encoder.register_forward_pre_hook(self._encoder_begins))
             self._hooks.enter_context(self.text_encoder.register_forward_hook(self._encoder_ends))
@@ -87,11 +88,12 @@ class TokenRows:
             )
         return rows
 
-    def _passing(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begins(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = features_of(args, kwargs) if args or kwargs else None
-        masks = [mask for mask in self._masks_of(path, inputs) if not mask.all()]
-        if masks:
-            self._routed.note(path, inputs, _mask_that_fits(inputs, masks))
+        self._routed.begins(path, inputs, _mask_that_fits(inputs, self._masks_of(path, inputs)))
+
+    def _ends(self, path: str, *_: object) -> None:
+        self._routed.ends(path)
 
     def _encoder_begins(self, *_: object) -> None:
         self._encoding = True
@@ -157,8 +159,8 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """The rows that went into a module."""
+class _Known:
+    """What is known of the rows that went into a module."""
 
     tokens: Tensor  # which of them are tokens, (rows,), bool
     padding: Tensor  # a hash of each row of padding
@@ -171,27 +173,28 @@ class RoutedRows:
     Follows rows of padding from a module whose input fits the attention mask into the modules inside of it. A router
     copies rows to experts as they are, so that a row of padding is known by its content. Layers further inside an
     expert get other features, but one row for each of the expert's.
+
+    Modules' inputs are only held while they run, and looked at when a layer inside asks. Where all fit the mask, none
+    does.
     """
 
     def __init__(self, layers: Collection[str]) -> None:
         self.around = {path for layer in layers for path in _parents(layer)}
-        self._seen: dict[str, _Seen] = {}
+        self._running: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._known: dict[str, _Known | None] = {}
         # Whether rows were compared, and padding was among them: a router that changes rows would hide it.
         self.searched = self.recognised = False
 
-    def note(self, path: str, inputs: object, tokens: Tensor | None) -> None:
-        """Note what goes into a module `around` the layers, and which rows are tokens, if an attention mask fits."""
-        self._seen.pop(path, None)
-        if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.dim() < 2:
-            return
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        if tokens is not None:
-            tokens = tokens.reshape(-1).to(rows.device)
-            self._seen[path] = _Seen(tokens, _hashes(rows[~tokens]), rows.shape[1])
-            return
-        outer = self._outer(path, rows)
-        if outer is not None:
-            self._seen[path] = _Seen(self._tokens(rows, outer), outer.padding, rows.shape[1])
+    def begins(self, path: str, inputs: object, mask: Tensor | None) -> None:
+        """Note what goes into a module `around` the layers, and the attention mask that fits it, if one does."""
+        self.ends(path)
+        if isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.dim() >= 2:
+            self._running[path] = inputs, mask
+
+    def ends(self, path: str) -> None:
+        """Let go of what went into a module."""
+        self._running.pop(path, None)
+        self._known.pop(path, None)
 
     def tokens(self, layer: str, rows: Tensor) -> Tensor | None:
         """Which rows of a layer's input, shape `(rows, in)`, are tokens; `None` if that cannot be told."""
@@ -199,21 +202,38 @@ class RoutedRows:
         return None if outer is None else self._tokens(rows, outer)
 
     def forget(self) -> None:
-        self._seen.clear()
+        self._running.clear()
+        self._known.clear()
 
-    def _outer(self, path: str, rows: Tensor) -> _Seen | None:
+    def _outer(self, path: str, rows: Tensor) -> _Known | None:
         """The nearest module around another one that got the same rows, or from which rows may have been copied."""
-        around = [self._seen[parent] for parent in _parents(path) if parent in self._seen]
-        return next((seen for seen in around if len(seen.tokens) == len(rows) or seen.width == rows.shape[1]), None)
+        around = (self._of(parent) for parent in _parents(path) if parent in self._running)
+        return next(
+            (one for one in around if one and (len(one.tokens) == len(rows) or one.width == rows.shape[1])), None
+        )
 
-    def _tokens(self, rows: Tensor, outer: _Seen) -> Tensor:
+    def _of(self, path: str) -> _Known | None:
+        """What is known of the rows that went into a running module, found once."""
+        if path not in self._known:
+            inputs, mask = self._running[path]
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            found: _Known | None = None
+            if mask is not None:
+                tokens = mask.reshape(-1).to(rows.device)
+                found = _Known(tokens, _hashes(rows[~tokens]), rows.shape[1])
+            elif (outer := self._outer(path, rows)) is not None:
+                found = _Known(self._tokens(rows, outer), outer.padding, rows.shape[1])
+            self._known[path] = found
+        return self._known[path]
+
+    def _tokens(self, rows: Tensor, outer: _Known) -> Tensor:
         if rows.shape[1] == outer.width:
-            padding = torch.isin(_hashes(rows), outer.padding)
+            padding = torch.isin(_hashes(rows), outer.padding.to(rows.device))
             self.searched = True
             self.recognised = self.recognised or bool(padding.any())
             if padding.any() or len(rows) != len(outer.tokens):
                 return ~padding
-        return outer.tokens
+        return outer.tokens.to(rows.device)
 
 
 def _parents(path: str) -> list[str]:

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from peft_many import collect_statistics, merge_adapter_files
 from peft_many.algebra.covariance import DenseCovariance
+from peft_many.statistics import tokens
 from peft_many.statistics.inputs import CovarianceHooks, MeasuredInputs
 from tests import tiny
 from tests.adapters import Made, distance, merged_deltas, reference
@@ -185,6 +186,20 @@ def test_an_expert_without_tokens_has_no_say():
 def test_a_router_that_changes_rows_hides_padding_and_that_is_said():
     with pytest.warns(PeftWarning, match="No row of padding was found again"):
         collect_statistics(trained(build(scales=True), TARGETS, 1), rows_of(1, True), progress=False)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], TARGETS])
+def test_rows_are_compared_only_where_a_router_moves_them(monkeypatch, targets):
+    """Comparing reads every row of padding; in a model without experts nothing does."""
+    compared = []
+    monkeypatch.setattr(tokens, "_hashes", lambda rows: compared.append(rows) or torch.zeros(len(rows)).long())
+    base = build()
+    if targets == TARGETS:
+        for layer in base.model.layers:
+            layer.mlp = LlamaMLP(base.config)
+    task = collect_statistics(trained(base, targets, 1), rows_of(1, True), progress=False).tasks[0]
+    assert {task.tokens_of(name) for name in task.input_of} == {60}  # 36 places in each of two batches, 6 are padding
+    assert not compared
 
 
 def test_no_hooks_stay():
