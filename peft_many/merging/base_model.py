@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -20,9 +20,11 @@ def check_fits_model(config: MAnyConfig, shapes: Mapping[str, tuple[int, ...]], 
     """Refuse a merge unless every tensor of its weights file, by key, has its place in the base model."""
     shapes = {key.removeprefix(KEY_PREFIX): shape for key, shape in shapes.items()}
     modules = dict(model.named_modules())
-    check_patterns(config, list(modules), "The merge")  # some are the adapters' own words
-    layers = {key.removesuffix(".lora_A.weight"): None for key in shapes if key.endswith(".lora_A.weight")}
     projectors = config.projector_modules or []
+    # Some are the adapters' own words. PEFT goes through the names of the wrapped projectors' parts too.
+    check_patterns(config, [*modules, *_parts_once_wrapped(projectors, [*modules, *shapes])], "The merge")
+    config.patterns_checked = True
+    layers = {key.removesuffix(".lora_A.weight"): None for key in shapes if key.endswith(".lora_A.weight")}
     for kind, names in (("layer", layers), ("projector", projectors)):
         unknown = next((name for name in names if name not in modules), None)
         if unknown is not None:
@@ -41,6 +43,13 @@ def check_fits_model(config: MAnyConfig, shapes: Mapping[str, tuple[int, ...]], 
         )
     for projector in projectors:
         _check_copies(config, projector, shapes, modules[projector], model)
+
+
+def _parts_once_wrapped(projectors: Iterable[str], names: Iterable[str]) -> Iterator[str]:
+    for projector in projectors:
+        parts = [name.removeprefix(projector) for name in names if f"{name}.".startswith(f"{projector}.")]
+        for inside in ("original_module", "modules_to_save.default"):
+            yield from (f"{projector}.{inside}{part}" for part in parts)
 
 
 def _check_layer(name: str, layer: nn.Module, width: int, height: int, model: nn.Module) -> None:

@@ -88,8 +88,10 @@ class MAnyModel(LoraModel):
         source = getattr(config, "loaded_from", None)
         with ExitStack() as rollback:
             self._wrap_projectors(model, adapter_name, config, rollback)
-            if source is not None:  # with the names of the wrapped projectors, which PEFT goes through too
-                check_patterns(config, [name for name, _ in model.named_modules()], source)
+            if source is not None:
+                if not vars(config).pop("patterns_checked", False):
+                    # With the names of the wrapped projectors, which PEFT goes through too
+                    check_patterns(config, [name for name, _ in model.named_modules()], source)
                 expected = _projector_keys(model, adapter_name, config)
                 check_projectors_are_there(getattr(config, "loaded_keys", ()), model, expected, source)
             if config.target_modules is not None:
