@@ -105,14 +105,17 @@ def group_by_input(layers: Iterable[str], tasks: Sequence[TaskStatistics]) -> li
     return list(groups.values())
 
 
-@dataclass(frozen=True)
 class AdapterStatistics:
-    """The statistics of an adapter: of its one task, or of every task that was merged into it."""
+    """The statistics of an adapter: of its one task, or of every task that was merged into it.
 
-    tasks: tuple[TaskStatistics, ...]
+    They are large and do not change, so copies of a config share them; `dataclasses.asdict` would copy a dataclass.
+    """
+
+    def __init__(self, tasks: tuple[TaskStatistics, ...]) -> None:
+        self.tasks = tasks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterStatistics:
-        return self  # Immutable, and large: `dataclasses.asdict` and copies of a config need not copy it.
+        return self
 
     def columns_of(self, t: int, module: str) -> slice | None:
         """Which columns of the merged `B` of a layer are task `t`'s; `None` where they are no longer side by side."""

@@ -1,9 +1,9 @@
-"""Lets statistics follow an adapter through every way of loading it, and checks its files before PEFT reads them."""
+"""Lets statistics follow an adapter through every way of loading it, and checks its files before PEFT uses them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,9 @@ def _load_with_statistics(
         raise unusable_config(source, f"{error!r:.300}") from error
     where = {name: kwargs.get(name) for name in ("revision", "token", "cache_dir")}
     if isinstance(config, MAnyConfig):
-        _check_loaded(config, source, subfolder, where)
+        check_config(config, source)
+        # No fields: what a user makes of it is the user's own.
+        config.loaded_from, config.loaded_weights = source, LoadedWeights(source, subfolder, where)
     if isinstance(config, PeftConfig):
         try:
             statistics = locate_statistics(pretrained_model_name_or_path, subfolder, **where)
@@ -56,32 +58,39 @@ def _load_with_statistics(
     return config
 
 
-def _check_loaded(config: MAnyConfig, source: str, subfolder: str | None, where: Mapping[str, Any]) -> None:
-    """Refuse a config that nobody in good faith wrote, before PEFT allocates what it asks for."""
-    check_config(config, source)
-    config.loaded_from = source  # no fields: what a user makes of it is the user's own
-    folder = Path(source, subfolder or "")
-    path = folder / SAFETENSORS_WEIGHTS_NAME if folder.is_dir() else _weights_on_hub(config, source, subfolder, where)
-    weights = open_tensors(path, MalformedAdapterError) if path is not None and path.is_file() else None
-    check_backed(config, weights, source)
-    config.loaded_keys = frozenset(weights or ())
+class LoadedWeights:
+    """The weights beside a config, looked at when a model is built: a config by itself can be read too."""
 
+    def __init__(self, source: str, subfolder: str | None, where: Mapping[str, Any]) -> None:
+        self.source, self.subfolder, self.where = source, subfolder, where
 
-def _weights_on_hub(config: MAnyConfig, source: str, subfolder: str | None, where: Mapping[str, Any]) -> Path | None:
-    """The weights on the Hub that a config speaks of, if it is to be checked by them and there are any.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "where": {**self.where, "token": None}}  # a token must stay out of pickles
 
-    PEFT is about to load them; but a config by itself can be read too.
-    """
-    try:
-        check_backed(config, None, source)
-        is_backed = True
-    except MalformedAdapterError:  # unless its weights say so too
-        is_backed = False
-    if is_backed and not config.modules_to_save:
-        return None
-    try:
-        return Path(hf_hub_download(source, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **where))
-    except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError) and not is_backed:
-            raise  # the Hub cannot be reached
-        return None
+    def keys_backing(self, config: MAnyConfig) -> Collection[str]:
+        """Refuse a config that nobody in good faith wrote, before PEFT allocates what it asks for.
+
+        The keys of the weights, as far as they are needed to check more.
+        """
+        folder = Path(self.source, self.subfolder or "")
+        path = folder / SAFETENSORS_WEIGHTS_NAME if folder.is_dir() else self._on_hub(config)
+        weights = open_tensors(path, MalformedAdapterError) if path is not None and path.is_file() else None
+        check_backed(config, weights, self.source)
+        return list(weights or ())
+
+    def _on_hub(self, config: MAnyConfig) -> Path | None:
+        """The file on the Hub, which PEFT is about to load, if the config is to be checked by it and there is one."""
+        try:
+            check_backed(config, None, self.source)
+            is_backed = True
+        except MalformedAdapterError:  # unless its weights say so too
+            is_backed = False
+        if is_backed and not config.modules_to_save:
+            return None
+        try:
+            found = hf_hub_download(self.source, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.where)
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError) and not is_backed:
+                raise  # the Hub cannot be reached
+            return None
+        return Path(found)

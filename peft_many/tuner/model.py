@@ -85,7 +85,8 @@ class MAnyModel(LoraModel):
                 stacklevel=2,
             )
         config: MAnyConfig = self.peft_config[adapter_name]
-        source = getattr(config, "loaded_from", None)
+        source, weights = getattr(config, "loaded_from", None), getattr(config, "loaded_weights", None)
+        keys = weights.keys_backing(config) if weights is not None else ()
         with ExitStack() as rollback:
             self._wrap_projectors(model, adapter_name, config, rollback)
             if source is not None:
@@ -93,7 +94,7 @@ class MAnyModel(LoraModel):
                     # With the names of the wrapped projectors, which PEFT goes through too
                     check_patterns(config, [name for name, _ in model.named_modules()], source)
                 expected = _projector_keys(model, adapter_name, config)
-                check_projectors_are_there(getattr(config, "loaded_keys", ()), model, expected, source)
+                check_projectors_are_there(keys, model, expected, source)
             if config.target_modules is not None:
                 update_expert_names(config, model)
             try:

@@ -218,6 +218,16 @@ def test_inference_downloads_no_statistics(hub, made):
     assert isinstance(model.peft_config["default"].statistics, RemoteStatistics)
 
 
+def test_reading_a_config_downloads_nothing_else(hub, made, tmp_path):
+    hub.add("me/merge", merge_adapter_files([made["one"], made["two"]], tmp_path / "merged", progress=False))
+    for name in ("me/one", "me/merge"):
+        config = PeftConfig.from_pretrained(name, token=hub.token)
+        assert hub.token.encode() not in pickle.dumps(config)
+    assert hub.downloads() == ["adapter_config.json"] * 2
+    PeftModel.from_pretrained(base("llava"), "me/merge", config=config)
+    assert hub.downloads().count(WEIGHTS) == 1
+
+
 def test_saving_again_fetches_the_statistics(hub, made, tmp_path):
     model = PeftModel.from_pretrained(base("llava"), "me/two", revision="v2")
     commit = hub.repositories["me/two"].branches["v2"]
