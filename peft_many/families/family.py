@@ -1,4 +1,4 @@
-"""What a model's structure does not tell, by its `model_type`; `register_family` is the door for it."""
+"""Where a model keeps its parts, and what its structure does not tell, by `model_type`; `register_family` is the door."""
 
 from __future__ import annotations
 
@@ -45,6 +45,23 @@ class Family:
     one_image_per_call: bool = False
     tiles: Tiles | None = None
     frames: Tiles | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where a model that reads images and text keeps its parts, by their paths.
+
+    Args:
+        language_model (`str`, *optional*): What gets a LoRA by default; `None` if it cannot be told from the rest.
+        towers (`tuple[str, ...]`): The vision towers.
+        projectors (`tuple[str, ...]`): What turns vision features into tokens; empty if it cannot be told.
+        doubt (`str`): What was looked for and seen, in words, for where a part is missing.
+    """
+
+    language_model: str | None = None
+    towers: tuple[str, ...] = ()
+    projectors: tuple[str, ...] = ()
+    doubt: str = ""
 
 
 FAMILIES: dict[str, Family] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,8 +11,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .family import family_of
+from .family import Parts, family_of
 from .linears import is_linear
+from .structure import is_inside, last_width, may_project, members_of, name_of, parts_by_structure, plain
 
 # What the arguments of `forward` that take images are called in transformers: `pixel_values`, `flattened_patches`, ...
 _WORDS_FOR_IMAGES = ("pixel", "image", "patch")
@@ -30,25 +32,6 @@ def takes_images(model: nn.Module) -> bool:
     return "text" in claimed and ("image" in claimed or "video" in claimed) and reads_images
 
 
-def image_encoder_name(model: nn.Module) -> str | None:
-    """The path of the vision tower of a transformers model, or `None` where there is none."""
-    if not isinstance(model, PreTrainedModel):
-        return None
-    encoder: Any = model.get_encoder(modality="image")
-    for_text: Any = text_encoder(model)
-    if encoder is for_text:  # it reads images and text; the tower is a part of it
-        encoder = for_text.get_encoder(modality="image")
-    return None if encoder is model else _name_of(model, encoder)
-
-
-def language_model_name(model: nn.Module) -> str | None:
-    """The path of the language model inside a multimodal transformers model, `None` if it is not a part of its own."""
-    if (registered := family_of(model).language_model) is not None:
-        return registered
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
-    return None if decoder is model else _name_of(model, decoder)
-
-
 def text_encoder(model: nn.Module) -> nn.Module | None:
     """The text encoder of an encoder-decoder model, `None` for all other models."""
     if not isinstance(model, PreTrainedModel) or not getattr(model.config, "is_encoder_decoder", False):
@@ -57,34 +40,77 @@ def text_encoder(model: nn.Module) -> nn.Module | None:
     return None if encoder is model else encoder
 
 
+def parts_of(model: nn.Module) -> Parts | None:
+    """Where a model keeps its parts, for all who ask; `None` if it does not read images and text.
+
+    Of its own models transformers says it. Others are known by their structure, and by rows that outsiders register.
+    """
+    told = _told_parts(model) if isinstance(model, PreTrainedModel) and takes_images(model) else None
+    is_whole = told is not None and told.language_model is not None and told.projectors
+    if _is_of_transformers(model) or (is_whole and _is_of_transformers(model.config)):
+        return told
+    return _with_row(model, parts_by_structure(model) or told)
+
+
 def find_projectors(model: nn.Module) -> list[str]:
     """The paths of the modules that turn vision features into tokens; several where a family has several.
 
     They are what lies between the vision tower and the language model. Where nothing does, they are those parts of the
     tower that end in the language model's width. A `ModuleList` of projectors (Qwen3-VL's deepstack mergers) counts as
-    its members. Empty for models without images.
+    its members. Empty for models without images, and where they cannot be told.
     """
-    if not takes_images(model):
-        return []
-    named = family_of(model).projectors
-    if named:
-        paths = [(name, _from_the_end(model, name)) for name, _ in model.named_modules()]
-        return [name for name, other in paths if any(_ends(name, end) or _ends(other, end) for end in named)]
-    encoder, language_model = image_encoder_name(model), language_model_name(model)
-    if language_model is None or _is_inside(encoder, language_model):
-        return []
-    between = _projectors_between(model, encoder, language_model)
-    return between or ([] if encoder is None else _projectors_inside(model, encoder))
+    parts = parts_of(model)
+    return [] if parts is None else list(parts.projectors)
 
 
-def where_projectors_are_sought(model: nn.Module) -> str:
-    """What `find_projectors` looked for, in words."""
-    return (
-        "a module with weight matrices that lies between the vision tower `get_encoder(modality='image')` "
-        f"({_quoted(image_encoder_name(model))}) and the language model `get_decoder()` "
-        f"({_quoted(language_model_name(model))}) was looked for, and then a part of the tower that ends in the "
-        "language model's width."
+def _is_of_transformers(thing: object) -> bool:
+    return type(thing).__module__.startswith("transformers.")
+
+
+def _with_row(model: nn.Module, parts: Parts | None) -> Parts | None:
+    """The parts as far as the family's row does not name others."""
+    row = family_of(model)
+    if row.language_model is not None:
+        parts = replace(parts or Parts(), language_model=row.language_model)
+    if not row.projectors:
+        return parts
+    paths = [(name, _from_the_end(model, name)) for name, _ in model.named_modules()]
+    named = [name for name, other in paths if any(_ends(name, end) or _ends(other, end) for end in row.projectors)]
+    return replace(parts or Parts(), projectors=tuple(named))
+
+
+def _told_parts(model: PreTrainedModel) -> Parts | None:
+    """The parts by transformers' methods and the family's row."""
+    encoder, language_model = _image_encoder_name(model), _language_model_name(model)
+    doubt = (
+        "a module with weight matrices was looked for that lies between the vision tower "
+        f"`get_encoder(modality='image')` ({_quoted(encoder)}) and the language model: `get_decoder()` gives "
+        f"{_quoted(language_model)}; and then a part of the tower that ends in the language model's width."
     )
+    towers = () if encoder is None else (encoder,)
+    if language_model is None or is_inside(encoder, language_model):
+        return _with_row(model, Parts(None, towers, (), doubt))
+    projectors = _projectors_between(model, encoder, language_model)
+    if encoder is not None and not projectors:
+        projectors = _projectors_inside(model, encoder)
+    return _with_row(model, Parts(language_model, towers, tuple(projectors), doubt))
+
+
+def _image_encoder_name(model: PreTrainedModel) -> str | None:
+    """The path of the vision tower, or `None` where there is none."""
+    encoder: Any = model.get_encoder(modality="image")
+    for_text: Any = text_encoder(model)
+    if encoder is for_text:  # it reads images and text; the tower is a part of it
+        encoder = for_text.get_encoder(modality="image")
+    return None if encoder is model else name_of(model, encoder)
+
+
+def _language_model_name(model: PreTrainedModel) -> str | None:
+    """The path of the language model, `None` if it is not a part of its own."""
+    if (registered := family_of(model).language_model) is not None:
+        return registered
+    decoder = model.get_decoder()
+    return None if decoder is model else name_of(model, decoder)
 
 
 def _quoted(path: str | None) -> str:
@@ -93,19 +119,16 @@ def _quoted(path: str | None) -> str:
 
 def _projectors_between(model: PreTrainedModel, encoder: str | None, language_model: str) -> list[str]:
     """The modules with weight matrices beside the vision tower and the language model, below what holds both."""
-    ends = (model.get_output_embeddings(), model.get_input_embeddings())
-    found: list[str] = []
-    for holder in _holders(encoder, language_model):
-        for name, child in model.get_submodule(holder).named_children():
-            path = f"{holder}.{name}".removeprefix(".")
-            holds_an_end = _is_inside(encoder, path) or _is_inside(language_model, path)
-            if holds_an_end or any(child is end for end in ends):
-                continue
-            if isinstance(child, nn.ModuleList):
-                found += [f"{path}.{i}" for i, member in enumerate(child) if _may_project(member)]
-            elif _may_project(child):
-                found.append(path)
-    return found
+    embeddings = (model.get_output_embeddings(), model.get_input_embeddings())
+    ends = [end for end in (encoder, language_model) if end is not None]
+    return [
+        path
+        for holder in _holders(encoder, language_model)
+        for path, child in members_of(model, holder)
+        if not any(child is end for end in embeddings)
+        and not any(is_inside(end, path) or is_inside(path, end) for end in ends)
+        and may_project(child)
+    ]
 
 
 def _holders(encoder: str | None, language_model: str) -> list[str]:
@@ -123,40 +146,18 @@ def _projectors_inside(model: PreTrainedModel, encoder: str) -> list[str]:
     width = model.config.get_text_config().hidden_size
     tower = model.get_submodule(encoder)
     found = {
-        name: type(_plain(child))
+        name: type(plain(child))
         for name, child in tower.named_children()
-        if not isinstance(child, nn.ModuleList) and _may_project(child) and _last_width(child) == width
+        if not isinstance(child, nn.ModuleList) and may_project(child) and last_width(child) == width
     }
     members = [
         f"{name}.{i}"
         for name, child in tower.named_children()
         if isinstance(child, nn.ModuleList)
         for i, member in enumerate(child)
-        if type(_plain(member)) in found.values()
+        if type(plain(member)) in found.values()
     ]
     return [f"{encoder}.{name}" for name in [*found, *members]]
-
-
-def _may_project(module: nn.Module) -> bool:
-    """Whether it holds a weight matrix, and is no model of its own, such as another tower or a Q-Former."""
-    matrices = any(parameter.dim() == 2 for parameter in module.parameters())
-    return matrices and not isinstance(_plain(module), PreTrainedModel)
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    """A module without PEFT's wrapper."""
-    original: nn.Module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
-    return original
-
-
-def _last_width(module: nn.Module) -> int | None:
-    """How many features the last of its linear layers gives."""
-    linears: list[Any] = [part for part in _plain(module).modules() if is_linear(part)]
-    return int(linears[-1].out_features) if linears else None
-
-
-def _is_inside(name: str | None, outer: str) -> bool:
-    return name is not None and f"{name}.".startswith(f"{outer}.")
 
 
 def _from_the_end(model: nn.Module, name: str) -> str:
@@ -192,24 +193,16 @@ def match_projectors(model: nn.Module, wanted: list[str]) -> list[str]:
 def language_model_linears(model: nn.Module) -> list[str]:
     """The paths of all linear layers of the language model, adapted or not, without the output head.
 
-    Where images play no part, that is the whole model. Modules trained whole (`modules_to_save`) are left out.
+    Where images play no part, that is the whole model; where the language model cannot be told, all but the vision
+    towers and the projectors. Modules trained whole (`modules_to_save`) are left out.
     """
-    prefix, head = "", None
-    if isinstance(model, PreTrainedModel):
-        head = model.get_output_embeddings()
-    if takes_images(model):
-        encoder, language_model = image_encoder_name(model), language_model_name(model)
-        if language_model is None or _is_inside(encoder, language_model):
-            raise ValueError(
-                f"Cannot tell the language model of {type(model).__name__} from the rest: `get_decoder()` gives "
-                f"{_quoted(language_model)}, and the vision tower `get_encoder(modality='image')` is "
-                f"{_quoted(encoder)}. Please specify `target_modules` in the config."
-            )
-        prefix = f"{language_model}."
+    parts = parts_of(model) or Parts("")
+    prefix = f"{parts.language_model}." if parts.language_model else ""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found: list[str] = []
-    closed: list[str] = []
+    closed = [] if prefix else [f"{name}." for name in (*parts.towers, *parts.projectors)]
     for name, module in model.named_modules():
-        if not name.startswith(prefix) or name.startswith(tuple(closed)):
+        if not name.startswith(prefix) or f"{name}.".startswith(tuple(closed)):
             continue
         if module is head or isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             closed.append(f"{name}.")
@@ -220,7 +213,3 @@ def language_model_linears(model: nn.Module) -> list[str]:
         if is_linear(module):
             found.append(name)
     return found
-
-
-def _name_of(model: nn.Module, part: nn.Module) -> str | None:
-    return next((name for name, module in model.named_modules() if module is part), None)

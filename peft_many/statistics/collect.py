@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..algebra.covariance import Covariance
 from ..algebra.spectrum import DEFAULT_ENERGY, Truncation
-from ..families.parts import find_projectors, image_encoder_name, language_model_linears, text_encoder
+from ..families.parts import find_projectors, language_model_linears, parts_of, text_encoder
 from ..files.peft_methods import described, is_plain_lora
 from ..files.processes import current_processes, from_every_process, together
 from ..files.statistics import AdapterStatistics, TaskStatistics
@@ -214,7 +214,8 @@ def _input_hooks(
     linears = {name: base.get_submodule(name) for name in language_model_linears(base)}
     measured = {**layers, **{name: linears[name] for name in _further_layers(linears, also_measure)}}
     bystanders = {name: layer for name, layer in linears.items() if name not in measured}
-    visual = tuple(f"{name}." for name in [image_encoder_name(base), *projectors] if name)
+    parts = parts_of(base)
+    visual = tuple(f"{name}." for name in [*(parts.towers if parts is not None else ()), *projectors])
     unmasked = {name for name in measured if name.startswith(visual)}
     tokens = TokenRows(measured, base, unmasked, text_encoder(base))
     return CovarianceHooks(measured, bystanders, tokens, size, share)

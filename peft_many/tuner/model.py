@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..families.parts import find_projectors, match_projectors, takes_images, where_projectors_are_sought
+from ..families.parts import match_projectors, parts_of
 from ..files.errors import MalformedAdapterError
 from ..files.patterns import check_patterns
 from ..files.statistics import AdapterStatistics
@@ -57,7 +57,7 @@ class MAnyModel(LoraModel):
 
     def _prepare_adapter_config(self, peft_config: MAnyConfig, model_config: dict[str, Any]) -> PeftConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:
-            if takes_images(self.model):
+            if parts_of(self.model) is not None:
                 peft_config.target_modules = default_targets(self.model, peft_config)
             elif isinstance(self.model, PreTrainedModel) and (
                 model_config.get("model_type") not in self.target_module_mapping
@@ -118,10 +118,11 @@ class MAnyModel(LoraModel):
     def _wrap_projectors(self, model: nn.Module, adapter_name: str, config: MAnyConfig, rollback: ExitStack) -> None:
         """Give the adapter its projectors; how to take them away again goes on the stack `rollback`."""
         if config.projector_modules is None:
-            projectors = find_projectors(model)
-            if not projectors and takes_images(model):
+            parts = parts_of(model)
+            projectors = [] if parts is None else list(parts.projectors)
+            if not projectors and parts is not None:
                 raise ValueError(
-                    f"No projector was found in {type(model).__name__}: {where_projectors_are_sought(model)} "
+                    f"No projector was found in {type(model).__name__}: {parts.doubt} "
                     "Name it by `projector_modules`, or pass `projector_modules=[]` to adapt the language model only."
                 )
         else:

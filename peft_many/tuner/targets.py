@@ -11,12 +11,18 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..families.parts import language_model_linears, language_model_name
+from ..families.parts import language_model_linears, parts_of
 from .config import MAnyConfig, MAnyPeftType
 
 
 def default_targets(model: PreTrainedModel, config: MAnyConfig) -> str | set[str]:
     """`target_modules` for all linear layers of the language model: the shortest form that matches them exactly."""
+    parts = parts_of(model)
+    if parts is not None and parts.language_model is None:
+        raise ValueError(
+            f"Cannot tell the language model of {type(model).__name__} from the rest: {parts.doubt} "
+            "Please specify `target_modules` in the config."
+        )
     wanted = set(language_model_linears(model))
     last = {name.rpartition(".")[2] for name in wanted}
     if config.layers_to_transform is not None:
@@ -30,8 +36,8 @@ def default_targets(model: PreTrainedModel, config: MAnyConfig) -> str | set[str
     names = [name for name, _ in model.named_modules()]
     if wanted == {name for name in names if name.rpartition(".")[2] in last}:
         return last
-    decoder = language_model_name(model) or ""
-    pattern = rf"{re.escape(decoder)}\..*\b(?:{'|'.join(sorted(map(re.escape, last)))})"
+    decoder = "" if parts is None else parts.language_model
+    pattern = rf"{re.escape(decoder or '')}\..*\b(?:{'|'.join(sorted(map(re.escape, last)))})"
     return pattern if wanted == {name for name in names if re.fullmatch(pattern, name)} else wanted
 
 
