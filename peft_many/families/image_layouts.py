@@ -13,7 +13,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from .family import Tiles, family_of
 from .image_rows import ImageRows
 from .projector_call import ProjectorCall
-from .prompts import token_ids, tokens_of_images
+from .prompts import PICTURE_INDEX, token_ids, tokens_of_images
 
 ImageLayout = Callable[[ProjectorCall], ImageRows | None]
 
@@ -95,8 +95,8 @@ def _tiles(call: ProjectorCall) -> Tiles | None:
 
 
 def _tokens_of_images(call: ProjectorCall) -> Tensor | None:
-    config, tiles = getattr(call.model, "config", None), _tiles(call) or Tiles(0)
-    return tokens_of_images(token_ids(call.model_arguments), config, call.modality, tiles)
+    tiles = _tiles(call) or Tiles(0)
+    return tokens_of_images(token_ids(call.model_arguments), call.model, call.modality, tiles)
 
 
 # From the most general to the most special one, as the last one is asked first.
@@ -113,6 +113,36 @@ def by_tokens(call: ProjectorCall) -> ImageRows | None:
     if lengths is None or int((lengths * rows // lengths.sum()).sum()) != rows:
         return None
     return ImageRows(lengths, flat)
+
+
+@register_image_layout
+def by_flags(call: ProjectorCall) -> ImageRows | None:
+    """InternVLChat's own code: `image_flags` marks tiles of rows without an image, of which no token is made."""
+    flags, lengths = call.model_arguments.get("image_flags"), _tokens_of_images(call)
+    if flags is None or flags.numel() != len(call.features) or flags.all():
+        return None
+    real = flags.reshape(-1).bool().cpu()
+    tiles = torch.ones(int(real.sum()), dtype=torch.int64)
+    if lengths is not None and int((lengths * len(tiles) // lengths.sum()).sum()) == len(tiles):
+        tiles = lengths * len(tiles) // lengths.sum()
+    # Before which real tile each image begins; the tiles that are none are images of their own.
+    begins = (tiles.cumsum(0) - tiles).tolist()
+    starts = [~real[i] or int(real[:i].sum()) in begins for i in range(len(real))]
+    return ImageRows(torch.diff(torch.tensor([*(i for i, one in enumerate(starts) if one), len(real)])), False, real=real)
+
+
+@register_image_layout
+def by_rows_with_images(call: ProjectorCall) -> ImageRows | None:
+    """LLaVA's own code: `images`, each a picture or its tiles; a row without any brings one that is not looked at."""
+    images, ids = call.model_arguments.get("images"), token_ids(call.model_arguments)
+    if images is None or not hasattr(call.model, "prepare_inputs_labels_for_multimodal"):
+        return None
+    tiles = torch.tensor([len(image) if image.dim() == 4 else 1 for image in images])
+    if tiles.sum() != len(call.features):
+        return None
+    of_rows = [] if ids is None else (ids == PICTURE_INDEX).sum(1).tolist()
+    seen = torch.tensor([i < number for number in of_rows for i in range(max(number, 1))])
+    return ImageRows(tiles, False, real=seen.repeat_interleave(tiles) if len(seen) == len(tiles) else None)
 
 
 @register_image_layout

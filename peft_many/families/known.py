@@ -32,6 +32,7 @@ register_family("hunyuan_vl", Family(one_image_per_call=True))
 # All tiles of an image are one run of placeholder tokens.
 register_family("aria", Family(tiles=Tiles(0)))
 register_family("internvl", Family(tiles=Tiles(0)))
+register_family("internvl_chat", Family(tiles=Tiles(0)))
 register_family("perception_lm", Family(tiles=Tiles(0)))
 register_family("qianfan_ocr", Family(tiles=Tiles(0)))
 register_family("got_ocr2", Family(tiles=Tiles(0)))

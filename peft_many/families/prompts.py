@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .family import Tiles
 
+# What stands for a whole image in the token ids of LLaVA's own code.
+PICTURE_INDEX = -200
 # The setting that names the token after an image.
 _ENDS = ("eoi_token_id", "eoi_token_index", "image_end_token_id")
 
@@ -20,22 +22,24 @@ def token_ids(arguments: Mapping[str, Any]) -> Tensor | None:
     return ids if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() else None
 
 
-def placeholder_tokens(config: Any, modality: str) -> list[int]:
+def placeholder_tokens(model: Any, modality: str) -> list[int]:
     """The tokens that may stand for images, or videos: some families use one token, or one method, for both."""
-    kinds = (modality, "image", "video")
-    tokens = (getattr(config, f"{kind}_token_{end}", None) for kind in kinds for end in ("id", "index"))
+    kinds, config = (modality, "image", "video"), getattr(model, "config", None)
+    tokens = [getattr(config, f"{kind}_token_{end}", None) for kind in kinds for end in ("id", "index")]
+    tokens.append(getattr(model, "img_context_token_id", None))  # InternVLChat's own code sets it on the model
     return [int(token) for token in tokens if token is not None]
 
 
-def tokens_of_images(ids: Tensor | None, config: Any, modality: str, tiles: Tiles) -> Tensor | None:
+def tokens_of_images(ids: Tensor | None, model: Any, modality: str, tiles: Tiles) -> Tensor | None:
     """How many placeholder tokens each image of a batch has, `(images,)`, int64; `None` if there are none.
 
-    The model's config names these tokens; in the batch's token ids, `(rows, length)`, images stand in their order.
+    The model or its config names these tokens; in the batch's token ids, `(rows, length)`, images stand in their order.
     """
     rows = [] if ids is None else ids.tolist()
-    token = next((one for one in placeholder_tokens(config, modality) if any(one in row for row in rows)), None)
+    token = next((one for one in placeholder_tokens(model, modality) if any(one in row for row in rows)), None)
     if token is None:
         return None
+    config = getattr(model, "config", None)
     end = next((getattr(config, name) for name in _ENDS if getattr(config, name, None) is not None), None)
     return torch.tensor([length for row in rows for length in image_runs(row, token, tiles, end)])
 

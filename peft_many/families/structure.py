@@ -42,8 +42,8 @@ def parts_by_structure(model: nn.Module) -> Parts | None:
     towers = tuple(dict.fromkeys(_tower_of(sign, embeddings) for sign in signs))
     language_model = _language_model(model, embeddings, towers)
     width = int(_plain_embedding(model.get_submodule(embeddings)).embedding_dim)
-    projectors = _beside(model, width, towers, (embeddings, language_model))
-    if not projectors:
+    projectors = _beside(model, width, towers, [*towers, embeddings, language_model]) if language_model is not None else []
+    if not projectors and language_model is not None:
         projectors = [name for tower in towers for name in _inside(model, width, tower, signs)]
     doubt = (
         f"the vision tower is {_listed(towers)}, the token embeddings, of width {width}, are '{embeddings}', the "
@@ -117,10 +117,9 @@ def _has_layers(module: nn.Module) -> bool:
     return any(isinstance(part, nn.ModuleList) and may_project(part) for part in module.modules())
 
 
-def _beside(model: nn.Module, width: int, towers: tuple[str, ...], others: tuple[str | None, ...]) -> list[str]:
+def _beside(model: nn.Module, width: int, towers: tuple[str, ...], ends: list[str]) -> list[str]:
     """The projectors among the modules beside the towers."""
     holders = dict.fromkeys(tower.rpartition(".")[0] for tower in towers)
-    ends = [end for end in (*towers, *others) if end is not None]
     return [
         path
         for holder in holders

@@ -19,6 +19,8 @@ from .tensor_keys import KEY_PREFIX
 
 Value = TypeVar("Value")
 
+# Beside these, `language_model.model.` is an older name; alone it may be one of today (BLIP-2, InternVL's own code).
+_OF_TRANSFORMERS = ("multi_modal_projector", "model.language_model.")
 # These may be names of today, the first of text models; only beside adapters with the new ones are they known as old.
 _OLD_BESIDE_NEW = (
     (re.compile(r"^model\.(?=layers\.)"), "model.language_model."),
@@ -31,13 +33,17 @@ def with_current_names(adapters: Sequence[Adapter], base: nn.Module | None) -> l
     if base is not None:
         names_there = names_on(base)
         return [_renamed(adapter, names_there, type(base).__name__) for adapter in adapters]
-    adapters = [_renamed(adapter, names_before_v5) for adapter in adapters]
-    tasks = [task for adapter in adapters for task in adapter.tasks]
-    names = [name for task in tasks for name in (*task.deltas, *task.projectors, *task.statistics.projectors)]
+    if any(name.startswith(_OF_TRANSFORMERS) for name in _names(adapters)):
+        adapters = [_renamed(adapter, names_before_v5) for adapter in adapters]
     for old, new in _OLD_BESIDE_NEW:
-        if any(name.startswith(new) for name in names):
+        if any(name.startswith(new) for name in _names(adapters)):
             adapters = [_renamed(adapter, functools.partial(old.sub, new)) for adapter in adapters]
     return adapters
+
+
+def _names(adapters: Sequence[Adapter]) -> list[str]:
+    tasks = [task for adapter in adapters for task in adapter.tasks]
+    return [name for task in tasks for name in (*task.deltas, *task.projectors, *task.statistics.projectors)]
 
 
 def _renamed(adapter: Adapter, current: Names, model: str = "") -> Adapter:

@@ -27,7 +27,7 @@ class GateTarget:
 
 def note_images(target: GateTarget, weights: Tensor, rows: ImageRows) -> None:
     """Note the routing weights of a projector's images, `(images, routed tasks)`, float32, in the running call."""
-    if len(weights) == 0:
+    if not rows.real_images.any():
         return
     running_call = running.get()
     call = None if running_call is None else running_call.of_batch

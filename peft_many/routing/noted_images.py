@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..algebra.gating import rows_of_images
 from ..families.image_rows import ImageRows
-from ..families.prompts import placeholder_tokens, token_ids
+from ..families.prompts import PICTURE_INDEX, placeholder_tokens, token_ids
 from .row_weights import RowWeights, shapes_of_batch, warn_of_merged
 
 
@@ -34,35 +34,38 @@ class ImageWeights:
 
     def by_row(self, model: nn.Module, arguments: Mapping[str, Any]) -> RowWeights | None:
         """The weights of a batch's rows; `None`, with a warning, where it cannot be told which images are whose."""
-        images, placeholders = len(self.weights), self._placeholders(model, arguments)
+        real = self.rows.real_images
+        images, weights = int(real.sum()), self.weights[real.to(self.weights.device)]
+        placeholders = self._placeholders(model, arguments)
         if placeholders is not None:
-            batch, rows = len(placeholders), rows_of_images(self._tokens(placeholders), placeholders)
+            batch, rows = len(placeholders), rows_of_images(self._tokens(placeholders, real), placeholders)
         else:
             batch = next((shape[0] for shape in shapes_of_batch(arguments)), 0)
             rows = torch.arange(images) if batch == images else None
         if rows is None:
             warn_of_merged(f"it cannot be told which of {images} images belong to which of {batch} rows")
             return None
-        rows = rows.to(self.weights.device)
+        rows = rows.to(weights.device)
         return RowWeights(
-            self.weights.new_zeros(batch, self.weights.shape[1]).index_add(0, rows, self.weights),
-            self.weights.new_zeros(batch).index_add(0, rows, self.weights.new_ones(images)),
+            weights.new_zeros(batch, weights.shape[1]).index_add(0, rows, weights),
+            weights.new_zeros(batch).index_add(0, rows, weights.new_ones(images)),
             self.start,
         )
 
-    def _tokens(self, placeholders: Tensor) -> Tensor:
-        """How many of the batch's placeholder tokens each image fills, `(images,)`, int64."""
+    def _tokens(self, placeholders: Tensor, real: Tensor) -> Tensor:
+        """How many of the batch's placeholder tokens each `real` image fills, `(images,)`, int64."""
         told = self.method.tokens if self.method is not None else None
-        if told is not None and len(told) == len(self.weights):
-            return torch.tensor(told)
-        if placeholders.sum() == len(self.weights):
-            return torch.ones(len(self.weights), dtype=torch.int64)
-        return self.rows.lengths * placeholders.sum() // self.rows.lengths.sum()
+        if told is not None and len(told) == len(real):
+            return torch.tensor(told)[real]
+        lengths = self.rows.lengths[real]
+        if placeholders.sum() == len(lengths):
+            return torch.ones_like(lengths)
+        return lengths * placeholders.sum() // lengths.sum()
 
     def _placeholders(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
         """How many tokens of each row stand for images, `(rows,)`, int64, on the CPU; `None` if nothing tells."""
         modality = self.method.modality if self.method is not None else "image"
-        for token in placeholder_tokens(getattr(model, "config", None), modality):
+        for token in (*placeholder_tokens(model, modality), PICTURE_INDEX):
             found = _which_are(token, model, arguments)
             if found is not None and found.any():
                 return found.sum(dim=1).cpu()
@@ -74,7 +77,7 @@ def _which_are(token: int, model: Any, arguments: Mapping[str, Any]) -> Tensor |
     ids, embedded = token_ids(arguments), arguments.get("inputs_embeds")
     if ids is not None:
         return ids == token
-    if embedded is None or not callable(getattr(model, "get_input_embeddings", None)):
+    if embedded is None or token < 0 or not callable(getattr(model, "get_input_embeddings", None)):
         return None
     placeholder = model.get_input_embeddings()(torch.tensor(token, device=embedded.device))
     return (embedded == placeholder.to(embedded)).all(dim=-1)

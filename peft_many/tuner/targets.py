@@ -36,8 +36,8 @@ def default_targets(model: PreTrainedModel, config: MAnyConfig) -> str | set[str
     names = [name for name, _ in model.named_modules()]
     if wanted == {name for name in names if name.rpartition(".")[2] in last}:
         return last
-    decoder = "" if parts is None else parts.language_model
-    pattern = rf"{re.escape(decoder or '')}\..*\b(?:{'|'.join(sorted(map(re.escape, last)))})"
+    decoder = parts.language_model if parts is not None and parts.language_model else ""
+    pattern = rf"{re.escape(decoder)}\..*\b(?:{'|'.join(sorted(map(re.escape, last)))})"
     return pattern if wanted == {name for name in names if re.fullmatch(pattern, name)} else wanted
 
 
