@@ -1,4 +1,4 @@
-"""Where a model keeps its parts, and what its structure does not tell, by `model_type`; `register_family` is the door."""
+"""Where a model keeps its parts, and what its structure does not tell; `register_family` is the door for that."""
 
 from __future__ import annotations
 

@@ -118,17 +118,19 @@ def by_tokens(call: ProjectorCall) -> ImageRows | None:
 @register_image_layout
 def by_flags(call: ProjectorCall) -> ImageRows | None:
     """InternVLChat's own code: `image_flags` marks tiles of rows without an image, of which no token is made."""
-    flags, lengths = call.model_arguments.get("image_flags"), _tokens_of_images(call)
-    if flags is None or flags.numel() != len(call.features) or flags.all():
+    flags, tokens = call.model_arguments.get("image_flags"), _tokens_of_images(call)
+    if not isinstance(flags, Tensor) or flags.numel() != len(call.features) or flags.all():
         return None
     real = flags.reshape(-1).bool().cpu()
-    tiles = torch.ones(int(real.sum()), dtype=torch.int64)
-    if lengths is not None and int((lengths * len(tiles) // lengths.sum()).sum()) == len(tiles):
-        tiles = lengths * len(tiles) // lengths.sum()
-    # Before which real tile each image begins; the tiles that are none are images of their own.
-    begins = (tiles.cumsum(0) - tiles).tolist()
-    starts = [~real[i] or int(real[:i].sum()) in begins for i in range(len(real))]
-    return ImageRows(torch.diff(torch.tensor([*(i for i, one in enumerate(starts) if one), len(real)])), False, real=real)
+    number = int(real.sum())
+    tiles = torch.ones(number, dtype=torch.int64) if tokens is None else tokens * number // tokens.sum()
+    if tiles.sum() != number:
+        return None
+    # An image begins at its first tile, and what is none is an image of its own.
+    first = set((tiles.cumsum(0) - tiles).tolist())
+    begins = [not one or i in first for one, i in zip(real.tolist(), (real.cumsum(0) - 1).tolist())]
+    lengths = torch.diff(torch.tensor([*(i for i, one in enumerate(begins) if one), len(real)]))
+    return ImageRows(lengths, flat=False, real=real)
 
 
 @register_image_layout

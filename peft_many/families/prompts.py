@@ -33,7 +33,7 @@ def placeholder_tokens(model: Any, modality: str) -> list[int]:
 def tokens_of_images(ids: Tensor | None, model: Any, modality: str, tiles: Tiles) -> Tensor | None:
     """How many placeholder tokens each image of a batch has, `(images,)`, int64; `None` if there are none.
 
-    The model or its config names these tokens; in the batch's token ids, `(rows, length)`, images stand in their order.
+    The model or its config names these tokens. In the batch's token ids, `(rows, length)`, images stand in order.
     """
     rows = [] if ids is None else ids.tolist()
     token = next((one for one in placeholder_tokens(model, modality) if any(one in row for row in rows)), None)

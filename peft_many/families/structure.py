@@ -42,7 +42,9 @@ def parts_by_structure(model: nn.Module) -> Parts | None:
     towers = tuple(dict.fromkeys(_tower_of(sign, embeddings) for sign in signs))
     language_model = _language_model(model, embeddings, towers)
     width = int(_plain_embedding(model.get_submodule(embeddings)).embedding_dim)
-    projectors = _beside(model, width, towers, [*towers, embeddings, language_model]) if language_model is not None else []
+    projectors = (
+        _beside(model, width, towers, [*towers, embeddings, language_model]) if language_model is not None else []
+    )
     if not projectors and language_model is not None:
         projectors = [name for tower in towers for name in _inside(model, width, tower, signs)]
     doubt = (
@@ -92,9 +94,7 @@ def _tower_of(sign: str, embeddings: str) -> str:
     """The largest module around a sign of vision that does not hold the token embeddings."""
     path = sign.split(".")
     return next(
-        tower
-        for length in range(1, len(path) + 1)
-        if not is_inside(embeddings, tower := ".".join(path[:length]))
+        tower for length in range(1, len(path) + 1) if not is_inside(embeddings, tower := ".".join(path[:length]))
     )
 
 

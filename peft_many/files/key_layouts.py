@@ -33,8 +33,8 @@ def with_current_names(adapters: Sequence[Adapter], base: nn.Module | None) -> l
     if base is not None:
         names_there = names_on(base)
         return [_renamed(adapter, names_there, type(base).__name__) for adapter in adapters]
-    if any(name.startswith(_OF_TRANSFORMERS) for name in _names(adapters)):
-        adapters = [_renamed(adapter, names_before_v5) for adapter in adapters]
+    of_transformers = any(name.startswith(_OF_TRANSFORMERS) for name in _names(adapters))
+    adapters = [_renamed(adapter, names_before_v5) if of_transformers else adapter for adapter in adapters]
     for old, new in _OLD_BESIDE_NEW:
         if any(name.startswith(new) for name in _names(adapters)):
             adapters = [_renamed(adapter, functools.partial(old.sub, new)) for adapter in adapters]

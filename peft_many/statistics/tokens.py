@@ -89,7 +89,9 @@ class TokenRows:
         return rows
 
     def _begins(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = features_of(args, kwargs) if args or kwargs else None
+        inputs, mask = features_of(args, kwargs) if args or kwargs else None, kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:  # of LLaVA's own code it is longer than the batch's
+            self.masks = {**self.masks, "inner": mask.bool()}
         self._routed.begins(path, inputs, _mask_that_fits(inputs, self._masks_of(path, inputs)))
 
     def _ends(self, path: str, *_: object) -> None:

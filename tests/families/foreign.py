@@ -84,7 +84,11 @@ class InternVLChatModel(PreTrainedModel):
         return self.language_model(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def generate(
-        self, pixel_values: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Any = None, **kw: Any
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        **kw: Any,
     ) -> Any:
         assert input_ids is not None
         embeddings = self._embedded(input_ids, pixel_values, None)
