@@ -19,10 +19,8 @@ from .structure import is_inside, last_width, may_project, members_of, name_of, 
 _WORDS_FOR_IMAGES = ("pixel", "image", "patch")
 
 
-def takes_images(model: nn.Module) -> bool:
-    """Whether it is a transformers model that reads text and images, or videos."""
-    if not isinstance(model, PreTrainedModel):
-        return False
+def _takes_images(model: PreTrainedModel) -> bool:
+    """Whether transformers says that a model reads text and images, or videos."""
     if "vision_config" in model.config.sub_configs:  # in transformers 5.19 not every family claims what it reads
         return True
     claimed = model.input_modalities
@@ -45,7 +43,7 @@ def parts_of(model: nn.Module) -> Parts | None:
 
     Of its own models transformers says it. Others are known by their structure, and by rows that outsiders register.
     """
-    told = _told_parts(model) if isinstance(model, PreTrainedModel) and takes_images(model) else None
+    told = _told_parts(model) if isinstance(model, PreTrainedModel) and _takes_images(model) else None
     is_whole = told is not None and told.language_model is not None and told.projectors
     if _is_of_transformers(model) or (is_whole and _is_of_transformers(model.config)):
         return told

@@ -27,6 +27,30 @@ loading in a new process.
 - **Features**: what arrives at the (first) projector.
 """
 
+_FOREIGN = """
+## Models that transformers does not know
+
+Of remote code and classes of your own the parts are found by what they are made of: a vision tower begins with a
+convolution over colours, or is a model of transformers that reads pixels; the language model holds the token
+embeddings and a list of layers; a projector lies beside or inside the tower and ends in the width of the token
+embeddings. Where that leaves a doubt, an error says what was seen and which argument to give. Tested are:
+
+| layout | language model | projector | routed and generates |
+|---|---|---|---|
+| InternVLChat | `language_model.model` | `mlp1` | yes |
+| LLaVA's own code (`LlavaLlamaForCausalLM`) | `model.layers` | `model.mm_projector` | yes |
+| Qwen-VL (the first) | `transformer.h` | `transformer.visual.attn_pool` | parts only |
+| Phi-3-vision | `model.layers` | `model.vision_embed_tokens.img_projection` | parts only |
+| MiniCPM-V | `llm.model` | `resampler` | parts only |
+
+- InternVLChat: the tiles in a run of the model's `img_context_token_id` are one image; where that is not set or does
+  not fit, each tile is one. Tiles whose `image_flags` are 0 are none.
+- LLaVA's own code: each entry of `images` is one image, with its tiles; what a row without an image brings is none. A
+  tower with `delay_load` has to be loaded first.
+- In others each entry of the first dimension of what arrives at the projector is an image, be it a tile, until
+  [a layout is registered](how-to.md#a-model-family-of-your-own).
+"""
+
 
 def committed() -> dict[str, Finding]:
     """The findings that the table in the documentation shows."""
@@ -48,4 +72,4 @@ def as_markdown(findings: Sequence[Finding]) -> str:
         lines.append(f"| {one.family} | {paths} | {one.layout} | {marks} | {one.video} | {one.note} |")
     lines += ["", f"## The {len(rest)} others", "", "| family | why |", "|---|---|"]
     lines += [f"| {one.family} | {one.note} |" for one in rest]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _FOREIGN

@@ -187,11 +187,15 @@ def test_parts_are_found_by_structure(kind: type[PreTrainedModel], parts: tuple[
     assert all(name.startswith(f"{language_model}.") for name in lora)
 
 
-def test_a_model_inside_of_a_module_of_ones_own_keeps_its_parts() -> None:
+def test_a_model_inside_of_a_module_of_ones_own_keeps_its_parts_and_images() -> None:
     wrapper = foreign.Wrapper(tiny.build("llava"))
     config = get_peft_model(wrapper, MAnyConfig(r=2)).peft_config["default"]
     assert config.projector_modules == ["vlm.model.multi_modal_projector"]
     assert all(name.startswith("vlm.model.language_model.") for name in language_model_linears(wrapper))
+    for kind in ("internvl", "llava"):
+        model = get_peft_model(foreign.Wrapper(build(kind)), MAnyConfig(r=2))
+        (seen,) = collect_statistics(model, [(batch(kind, ROWS),)], progress=False).tasks[0].projectors.values()
+        assert seen.images == 3
 
 
 def refused(model: nn.Module, message: str, **config: Any) -> None:
