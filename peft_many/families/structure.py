@@ -25,8 +25,8 @@ def parts_by_structure(model: nn.Module) -> Parts | None:
     """Where a model keeps its parts; `None` if it reads no images, or no text.
 
     A vision tower begins with a convolution over colours, or is a model of transformers that reads pixels. The
-    language model is what holds the token embeddings and a list of layers. Beside or inside the tower, what ends in
-    the width of the token embeddings is a projector.
+    language model is what holds the token embeddings and a list of layers. Beside or inside the tower, what leads from
+    a width of the tower to that of the token embeddings is the projector, if it is the only one.
     """
     embeddings = _token_embeddings(model)
     arguments = set(inspect.signature(type(model).forward).parameters)
@@ -50,9 +50,11 @@ def parts_by_structure(model: nn.Module) -> Parts | None:
     doubt = (
         f"the vision tower is {_listed(towers)}, the token embeddings, of width {width}, are '{embeddings}', the "
         f"language model's layers are {_listed((language_model,) if language_model else ())}, and the parts beside "
-        f"or inside the tower that end in that width are {_listed(projectors)}."
+        f"or inside the tower that end in that width are {_listed(projectors)}; the projector would be the only one, "
+        "and read a multiple of a width of the tower."
     )
-    return Parts(language_model, towers, tuple(projectors) if len(projectors) == 1 else (), doubt)
+    is_clear = len(projectors) == 1 and _reads(model, projectors[0], towers)
+    return Parts(language_model, towers, tuple(projectors) if is_clear else (), doubt)
 
 
 def _listed(names: list[str] | tuple[str, ...]) -> str:
@@ -140,6 +142,13 @@ def _inside(model: nn.Module, width: int, tower: str, signs: list[str]) -> list[
         if found:
             return [path for path in found if not _is_stack(model.get_submodule(path))]
     return []
+
+
+def _reads(model: nn.Module, projector: str, towers: tuple[str, ...]) -> bool:
+    """Whether a projector begins with a multiple of a width of the towers, and not, say, with that of sounds."""
+    first: Any = next(part for part in plain(model.get_submodule(projector)).modules() if is_linear(part))
+    widths = {len(p) for tower in towers for p in model.get_submodule(tower).parameters() if p.dim() == 1}
+    return any(width > 1 and first.in_features % width == 0 for width in widths)
 
 
 def _is_stack(module: nn.Module) -> bool:

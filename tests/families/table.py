@@ -32,8 +32,8 @@ _FOREIGN = """
 
 Of remote code and classes of your own the parts are found by what they are made of: a vision tower begins with a
 convolution over colours, or is a model of transformers that reads pixels; the language model holds the token
-embeddings and a list of layers; a projector lies beside or inside the tower and ends in the width of the token
-embeddings. Where that leaves a doubt, an error says what was seen and which argument to give. Tested are:
+embeddings and a list of layers; the projector lies beside or inside the tower, and leads from its width to that of the
+token embeddings. Where that leaves a doubt, an error says what was seen and which argument to give. Tested are:
 
 | layout | language model | projector | routed and generates |
 |---|---|---|---|

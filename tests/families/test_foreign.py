@@ -218,7 +218,10 @@ def test_a_tower_that_is_yet_to_be_loaded_is_asked_for() -> None:
     assert collect_statistics(model, [batch("llava", [[(0, 1)]])], progress=False).tasks[0].projectors
 
 
-def test_of_two_that_may_be_the_projector_none_is_taken() -> None:
+def test_what_may_be_no_projector_or_another_one_is_not_taken() -> None:
+    base = build("internvl")
+    base.mlp1 = foreign.mlp(20)  # of what the tower gives nothing is so wide
+    refused(base, "width are 'mlp1'.*`projector_modules`")
     base = build("internvl")
     base.mlp_of_ears = foreign.mlp(20)
     refused(base, "'mlp_of_ears', 'mlp1'|'mlp1', 'mlp_of_ears'.*`projector_modules`")
