@@ -32,7 +32,8 @@ def float32_products(*, full: bool) -> Iterator[None]:
     by `torch.set_float32_matmul_precision` or by `fp32_precision`, of which the former may know nothing.
     """
     has_parts = hasattr(torch.backends, "fp32_precision")  # since torch 2.9
-    parts: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if has_parts else []
+    backends: Any = torch.backends
+    parts: list[Any] = [backends.cuda.matmul, backends.mkldnn.matmul] if has_parts else []
     before = [part.fp32_precision for part in parts]
     whole: str | None = None
     try:

@@ -90,7 +90,7 @@ class MAnyModel(LoraModel):
         with ExitStack() as rollback:
             self._wrap_projectors(model, adapter_name, config, rollback)
             if source is not None:
-                if not vars(config).pop("patterns_checked", False):
+                if not config.__dict__.pop("patterns_checked", False):
                     # With the names of the wrapped projectors, which PEFT goes through too
                     check_patterns(config, [name for name, _ in model.named_modules()], source)
                 expected = _projector_keys(model, adapter_name, config)

@@ -11,8 +11,8 @@ from peft.utils.other import get_pattern_key
 from peft_many import merge_adapter_files, merge_adapter_sequence
 from peft_many.files import patterns
 from peft_many.files.errors import MalformedAdapterError
-from tests.adapters import base, make
 from peft_many.files.patterns import ByPattern, check_patterns
+from tests.adapters import base, make
 
 DEFAULT = r"model\.language_model\..*\b(?:down_proj|q_proj|v_proj)"
 
@@ -52,7 +52,9 @@ def test_names_and_the_default_need_no_process_of_their_own(monkeypatch, pattern
 LONG = f".*({'|'.join(['a'] * 200)})b"  # a thousand times as slow
 
 
-@pytest.mark.parametrize("pattern", [".*(a|b)(a|b)", ".*a.*", "(a|b)*", "a+", r"a\.*b", r"a\\.*", ".*(a|.*)", "[", "(", LONG])
+@pytest.mark.parametrize(
+    "pattern", [".*(a|b)(a|b)", ".*a.*", "(a|b)*", "a+", r"a\.*b", r"a\\.*", ".*(a|.*)", "[", "(", LONG]
+)
 def test_others_are_tried(monkeypatch, pattern):
     monkeypatch.setattr(patterns.sys, "executable", "/there/is/none")
     with pytest.raises(MalformedAdapterError, match="no process can be started"):
