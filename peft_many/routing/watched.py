@@ -41,7 +41,7 @@ class WatchedMethod:
     def on(self, module: nn.Module) -> WatchedMethod:
         """The same for a copy of the module."""
         own = copy.copy(self)
-        own._module = weakref.ref(module)
+        own.__setstate__({"_module": module})
         return own
 
     @property

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -61,6 +62,16 @@ def test_a_shallow_copys_watchers_watch_the_copy() -> None:
     watch_replica(replica)
     assert replica.greet.module is replica
     assert module[0].greet.module is module[0]
+
+
+def test_a_module_is_not_kept_by_its_own_watcher() -> None:
+    module = Greeter()
+    watch(module, "greet", Polite)
+    method, reference = module.greet, weakref.ref(module)
+    del module
+    assert reference() is None
+    with pytest.raises(ReferenceError, match="`greet` was kept, but not the model"):
+        method("you")
 
 
 def test_arguments_are_known_by_name() -> None:

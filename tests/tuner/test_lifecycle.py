@@ -2,16 +2,18 @@
 
 import copy
 import dataclasses
+import gc
 import subprocess
 import sys
 import textwrap
+import weakref
 
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peft_many import MAnyConfig, collect_statistics, merge_adapter_sequence
+from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
 from tests import tiny
 
 PROJECTOR = "model.multi_modal_projector"
@@ -278,6 +280,57 @@ def test_a_key_that_matches_no_module_is_an_error(base, tmp_path):
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"layers\.7.*matches no module"):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+def measured(**options):
+    model = trained(tiny.build("llava"), **options)
+    collect_statistics(model, [images(model)], progress=False)
+    return model
+
+
+def images(model):
+    return tiny.batch(model, "llava", [[tiny.random_image("llava", 0)], [tiny.random_image("llava", 1)]])
+
+
+def merged(tmp_path, **options):
+    model = merge_adapter_sequence(tiny.build("llava"), [tmp_path / "a", tmp_path / "b"], progress=False, **options)
+    logits(model, images(model))
+    model.generate(**images(model), max_new_tokens=2, num_beams=2)
+    return model
+
+
+def by_transformers(tmp_path):
+    model = tiny.build("llava")
+    model.load_adapter(str(tmp_path / "merge"))
+    return model
+
+
+LIVES = {
+    "measured": lambda tmp_path: measured(),
+    "merged": merged,
+    "gated": lambda tmp_path: merged(tmp_path, gate_lora=True),
+    "loaded": lambda tmp_path: PeftModel.from_pretrained(tiny.build("llava"), tmp_path / "merge"),
+    "loaded by transformers": by_transformers,
+    "unloaded": lambda tmp_path: merged(tmp_path).merge_and_unload(),
+}
+
+
+@pytest.mark.parametrize("life", LIVES)
+def test_the_memory_of_a_deleted_model_is_free_at_once(tmp_path, life):
+    """As with PEFT's own adapters: no circle of references waits for the garbage collector."""
+    if life != "measured":
+        for seed, name in enumerate("ab"):
+            measured(seed=seed, task_name=name).save_pretrained(tmp_path / name)
+        merge_adapter_files([tmp_path / "a", tmp_path / "b"], tmp_path / "merge", progress=False)
+    gc.collect()
+    gc.disable()
+    try:
+        model = LIVES[life](tmp_path)
+        kept = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
+        del model
+        assert not [name for name, parameter in kept.items() if parameter() is not None]
+    finally:
+        gc.enable()
 
 
 def test_a_failing_injection_leaves_the_projector_unwrapped(base):

@@ -95,6 +95,14 @@ def test_measured_configs_can_be_pickled_and_copied(tmp_path):
         assert (tmp_path / "twin" / "adapter_statistics.safetensors").is_file()
 
 
+def test_saving_and_copying_a_config_copies_no_statistics(tmp_path):
+    adapter(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert copy.deepcopy(config).statistics is config.statistics
+    assert dataclasses.asdict(config)["statistics"] is config.statistics
+    assert "statistics" not in config.to_dict()
+
+
 def test_no_token_is_printed_logged_or_pickled():
     remote = RemoteStatistics("me/adapter", "adapter_statistics.safetensors", token="hf_SECRET")
     config = MAnyConfig(statistics=remote)
