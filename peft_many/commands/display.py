@@ -50,13 +50,16 @@ def show_plan(plan: MergePlan) -> None:
 
 def show_inspection(found: AdapterInspection) -> None:
     """One adapter or merge."""
-    kind = f"a merge of {len(found.tasks)} tasks" if found.is_merge else "the adapter of one task"
+    of_tasks = f" of {len(found.tasks)} tasks" if found.tasks else ""
+    kind = f"a merge{of_tasks}" if found.is_merge else "the adapter of one task"
     at = f" at {found.revision}" if found.revision else ""
     _say(Text.assemble((found.name, "bold"), f"{at}: {kind} ({found.peft_type})"))
     _say(
         f"Base model {found.base_model or 'not named'}; {found.layers} layers of rank {_span(found.ranks)}, "
         f"{found.parameters:,} parameters in {found.dtype}."
     )
+    if found.problem is not None:
+        _say(f"It cannot be merged: {found.problem}")
     _say(_pairs("Files", {name: decimal(count) for name, count in found.files.items()}))
     if found.options:
         _say(_pairs("Options", found.options))
@@ -64,11 +67,12 @@ def show_inspection(found: AdapterInspection) -> None:
         _say(f"Routed projector {projector}: {', '.join(tasks)}")
     for projector, tasks in found.averaged_projectors.items():
         _say(f"Averaged projector {projector}: {', '.join(tasks)}")
-    _show_provenance(found)
+    if found.tasks:
+        _show_provenance(found)
+        _show_statistics(found)
     for task in found.tasks:
         if task.pooled:
             _say(f"{task.name} is a pool of {', '.join(task.pooled)}")
-    _show_statistics(found)
     for place, done in enumerate(found.operations, start=1):
         _say(f"{place}. {in_words(done)}")
 

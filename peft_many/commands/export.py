@@ -9,6 +9,7 @@ import typer
 
 from ..exports import export_lora, export_model, export_routed_model
 from ..files.atomic import writable_place
+from ..files.errors import UnmergeableAdapterError
 from ..reports.inspection import inspect_adapter
 from . import arguments as a
 from .running import print_json
@@ -72,6 +73,8 @@ def export(
 def _say_plan(adapter: str, output: Path, format: str, base_model: str | None) -> None:
     writable_place(output.expanduser())
     found = inspect_adapter(adapter)
+    if found.problem is not None:
+        raise UnmergeableAdapterError(found.problem)
     kind = f"merge of {len(found.tasks)} tasks" if found.is_merge else "adapter of one task"
     onto = "" if format == "lora" else f", with the base model {base_model or found.base_model or '(say which)'}"
     typer.echo(f"{found.name}, a {kind}, would be written as {format} to {output}{onto}.")

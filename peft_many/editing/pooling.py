@@ -104,7 +104,7 @@ def pool_adapters(
     )
     names = [task.name for task in prepared.tasks]
     name = task_name or ("+".join(names) if len(names) <= 3 else f"{len(names)} tasks")
-    tensors = {f"{KEY_PREFIX}{key}": tensor.contiguous() for key, tensor in prepared.projector_tensors.items()}
+    tensors = {f"{KEY_PREFIX}{key}": tensor.contiguous() for key, tensor in prepared.whole_tensors.items()}
     truncation = Truncation(rank=statistics_rank, energy=1.0)
     inputs: dict[str, InputStatistics] = {}
     input_of: dict[str, str] = {}

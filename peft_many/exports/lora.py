@@ -73,6 +73,12 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
             "The tasks' projectors are not in it: outputs are the adapter's on text, and images are seen through the "
             "base model's projector."
         )
+    beside = sorted({name for task in read.tasks for name in task.base_tensors})
+    if beside:
+        notes.append(
+            f"'{beside[0]}', which lies beside the adapter untrained, is not in it: if the vocabulary was resized, "
+            "save the base model with it."
+        )
     notes += notes_on_gate(read)
     output = output_folder(output_dir)
     with new_folder(output) as folder:

@@ -14,14 +14,16 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor, nn
 
 from ..records import MergeRecord, Operation, Origin, PoolRecord, merge_of
+from .base_tensors import split_base_tensors
 from .card import data_sets_of
 from .errors import AdapterFileError, UnmergeableAdapterError, unusable_config
 from .lora_pairs import lora_pairs
+from .mergeable import check_mergeable, layers_in_file
 from .peft_deltas import deltas_by_peft
-from .peft_methods import check_method, check_options, is_plain_lora, name_of
+from .peft_methods import check_method, is_plain_lora, name_of
 from .projectors import projectors_in_merge, projectors_of_adapter
 from .statistics import STATISTICS_NAME, AdapterStatistics, TaskStatistics, open_statistics
-from .stored_delta import StoredDelta, StoredPair, check_finite, delta_of_adapter, deltas_in_merge
+from .stored_delta import StoredDelta, StoredPair, check_whole, delta_of_adapter, deltas_in_merge
 from .tensor_file import TensorFile, open_tensors
 from .tensor_keys import KEY_PREFIX, tensor_keys
 from .untrusted import LARGEST_CONFIG, NONSENSE_ERRORS, check_config
@@ -60,6 +62,7 @@ class TaskAdapter:
     statistics: TaskStatistics
     deltas: Mapping[str, StoredDelta]  # by layer
     projectors: Mapping[str, Mapping[str, Tensor]]  # the state dict of each projector of its own
+    base_tensors: Mapping[str, Tensor]  # those of the base model that lie beside the adapter
     source: str  # the adapter's name for messages
 
 
@@ -111,20 +114,21 @@ def read_adapter(
 
 
 def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: nn.Module | None) -> Adapter:
-    config = _read_config(source)
-    weights = _open_weights(source)
+    config, weights = open_adapter(source)
+    check_method(config, source.name)  # others may have no tensors by layer
     keys = tensor_keys(config, weights)
-    check_options(config, source.name, next(iter(keys.own), "no layer"))
+    check_mergeable(source.name, config, layers_in_file(weights, keys))
     files, statistics = _read_statistics(source, config)
     pairs: dict[str, StoredPair] = {}
     if isinstance(config, LoraConfig) and is_plain_lora(config):
         pairs = lora_pairs(source.name, config, weights, keys)
     for key in keys.rest:
-        check_finite(weights[key], f"{weights.path}: tensor '{key}'")
+        check_whole(weights, key)
     rest = {key.removeprefix(KEY_PREFIX): weights[key] for key in keys.rest}
+    base_tensors, rest = split_base_tensors(source.name, config, rest)
     merge = merge_of(config)
     if merge is not None:
-        tasks = _tasks_of_merge(source, merge, statistics, pairs, rest)
+        tasks = _tasks_of_merge(source, merge, statistics, pairs, rest, base_tensors)
     elif len(statistics.tasks) != 1:
         raise UnmergeableAdapterError(
             f"{source.name} is no merge, but its statistics hold {len(statistics.tasks)} tasks."
@@ -136,7 +140,7 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: n
             if pairs
             else deltas_by_peft(source.name, config, weights, keys, measured, base)
         )
-        tasks = (_single_task(source, config, measured, deltas, rest),)
+        tasks = (_single_task(source, config, measured, deltas, rest, base_tensors),)
     if task_names is not None:
         names = [task_names] if isinstance(task_names, str) else list(task_names)
         if len(names) != len(tasks):
@@ -148,6 +152,11 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: n
     for file in files:
         file.release()
     return Adapter(config, tasks, tuple(files), pairs)
+
+
+def open_adapter(source: AdapterSource) -> tuple[PeftConfig, TensorFile]:
+    """An adapter's config and weights file, checked as far as any adapter's can be, be it one to merge or not."""
+    return _read_config(source), _open_weights(source)
 
 
 def _read_statistics(source: AdapterSource, config: PeftConfig) -> tuple[list[TensorFile], AdapterStatistics]:
@@ -177,7 +186,6 @@ def _read_config(source: AdapterSource) -> PeftConfig:
         # ValueError covers broken JSON and the messages of configs, which are written for people.
         reason = f"{error} is unknown" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise unusable_config(source.name, reason) from error
-    check_method(config, source.name)
     check_config(config, source.name)
     return config
 
@@ -214,6 +222,7 @@ def _single_task(
     measured: TaskStatistics,
     deltas: Mapping[str, StoredDelta],
     rest: Mapping[str, Tensor],
+    base_tensors: Mapping[str, Tensor],
 ) -> TaskAdapter:
     return TaskAdapter(
         name=getattr(config, "task_name", None) or measured.name or source.short_name,
@@ -222,6 +231,7 @@ def _single_task(
         statistics=measured,
         deltas=deltas,
         projectors=projectors_of_adapter(source.name, config, measured, rest),
+        base_tensors=base_tensors,
         source=source.name,
     )
 
@@ -246,6 +256,7 @@ def _tasks_of_merge(
     statistics: AdapterStatistics,
     pairs: Mapping[str, StoredPair],
     rest: Mapping[str, Tensor],
+    base_tensors: Mapping[str, Tensor],
 ) -> tuple[TaskAdapter, ...]:
     """Take a merge apart."""
     if len(merge.tasks) != len(statistics.tasks):
@@ -266,6 +277,7 @@ def _tasks_of_merge(
             statistics=measured,
             deltas=deltas,
             projectors=projectors_in_merge(source.name, merge, measured, about.name, rest),
+            base_tensors={name: base_tensors[name] for name in about.origin.base_tensors if name in base_tensors},
             source=f"{source.name}, task '{about.name}'",
         )
         for about, measured, deltas in parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,11 @@ def tensors_fingerprint(tensors: Sequence[Tensor]) -> list[float]:
     parts = [tensor.flatten()[:LARGEST_FINGERPRINTED] for tensor in tensors]
     norm = math.hypot(*(part.float().norm().item() for part in parts))
     return [norm, *(component for part in parts for component in _components(part))]
+
+
+def state_fingerprint(state: Mapping[str, Tensor]) -> list[float]:
+    """As `tensors_fingerprint`, of a module's state dict."""
+    return tensors_fingerprint([state[key] for key in sorted(state)])
 
 
 def same_weights(one: Sequence[float], two: Sequence[float]) -> bool:

@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 _OF_TRANSFORMERS = ("multi_modal_projector", "model.language_model.")
 # These may be names of today, the first of text models; only beside adapters with the new ones are they known as old.
 _OLD_BESIDE_NEW = (
-    (re.compile(r"^model\.(?=layers\.)"), "model.language_model."),
+    (re.compile(r"^model\.(?=layers\.|embed_tokens$)"), "model.language_model."),
     (re.compile(r"^visual\."), "model.visual."),
 )
 
@@ -62,19 +62,25 @@ def _renamed_task(task: TaskAdapter, current: Names, model: str) -> TaskAdapter:
                 f"{task.source}: the adapter's key '{KEY_PREFIX}{name}' matches no module of {model}: it was trained "
                 "on another base model."
             )
-    known = (*task.deltas, *task.projectors, *task.statistics.input_of, *task.statistics.projectors)
+    vocabulary = {name.rpartition(".")[0] for name in task.base_tensors}
+    known = (*task.deltas, *task.projectors, *vocabulary, *task.statistics.input_of, *task.statistics.projectors)
     if all(current(name) in (name, None) for name in known):
         return task
     return replace(
         task,
         deltas=_by_new_name(task.deltas, current),
         projectors=_by_new_name(task.projectors, current),
+        base_tensors={
+            f"{current(module) or module}.{part}": tensor
+            for name, tensor in task.base_tensors.items()
+            for module, _, part in [name.rpartition(".")]
+        },
         statistics=_renamed_statistics(task.statistics, current),
     )
 
 
 def _renamed_statistics(statistics: TaskStatistics, current: Names) -> TaskStatistics:
-    by_layer = ("inputs", "input_of", "projectors", "fingerprints", "shapes", "lora_A", "lora_B")
+    by_layer = ("inputs", "input_of", "projectors", "unmoved_projectors", "fingerprints", "shapes", "lora_A", "lora_B")
     renamed: dict[str, Any] = {field: _by_new_name(getattr(statistics, field), current) for field in by_layer}
     renamed["input_of"] = {name: current(key) or key for name, key in renamed["input_of"].items()}
     return replace(statistics, **renamed)

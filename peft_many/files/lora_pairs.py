@@ -9,9 +9,9 @@ from peft import LoraConfig
 from ..records import merge_of
 from .errors import UnmergeableAdapterError
 from .patterns import ByPattern, check_patterns
-from .stored_delta import StoredPair
+from .stored_delta import StoredPair, check_floating
 from .tensor_file import TensorFile
-from .tensor_keys import KEY_PREFIX, TASK_WEIGHT, TensorKeys
+from .tensor_keys import KEY_PREFIX, SHARDED, TASK_WEIGHT, TensorKeys
 
 _HALVES = {"lora_A.weight", "lora_B.weight"}
 
@@ -29,12 +29,14 @@ def lora_pairs(adapter: str, config: LoraConfig, weights: TensorFile, keys: Tens
         found = {key.removeprefix(f"{KEY_PREFIX}{module}.") for key in own} - ({TASK_WEIGHT} if is_gated else set())
         strange, lost = min(found - _HALVES, default=None), min(_HALVES - found, default=None)
         if strange is not None:
-            why = "is no plain LoRA weight of a linear layer and cannot be merged"
-            if strange.startswith("lora_embedding_"):
-                why = "is LoRA on an embedding; only linear layers can be merged"
-            raise UnmergeableAdapterError(f"{adapter}: tensor '{module}.{strange}' {why}.")
+            raise UnmergeableAdapterError(
+                f"{adapter}: tensor '{module}.{strange}' is no plain LoRA weight of a linear layer and cannot be "
+                "merged."
+            )
         if lost is not None:
             raise UnmergeableAdapterError(f"{adapter}: layer '{module}' lacks its {lost.split('.')[0]} tensor.")
+        for key in own:
+            check_floating(weights, key)
     check_patterns(config, list(keys.own), adapter, only_ranks=True)
     ranks = ByPattern(config.rank_pattern, config.r)
     alphas = ByPattern(config.alpha_pattern, config.lora_alpha)
@@ -49,11 +51,11 @@ def lora_pairs(adapter: str, config: LoraConfig, weights: TensorFile, keys: Tens
 
 def _check_shapes(adapter: str, pair: StoredPair, rank: int) -> None:
     A, B, module = pair.shape("A"), pair.shape("B"), pair.module
-    if len(A) != 2 or len(B) != 2:
-        raise UnmergeableAdapterError(f"{adapter}: layer '{module}' is no linear layer (LoRA shape {A}).")
     if not A[0] == B[1] == rank:
         raise UnmergeableAdapterError(
             f"{adapter}: layer '{module}' has LoRA shapes {A} and {B}, but its config says rank {rank}."
         )
     if 0 in (*A, *B):
-        raise UnmergeableAdapterError(f"{adapter}: layer '{module}' has an empty LoRA, of shapes {A} and {B}.")
+        raise UnmergeableAdapterError(
+            f"{adapter}: layer '{module}' has an empty LoRA, of shapes {A} and {B}: {SHARDED}."
+        )

@@ -50,18 +50,6 @@ _WHY_NOT = {
 }
 _WHY_NOT_IN_GENERAL = "is not known to add a delta to linear layers that can be told without the base model"
 
-# Options whose effect is on more than the weight of linear layers.
-_UNSUPPORTED_OPTIONS = (
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "megatron_config",
-    "use_qalora",
-)
-# Initialisations that change the base weights: what is trained is then no delta on the original model.
-_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-
 
 def name_of(config: PeftConfig) -> str:
     """The PEFT type, as PEFT writes it."""
@@ -96,29 +84,6 @@ def rank_bound(config: PeftConfig, shapes: Shapes, layer: tuple[int, int]) -> in
     """What the rank of a layer's delta cannot exceed, by the shapes of the layer, `(out, in)`, and of its tensors."""
     rule = RANKS[_method(config)]
     return min(layer) if rule is None else max(1, min(rule(shapes, config), *layer))
-
-
-def check_options(config: PeftConfig, adapter: str, layer: str) -> None:
-    """As `check_method`, of options by which an adapter does more than adding a delta to linear layers' weights.
-
-    `layer` is one of its layers, for messages.
-    """
-    for option in _UNSUPPORTED_OPTIONS:
-        if getattr(config, option, None):
-            raise UnmergeableAdapterError(
-                f"{adapter} uses `{option}`, so its effect on '{layer}' is no plain low-rank delta and cannot be "
-                "merged."
-            )
-    bias = getattr(config, "bias", "none")
-    if bias not in ("none", False, None):
-        raise UnmergeableAdapterError(f"{adapter} trains biases (`bias='{bias}'`), which cannot be merged.")
-    init = getattr(config, "init_lora_weights", None)
-    if isinstance(init, str) and init.startswith(_MUTATING_INITS):
-        raise UnmergeableAdapterError(
-            f"{adapter} was initialised with `init_lora_weights='{init}'`, which changes the base weights of "
-            f"'{layer}'. Convert it with `path_initial_model_for_weight_conversion` of `save_pretrained`, load the "
-            "result on the base model as it was, and run `collect_statistics` again."
-        )
 
 
 def _method(config: PeftConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..records import MergeRecord
 from .errors import UnmergeableAdapterError
+from .fingerprints import same_weights, state_fingerprint
 from .statistics import TaskStatistics
+from .stored_delta import trained_further
 
 # The last path component of a projector, by the names that transformers' families use: there is no model to look at.
 PROJECTOR_NAME = re.compile(
@@ -20,38 +22,48 @@ PROJECTOR_NAME = re.compile(
 )
 
 
+def projector_of(adapter: str, config: PeftConfig, key: str, known: Sequence[str]) -> str:
+    """The projector that a tensor of a module that was trained whole belongs to; other modules cannot be merged."""
+    projector = next((name for name in known if key.startswith(f"{name}.")), None)
+    if projector is None:
+        raise UnmergeableAdapterError(
+            f"{adapter}: tensor '{key}' belongs to a module that is trained whole and is no projector; such modules "
+            "cannot be merged."
+            + ("" if known else " (If it is one: `projector_modules` names it, and so does measuring it on images.)")
+        )
+    if not is_saved_whole(projector, config):
+        raise UnmergeableAdapterError(
+            f"{adapter}: tensor '{key}' is a part of the projector '{projector}'; only projectors that are trained "
+            f"whole can be merged (`modules_to_save=['{projector.rpartition('.')[2]}']`)."
+        )
+    return projector
+
+
 def projectors_of_adapter(
     adapter: str, config: PeftConfig, measured: TaskStatistics, rest: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """The state dict of each projector that a task trained, out of `rest`, the tensors of modules saved whole.
 
     Other modules that were trained whole are refused, and so are projectors that were trained in part or are missing.
+    Copies that are still the base model's, as training on text leaves them, are no projectors of the task's own.
     """
     # A plain LoRA adapter does not say which of its modules is a projector; measuring it found out.
-    known = getattr(config, "projector_modules", None) or list(measured.projectors)
+    known = getattr(config, "projector_modules", None) or [*measured.projectors, *measured.unmoved_projectors]
     if not known and not measured.is_measured:
         known = _named_like_projectors(rest)
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in rest.items():
-        projector = next((name for name in known if key.startswith(f"{name}.")), None)
-        if projector is None:
-            raise UnmergeableAdapterError(
-                f"{adapter}: tensor '{key}' belongs to a module that is trained whole and is no projector; "
-                "such modules cannot be merged."
-                + ("" if known else " (If it is one: no image passed while its statistics were collected.)")
-            )
-        if not _is_saved_whole(projector, config):
-            raise UnmergeableAdapterError(
-                f"{adapter}: tensor '{key}' is a part of the projector '{projector}'; only projectors that "
-                f"are trained whole can be merged (`modules_to_save=['{projector.rpartition('.')[2]}']`)."
-            )
+        projector = projector_of(adapter, config, key, known)
         found.setdefault(projector, {})[key.removeprefix(f"{projector}.")] = tensor
-    lost = next((name for name in known if name not in found and _is_saved_whole(name, config)), None)
+    lost = next((name for name in known if name not in found and is_saved_whole(name, config)), None)
     if lost is not None:
         raise UnmergeableAdapterError(
             f"{adapter} trained the projector '{lost}', but its {SAFETENSORS_WEIGHTS_NAME} has no tensor of it: "
             "the file is incomplete; save or download the adapter again."
         )
+    for projector, fingerprint in measured.unmoved_projectors.items():
+        if not same_weights(fingerprint, state_fingerprint(found.pop(projector, {}))):
+            raise trained_further(adapter, projector)
     return found
 
 
@@ -94,7 +106,7 @@ def _named_like_projectors(rest: Iterable[str]) -> list[str]:
     return found
 
 
-def _is_saved_whole(module: str, config: PeftConfig) -> bool:
+def is_saved_whole(module: str, config: PeftConfig) -> bool:
     """Whether `modules_to_save` names the module or one around it; PEFT compares the ends of paths."""
     around = [module.rsplit(".", levels)[0] for levels in range(module.count(".") + 1)]
     return any(path.endswith(name) for path in around for name in getattr(config, "modules_to_save", None) or [])

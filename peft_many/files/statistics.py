@@ -55,6 +55,8 @@ class TaskStatistics:
             By layer, the `weight_fingerprint` of the weights that were measured (or merged): it tells whether they
             were trained further.
         shapes (`Mapping[str, tuple[int, int]]`): `(out, in)` by layer, for PEFT methods whose files do not tell.
+        unmoved_projectors (`Mapping[str, Sequence[float]]`):
+            By projector that saw no image and whose copy is still the base model's, a fingerprint of that.
         weight (`float`): `w_t`; other than 1 only inside a merge.
         lora_A (`Mapping[str, torch.Tensor]`): Inside a merge, `A_t` of each trained layer, the LoRA scaling included.
         lora_B (`Mapping[str, torch.Tensor]`):
@@ -68,6 +70,7 @@ class TaskStatistics:
     projectors: Mapping[str, ImageStatistics] = field(default_factory=dict)
     fingerprints: Mapping[str, Sequence[float]] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    unmoved_projectors: Mapping[str, Sequence[float]] = field(default_factory=dict)
     weight: float = 1.0
     lora_A: Mapping[str, Tensor] = field(default_factory=dict)
     lora_B: Mapping[str, Tensor] = field(default_factory=dict)
@@ -190,6 +193,7 @@ def _header_of(task: TaskStatistics) -> dict[str, Any]:
         "lora_A": list(task.lora_A),
         "lora_B": list(task.lora_B),
         "fingerprints": {name: list(values) for name, values in task.fingerprints.items()},
+        "unmoved_projectors": {name: list(values) for name, values in task.unmoved_projectors.items()},
     }
 
 
@@ -244,11 +248,16 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         inputs=inputs,
         input_of=dict(task["input_of"]),
         projectors={name: _read_images(file, t, name, about) for name, about in task["projectors"].items()},
-        fingerprints={name: [float(value) for value in print_] for name, print_ in task["fingerprints"].items()},
+        fingerprints=_read_fingerprints(task["fingerprints"]),
+        unmoved_projectors=_read_fingerprints(task.get("unmoved_projectors", {})),
         shapes={name: (int(out), int(width)) for name, (out, width) in task["shapes"].items()},
         lora_A={str(name): _read(file, f"{t}.lora_A.{name}", 2) for name in task["lora_A"]},
         lora_B={str(name): _read(file, f"{t}.lora_B.{name}", 2) for name in task["lora_B"]},
     )
+
+
+def _read_fingerprints(content: dict[str, Any]) -> dict[str, list[float]]:
+    return {name: [float(value) for value in fingerprint] for name, fingerprint in content.items()}
 
 
 def _read_images(file: TensorFile, t: int, name: str, about: dict[str, Any]) -> ImageStatistics:

@@ -13,7 +13,7 @@ from .errors import UnmergeableAdapterError
 from .fingerprints import same_weights, weight_fingerprint
 from .statistics import AdapterStatistics, TaskStatistics
 from .tensor_file import TensorFile
-from .tensor_keys import KEY_PREFIX
+from .tensor_keys import KEY_PREFIX, SHARDED
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,15 @@ def check_as_measured(measured: TaskStatistics, module: str, fingerprint: Sequen
     """Raise `UnmergeableAdapterError` if an adapter's layer was trained further after it was measured."""
     known = measured.fingerprints.get(module)
     if known is not None and not same_weights(known, fingerprint):
-        raise UnmergeableAdapterError(
-            f"{name} was trained further after its statistics were collected ('{module}' has changed); "
-            "run `collect_statistics` again."
-        )
+        raise trained_further(name, module)
+
+
+def trained_further(name: str, module: str) -> UnmergeableAdapterError:
+    """The error for an adapter that is no longer what was measured."""
+    return UnmergeableAdapterError(
+        f"{name} was trained further after its statistics were collected ('{module}' has changed); run "
+        "`collect_statistics` again."
+    )
 
 
 def deltas_in_merge(
@@ -126,6 +131,22 @@ def _delta_in_merge(pair: StoredPair, statistics: AdapterStatistics, t: int, nam
         return LowRankDelta(A=A.float(), B=B)
 
     return StoredDelta((pair.shape("B")[0], A.shape[1]), A.shape[0], read, rows=A.float, columns=columns)
+
+
+def check_whole(weights: TensorFile, key: str) -> None:
+    """Raise `UnmergeableAdapterError` if a tensor of a module that was saved whole cannot be one."""
+    where, shape = f"{weights.path}: tensor '{key}'", weights.shape(key)
+    if 0 in shape and not key.endswith(".directions"):  # a merge's router may know of none
+        raise UnmergeableAdapterError(f"{where} is empty, of shape {shape}: {SHARDED}.")
+    if key.endswith((".weight", ".bias")):
+        check_floating(weights, key)
+    check_finite(weights[key], where)
+
+
+def check_floating(weights: TensorFile, key: str) -> None:
+    """Raise `UnmergeableAdapterError` if a weight is none by its dtype."""
+    if not weights.dtype(key).is_floating_point:
+        raise UnmergeableAdapterError(f"{weights.path}: tensor '{key}' is {weights.dtype(key)}, and no weight.")
 
 
 def check_finite(tensor: Tensor, where: str) -> None:

@@ -13,6 +13,11 @@ from .upstream import prefix_of
 
 KEY_PREFIX = "base_model.model."  # PEFT's, of every tensor that belongs to a module of the base model
 TASK_WEIGHT = "lora_A.task_weight"  # of a layer of a merge with `gate_lora`: the tasks' own `A_t`, stacked
+# Of tensors that are not whole; what to do about it.
+SHARDED = (
+    "the file was saved from weights that are sharded over processes (DeepSpeed ZeRO-3, FSDP): save it again from "
+    "gathered ones, as `accelerator.get_state_dict` gives (ZeRO-3: with `stage3_gather_16bit_weights_on_model_save`)"
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from ..records import RoutedProjector, merge_of
 from ..records.checking import check_types, nonsense
 from .errors import unusable_config
-from .peft_methods import name_of
+from .peft_methods import RANKS, name_of
 from .tensor_file import TensorFile
 
 # Up to here a config is taken at its word: a LoRA of this rank is smaller than the base model's layers.
@@ -71,7 +71,7 @@ def check_config(config: PeftConfig, source: str) -> None:
         raise unusable_config(source, str(error)) from None
     ranks = [getattr(config, "r", 1), *(getattr(config, "rank_pattern", None) or {}).values()]
     ranks = [rank for rank in ranks if isinstance(rank, int)]  # AdaLoRA's are lists of which directions it kept
-    if not all(rank > 0 for rank in ranks):
+    if (known or name_of(config) in RANKS) and not all(rank > 0 for rank in ranks):  # to others 0 may say "choose it"
         raise unusable_config(source, f"ranks must be positive, but it has {min(ranks)}")
 
 

@@ -246,7 +246,7 @@ def _merge_groups(
 def _complete(prepared: PreparedMerge, records: dict[str, LayerRecord], folder: Path, card: Path) -> None:
     """Write all of a merge but its layers; what is not ours in the card that is replaced stays."""
     with TensorFileWriter(folder / SAFETENSORS_WEIGHTS_NAME) as writer:
-        for name, tensor in prepared.projector_tensors.items():
+        for name, tensor in prepared.whole_tensors.items():
             writer.write(f"{KEY_PREFIX}{name}", tensor)
     if card.is_file():
         shutil.copyfile(card, folder / CARD_NAME)

@@ -25,6 +25,7 @@ from ..hub.sources import find_adapter
 from ..records import MergeOptions, MergeRecord, Operation, RoutedProjector, TaskRecord
 from ..records.options import ROUTED
 from .arguments import check_arguments
+from .base_tensors import check_base_tensors, common_base_tensors, keys_beside
 from .checks import check_measured, check_same_shape, check_tasks, check_whole_projectors
 from .mean_projectors import average_projectors
 from .operations import operations_of
@@ -47,6 +48,7 @@ class PreparedMerge:
     routing: dict[str, RoutedProjector]
     averaged: dict[str, list[str]]  # by averaged projector, the tasks in the mean
     projector_tensors: dict[str, Tensor]  # experts and prototypes, on disk until they are used; or means
+    base_tensors: dict[str, Tensor]  # those of the base model that lie beside the adapters, and will beside the merge
     operations: list[Operation]  # what was done to make the adapters, and this merge
 
     @property
@@ -88,6 +90,11 @@ class PreparedMerge:
         rank = sum(covariance.rank for covariance in covariances if covariance is not None)
         return cost(self.shape_of(group[0])[1], rank, sum(sum(self.ranks_of(layer)) for layer in group))
 
+    @property
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """What the weights file holds beside the merged LoRA, by key without PEFT's prefix."""
+        return {**self.projector_tensors, **self.base_tensors}
+
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of everything in the merge's weights file."""
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -97,7 +104,7 @@ class PreparedMerge:
             found[f"{KEY_PREFIX}{layer}.lora_B.weight"] = (dtype, (out, rank))
             if self.options.gate_lora:
                 found[f"{KEY_PREFIX}{layer}.{TASK_WEIGHT}"] = (dtype, (rank, width))
-        for name, tensor in self.projector_tensors.items():
+        for name, tensor in self.whole_tensors.items():
             found[f"{KEY_PREFIX}{name}"] = (tensor.dtype, tuple(tensor.shape))
         return found
 
@@ -117,11 +124,11 @@ class PreparedMerge:
 
 
 def _task_record(task: TaskAdapter, interference: float | None) -> TaskRecord:
-    left_out = sorted(task.projectors) if task.weight == 0 else []
+    left_out = (sorted(task.projectors) if task.weight == 0 else []) or task.origin.projectors_left_out
     return TaskRecord(
         name=task.name,
         weight=task.weight,
-        origin=replace(task.origin, projectors_left_out=left_out or task.origin.projectors_left_out),
+        origin=replace(task.origin, projectors_left_out=left_out, base_tensors=sorted(task.base_tensors)),
         samples=task.statistics.samples,
         images=task.statistics.images,
         interference=interference,
@@ -169,8 +176,12 @@ def prepare_merge(
     check_whole_projectors(tasks, [*routing, *averaged])
     groups = _shared_inputs(tasks)
     check_same_base(adapters, same_base, base is not None, hub.get("cache_dir"))
+    base_tensors = common_base_tensors(tasks)
+    if base is not None:
+        check_base_tensors(base_tensors, base)
+    beside = keys_beside(base_tensors, [layer for group in groups for layer in group])
     operations = operations_of(everything, without, options)
-    return PreparedMerge(adapters, tasks, groups, options, routing, averaged, tensors, operations)
+    return PreparedMerge(adapters, tasks, groups, options, routing, averaged, tensors, beside, operations)
 
 
 def _shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:

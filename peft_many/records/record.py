@@ -103,6 +103,7 @@ class Origin(_Record):
         datasets (`list[str]`): The data sets that its model card names.
         pooled (`list[PooledTask]`): Of a pool, the tasks in it.
         projectors_left_out (`list[str]`): Projectors that were not kept, because the task had the weight 0.
+        base_tensors (`list[str]`): Tensors of the base model that lay beside its adapter, and now beside the merge.
     """
 
     sha256: str
@@ -112,6 +113,7 @@ class Origin(_Record):
     datasets: list[str] = field(default_factory=list)
     pooled: list[PooledTask] = field(default_factory=list)
     projectors_left_out: list[str] = field(default_factory=list)
+    base_tensors: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peft import PeftConfig
 from typing_extensions import Unpack
 
 from ..algebra.precision import without_autocast
-from ..files.adapter import Adapter, TaskAdapter, read_adapter
+from ..files.adapter import AdapterSource, TaskAdapter, open_adapter, read_adapter
 from ..files.card import CARD_NAME
-from ..files.tensor_keys import KEY_PREFIX
+from ..files.errors import UnmergeableAdapterError
+from ..files.peft_methods import name_of
+from ..files.tensor_file import TensorFile
+from ..files.tensor_keys import tensor_keys
+from ..files.untrusted import NONSENSE_ERRORS
 from ..hub.sources import ADAPTER_FILES, HubArguments, find_adapter
 from ..merging.prepare import AdapterPath
-from ..records import Operation, TaskRecord
+from ..records import Operation, TaskRecord, merge_of
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class AdapterInspection:
         averaged_projectors (`dict[str, list[str]]`): Of a merge: by averaged projector, the tasks in the mean.
         tasks (`list[TaskInspection]`): Its tasks.
         operations (`list[Operation]`): What was done to make it, as its config records it.
+        problem (`str`, *optional*): Why it cannot be merged; then its tasks are not known.
     """
 
     name: str
@@ -112,6 +119,7 @@ class AdapterInspection:
     averaged_projectors: dict[str, list[str]]
     tasks: list[TaskInspection]
     operations: list[Operation]
+    problem: str | None = None
 
 
 @without_autocast()
@@ -126,7 +134,7 @@ def inspect_adapter(adapter: AdapterPath, **hub: Unpack[HubArguments]) -> Adapte
         [`AdapterInspection`]: What is there; `dataclasses.asdict` makes it JSON.
 
     Raises:
-        UnmergeableAdapterError: It is damaged, or no adapter that could be merged.
+        UnmergeableAdapterError: It is damaged.
         AdapterNotFoundError: It is neither a folder nor reachable on the Hub.
         StatisticsError: Its statistics are damaged.
 
@@ -140,22 +148,46 @@ def inspect_adapter(adapter: AdapterPath, **hub: Unpack[HubArguments]) -> Adapte
         ```
     """
     source = find_adapter(adapter, **hub)
-    read = read_adapter(source)
-    config, weights = read.config, read.files[0]
-    pairs = {module: weights.shape(f"{KEY_PREFIX}{module}.lora_A.weight")[0] for module in read.pairs}
-    ranks = list((pairs or {module: delta.rank for module, delta in read.tasks[0].deltas.items()}).values())
-    merge = read.merge
+    config, weights = open_adapter(source)
+    tasks: Sequence[TaskAdapter] = ()
+    problem = None
+    try:
+        tasks = read_adapter(source).tasks
+    except UnmergeableAdapterError as error:
+        problem = error
+    try:
+        return _inspected(source, config, weights, tasks, problem)
+    except NONSENSE_ERRORS:
+        if problem is None:
+            raise
+        raise problem from None
+
+
+def _inspected(
+    source: AdapterSource,
+    config: PeftConfig,
+    weights: TensorFile,
+    tasks: Sequence[TaskAdapter],
+    problem: UnmergeableAdapterError | None,
+) -> AdapterInspection:
+    layers = {} if config.is_prompt_learning else tensor_keys(config, weights).own
+    deltas = tasks[0].deltas if tasks else {}
+    ranks = [weights.shape(key)[0] for key in weights if key.endswith(".lora_A.weight")]
+    ranks = ranks or [delta.rank for delta in deltas.values()]
+    first = min((key for keys in layers.values() for key in keys), default=min(weights))
+    merge = merge_of(config)
+    record = merge or getattr(config, "pool", None)
     told = {task.name: task for task in merge.tasks} if merge is not None else {}
     return AdapterInspection(
         name=source.name,
         revision=source.revision,
-        peft_type=str(getattr(config.peft_type, "value", config.peft_type)),
+        peft_type=name_of(config),
         is_merge=merge is not None,
         base_model=config.base_model_name_or_path,
-        layers=len(ranks),
-        ranks=(min(ranks), max(ranks)),
+        layers=len(layers or deltas),
+        ranks=(min(ranks, default=0), max(ranks, default=0)),
         parameters=sum(math.prod(weights.shape(key)) for key in weights),
-        dtype=str(weights.dtype(_first_trained(read))).removeprefix("torch."),
+        dtype=str(weights.dtype(first)).removeprefix("torch."),
         files={
             name: path.stat().st_size
             for name in [*ADAPTER_FILES, CARD_NAME]
@@ -163,16 +195,11 @@ def inspect_adapter(adapter: AdapterPath, **hub: Unpack[HubArguments]) -> Adapte
         },
         options=merge.options.describe() if merge is not None else {},
         routing={name: routed.names for name, routed in merge.routing.items()} if merge is not None else {},
-        averaged_projectors=read.averaged_projectors,
-        tasks=[_inspect_task(task, told.get(task.name)) for task in read.tasks],
-        operations=read.operations,
+        averaged_projectors=merge.averaged_projectors if merge is not None else {},
+        tasks=[_inspect_task(task, told.get(task.name)) for task in tasks],
+        operations=record.operations if record is not None else [],
+        problem=None if problem is None else str(problem),
     )
-
-
-def _first_trained(adapter: Adapter) -> str:
-    """A tensor that says which dtype the adapter has; not of a projector, which may have another."""
-    projectors = tuple(f"{KEY_PREFIX}{name}." for task in adapter.tasks for name in task.projectors)
-    return next(key for key in sorted(adapter.files[0]) if not key.startswith(projectors))
 
 
 def known_of(task: TaskAdapter) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..algebra.covariance import Covariance
+from ..algebra.lpm import LowRankDelta
 from ..algebra.spectrum import DEFAULT_ENERGY, Truncation
 from ..families.parts import find_projectors, language_model_linears, parts_of, text_encoder
 from ..files.peft_methods import described, is_plain_lora
@@ -29,7 +31,7 @@ from .forward import batch_size, check_batches, device_of, forward, in_inference
 from .gathering import alone, gather_images, gather_inputs
 from .images import PrototypeHooks
 from .inputs import CovarianceHooks, MeasuredInputs
-from .measurable import adapter_to_measure, unwrapped, weights_of
+from .measurable import adapter_to_measure, base_of, unmoved_projectors, unwrapped, weights_of
 from .tokens import TokenRows
 
 
@@ -107,6 +109,7 @@ def collect_statistics(
         [`AdapterStatistics`]: What was measured, of one task.
 
     Raises:
+        UnmergeableAdapterError: The adapter cannot be merged; no batch is read then.
         ValueError: There is no such adapter, it is a merge, or the dataloader is empty.
         RuntimeError: An activation holds NaN or Inf, layers shared an input in some batches only, the adapter's
             weights are sharded over processes, or another process failed.
@@ -133,7 +136,7 @@ def collect_statistics(
     check_batches(dataloader, max_samples)
     adapter_name = adapter_to_measure(peft_model, adapter_name)
     config = peft_model.peft_config[adapter_name]
-    base = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model
+    base = base_of(peft_model)
     truncation = _truncation(config, rank, energy, error_budget, dtype)
     layers = adapted_layers(base, adapter_name)
     weights = weights_of(peft_model, adapter_name, layers)
@@ -147,9 +150,6 @@ def collect_statistics(
         with in_inference(peft_model, adapter_name), watching_calls(base), images:
             return _sum_up(peft_model, batches, inputs, forward_fn)
 
-    def kept(covariance: Covariance, names: list[str]) -> Covariance:
-        return agreed(lambda: truncation.apply(covariance, [weights.deltas[n] for n in names if n in weights.deltas]))
-
     gather = alone if state is None else from_every_process
     agreed: Callable[[Callable[[], Any]], Any] = (lambda step: step()) if state is None else together
     samples, found = agreed(measure)
@@ -157,7 +157,7 @@ def collect_statistics(
     if samples == 0:
         raise ValueError("The dataloader gave no batch, so there is nothing to measure.")
     seen = gather_images(images.result(), gather)
-    gathered = gather_inputs(found, kept, gather)
+    gathered = gather_inputs(found, partial(_kept, truncation, weights.deltas), gather)
     task = TaskStatistics(
         name=getattr(config, "task_name", None),
         samples=samples,
@@ -166,6 +166,7 @@ def collect_statistics(
         projectors=seen,
         fingerprints=weights.fingerprints,
         shapes=weights.shapes,
+        unmoved_projectors=unmoved_projectors(base, adapter_name, [name for name in projectors if name not in seen]),
     )
     _warn_of_unseen(task)
     statistics = AdapterStatistics((task,))
@@ -183,6 +184,13 @@ def _truncation(
         )
     usual = config.energy if isinstance(config, MAnyConfig) else DEFAULT_ENERGY
     return Truncation(rank, usual if energy is None else energy, error_budget, dtype)
+
+
+def _kept(
+    truncation: Truncation, deltas: Mapping[str, LowRankDelta], covariance: Covariance, names: list[str]
+) -> Covariance:
+    """What is kept of the covariance of an input that these layers read."""
+    return truncation.apply(covariance, [deltas[name] for name in names if name in deltas])
 
 
 def _sum_up(

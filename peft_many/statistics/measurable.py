@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate.utils import align_module_device, extract_model_from_parallel
 from peft import get_peft_model_state_dict
-from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, PeftWarning
 from torch import Tensor, nn
 
 from ..algebra.lpm import LowRankDelta
-from ..families.linears import features_of_linear, is_linear
-from ..files.fingerprints import weight_fingerprint
-from ..files.peft_methods import check_method, is_plain_lora
+from ..families.linears import features_of_linear
+from ..files.fingerprints import state_fingerprint, weight_fingerprint
+from ..files.peft_methods import is_plain_lora
 from ..files.tensor_keys import KEY_PREFIX, fingerprint_of, tensor_keys
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers
+from ..tuner.mergeable import check_mergeable_on
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,37 @@ def weights_of(model: Any, adapter_name: str, layers: Mapping[str, Any]) -> Adap
     return AdapterWeights(prints, shapes=shapes)
 
 
+def unmoved_projectors(base: nn.Module, adapter_name: str, unseen: Sequence[str]) -> dict[str, list[float]]:
+    """Fingerprints of the adapter's copies, among projectors that saw no image, that are still the base model's.
+
+    Of others, which were trained on images, there is a warning.
+    """
+    found: dict[str, list[float]] = {}
+    for name in unseen:
+        wrapper = base.get_submodule(name)
+        if not (isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save):
+            continue
+        own, original = wrapper.modules_to_save[adapter_name].state_dict(), wrapper.original_module.state_dict()
+        own, original = ({key: _full(tensor) for key, tensor in of.items()} for of in (own, original))
+        known = all(not tensor.is_meta and tensor.numel() for tensor in (*own.values(), *original.values()))
+        if known and all(torch.equal(tensor, original[key].to(tensor)) for key, tensor in own.items()):
+            found[name] = state_fingerprint(own)
+        else:
+            warnings.warn(
+                f"The adapter trained the projector '{name}', but no image passed while measuring, so that images "
+                "cannot be routed to it in a merge. Measure on samples with images.",
+                PeftWarning,
+                stacklevel=3,
+            )
+    return found
+
+
 def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
     """A layer's LoRA weights as they are now, also where FSDP2 has cut them into shards."""
     parts = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     with align_module_device(parts[0]), align_module_device(parts[1]):  # where Accelerate has offloaded them
         A, B = (part.weight.detach() for part in parts)
-    A, B = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight for weight in (A, B))
+    A, B = _full(A), _full(B)
     if A.dim() != 2 or B.dim() != 2 or 0 in (A.numel(), B.numel()):
         raise RuntimeError(
             f"The LoRA weights of '{name}' are sharded over processes (their shapes here are {tuple(A.shape)} and "
@@ -67,11 +95,23 @@ def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
     return LowRankDelta(A=A, B=B)
 
 
+def _full(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 has cut into shards."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
+
+
 def unwrapped(model: Any) -> Any:
     """The model with adapters, out of what compiles or distributes it."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"`model` must be a model with adapters, not a {type(model).__name__}; data come second.")
     return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def base_of(model: Any) -> nn.Module:
+    """The base model that an adapter is on, with PEFT's layers in it."""
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base
 
 
 def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
@@ -90,29 +130,11 @@ def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
     config = configs[adapter_name]
     if isinstance(config, MAnyConfig) and config.is_merge:
         raise ValueError(f"Adapter '{adapter_name}' is a merge; it carries the statistics of its tasks already.")
-    check_method(config, f"Adapter '{adapter_name}'")
-    layers = adapted_layers(model, adapter_name)
-    if not layers:
+    base = base_of(model)
+    check_mergeable_on(base, adapter_name, config)
+    if not adapted_layers(base, adapter_name):
         raise ValueError(f"Adapter '{adapter_name}' has no layers to measure.")
-    is_plain = is_plain_lora(config)
-    for name, layer in layers.items():
-        is_suited = _is_linear_lora(layer, adapter_name) if is_plain else is_linear(layer.get_base_layer())
-        if not is_suited:
-            kind = type(layer).__name__
-            if isinstance(layer, ParamWrapper):
-                kind = "parameters of several experts in one module, `target_parameters`"
-            raise ValueError(
-                f"Adapter '{adapter_name}' adapts '{name}', which is no linear layer ({kind}); only linear layers "
-                "have an input covariance."
-            )
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and {*module.merged_adapters} - {adapter_name}:
             raise ValueError(f"Other adapters are merged into '{name}'; call `unmerge_adapter()` first.")
     return adapter_name
-
-
-def _is_linear_lora(layer: Any, adapter_name: str) -> bool:
-    """Whether the layer computes `base(x) + B A x` of the input that arrives at it."""
-    if not isinstance(layer, LoraLayer) or isinstance(layer, (MultiheadAttention, ParamWrapper)):
-        return False
-    return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)

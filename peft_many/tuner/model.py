@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..families.parts import match_projectors, parts_of
-from ..files.errors import MalformedAdapterError
+from ..files.errors import MalformedAdapterError, UnmergeableAdapterError
 from ..files.patterns import check_patterns
 from ..files.statistics import AdapterStatistics
 from ..files.tensor_keys import KEY_PREFIX
@@ -31,8 +31,9 @@ from ..routing.watching import unwatch_calls, watch_calls
 from .adapter_names import check_possible, eats_weights
 from .config import MAnyConfig
 from .gated_linear import GatedLinear
-from .layers import hang_on_layers, keep_running_statistics, lora_layers
+from .layers import adapted_layers, hang_on_layers, keep_running_statistics, lora_layers
 from .loaded_keys import check_projectors_are_there, require_known, with_current_keys
+from .mergeable import check_mergeable_on
 from .projector import Mixing, ProjectorMixture, ProjectorWrapper
 from .targets import default_targets, update_expert_names
 
@@ -114,6 +115,8 @@ class MAnyModel(LoraModel):
             watch_calls(model)
         if isinstance(config.statistics, AdapterStatistics):
             hang_on_layers(model, adapter_name, config.statistics)
+        if merge is None and not config.inference_mode:
+            _warn_if_unmergeable(model, adapter_name, config)
 
     def _wrap_projectors(self, model: nn.Module, adapter_name: str, config: MAnyConfig, rollback: ExitStack) -> None:
         """Give the adapter its projectors; how to take them away again goes on the stack `rollback`."""
@@ -247,6 +250,16 @@ class MAnyModel(LoraModel):
         else:
             unwatch_calls(model.modules())
         return model
+
+
+def _warn_if_unmergeable(model: nn.Module, adapter_name: str, config: MAnyConfig) -> None:
+    layers = adapted_layers(model, adapter_name).values()
+    if not all(type(layer).__module__.startswith("peft.") for layer in layers):
+        return  # of layers that people made themselves PEFT warns
+    try:
+        check_mergeable_on(model, adapter_name, config)
+    except UnmergeableAdapterError as error:
+        warnings.warn(f"{error} It can be trained and used all the same.", PeftWarning, stacklevel=2)
 
 
 def _check_trainable(name: str, projector: nn.Module) -> None:

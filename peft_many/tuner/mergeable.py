@@ -1,0 +1,44 @@
+"""Whether an adapter that is on a model can be merged, by what it trains there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from ..families.linears import is_linear
+from ..families.parts import find_projectors
+from ..files.mergeable import check_mergeable
+from ..files.peft_methods import is_plain_lora
+from .layers import adapted_layers
+
+
+def check_mergeable_on(model: nn.Module, adapter_name: str, config: PeftConfig) -> None:
+    """As `check_mergeable`, of an adapter on a base model."""
+    layers = {
+        name: _kind(layer, adapter_name, is_plain_lora(config))
+        for name, layer in adapted_layers(model, adapter_name).items()
+        if not isinstance(layer, TrainableTokensLayer)  # which the config speaks of
+    }
+    whole = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        for key in module.modules_to_save[adapter_name].state_dict()
+    ]
+    projectors = getattr(config, "projector_modules", None) or find_projectors(model)
+    check_mergeable(f"Adapter '{adapter_name}'", config, layers, whole, projectors)
+
+
+def _kind(layer: Any, adapter_name: str, is_plain: bool) -> str | None:
+    """What a layer is if its adapter is no delta of a linear layer."""
+    if is_plain:  # of a quantised layer, whose base layer may be of any class
+        in_parts = isinstance(layer, (MultiheadAttention, ParamWrapper)) or adapter_name not in layer.lora_A
+        is_suited = not in_parts and isinstance(layer.lora_A[adapter_name], nn.Linear)
+    else:
+        is_suited = is_linear(layer.get_base_layer())
+    return None if is_suited else type(layer).__name__
