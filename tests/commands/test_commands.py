@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,18 @@ def test_inspect_shows_it(merged):
     assert read["files"][STATISTICS] == (merged / STATISTICS).stat().st_size
     run("remove", merged, "b", "-q")
     assert "a merge of 1 task" in run("inspect", merged).stdout
+
+
+def test_inspect_says_why_an_adapter_cannot_be_merged(shelf, tmp_path):
+    bad = Path(shutil.copytree(shelf["a"], tmp_path / "bad"))
+    config = json.loads((bad / "adapter_config.json").read_text())
+    (bad / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
+    told = run("inspect", bad).stdout
+    assert "14 layers of rank 4" in told
+    assert "It cannot be merged: " in told
+    assert "trains biases (`bias='all'`)" in told
+    assert "trains biases" in json.loads(run("inspect", bad, "--json").stdout)["problem"]
+    assert "trains biases" in run("export", bad, "-o", tmp_path / "lora", "--dry-run", code=1).stderr
 
 
 def test_report_writes_and_says_it(merged, tmp_path):

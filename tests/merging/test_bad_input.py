@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peft_many.merging.merge
-from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
+from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence, plan_merge
 from peft_many.files.errors import StatisticsError, UnmergeableAdapterError
 from peft_many.hub.sources import AdapterNotFoundError
 from tests import tiny
@@ -368,7 +368,33 @@ def test_a_key_that_is_no_lora_weight(good, bad, tmp_path):
 
 def test_a_module_trained_whole(good, bad, tmp_path):
     edit(bad, WEIGHTS, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(128, 32)}))
+    edit_config(bad, modules_to_save=[PROJECTOR, "lm_head"])
     assert_refused(tmp_path, [good["b"], bad], str(bad), "'lm_head.weight'", "whole")
+
+
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_lora_weights_of_a_sharded_run(good, bad, tmp_path, half):
+    """FSDP leaves flat pieces, and ZeRO-3 nothing at all."""
+    key = TENSOR.replace("lora_A", half)
+    for size in (0, 10):
+        edit(bad, WEIGHTS, lambda tensors, size=size: tensors.update({key: torch.zeros(size)}))
+        assert_refused(tmp_path, [good["b"], bad], str(bad), LAYER, f"({size},)", "sharded over processes")
+
+
+def test_a_projector_of_a_sharded_run(good, tmp_path):
+    """All adapters of such a run are alike, so that none of them looks strange beside the others."""
+    folders = [Path(shutil.copytree(good[name], tmp_path / name)) for name in "ab"]
+    for folder in folders:
+        edit(folder, WEIGHTS, lambda tensors: tensors.update({k: torch.zeros(0) for k in tensors if PROJECTOR in k}))
+        (problem,) = plan_merge([folder], progress=False).problems
+        assert PROJECTOR in problem
+    assert_refused(tmp_path, folders, str(folders[0]), f"{PROJECTOR}.linear_1.bias", "empty", "sharded over processes")
+
+
+@pytest.mark.parametrize("key", [TENSOR, f"base_model.model.{PROJECTOR}.linear_1.weight"])
+def test_weights_that_are_whole_numbers(good, bad, tmp_path, key):
+    edit(bad, WEIGHTS, lambda tensors: tensors.update({key: tensors[key].to(torch.int8)}))
+    assert_refused(tmp_path, [good["b"], bad], str(bad), key, "int8")
 
 
 def test_a_part_of_the_projector(good, bad, tmp_path):

@@ -488,7 +488,7 @@ def test_only_linear_layers_have_an_input_covariance(name: str) -> None:
 
 def test_parameters_are_no_linear_layers() -> None:
     model = get_peft_model(Assorted(), LoraConfig(target_modules=[], target_parameters=["line.weight"]))
-    with pytest.raises(ValueError, match="which is no linear layer"):
+    with pytest.raises(ValueError, match="`target_parameters`, so its effect on 'line' is no plain low-rank delta"):
         collect(model, [torch.tensor([[1, 2, 3]])])
 
 
