@@ -114,7 +114,7 @@ def read_adapter(
 
 
 def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: nn.Module | None) -> Adapter:
-    config, weights = open_adapter(source)
+    config, weights = read_config(source), open_weights(source)
     check_method(config, source.name)  # others may have no tensors by layer
     keys = tensor_keys(config, weights)
     check_mergeable(source.name, config, layers_in_file(weights, keys))
@@ -154,11 +154,6 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: n
     return Adapter(config, tasks, tuple(files), pairs)
 
 
-def open_adapter(source: AdapterSource) -> tuple[PeftConfig, TensorFile]:
-    """An adapter's config and weights file, checked as far as any adapter's can be, be it one to merge or not."""
-    return _read_config(source), _open_weights(source)
-
-
 def _read_statistics(source: AdapterSource, config: PeftConfig) -> tuple[list[TensorFile], AdapterStatistics]:
     """The statistics and the file that they are mapped from, if there is one."""
     path = source.folder / STATISTICS_NAME
@@ -173,7 +168,8 @@ def _read_statistics(source: AdapterSource, config: PeftConfig) -> tuple[list[Te
     return [], AdapterStatistics((TaskStatistics(name=None, samples=0),))
 
 
-def _read_config(source: AdapterSource) -> PeftConfig:
+def read_config(source: AdapterSource) -> PeftConfig:
+    """An adapter's config, checked as any adapter's can be, be it one to merge or not."""
     if not (source.folder / CONFIG_NAME).is_file():
         raise UnmergeableAdapterError(f"{source.name} has no {CONFIG_NAME}: {_what_else(source)}.")
     if (source.folder / CONFIG_NAME).stat().st_size > LARGEST_CONFIG:
@@ -202,7 +198,8 @@ def _what_else(source: AdapterSource) -> str:
     return f"it is no PEFT adapter{at_hub if source.revision else ''}"
 
 
-def _open_weights(source: AdapterSource) -> TensorFile:
+def open_weights(source: AdapterSource) -> TensorFile:
+    """Its tensors, of which nothing is read yet."""
     path = source.folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         why = "."

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from typing_extensions import Unpack
 
 from ..algebra.precision import without_autocast
-from ..files.adapter import AdapterSource, TaskAdapter, open_adapter, read_adapter
+from ..files.adapter import AdapterSource, TaskAdapter, open_weights, read_adapter, read_config
 from ..files.card import CARD_NAME
 from ..files.errors import UnmergeableAdapterError
 from ..files.peft_methods import name_of
@@ -148,7 +148,7 @@ def inspect_adapter(adapter: AdapterPath, **hub: Unpack[HubArguments]) -> Adapte
         ```
     """
     source = find_adapter(adapter, **hub)
-    config, weights = open_adapter(source)
+    config, weights = read_config(source), open_weights(source)
     tasks: Sequence[TaskAdapter] = ()
     problem = None
     try:

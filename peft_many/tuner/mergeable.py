@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, PeftWarning
 from torch import nn
 
 from ..families.linears import is_linear
 from ..families.parts import find_projectors
+from ..files.errors import UnmergeableAdapterError
 from ..files.mergeable import check_mergeable
 from ..files.peft_methods import is_plain_lora
+from .config import MAnyConfig
 from .layers import adapted_layers
+
+
+def warn_if_unmergeable(model: nn.Module, adapter_name: str, config: MAnyConfig) -> None:
+    """Say of an adapter that is made for training what stands in the way of merging it."""
+    layers = adapted_layers(model, adapter_name).values()
+    if config.is_merge or config.inference_mode:
+        return
+    if not all(type(layer).__module__.startswith("peft.") for layer in layers):
+        return  # of layers that people made themselves PEFT warns
+    try:
+        check_mergeable_on(model, adapter_name, config)
+    except UnmergeableAdapterError as error:
+        warnings.warn(f"{error} It can be trained and used all the same.", PeftWarning, stacklevel=3)
 
 
 def check_mergeable_on(model: nn.Module, adapter_name: str, config: PeftConfig) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..families.parts import match_projectors, parts_of
-from ..files.errors import MalformedAdapterError, UnmergeableAdapterError
+from ..files.errors import MalformedAdapterError
 from ..files.patterns import check_patterns
 from ..files.statistics import AdapterStatistics
 from ..files.tensor_keys import KEY_PREFIX
@@ -31,9 +31,9 @@ from ..routing.watching import unwatch_calls, watch_calls
 from .adapter_names import check_possible, eats_weights
 from .config import MAnyConfig
 from .gated_linear import GatedLinear
-from .layers import adapted_layers, hang_on_layers, keep_running_statistics, lora_layers
+from .layers import hang_on_layers, keep_running_statistics, lora_layers
 from .loaded_keys import check_projectors_are_there, require_known, with_current_keys
-from .mergeable import check_mergeable_on
+from .mergeable import warn_if_unmergeable
 from .projector import Mixing, ProjectorMixture, ProjectorWrapper
 from .targets import default_targets, update_expert_names
 
@@ -115,8 +115,7 @@ class MAnyModel(LoraModel):
             watch_calls(model)
         if isinstance(config.statistics, AdapterStatistics):
             hang_on_layers(model, adapter_name, config.statistics)
-        if merge is None and not config.inference_mode:
-            _warn_if_unmergeable(model, adapter_name, config)
+        warn_if_unmergeable(model, adapter_name, config)
 
     def _wrap_projectors(self, model: nn.Module, adapter_name: str, config: MAnyConfig, rollback: ExitStack) -> None:
         """Give the adapter its projectors; how to take them away again goes on the stack `rollback`."""
@@ -218,19 +217,8 @@ class MAnyModel(LoraModel):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights; see [`~peft.LoraModel`]. Of a gated merge it folds the merged LoRA."""
-        self._warn_of_folding(adapter_names)
+        _warn_of_folding(self, adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
-
-    def _warn_of_folding(self, adapter_names: list[str] | None) -> None:
-        for name in adapter_names or self.active_adapters:
-            merge = merge_of(self.peft_config.get(name))
-            if merge is not None and merge.options.gate_lora:
-                warnings.warn(
-                    f"The adapter '{name}' is a merge with `gate_lora`. What is chosen for each image cannot be "
-                    "folded into the base model: it will use the merged LoRA for all inputs.",
-                    PeftWarning,
-                    stacklevel=3,
-                )
 
     def _unload_and_optionally_merge(
         self,
@@ -240,7 +228,7 @@ class MAnyModel(LoraModel):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._warn_of_folding(adapter_names)
+            _warn_of_folding(self, adapter_names)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if any(isinstance(module, ProjectorMixture) for module in model.modules()):
             # The model keeps routing, but its class knows nothing of a mixture: saved and loaded as what it calls
@@ -252,14 +240,16 @@ class MAnyModel(LoraModel):
         return model
 
 
-def _warn_if_unmergeable(model: nn.Module, adapter_name: str, config: MAnyConfig) -> None:
-    layers = adapted_layers(model, adapter_name).values()
-    if not all(type(layer).__module__.startswith("peft.") for layer in layers):
-        return  # of layers that people made themselves PEFT warns
-    try:
-        check_mergeable_on(model, adapter_name, config)
-    except UnmergeableAdapterError as error:
-        warnings.warn(f"{error} It can be trained and used all the same.", PeftWarning, stacklevel=2)
+def _warn_of_folding(tuner: MAnyModel, adapter_names: list[str] | None) -> None:
+    for name in adapter_names or tuner.active_adapters:
+        merge = merge_of(tuner.peft_config.get(name))
+        if merge is not None and merge.options.gate_lora:
+            warnings.warn(
+                f"The adapter '{name}' is a merge with `gate_lora`. What is chosen for each image cannot be "
+                "folded into the base model: it will use the merged LoRA for all inputs.",
+                PeftWarning,
+                stacklevel=3,
+            )
 
 
 def _check_trainable(name: str, projector: nn.Module) -> None:
