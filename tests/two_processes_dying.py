@@ -16,7 +16,7 @@ from tests.adapters import batches
 
 what, folder = sys.argv[1:]
 torch.set_num_threads(1)
-limit = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=20))
+limit = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=30))
 accelerator = Accelerator(cpu=True, kwargs_handlers=[limit])
 main = accelerator.is_main_process
 
@@ -37,7 +37,7 @@ if what == "merge":
         return real(*args, **kwargs)
 
     peft_many.merging.merge.merge_group = merge_group
-    merge_adapter_files([f"{folder}/a", f"{folder}/b"], f"{folder}/merged", progress=False)
+    merge_adapter_files([f"{folder}/a", f"{folder}/b"], f"{folder}/merged", across_processes=True, progress=False)
 else:
     torch.manual_seed(0)
     model = get_peft_model(tiny.build("llava"), MAnyConfig(r=2))

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .processes import Processes, several_run
+
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
@@ -55,6 +57,14 @@ def new_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def shared_folder(path: Path, replaced: Collection[str], processes: Processes) -> Iterator[Path]:
+    """As [`new_folder`], one for several processes. They must all enter and leave, and fail only together inside."""
+    with contextlib.ExitStack() as stack:
+        yield processes.in_one(lambda: stack.enter_context(new_folder(path, replaced)))
+        processes.in_one(stack.close)
+
+
+@contextlib.contextmanager
 def _reserved(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path` that no other process has at the same time."""
     hidden = path.parent / f".{path.name}.partial"
@@ -67,7 +77,7 @@ def _reserved(path: Path) -> Iterator[Path]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise BlockingIOError(f"Another process is writing '{path}'.") from None
+        raise BlockingIOError(f"Another process is writing '{path}'.{_hint()}") from None
     try:
         yield hidden
     finally:
@@ -82,7 +92,9 @@ def writable_place(path: Path, replaced: Collection[str] = ()) -> Path:
         raise FileExistsError(f"The output folder '{path}' is a file; nothing was written.")
     found = sorted(inside.name for inside in path.iterdir()) if path.exists() else []
     if found and not replaced:
-        raise FileExistsError(f"The output folder '{path}' already exists and is not empty; nothing was written.")
+        raise FileExistsError(
+            f"The output folder '{path}' already exists and is not empty; nothing was written.{_hint()}"
+        )
     strange = next((name for name in found if name not in replaced or not (path / name).is_file()), None)
     if strange is not None:
         raise FileExistsError(
@@ -90,6 +102,16 @@ def writable_place(path: Path, replaced: Collection[str] = ()) -> Path:
             "nothing was written."
         )
     return path
+
+
+def _hint() -> str:
+    """What may be the reason why somebody else's folder is in the way."""
+    if not several_run():
+        return ""
+    return (
+        " Several processes run here: only one of them may make this call (`if accelerator.is_main_process:`), or, "
+        "where there is `across_processes=True`, all of them with that."
+    )
 
 
 def replace_folder(new: Path, path: Path) -> None:

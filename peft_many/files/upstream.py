@@ -1,4 +1,4 @@
-"""What this package touches of PEFT that PEFT does not offer, in one place. Each has a tripwire in `test_upstream.py`.
+"""What this package touches of PEFT and torch that they do not offer. Each has a tripwire in `test_upstream.py`.
 
 Overridden private methods are where they are overridden (`tuner/model.py`, `tuner/projector.py`); the tripwires know
 them too.
@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -31,6 +32,14 @@ def enter_peft_type(name: Any, config: type[PeftConfig], tuner: Any) -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
     PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[name] = tuner.prefix
+
+
+def default_store() -> Any:
+    """The store by which the processes of the default group found each other; its `timeout` is the group's.
+
+    What is public, `monitored_barrier`, is for the gloo backend only.
+    """
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def wrap_method(owner: type, name: str, wrapper: Callable[..., Any]) -> None:

@@ -17,9 +17,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..algebra.precision import without_autocast
-from ..files.atomic import writable_place
+from ..files.atomic import shared_folder, writable_place
 from ..files.card import CARD_NAME
-from ..files.processes import from_every_process, in_first, share, shared_folder, together
+from ..files.processes import ALONE, all_processes
 from ..files.tensor_file import TensorFileWriter, lay_out
 from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import ADAPTER_FILES
@@ -161,6 +161,7 @@ def merge_adapter_files(
     task_names: Sequence[TaskNames] | None = None,
     same_base: bool = False,
     overwrite: bool = False,
+    across_processes: bool = False,
     device: str | torch.device = "cpu",
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -171,8 +172,7 @@ def merge_adapter_files(
     """Merge task adapters into a new adapter folder, without loading any base model.
 
     The folder is written whole or not at all, and loads with `PeftModel.from_pretrained(base, folder)`. One group of
-    layers that share an input is in memory at a time, whatever the depth of the model. Under `accelerate launch`,
-    where every process makes the same call, the groups are shared out over the processes.
+    layers that share an input is in memory at a time, whatever the depth of the model.
 
     The arguments are those of [`merge_adapter_sequence`], and:
 
@@ -184,6 +184,9 @@ def merge_adapter_files(
         overwrite (`bool`, defaults to `False`):
             Replace an adapter that is in the output folder, whole and at the end; it may be one of those merged. Your
             own text in its model card stays.
+        across_processes (`bool`, defaults to `False`):
+            Share the groups out over the processes of a distributed run, which must all make this call. By default
+            the process that calls merges alone, so that only one should (`if accelerator.is_main_process:`).
 
     Returns:
         `Path`: The folder.
@@ -191,6 +194,7 @@ def merge_adapter_files(
     Raises:
         FileExistsError: The output folder exists and is not empty, or holds more than an adapter.
         BlockingIOError: Another process is writing there.
+        TimeoutError, ProcessFailedError: With `across_processes`, another process did not make the call, or failed.
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
 
     Example:
@@ -202,10 +206,11 @@ def merge_adapter_files(
         PosixPath('all-three')
         ```
     """
-    output, chosen = output_folder(output_dir), MergeOptions(**options)
+    output = output_folder(output_dir)
     replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
 
     def prepare() -> PreparedMerge:
+        chosen = MergeOptions(**options)
         usable_device(device)
         writable_place(output, replaced)  # before anything is read
         return prepare_merge(
@@ -219,23 +224,29 @@ def merge_adapter_files(
             same_base=same_base,
         )
 
-    prepared = together(prepare)
-    with shared_folder(output, replaced) as folder:
+    processes = all_processes("merge_adapter_files") if across_processes else ALONE
+    prepared = processes.together(prepare)
+    with shared_folder(output, replaced, processes) as folder:
         weights_file = folder / SAFETENSORS_WEIGHTS_NAME
-        in_first(lambda: lay_out(weights_file, prepared.tensors(), {"format": "pt"}))
-        mine = together(lambda: _merge_groups(prepared, weights_file, device, progress))
-        records = {layer: record for found in from_every_process(mine) for layer, record in found.items()}
-        in_first(lambda: _complete(prepared, records, folder, output / CARD_NAME))
+        processes.in_one(lambda: lay_out(weights_file, prepared.tensors(), {"format": "pt"}))
+        groups = processes.share(prepared.groups, prepared.cost_of)
+        everyones = processes.every(lambda: _merge_groups(prepared, groups, weights_file, device, progress))
+        records = {layer: record for found in everyones for layer, record in found.items()}
+        processes.in_one(lambda: _complete(prepared, records, folder, output / CARD_NAME))
     return output
 
 
 def _merge_groups(
-    prepared: PreparedMerge, weights_file: Path, device: str | torch.device, progress: bool
+    prepared: PreparedMerge,
+    groups: Sequence[Sequence[str]],
+    weights_file: Path,
+    device: str | torch.device,
+    progress: bool,
 ) -> dict[str, LayerRecord]:
-    """Write this process's share of the merged layers; what is to be recorded of each."""
+    """Merge groups of layers into a file; what is to be recorded of each layer."""
     records: dict[str, LayerRecord] = {}
     with TensorFileWriter(weights_file) as writer:
-        for group in _progress(prepared, share(prepared.groups, prepared.cost_of), progress):
+        for group in _progress(prepared, groups, progress):
             tensors, found = merge_group(prepared, group, device)
             for key, tensor in tensors.items():
                 writer.write(key, tensor)

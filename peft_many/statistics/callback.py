@@ -14,7 +14,6 @@ from peft.utils import PeftWarning
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..files.processes import together
 from .collect import collect_statistics
 from .forward import batch_size, state_kept
 
@@ -72,7 +71,7 @@ class MAnyCallback(TrainerCallback):
         """Check all that can be known now, when an error costs no training."""
         if model is None or (self.dataloader is None and train_dataloader is None):
             raise ValueError("`MAnyCallback` found no dataloader to measure on; pass one.")
-        together(lambda: _rehearse(model, self.options))
+        _rehearse(model, self.options)
         self._forget()
         if self.dataloader is None and self.options.get("forward_fn") is None:
             rows = -(-(self.options["max_samples"] or 256) // args.world_size)
@@ -154,11 +153,11 @@ class _Ready(Exception):  # noqa: N818
 
 
 def _rehearse(model: nn.Module, options: Mapping[str, Any]) -> None:
-    """Do what `collect_statistics` does before the first batch."""
+    """Do what `collect_statistics` does before the first batch, in all processes."""
 
     def no_batch() -> Iterator[Any]:
         raise _Ready
         yield
 
     with contextlib.suppress(_Ready):
-        collect_statistics(model, no_batch(), **{**options, "across_processes": False, "progress": False})
+        collect_statistics(model, no_batch(), **{**options, "progress": False})

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import send_to_device
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -17,21 +17,20 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..algebra.covariance import Covariance
-from ..algebra.lpm import LowRankDelta
 from ..algebra.spectrum import DEFAULT_ENERGY, Truncation
 from ..families.parts import find_projectors, language_model_linears, parts_of, text_encoder
 from ..files.peft_methods import described, is_plain_lora
-from ..files.processes import current_processes, from_every_process, together
+from ..files.processes import ALONE, Processes, all_processes
 from ..files.statistics import AdapterStatistics, TaskStatistics
 from ..routing.watching import watching_calls
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers, hang_on_layers
 from ..tuner.registration import give_statistics
-from .forward import batch_size, check_batches, device_of, forward, in_inference
-from .gathering import alone, gather_images, gather_inputs
+from .forward import check_batches, device_of, forward, in_inference, run_together
+from .gathering import gather_images, gather_inputs
 from .images import PrototypeHooks
-from .inputs import CovarianceHooks, MeasuredInputs
-from .measurable import adapter_to_measure, base_of, unmoved_projectors, unwrapped, weights_of
+from .inputs import CovarianceHooks
+from .measurable import adapter_to_measure, base_of, is_sharded, unmoved_projectors, unwrapped, weights_of
 from .tokens import TokenRows
 
 
@@ -100,8 +99,8 @@ def collect_statistics(
         share_inputs (`bool`, defaults to `True`):
             Measure a tensor that arrives at several layers once. `False` measures every layer by itself.
         across_processes (`bool`, defaults to `True`):
-            Combine what all processes of a distributed run measured. `False` measures in this process alone, for
-            calls that only some processes make.
+            Combine what all processes of a distributed run measured; all of them must make this call. `False` measures
+            in this process alone, for calls that only some processes make.
         progress (`bool`, defaults to `True`):
             Show a progress bar.
 
@@ -110,9 +109,11 @@ def collect_statistics(
 
     Raises:
         UnmergeableAdapterError: The adapter cannot be merged; no batch is read then.
-        ValueError: There is no such adapter, it is a merge, or the dataloader is empty.
-        RuntimeError: An activation holds NaN or Inf, layers shared an input in some batches only, the adapter's
-            weights are sharded over processes, or another process failed.
+        ValueError: There is no such adapter, it is a merge, the dataloader is empty, or weights are sharded in a way
+            that cannot be measured.
+        RuntimeError: An activation holds NaN or Inf, layers shared an input in some batches only, or another process
+            failed.
+        TimeoutError: Another process did not make the call.
 
     Example:
 
@@ -133,31 +134,35 @@ def collect_statistics(
         ```
     """
     peft_model = unwrapped(model)
-    check_batches(dataloader, max_samples)
-    adapter_name = adapter_to_measure(peft_model, adapter_name)
-    config = peft_model.peft_config[adapter_name]
-    base = base_of(peft_model)
-    truncation = _truncation(config, rank, energy, error_budget, dtype)
-    layers = adapted_layers(base, adapter_name)
-    weights = weights_of(peft_model, adapter_name, layers)
-    projectors = _projectors(base, config)
-    inputs = _input_hooks(base, layers, also_measure, projectors, truncation.followed, share_inputs)
-    images = PrototypeHooks({name: base.get_submodule(name) for name in projectors})
-    state = current_processes() if across_processes else None
+    processes = all_processes("collect_statistics") if across_processes else ALONE
 
-    def measure() -> tuple[int, MeasuredInputs]:
-        batches = _batches(dataloader, max_samples, state, f"Measuring '{adapter_name}'", progress)
-        with in_inference(peft_model, adapter_name), watching_calls(base), images:
-            return _sum_up(peft_model, batches, inputs, forward_fn)
+    def prepare() -> _Measuring:
+        check_batches(dataloader, max_samples)
+        sharded = is_sharded(model, across_processes)
+        name = adapter_to_measure(peft_model, adapter_name)
+        config = peft_model.peft_config[name]
+        base = base_of(peft_model)
+        truncation = _truncation(config, rank, energy, error_budget, dtype)
+        layers, projectors = adapted_layers(base, name), _projectors(base, config)
+        inputs = _input_hooks(base, layers, also_measure, projectors, truncation.followed, share_inputs)
+        images = PrototypeHooks({path: base.get_submodule(path) for path in projectors})
+        return _Measuring(peft_model, base, name, layers, sharded, truncation, inputs, images)
 
-    gather = alone if state is None else from_every_process
-    agreed: Callable[[Callable[[], Any]], Any] = (lambda step: step()) if state is None else together
-    samples, found = agreed(measure)
-    samples = sum(gather(samples))
+    measuring = processes.together(prepare)
+    weights = processes.together(lambda: weights_of(peft_model, measuring.adapter_name, measuring.layers))
+    samples = measuring.run(dataloader, max_samples, forward_fn, processes, progress)
     if samples == 0:
         raise ValueError("The dataloader gave no batch, so there is nothing to measure.")
-    seen = gather_images(images.result(), gather)
-    gathered = gather_inputs(found, partial(_kept, truncation, weights.deltas), gather)
+
+    def kept(covariance: Covariance, names: list[str]) -> Covariance:
+        deltas = [weights.deltas[name] for name in names if name in weights.deltas]
+        return measuring.truncation.apply(covariance, deltas)
+
+    seen = gather_images(processes.together(measuring.images.result), processes)
+    gathered = gather_inputs(processes.together(measuring.inputs.result), kept, processes)
+    unseen = [name for name in measuring.images.projectors if name not in seen]
+    unmoved = processes.together(lambda: unmoved_projectors(measuring.base, measuring.adapter_name, unseen))
+    config = peft_model.peft_config[measuring.adapter_name]
     task = TaskStatistics(
         name=getattr(config, "task_name", None),
         samples=samples,
@@ -166,13 +171,63 @@ def collect_statistics(
         projectors=seen,
         fingerprints=weights.fingerprints,
         shapes=weights.shapes,
-        unmoved_projectors=unmoved_projectors(base, adapter_name, [name for name in projectors if name not in seen]),
+        unmoved_projectors=unmoved,
     )
     _warn_of_unseen(task)
     statistics = AdapterStatistics((task,))
     give_statistics(config, statistics)
-    hang_on_layers(base, adapter_name, statistics)
+    hang_on_layers(measuring.base, measuring.adapter_name, statistics)
     return statistics
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """An adapter that can be measured, and the hooks that do it."""
+
+    model: nn.Module
+    base: nn.Module
+    adapter_name: str
+    layers: Mapping[str, Any]
+    sharded: bool
+    truncation: Truncation
+    inputs: CovarianceHooks
+    images: PrototypeHooks
+
+    def run(
+        self,
+        dataloader: Iterable[Any],
+        max_samples: int | None,
+        forward_fn: Callable[[nn.Module, Any], Any] | None,
+        processes: Processes,
+        progress: bool,
+    ) -> int:
+        """Run the model over the batches; the rows that were seen, over all processes."""
+        bar = tqdm(
+            total=max_samples,
+            desc=f"Measuring '{self.adapter_name}'",
+            unit="sample",
+            disable=not progress or processes.index > 0,
+        )
+        with bar, in_inference(self.model, self.adapter_name), watching_calls(self.base), ExitStack() as hooks:
+            for hook in (self.images, self.inputs):
+                hooks.enter_context(hook)
+
+            def run(batch: Any, counts: bool) -> None:
+                batch = send_to_device(batch, device_of(self.model))
+                if counts:
+                    self.inputs.begin_batch(batch)
+                else:
+                    hooks.close()
+                forward(self.model, batch, forward_fn)
+
+            return run_together(self._checked(dataloader), max_samples, processes, run, bar.update, self.sharded)
+
+    def _checked(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, if nothing was wrong with what was measured of those before."""
+        for batch in batches:
+            yield batch
+            self.images.check()
+            self.inputs.check()
 
 
 def _truncation(
@@ -184,30 +239,6 @@ def _truncation(
         )
     usual = config.energy if isinstance(config, MAnyConfig) else DEFAULT_ENERGY
     return Truncation(rank, usual if energy is None else energy, error_budget, dtype)
-
-
-def _kept(
-    truncation: Truncation, deltas: Mapping[str, LowRankDelta], covariance: Covariance, names: list[str]
-) -> Covariance:
-    """What is kept of the covariance of an input that these layers read."""
-    return truncation.apply(covariance, [deltas[name] for name in names if name in deltas])
-
-
-def _sum_up(
-    model: nn.Module,
-    batches: Iterable[Any],
-    inputs: CovarianceHooks,
-    forward_fn: Callable[[nn.Module, Any], Any] | None,
-) -> tuple[int, MeasuredInputs]:
-    """The rows that were seen, and what was measured of them."""
-    samples = 0
-    with inputs:
-        for batch in batches:
-            batch = send_to_device(batch, device_of(model))
-            inputs.begin_batch(batch)
-            forward(model, batch, forward_fn)
-            samples += batch_size(batch)
-    return samples, inputs.result()
 
 
 def _input_hooks(
@@ -227,22 +258,6 @@ def _input_hooks(
     unmasked = {name for name in measured if name.startswith(visual)}
     tokens = TokenRows(measured, base, unmasked, text_encoder(base))
     return CovarianceHooks(measured, bystanders, tokens, size, share)
-
-
-def _batches(
-    dataloader: Iterable[Any], max_samples: int | None, state: PartialState | None, label: str, progress: bool
-) -> Iterator[Any]:
-    """The batches up to the one that reaches `max_samples` rows, counted over all processes."""
-    processes, is_first = (1, True) if state is None else (state.num_processes, state.is_main_process)
-    samples = 0
-    with tqdm(total=max_samples, desc=label, unit="sample", disable=not (progress and is_first)) as bar:
-        for batch in dataloader:
-            yield batch
-            rows = batch_size(batch) * processes
-            samples += rows
-            bar.update(rows)
-            if max_samples is not None and samples >= max_samples:
-                return
 
 
 def _further_layers(names: Iterable[str], also_measure: Sequence[str] | str | None) -> set[str]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..files.processes import Processes
 from ..tuner.layers import has_adapter
 from .tokens import MASK_NAMES
+
+_END = object()
 
 
 @contextlib.contextmanager
@@ -96,6 +100,58 @@ def check_batches(batches: Any, max_samples: int | None) -> None:
             f"Batches must be given as a DataLoader or a list, but this is a {type(batches).__name__}; put a single "
             "batch into a list."
         )
+
+
+def run_together(
+    batches: Iterable[Any],
+    max_samples: int | None,
+    processes: Processes,
+    run: Callable[[Any, bool], None],
+    seen: Callable[[int], Any],
+    sharded: bool = False,
+) -> int:
+    """Call `run(batch, True)` for each batch up to the one that reaches `max_samples` rows, over all processes.
+
+    Where weights are `sharded`, each forward pass takes all processes. So all make equally many: where the data has
+    ended before the others', a batch is repeated by `run(batch, False)`. `seen` is told how many rows are new; all
+    together are returned.
+    """
+    source: Iterator[Any] | None = None
+    batch: Any = None
+    begun, ended, samples = False, False, 0
+
+    def advance() -> int | None:
+        """Get the next batch; its rows, `None` at the end."""
+        nonlocal source, batch, ended
+        if not ended:
+            source = iter(batches) if source is None else source
+            following = next(source, _END)
+            ended = following is _END
+            batch = batch if ended else following
+        return None if ended else batch_size(batch)
+
+    def lend() -> Any:
+        return send_to_device(batch, "cpu")
+
+    def run_once() -> None:
+        run(batch, not ended)
+
+    while max_samples is None or samples < max_samples:
+        rows = processes.every(advance)
+        if all(count is None for count in rows):
+            break
+        if not begun and None in rows:  # who has no data at all is lent a batch
+            lent = processes.in_one(lend, next(index for index, count in enumerate(rows) if count is not None))
+            batch = lent if ended else batch
+        begun = True
+        if sharded:
+            run_once()  # if it fails in one process, to tell the others would mix with their forward passes
+        else:
+            processes.together(run_once)
+        new = sum(filter(None, rows))
+        samples += new
+        seen(new)
+    return samples
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -40,6 +40,7 @@ class PrototypeHooks:
     def __init__(self, projectors: Mapping[str, nn.Module]) -> None:
         self.projectors = projectors
         self._found: dict[str, PooledFeatures] = {}
+        self._worthless: str | None = None  # the first projector with such features
         self._hooks = ExitStack()
 
     def __enter__(self) -> PrototypeHooks:
@@ -50,8 +51,14 @@ class PrototypeHooks:
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
+    def check(self) -> None:
+        """A `RuntimeError` if features held NaN or Inf. It waits for this: other processes may need the whole pass."""
+        if self._worthless is not None:
+            raise RuntimeError(f"The vision features at '{self._worthless}' hold NaN or Inf.")
+
     def result(self) -> dict[str, PooledFeatures]:
         """What each projector that saw an image got."""
+        self.check()
         return dict(self._found)
 
     def _pool(self, name: str, projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -66,6 +73,6 @@ class PrototypeHooks:
             images.decided[projector] = features.new_empty(0)
         pooled = rows.pool(call.vision_features)[rows.real_images.to(features.device)].cpu()
         if not torch.isfinite(pooled).all():
-            raise RuntimeError(f"The vision features at '{name}' hold NaN or Inf.")
+            self._worthless = self._worthless or name
         nothing = PooledFeatures(torch.zeros(pooled.shape[-1], dtype=torch.float64))
         self._found.setdefault(name, nothing).add(pooled)

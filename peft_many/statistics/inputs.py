@@ -122,12 +122,15 @@ class CovarianceHooks:
         self.size = size
         self.shared = SharedInputs(measured, share)
         self._sums: dict[str, CovarianceAccumulator | CovarianceSketch] = {}
+        self._worthless: str | None = None  # the first layer with such an input
         self._hooks = ExitStack()
 
     def __enter__(self) -> CovarianceHooks:
         self.tokens.__enter__()
         for name, layer in [*self.measured.items(), *self.bystanders.items()]:
-            self._hooks.enter_context(layer.register_forward_pre_hook(partial(self._sum_up, name), with_kwargs=True))
+            # Before hooks that were there: DeepSpeed's give each layer a view of its own.
+            hook = layer.register_forward_pre_hook(partial(self._sum_up, name), with_kwargs=True, prepend=True)
+            self._hooks.enter_context(hook)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -140,8 +143,16 @@ class CovarianceHooks:
         self.shared.forget()
         self.tokens.begin_batch(batch)
 
+    def check(self) -> None:
+        """A `RuntimeError` if an input held NaN or Inf. It waits for this: other processes may need the whole pass."""
+        if self._worthless is not None:
+            raise RuntimeError(
+                f"The input of '{self._worthless}' holds NaN or Inf; its covariance would be worthless."
+            )
+
     def result(self) -> MeasuredInputs:
         """What was measured of every layer that has a sum."""
+        self.check()
         sums: dict[str, InputStatistics] = {}
         for name in list(self._sums):  # each is let go before the next is finished: they are large
             running = self._sums.pop(name)
@@ -177,7 +188,7 @@ class CovarianceHooks:
         try:
             self._sums[name].update(rows)
         except FloatingPointError:
-            raise RuntimeError(f"The input of '{name}' holds NaN or Inf; its covariance would be worthless.") from None
+            self._worthless = self._worthless or name
 
 
 def added_inputs(parts: list[InputStatistics]) -> InputStatistics:

@@ -12,6 +12,7 @@ from accelerate.utils import align_module_device, extract_model_from_parallel
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, PeftWarning
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from ..algebra.lpm import LowRankDelta
@@ -33,15 +34,44 @@ class AdapterWeights:
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # (out, in), where files may not tell
 
 
+def is_sharded(model: nn.Module, across_processes: bool) -> bool:
+    """Whether the model's weights lie in pieces in several processes; a `ValueError` if they cannot be measured so."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError(
+            "FSDP1 flattens weights and renames layers, so that nothing can be measured under it. Shard by FSDP2 "
+            "(`fsdp_version: 2`; in `TrainingArguments`, `fsdp_config={'version': 2}`), or save the adapter, load it "
+            "on a whole model and measure it there."
+        )
+    # By FSDP2 and tensor parallelism, and by ZeRO-3.
+    sharded = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
+    if sharded and not across_processes:
+        raise ValueError(
+            "The model's weights are sharded over processes, which all take part in each forward pass: let all of "
+            "them make this call, without `across_processes=False`."
+        )
+    return sharded
+
+
 def weights_of(model: Any, adapter_name: str, layers: Mapping[str, Any]) -> AdapterWeights:
-    """The weights of an adapter's layers as they are now."""
+    """The weights of an adapter's layers as they are now, gathered if they are sharded: all processes must ask."""
+    # What may be sharded is all but the base layers. Nothing is changed, so that no process has to tell the others.
+    own = [
+        p for layer in layers.values() for name, p in layer.named_parameters() if not name.startswith("base_layer.")
+    ]
+    with gather_params_ctx(own, modifier_rank=None):
+        return _weights_of(model, adapter_name, layers)
+
+
+def _weights_of(model: Any, adapter_name: str, layers: Mapping[str, Any]) -> AdapterWeights:
     config = model.peft_config[adapter_name]
     if is_plain_lora(config):
         deltas = {name: _delta_of(name, layer, adapter_name) for name, layer in layers.items()}
         return AdapterWeights({name: weight_fingerprint(delta.A, delta.B) for name, delta in deltas.items()}, deltas)
     # Under the names that they will have in the file.
     saved: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    tensors = {key if key.startswith("base_model.") else f"{KEY_PREFIX}{key}": value for key, value in saved.items()}
+    tensors = {
+        key if key.startswith("base_model.") else f"{KEY_PREFIX}{key}": _whole(value) for key, value in saved.items()
+    }
     away = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
     if away is not None:
         raise RuntimeError(
@@ -66,7 +96,7 @@ def unmoved_projectors(base: nn.Module, adapter_name: str, unseen: Sequence[str]
         if not (isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save):
             continue
         own, original = wrapper.modules_to_save[adapter_name].state_dict(), wrapper.original_module.state_dict()
-        own, original = ({key: _full(tensor) for key, tensor in of.items()} for of in (own, original))
+        own, original = ({key: _whole(tensor) for key, tensor in of.items()} for of in (own, original))
         known = all(not tensor.is_meta and tensor.numel() for tensor in (*own.values(), *original.values()))
         if known and all(torch.equal(tensor, original[key].to(tensor)) for key, tensor in own.items()):
             found[name] = state_fingerprint(own)
@@ -81,11 +111,11 @@ def unmoved_projectors(base: nn.Module, adapter_name: str, unseen: Sequence[str]
 
 
 def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
-    """A layer's LoRA weights as they are now, also where FSDP2 has cut them into shards."""
+    """A layer's LoRA weights as they are now."""
     parts = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     with align_module_device(parts[0]), align_module_device(parts[1]):  # where Accelerate has offloaded them
         A, B = (part.weight.detach() for part in parts)
-    A, B = _full(A), _full(B)
+    A, B = _whole(A), _whole(B)
     if A.dim() != 2 or B.dim() != 2 or 0 in (A.numel(), B.numel()):
         raise RuntimeError(
             f"The LoRA weights of '{name}' are sharded over processes (their shapes here are {tuple(A.shape)} and "
@@ -95,7 +125,7 @@ def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
     return LowRankDelta(A=A, B=B)
 
 
-def _full(tensor: Tensor) -> Tensor:
+def _whole(tensor: Tensor) -> Tensor:
     """All of a tensor that FSDP2 has cut into shards."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole

@@ -12,6 +12,7 @@ from pathlib import Path
 import huggingface_hub.errors
 import peft
 import pytest
+import torch
 from huggingface_hub.utils import httpx
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -20,8 +21,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_many import MAnyConfig, MAnyModel
-from peft_many.files.upstream import prefix_of, wrap_method
+from peft_many.files.upstream import default_store, prefix_of, wrap_method
 from peft_many.tuner.projector import ProjectorWrapper
+from tests.forked import in_two_processes
 
 PACKAGE = Path(__file__).parents[2] / "peft_many"
 
@@ -112,6 +114,19 @@ def test_no_other_private_method_is_overridden():
         assert {name for name in private if hasattr(theirs, name) and not hasattr(nn.Module, name)} == set(known)
 
 
+def test_the_process_group_s_store_counts_and_knows_the_timeout():
+    """Without a public way to it: `monitored_barrier`, of one backend, would be the other way to notice absence."""
+    (timeout, counts) = in_two_processes(_use_store, timeout=31.0)[0]
+    assert timeout == 31.0
+    assert counts == [0, 1, 0]
+    assert not hasattr(torch.distributed, "get_default_store")
+
+
+def _use_store(rank):
+    store = default_store()
+    return store.timeout.total_seconds(), [store.add(f"key {rank}", step) for step in (0, 1, -1)]
+
+
 def test_errors_of_a_broken_connection_are_those_of_the_http_library():
     assert issubclass(huggingface_hub.errors.HfHubHTTPError, httpx.HTTPError)
 
@@ -123,6 +138,7 @@ def test_no_other_private_name_is_used():
         # module is being called.
         "merging/base_model.py": {"module._modules"},
         "statistics/inputs.py": {"inputs._version"},
+        "files/upstream.py": {"distributed_c10d._get_default_store"},
         "routing/calls.py": {"sys._getframe", "Module._call_impl"},
     }
     found: dict[str, set[str]] = {}

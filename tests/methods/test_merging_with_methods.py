@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from peft_many import MAnyConfig, merge_adapter_files, merge_adapter_sequence
 from peft_many.algebra.lpm import LowRankDelta
 from peft_many.files.errors import UnmergeableAdapterError
-from peft_many.files.processes import share
 from peft_many.files.statistics import AdapterStatistics
 from peft_many.merging.prepare import prepare_merge
 from peft_many.methods import METHODS, DareTies, LayerTask, MergeMethod, TaskArithmetic, Ties
@@ -515,10 +514,10 @@ def test_a_layer_whose_only_task_has_weight_zero_is_zero(shelf, tmp_path, name):
 # ------------------------------------------------------------------------------------------------ several processes
 
 
-def test_the_layers_are_shared_out_over_processes(shelf, monkeypatch):
+def test_the_layers_are_shared_out_over_processes(shelf):
     """Also where nobody was measured, so that the covariances' ranks do not say what a layer costs."""
     plan = prepare_merge([shelf("llama a?").folder], MergeOptions(method="average"), hub={}, progress=False)
-    shares = in_processes(monkeypatch, 2, lambda process: share(plan.groups, plan.cost_of))
+    shares = in_processes(2, lambda processes: processes.share(plan.groups, plan.cost_of))
     assert sorted(shares[0] + shares[1]) == sorted(plan.groups)
     costs = [sum(map(plan.cost_of, share)) for share in shares]
     assert min(costs) > 0.7 * max(costs)

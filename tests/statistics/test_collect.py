@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, PeftWarning
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from peft_many.algebra.covariance import LowRankCovariance
 from peft_many.algebra.sketch import CovarianceAccumulator
 from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics
 from peft_many.routing.watching import IMAGE_METHODS
-from peft_many.tuner.layers import lora_layers
+from peft_many.statistics.measurable import weights_of
+from peft_many.tuner.layers import adapted_layers, lora_layers
 from tests import tiny
 from tests.adapters import covariances
 from tests.files import making
@@ -703,6 +704,47 @@ def test_weights_in_shards_are_an_error_that_says_what_to_do() -> None:
     layer.lora_A["default"].weight = nn.Parameter(torch.empty(0))
     with pytest.raises(RuntimeError, match=r"'model.layers.0.self_attn.q_proj' are sharded over processes.*FSDP2"):
         collect(model, text_batches())
+
+
+@pytest.mark.parametrize("kind", [MAnyConfig, LoHaConfig])
+def test_weights_that_zero_3_has_taken_away_are_gathered_to_be_read(kind, monkeypatch) -> None:
+    """And weights in shards take all processes, wherever they are."""
+    options = {"target_modules": ["q_proj"], "r": 2}
+    options |= {"init_weights": False} if kind is LoHaConfig else {"init_lora_weights": False}
+    model = get_peft_model(tiny.build_text("llama"), kind(**options))
+    layers = adapted_layers(model, "default")
+    expected = weights_of(model, "default", layers).fingerprints
+    kept = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+
+    def partition() -> None:
+        for parameter in kept:
+            parameter.data, parameter.ds_id = torch.empty(0), 1
+
+    @contextlib.contextmanager
+    def gathered(parameters, modifier_rank):
+        assert modifier_rank is None
+        assert {*parameters} == {*kept}
+        for parameter in parameters:
+            parameter.data = kept[parameter]
+        yield
+        partition()
+
+    partition()
+    monkeypatch.setattr("peft_many.statistics.measurable.gather_params_ctx", gathered)
+    assert weights_of(model, "default", layers).fingerprints == expected
+    with pytest.raises(ValueError, match=r"sharded over processes.*let all of them make this call"):
+        collect(model, text_batches(), across_processes=False)
+
+
+def test_inputs_are_shared_though_earlier_hooks_give_each_layer_a_view_of_its_own() -> None:
+    """As DeepSpeed's do."""
+    model = adapted("llama", target_modules=["q_proj", "v_proj"])
+    expected = collect(model, text_batches()).tasks[0].input_of
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, args: tuple(one.view_as(one) for one in args))
+    found = collect(model, text_batches()).tasks[0].input_of
+    assert found == expected
+    assert len({*found.values()}) < len(found)
 
 
 def test_wide_inputs_are_sketched_and_all_are_truncated() -> None:

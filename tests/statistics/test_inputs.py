@@ -341,5 +341,8 @@ def test_prototypes_are_means_over_images_not_over_batches() -> None:
 
 def test_vision_features_that_are_not_finite_are_an_error() -> None:
     layer = nn.Linear(WIDTH, 2)
-    with PrototypeHooks({"projector": layer}), pytest.raises(RuntimeError, match="'projector' hold NaN or Inf"):
+    with PrototypeHooks({"projector": layer}) as hooks:
         layer(inputs(1, 2) / 0)
+    for told in (hooks.check, hooks.result):
+        with pytest.raises(RuntimeError, match="'projector' hold NaN or Inf"):
+            told()
