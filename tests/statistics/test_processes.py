@@ -165,7 +165,7 @@ def test_other_methods_are_measured_where_fsdp2_shards():
 def test_fsdp1_is_refused_before_anything_runs():
     def work(rank: int):
         model = FullyShardedDataParallel(adapted(), use_orig_params=True, device_id=torch.device("cpu"))
-        collect_statistics(model, None, progress=False)
+        collect_statistics(model, ROWS, progress=False)
 
     for kind, said in in_two_processes(work):
         assert kind in ("ValueError", "ProcessFailedError")
