@@ -85,6 +85,13 @@ class TensorFile(Mapping[str, Tensor]):
             raise TypeError(f"tensor '{key}' has the unknown dtype {name}")
         return _DTYPES[name]
 
+    def piece(self, key: str, size: int) -> bytes:
+        """At most this many bytes from the middle of a tensor, without mapping what lies around them."""
+        begin, end = self._header[key]["data_offsets"]
+        with open(self.path, "rb") as file:
+            file.seek(self._start + max(begin, (begin + end - size) // 2))
+            return file.read(min(size, end - begin))
+
     def release(self) -> None:
         """Give the memory of what was read so far back to the system; using a tensor again reads it again."""
         if hasattr(mmap, "MADV_DONTNEED"):

@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 
 from ..files.adapter import Adapter
 from ..files.errors import UnmergeableAdapterError
-from ..files.tensor_file import TensorFile, bytes_of
+from ..files.tensor_file import TensorFile
 
 _CONFIG = "config.json"
 # What may differ between the configs of two copies of a model.
 _SAYS_NOTHING = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 _SAMPLED = 1000  # tensors of which a piece is compared, at random, as a fine-tuned copy may differ in a few only
-_PIECE = 1024  # numbers
+_PIECE = 4096  # bytes
 
 
 def check_same_base(
@@ -122,7 +122,7 @@ def _compare(one: Path, other: Path) -> tuple[bool | None, str]:
             return False, f"their '{key}' has shape {shapes[0]} and {shapes[1]}"
     alike = [key for key in common if mine[key].dtype(key) == theirs[key].dtype(key)]
     for key in random.Random(0).sample(alike, min(_SAMPLED, len(alike))):
-        if _piece(mine[key], key) != _piece(theirs[key], key):
+        if mine[key].piece(key, _PIECE) != theirs[key].piece(key, _PIECE):
             return False, f"their '{key}' differs"
     if not alike or len(alike) < max(len(mine), len(theirs)):
         return None, "their files cannot be compared tensor by tensor"
@@ -140,12 +140,6 @@ def _tensors_in(folder: Path) -> dict[str, TensorFile]:
         except (OSError, SafetensorError, TypeError):
             return {}
     return found
-
-
-def _piece(file: TensorFile, key: str) -> bytes:
-    flat = file[key].flatten()
-    start = max(0, len(flat) - _PIECE) // 2
-    return bytes(bytes_of(flat[start : start + _PIECE]))
 
 
 def _config_in(folder: Path) -> Any:

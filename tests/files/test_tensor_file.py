@@ -326,3 +326,10 @@ def test_a_pointer_of_git_lfs_is_called_so(tmp_path):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
     with pytest.raises(SafetensorError, match="git lfs pull"):
         TensorFile(path)
+
+
+def test_a_piece_is_the_middle_of_a_tensor(tmp_path):
+    tensors = {"a": torch.arange(100, dtype=torch.uint8), "b": torch.arange(3, dtype=torch.uint8), "c": torch.ones(0)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    file = TensorFile(tmp_path / "x.safetensors")
+    assert [file.piece(key, 4) for key in "abc"] == [bytes([48, 49, 50, 51]), bytes([0, 1, 2]), b""]
