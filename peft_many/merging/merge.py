@@ -25,7 +25,7 @@ from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import ADAPTER_FILES
 from ..records import MergeOptions
 from ..records.options import takes_merge_options
-from ..tuner.adapter_names import check_adapter_name
+from ..tuner.adapter_names import trouble_with
 from .arguments import output_folder, usable_device
 from .base_model import check_fits_model, untouched_on_failure
 from .group import LayerRecord, mean_residuals, merge_group
@@ -116,7 +116,8 @@ def merge_adapter_sequence(
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model already has adapters; pass the base model (`model.unload()` gives it back).")
-    check_adapter_name(adapter_name, model)
+    if (problem := trouble_with(adapter_name, model)) is not None:
+        raise ValueError(problem)
     check_dispatched(model)
     chosen, device = MergeOptions(**options), usable_device(device)
     prepared = prepare_merge(

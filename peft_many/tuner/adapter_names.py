@@ -10,24 +10,18 @@ from torch import nn
 _OF_ADAPTERS = {"base_layer", "base_model", "experts", "lora_A", "lora_B", "modules_to_save", "original_module"}
 
 
-def check_adapter_name(name: Any, model: nn.Module) -> None:
-    """Refuse names that modules cannot have, or with which saving would lose tensors."""
-    check_possible(name)
-    if eats_weights(name, model):
-        raise ValueError(
-            f"`adapter_name` cannot be '{name}': tensors of the model are called so too, and PEFT would leave them "
-            "out when it saves another adapter."
-        )
+def trouble_with(name: Any, model: nn.Module) -> str | None:
+    """What goes wrong with a name, because PEFT tells the adapters of a model apart by parts of their tensors' names.
 
-
-def check_possible(name: Any) -> None:
-    """Refuse what no module can be called, before a model is wrapped."""
+    Raises:
+        ValueError: No module can be called so.
+    """
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"`adapter_name` must be a name without a dot, such as 'v1_5', but it is {name!r}.")
-
-
-def eats_weights(name: str, model: nn.Module) -> bool:
-    """Whether the name is a part of a tensor's name, by which PEFT tells the adapters of a model apart."""
-    return name in _OF_ADAPTERS or any(
-        name in key.split(".") for key, _ in model.named_parameters(remove_duplicate=False)
+    names = (key.split(".") for key, _ in model.named_parameters(remove_duplicate=False))
+    if name not in _OF_ADAPTERS and not any(name in parts for parts in names):
+        return None
+    return (
+        f"`adapter_name` should not be '{name}': tensors of the model are called so too, and PEFT leaves them out "
+        "when it saves another adapter beside this one."
     )

@@ -28,7 +28,7 @@ from ..files.untrusted import NONSENSE_ERRORS
 from ..records import MergeRecord, merge_of
 from ..routing.gates import GateTarget
 from ..routing.watching import unwatch_calls, watch_calls
-from .adapter_names import check_possible, eats_weights
+from .adapter_names import trouble_with
 from .config import MAnyConfig
 from .gated_linear import GatedLinear
 from .layers import hang_on_layers, keep_running_statistics, lora_layers
@@ -48,11 +48,8 @@ class MAnyModel(LoraModel):
         # Or else for a single adapter (`inject_adapter_in_model`), as transformers does, which renames by itself.
         self._is_for_peft_model = isinstance(peft_config, dict)
         if is_compiled_module(model):  # whose modules have other names
-            warnings.warn(
-                "The base model is compiled; the adapter is put into what it was before. Compile the PEFT model.",
-                PeftWarning,
-                stacklevel=4,
-            )
+            said = "The adapter is put inside the compiled base model; compile the PEFT model."
+            warnings.warn(said, PeftWarning, stacklevel=4)
             model = extract_model_from_parallel(model, keep_torch_compile=False)
         super().__init__(model, peft_config, *args, **kwargs)
 
@@ -77,14 +74,8 @@ class MAnyModel(LoraModel):
 
         If anything fails, the projectors are as before.
         """
-        check_possible(adapter_name)
-        if eats_weights(adapter_name, model):
-            warnings.warn(
-                f"Tensors of the model have '{adapter_name}' in their names too. If it gets a second adapter, PEFT "
-                "leaves these out when it saves that one; call the adapter otherwise.",
-                PeftWarning,
-                stacklevel=2,
-            )
+        if (problem := trouble_with(adapter_name, model)) is not None:
+            warnings.warn(problem, PeftWarning, stacklevel=2)
         config: MAnyConfig = self.peft_config[adapter_name]
         source, weights = getattr(config, "loaded_from", None), getattr(config, "loaded_weights", None)
         keys = weights.keys_backing(config) if weights is not None else ()

@@ -121,10 +121,10 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
     "the output is an adapter": (lambda a, b, w, m, o: by_files([a, b], a), "already exists and is not empty"),
     "a dot in the name": (lambda a, b, w, m, o: by_sequence(base("llama"), [a], adapter_name="v1.5"), "without a dot"),
     "no name": (lambda a, b, w, m, o: by_sequence(base("llama"), [a], adapter_name=None), "without a dot.*None"),
-    "a layer's name": (lambda a, b, w, m, o: by_sequence(base("llama"), [a], adapter_name="0"), "cannot be '0'"),
+    "a layer's name": (lambda a, b, w, m, o: by_sequence(base("llama"), [a], adapter_name="0"), "should not be '0'"),
     "a tensor's name": (
         lambda a, b, w, m, o: by_sequence(base("llama"), [a], adapter_name="weight"),
-        "cannot be 'weight'",
+        "should not be 'weight'",
     ),
     "a model with adapters": (lambda a, b, w, m, o: by_sequence(w, [a]), "already has adapters"),
     "collecting, swapped": (lambda a, b, w, m, o: collect_statistics([BATCH], w), "not a list; data come second"),
