@@ -47,11 +47,7 @@ class MAnyModel(LoraModel):
     def __init__(self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args: Any, **kwargs: Any):
         # Or else for a single adapter (`inject_adapter_in_model`), as transformers does, which renames by itself.
         self._is_for_peft_model = isinstance(peft_config, dict)
-        if is_compiled_module(model):  # whose modules have other names
-            said = "The adapter is put inside the compiled base model; compile the PEFT model."
-            warnings.warn(said, PeftWarning, stacklevel=4)
-            model = extract_model_from_parallel(model, keep_torch_compile=False)
-        super().__init__(model, peft_config, *args, **kwargs)
+        super().__init__(_uncompiled(model), peft_config, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: MAnyConfig, model_config: dict[str, Any]) -> PeftConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:
@@ -241,6 +237,15 @@ def _warn_of_folding(tuner: MAnyModel, adapter_names: list[str] | None) -> None:
                 PeftWarning,
                 stacklevel=3,
             )
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside a compiled one, whose modules have other names."""
+    if not is_compiled_module(model):
+        return model
+    said = "The adapter goes inside the compiled base model; compile the PEFT model that comes out."
+    warnings.warn(said, PeftWarning, stacklevel=5)
+    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def _check_trainable(name: str, projector: nn.Module) -> None:
