@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -160,8 +160,6 @@ def collect_statistics(
 
     seen = gather_images(processes.together(measuring.images.result), processes)
     gathered = gather_inputs(processes.together(measuring.inputs.result), kept, processes)
-    unseen = [name for name in measuring.images.projectors if name not in seen]
-    unmoved = processes.together(lambda: unmoved_projectors(measuring.base, measuring.adapter_name, unseen))
     config = peft_model.peft_config[measuring.adapter_name]
     task = TaskStatistics(
         name=getattr(config, "task_name", None),
@@ -171,7 +169,7 @@ def collect_statistics(
         projectors=seen,
         fingerprints=weights.fingerprints,
         shapes=weights.shapes,
-        unmoved_projectors=unmoved,
+        unmoved_projectors=processes.together(lambda: measuring.unmoved_projectors(seen)),
     )
     _warn_of_unseen(task)
     statistics = AdapterStatistics((task,))
@@ -221,6 +219,11 @@ class _Measuring:
                 forward(self.model, batch, forward_fn)
 
             return run_together(self._checked(dataloader), max_samples, processes, run, bar.update, self.sharded)
+
+    def unmoved_projectors(self, seen: Collection[str]) -> dict[str, list[float]]:
+        """See [`unmoved_projectors`]; of those that no image was seen at."""
+        unseen = [name for name in self.images.projectors if name not in seen]
+        return unmoved_projectors(self.base, self.adapter_name, unseen)
 
     def _checked(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, if nothing was wrong with what was measured of those before."""
