@@ -20,8 +20,11 @@ from peft_many import merge_adapter_files
 from tests.adapters import WEIGHTS, files
 from tests.examples.scripts import EXAMPLES, script, training_arguments, write_toy
 from tests.hub_server import StandInHub, talk_to
-from tests.tuner.test_training import LAUNCH
 
+# On machines without a GPU too: it means torch's launcher, and the scripts ask for CPUs. `--cpu` would need MPI.
+LAUNCH = (
+    "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+)
 NAMES = ("charts", "scenes", "icons")
 
 
