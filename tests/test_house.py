@@ -46,11 +46,6 @@ def test_nothing_is_too_long():
     assert not found, "\n".join(["", *found])
 
 
-@pytest.mark.xfail(strict=False, reason="the rooms are being redesigned")
-def test_the_wheel_stays_small():
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= 12_000
-
-
 def test_everything_lies_in_a_room():
     assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "metrics", "version"}
     for room in (path.parent for path in PACKAGE.glob("*/__init__.py")):
