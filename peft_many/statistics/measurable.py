@@ -95,8 +95,9 @@ def unmoved_projectors(base: nn.Module, adapter_name: str, unseen: Sequence[str]
         wrapper = base.get_submodule(name)
         if not (isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save):
             continue
-        own, original = wrapper.modules_to_save[adapter_name].state_dict(), wrapper.original_module.state_dict()
-        own, original = ({key: _whole(tensor) for key, tensor in of.items()} for of in (own, original))
+        parts = wrapper.modules_to_save[adapter_name], wrapper.original_module
+        with gather_params_ctx([p for part in parts for p in part.parameters()], modifier_rank=None):
+            own, original = ({key: _whole(tensor) for key, tensor in part.state_dict().items()} for part in parts)
         known = all(not tensor.is_meta and tensor.numel() for tensor in (*own.values(), *original.values()))
         if known and all(torch.equal(tensor, original[key].to(tensor)) for key, tensor in own.items()):
             found[name] = state_fingerprint(own)

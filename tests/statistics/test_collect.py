@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
 from peft_many.algebra.covariance import LowRankCovariance
 from peft_many.algebra.sketch import CovarianceAccumulator
+from peft_many.families.parts import find_projectors
 from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics
 from peft_many.routing.watching import IMAGE_METHODS
-from peft_many.statistics.measurable import weights_of
+from peft_many.statistics.measurable import unmoved_projectors, weights_of
 from peft_many.tuner.layers import adapted_layers, lora_layers
 from tests import tiny
 from tests.adapters import covariances
@@ -706,34 +707,54 @@ def test_weights_in_shards_are_an_error_that_says_what_to_do() -> None:
         collect(model, text_batches())
 
 
+@pytest.fixture
+def zero_3(monkeypatch) -> Callable[[list[nn.Parameter]], None]:
+    """Takes parameters away as ZeRO-3 does; they are there while they are gathered."""
+
+    def partition(parameters: list[nn.Parameter]) -> None:
+        kept = {parameter: parameter.data for parameter in parameters}
+
+        @contextlib.contextmanager
+        def gathered(asked: Any, modifier_rank: int | None) -> Iterator[None]:
+            assert modifier_rank is None
+            assert {*asked} == {*kept}
+            for parameter in asked:
+                parameter.data = kept[parameter]
+            yield
+            take()
+
+        def take() -> None:
+            for parameter in kept:
+                parameter.data, parameter.ds_id = torch.empty(0), 1
+
+        take()
+        monkeypatch.setattr("peft_many.statistics.measurable.gather_params_ctx", gathered)
+
+    return partition
+
+
 @pytest.mark.parametrize("kind", [MAnyConfig, LoHaConfig])
-def test_weights_that_zero_3_has_taken_away_are_gathered_to_be_read(kind, monkeypatch) -> None:
+def test_weights_that_zero_3_has_taken_away_are_gathered_to_be_read(kind, zero_3) -> None:
     """And weights in shards take all processes, wherever they are."""
-    options = {"target_modules": ["q_proj"], "r": 2}
-    options |= {"init_weights": False} if kind is LoHaConfig else {"init_lora_weights": False}
-    model = get_peft_model(tiny.build_text("llama"), kind(**options))
+    options = {"init_weights": False} if kind is LoHaConfig else {"init_lora_weights": False}
+    model = get_peft_model(tiny.build_text("llama"), kind(target_modules=["q_proj"], r=2, **options))
     layers = adapted_layers(model, "default")
     expected = weights_of(model, "default", layers).fingerprints
-    kept = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
-
-    def partition() -> None:
-        for parameter in kept:
-            parameter.data, parameter.ds_id = torch.empty(0), 1
-
-    @contextlib.contextmanager
-    def gathered(parameters, modifier_rank):
-        assert modifier_rank is None
-        assert {*parameters} == {*kept}
-        for parameter in parameters:
-            parameter.data = kept[parameter]
-        yield
-        partition()
-
-    partition()
-    monkeypatch.setattr("peft_many.statistics.measurable.gather_params_ctx", gathered)
+    zero_3([parameter for parameter in model.parameters() if parameter.requires_grad])
     assert weights_of(model, "default", layers).fingerprints == expected
     with pytest.raises(ValueError, match=r"sharded over processes.*let all of them make this call"):
         collect(model, text_batches(), across_processes=False)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_whether_a_projector_has_moved_is_seen_though_zero_3_has_taken_it_away(moved, zero_3) -> None:
+    base = get_peft_model(tiny.build("llava"), MAnyConfig(r=2)).get_base_model()
+    (name,) = find_projectors(base)
+    if moved:
+        next(base.get_submodule(name).modules_to_save["default"].parameters()).data += 1
+    zero_3(list(base.get_submodule(name).parameters()))
+    with pytest.warns(PeftWarning, match="no image passed") if moved else contextlib.nullcontext():
+        assert [*unmoved_projectors(base, "default", [name])] == ([] if moved else [name])
 
 
 def test_inputs_are_shared_though_earlier_hooks_give_each_layer_a_view_of_its_own() -> None:
