@@ -90,8 +90,14 @@ OVERRIDDEN = {
         "_check_target_module_compatiblity",
         "_remap_adapter_state_dict_for_load",
         "_unload_and_optionally_merge",
+        "_cast_adapter_dtype",
+        "_enable_peft_forward_hooks",
     ],
-    (ProjectorWrapper, ModulesToSaveWrapper): ["_forward_wrapped"],
+    (ProjectorWrapper, ModulesToSaveWrapper): [
+        "_forward_wrapped",
+        "_forward_wrapped_mixed_batch",
+        "_mixed_batch_forward",
+    ],
 }
 
 
