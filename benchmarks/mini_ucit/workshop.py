@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_sequence
 from peft_many.files.atomic import new_folder
+from peft_many.files.statistics import AdapterStatistics
 from peft_many.tuner.layers import lora_layers
 
 from .model import Collator, TinyModel
@@ -190,7 +191,7 @@ class Workshop:
             found = collect_statistics(silent, self.measured(task), max_samples=MEASURED, progress=False)
             # They were measured with other weights, which is what this is about; nothing must warn of that.
             unsigned = replace(found.tasks[0], fingerprints={})
-            model.peft_config["default"].statistics = replace(found, tasks=(unsigned,))
+            model.peft_config["default"].statistics = AdapterStatistics((unsigned,))
             model.save_pretrained(folder)
 
         return self.made(f"measured_on_base/{task.name}", make)

@@ -50,6 +50,13 @@ def parts_of(model: nn.Module) -> Parts | None:
     return _with_row(model, parts_by_structure(model) or told)
 
 
+def reads_images(model: nn.Module) -> bool:
+    """Whether it reads images and text; also of models inside of others, whose parts need not be found."""
+    if isinstance(model, PreTrainedModel) and _takes_images(model):
+        return True
+    return not _is_of_transformers(model) and parts_by_structure(model) is not None
+
+
 def find_projectors(model: nn.Module) -> list[str]:
     """The paths of the modules that turn vision features into tokens; several where a family has several.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..families.family import family_of
-from ..families.parts import parts_of
+from ..families.parts import reads_images
 from ..families.prompts import token_ids
 from .calls import Call, ImageCall, begin_forward, current_image_call, end_forward, running
 from .noted_images import ImageMethod, NotedImages
@@ -49,8 +49,7 @@ def watching_calls(model: nn.Module) -> Iterator[None]:
 
 def _watch(module: Any, is_model: bool) -> bool:
     newly = [watch(module, name, _WatchedImages) for name in IMAGE_METHODS]
-    takes_images = isinstance(module, PreTrainedModel) and parts_of(module) is not None
-    if (is_model or takes_images) and _HOOKS not in vars(module):
+    if (is_model or (isinstance(module, PreTrainedModel) and reads_images(module))) and _HOOKS not in vars(module):
         newly.append(True)
         watch(module, "generate", _WatchedGenerate)
         # Plain functions that get the module, so that copies of a model watch themselves.
