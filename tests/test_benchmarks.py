@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from peft import PeftConfig
 from safetensors import safe_open
 
 from peft_many import merge_adapter_files
+from tests import new_process
 
 ROOT = Path(__file__).parent.parent
 PNG = b"\x89PNG\r\n"
@@ -22,10 +20,7 @@ PNG = b"\x89PNG\r\n"
 
 def run(script: str, *options: str) -> None:
     """Run a script as a user would, from the top of the repository."""
-    # What the tests import must be what the script imports, installed or not.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, f"benchmarks/{script}.py", "--quick", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = new_process.run(ROOT / "benchmarks" / f"{script}.py", "--quick", *options, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 

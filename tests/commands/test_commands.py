@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +24,7 @@ from peft_many import (
     remove_task,
 )
 from peft_many.commands import app
+from tests import new_process
 from tests.adapters import STATISTICS, base, but_operations, files, make
 
 ROOT = Path(__file__).parents[2]
@@ -286,11 +284,9 @@ def test_the_real_thing(shelf, tmp_path):
     """The entry point in a process of its own, progress bars and all."""
     scripts = re.search(r'^peft-many = "(.*):(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     program = f"from {scripts[1]} import {scripts[2]} as app; app(prog_name='peft-many')"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
 
     def call(*words):
-        asked = [sys.executable, "-c", program, *map(str, words)]
-        return subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        return new_process.run(program, *words, cwd=tmp_path)
 
     done = call("merge", shelf["a"], shelf["b"], "--output", "merged")
     assert done.returncode == 0, done.stderr

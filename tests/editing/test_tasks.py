@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import peft_many.files.atomic
 from peft_many import add_task, merge_adapter_files, merge_adapter_sequence, remove_task, reweight_tasks
 from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.methods import Ties
+from tests import new_process
 from tests.adapters import STATISTICS, WEIGHTS, base, but_operations, distance, files, logits, make
 
 
@@ -282,9 +281,7 @@ def test_a_kill_leaves_the_old_merge_or_the_new_one(shelf, tmp_path):
     """And what it leaves beside the folder is gone after the next call."""
     folder = merge(shelf, "a b c", tmp_path / "place" / "merge")
     new = remove_task(folder, "b", tmp_path / "new", progress=False)
-    asked = [sys.executable, "-c", KILLED, str(folder), "20", str(new)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(asked, capture_output=True, text=True, env=environment, check=False)
+    done = new_process.run(KILLED, folder, 20, new)
     assert done.returncode == 0, done.stderr
     seen, left = done.stdout.splitlines()
     assert seen == "{False, True}"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import launch
 from peft import PeftConfig, PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from benchmarks.mini_ucit.model import MODELS, Collator
 from benchmarks.mini_ucit.tasks import TASKS
 from peft_many import merge_adapter_files
+from tests import new_process
 from tests.adapters import WEIGHTS, files
 from tests.examples.scripts import EXAMPLES, script, training_arguments, write_toy
 from tests.hub_server import StandInHub, talk_to
@@ -76,10 +76,10 @@ def test_the_accelerate_script_in_two_processes(toy, adapters, tmp_path):
 
 def run_in_two_processes(name: str, *arguments: str, progress: str) -> None:
     """By `accelerate launch`; the progress bar must have come to `progress`, half of what one process would do."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split(), str(EXAMPLES / name), *arguments]
     paths = [str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    words = [*LAUNCH.split(), EXAMPLES / name, *arguments]
+    done = new_process.run(Path(launch.__file__), *words, environment=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     assert progress in done.stderr, done.stderr[-4000:]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ import pytest
 import torch
 import typer
 import typer.testing
+from accelerate.commands import launch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch.optim import AdamW
 
 import peft_many
-from tests import tiny
+from tests import new_process, tiny
 from tests.examples import toy
 from tests.exports.llava_files import checkpoint
 
@@ -128,16 +128,9 @@ def test_by_accelerate_launch_in_bfloat16(place, tmp_path):
         *("--model", str(place / "base"), "--batch-size", "2", "--total-batch-size", "4", "--limit", "8"),
         *("--statistics-samples", "4", "--workers", "0", "--epochs", "1"),
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *LAUNCH.split(),
-        str(toy.UCIT / "train.py"),
-        *arguments,
-    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    words = [*LAUNCH.split(), toy.UCIT / "train.py", *arguments]
+    done = new_process.run(Path(launch.__file__), *words, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Trained IconQA on 8 examples" in done.stdout
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

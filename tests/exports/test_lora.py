@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from safetensors.torch import load_file
 from peft_many import export_lora, merge_adapter_files
 from peft_many.exports.lora import SERVED_RANKS
 from peft_many.files.errors import UnmergeableAdapterError
+from tests import new_process
 from tests.adapters import STATISTICS, WEIGHTS, base, distance, files, logits, make, make_loha, merged_deltas
 from tests.exports.shelf import Shelf, text_logits
 
@@ -61,9 +59,8 @@ def test_stock_peft_in_a_process_of_its_own(shelf, tmp_path):
     exported = export_lora(merged, tmp_path / "lora")
     tokens = torch.tensor([[1, 5, 9, 30, 31, 44]])
     torch.save(tokens, tmp_path / "tokens")
-    asked = [sys.executable, "-c", STOCK, shelf.base, exported.folder, tmp_path / "tokens", tmp_path / "logits"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(list(map(str, asked)), capture_output=True, text=True, cwd=tmp_path, env=environment)
+    asked = (shelf.base, exported.folder, tmp_path / "tokens", tmp_path / "logits")
+    done = new_process.run(STOCK, *asked, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     model = PeftModel.from_pretrained(base("llava"), merged)
     with torch.no_grad():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from benchmarks.mini_ucit.parts import with_parts
 from peft_many import export_lora, export_model, merge_adapter_files
 from peft_many.files.errors import UnmergeableAdapterError
+from tests import new_process
 from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, base, distance, files, logits, make
 from tests.exports.shelf import Shelf, text_logits
 
@@ -163,8 +162,7 @@ def test_it_needs_nothing_of_this_package(shelf, tmp_path):
         "import sys; from transformers import AutoModelForImageTextToText as A; A.from_pretrained(sys.argv[1]); "
         "assert 'peft_many' not in sys.modules"
     )
-    asked = [sys.executable, "-c", program, str(exported.folder)]
-    done = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path)
+    done = new_process.run(program, exported.folder, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

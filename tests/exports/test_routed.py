@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from peft import PeftModel
@@ -15,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from peft_many import export_routed_model, load_routed_model, merge_adapter_files
 from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.tuner.projector import ProjectorMixture
+from tests import new_process
 from tests.adapters import WEIGHTS, base, batches, distance, files, logits, make
 from tests.exports.shelf import Shelf, text_logits
 
@@ -116,8 +114,7 @@ def test_one_import_and_one_call_in_a_new_process(shelf, tmp_path):
         "import sys, torch, peft_many; model = peft_many.load_routed_model(sys.argv[1]); "
         "batch = torch.load(sys.argv[2]); torch.save(model(**batch).logits.detach(), sys.argv[3])"
     )
-    asked = [sys.executable, "-c", program, exported.folder, tmp_path / "batch", tmp_path / "logits"]
-    done = subprocess.run(list(map(str, asked)), capture_output=True, text=True)
+    done = new_process.run(program, exported.folder, tmp_path / "batch", tmp_path / "logits")
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         assert distance(torch.load(tmp_path / "logits"), model(**batch).logits) < 1e-5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import peft_many  # noqa: F401 - registers the adapter type
+from tests.new_process import context
 
 from .checks import EXPECTED, TOLERANCE, joint_inputs, logits
 from .models import build
@@ -19,7 +19,7 @@ from .models import build
 
 def new_process() -> ProcessPoolExecutor:
     """One process that has loaded nothing yet, for any number of families."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(1, context())
 
 
 def what_is_wrong(family: str, folder: Path) -> str:

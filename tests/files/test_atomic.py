@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from peft_many.files.atomic import new_folder, replace_file
+from tests import new_process
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ with new_folder(Path(sys.argv[1])) as new:
 
 def kill(out: Path) -> None:
     """What a process does that is killed in the middle of writing."""
-    done = subprocess.run([sys.executable, "-c", KILLED, str(out)], env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+    done = new_process.run(KILLED, out)
     assert done.returncode == -signal.SIGKILL
 
 

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,11 +25,13 @@ from peft_many import merge_adapter_files, merge_adapter_sequence, merge_report
 from peft_many.files import patterns
 from peft_many.files.errors import MalformedAdapterError, UnmergeableAdapterError
 from peft_many.files.untrusted import LARGEST_CONFIG
+from tests import new_process
 from tests.adapters import WEIGHTS, base, state_digest
 from tests.hostile.good import make_good
 from tests.hostile.mutations import CONFIG, TRAP
 
 CASES = 500
+CASE_RUNNER = Path(__file__).with_name("run.py")
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +58,7 @@ def edited(root, tmp_path):
 
 
 def run_cases(root: Path, first: int, count: int) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.hostile.run", str(root), str(first), str(count)],
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-        capture_output=True,
-        text=True,
-        timeout=120 + 5 * count,
-        check=False,
-    )
+    done = new_process.run(CASE_RUNNER, root, first, count, timeout=120 + 5 * count)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -126,14 +120,7 @@ for i, (name, change) in enumerate(json.loads((work / "changes.json").read_text(
     except MalformedAdapterError as error:
         print("refused")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = new_process.run(script)
     assert done.stdout.split() == ["refused"] * len(changes), done.stdout[-500:] + done.stderr[-3000:]
 
 

@@ -7,8 +7,6 @@ import math
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +23,7 @@ import peft_many.merging.merge
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence, plan_merge
 from peft_many.files.errors import StatisticsError, UnmergeableAdapterError
 from peft_many.hub.sources import AdapterNotFoundError
-from tests import tiny
+from tests import new_process, tiny
 from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, base, batches, files, make, scatter, state_digest
 
 CONFIG = "adapter_config.json"
@@ -733,8 +731,8 @@ def test_a_read_only_folder(good, tmp_path, monkeypatch):
     with tempfile.TemporaryDirectory() as locked:
         os.chmod(locked, 0o555)
         output = Path(locked, "new", "merged")
-        command = [sys.executable, "-c", READ_ONLY, str(output)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = new_process.run(READ_ONLY, output)
+        assert done.returncode == 0, done.stderr
         assert done.stdout == f"The output folder '{output}' cannot be created: '{locked}': Permission denied.\n"
         assert os.listdir(locked) == []
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 
 from peft_many import merge_adapter_files
 from peft_many.files.atomic import new_folder
+from tests import new_process
 from tests.adapters import files, make
 
 
@@ -80,14 +78,7 @@ peft_many.merge_adapter_files(sys.argv[2:], sys.argv[1], progress=False)
 
 def test_control_c(good, tmp_path):
     """A real signal to a real process, in the middle of writing."""
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "merged"), str(good["a"]), str(good["b"])],
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = new_process.run(INTERRUPTED, tmp_path / "merged", good["a"], good["b"])
     assert "KeyboardInterrupt" in done.stderr
     assert done.returncode != 0
     assert list(tmp_path.iterdir()) == []

@@ -3,8 +3,6 @@
 import copy
 import functools
 import pickle
-import subprocess
-import sys
 import textwrap
 import threading
 import warnings
@@ -43,7 +41,7 @@ from peft_many.routing import watching
 from peft_many.routing.row_weights import CACHE_ATTRIBUTE
 from peft_many.routing.watched import WatchedMethod
 from peft_many.tuner.gated_linear import GatedLinear
-from tests import tiny
+from tests import new_process, tiny
 from tests.adapters import but_operations, files, make
 from tests.files import making
 from tests.files.making import PROJECTORS, STYLES
@@ -543,7 +541,8 @@ def test_loading_in_a_new_process(tmp_path: Path) -> None:
                 torch.testing.assert_close(model(**inputs).logits, expected[0])
             assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), expected[1])
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True)
+    done = new_process.run(textwrap.dedent(script))
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_model_with_a_task_type(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import gc
-import subprocess
-import sys
 import textwrap
 import weakref
 
@@ -14,7 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
-from tests import tiny
+from tests import new_process, tiny
 
 PROJECTOR = "model.multi_modal_projector"
 
@@ -115,7 +113,8 @@ def test_loading_in_a_new_process_needs_only_the_import(base, batch, tmp_path):
         plain.load_adapter(r"{tmp_path}/adapter")
         torch.testing.assert_close(plain(**batch).logits, expected)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True)
+    done = new_process.run(textwrap.dedent(script))
+    assert done.returncode == 0, done.stderr
 
 
 def test_several_adapters_switch_disable_and_delete(base, batch):
