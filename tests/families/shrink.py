@@ -50,6 +50,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("output_channels", "downsample_hidden_size", "audio_channels"), 24),
     **dict.fromkeys(("alignment_intermediate_size", "projection_intermediate_size", "aligner_ffn_mult"), 40),
     **dict.fromkeys(("hc_lowrank", "resampler_head_dim", "latent_query_num", "rel_extent"), 8),
+    "base_channels": 32,
     "image_size": 16,
     "patch_size": 4,
     "fullatt_block_indexes": [1],
