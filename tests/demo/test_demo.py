@@ -27,9 +27,10 @@ def test_a_few_steps_of_training_move_the_answers():
 
 
 @pytest.mark.slow
-def test_the_demo_in_small_tells_its_story(tmp_path):
-    """A sixth of the training: what must hold is the order, not the numbers."""
-    told = CliRunner().invoke(app, ["--output", str(tmp_path), "--steps", "75", "--tests", "60"]).stdout
+def test_the_demo_in_small_tells_its_story(tmp_path, monkeypatch):
+    """An eighteenth of the training: what must hold is the order, not the numbers; MAny gets 31, averaging 2."""
+    monkeypatch.setattr(running, "BATCH_SIZE", 16)
+    told = CliRunner().invoke(app, ["--output", str(tmp_path), "--steps", "50", "--tests", "40"]).stdout
     assert "MAny" in told
     assert "each task alone" in told
     results = json.loads((tmp_path / "results.json").read_text())

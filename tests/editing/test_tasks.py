@@ -250,9 +250,10 @@ from tests.adapters import files
 folder, times = Path(sys.argv[1]), int(sys.argv[2])
 old, new = files(folder), files(Path(sys.argv[3]))
 random.seed(0)
-started = time.perf_counter()
-remove_task(folder, "b", folder.parent / "timed", progress=False)
-takes = time.perf_counter() - started
+for name in ("first", "timed"):  # the first call imports, which those that are killed need no longer
+    started = time.perf_counter()
+    remove_task(folder, "b", folder.parent / name, progress=False)
+    takes = time.perf_counter() - started
 seen = set()
 for _ in range(times):
     child = os.fork()
@@ -285,7 +286,7 @@ def test_a_kill_leaves_the_old_merge_or_the_new_one(shelf, tmp_path):
     assert done.returncode == 0, done.stderr
     seen, left = done.stdout.splitlines()
     assert seen == "{False, True}"
-    assert left == "['merge', 'timed']"
+    assert left == "['first', 'merge', 'timed']"
 
 
 @pytest.mark.parametrize("rank", [6, 8])
