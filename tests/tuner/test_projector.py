@@ -1,6 +1,7 @@
 """CPM in whole models: images are told apart, each gets its own mixture of projectors, and copies stay independent."""
 
 import copy
+import functools
 import pickle
 import threading
 from collections.abc import Sequence
@@ -65,6 +66,16 @@ def soften(merged: PeftModel, temperature: float = SOFT, top_k: int | None = Non
     return merged
 
 
+@functools.cache
+def read_only_merge(family: str) -> PeftModel:
+    return making.merge(family)
+
+
+def read_only(family: str, temperature: float = SOFT, top_k: int | None = None) -> PeftModel:
+    """A softened merge that the test only reads; the next test that asks for one sets its own temperature."""
+    return soften(read_only_merge(family), temperature, top_k)
+
+
 def projector_call(model: nn.Module, projector: str, inputs: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
     """The arguments and the output of a projector in one forward pass; its names may carry a prefix of PEFT."""
     calls = []
@@ -111,7 +122,7 @@ def expected_weights(features: Tensor, known: Tensor, temperature: float, top_k:
 @family
 @pytest.mark.parametrize(("side", "top_k"), [("left", None), ("right", None), ("left", 1), ("right", 2)])
 def test_a_joint_batch_equals_each_row_alone(family: str, side: str, top_k: int | None) -> None:
-    merged = soften(making.merge(family), top_k=top_k)
+    merged = read_only(family, top_k=top_k)
     rows = mixed_rows(family)
     inputs = tiny.batch(merged, family, rows, PROMPTS, padding_side=side)
     joint = logits(merged, inputs)
@@ -123,7 +134,7 @@ def test_a_joint_batch_equals_each_row_alone(family: str, side: str, top_k: int 
 @family
 @pytest.mark.parametrize(("temperature", "top_k"), [(SOFT, None), (0.05, None), (SOFT, 1), (SOFT, 2)])
 def test_the_mixture_is_that_of_the_definition(family: str, temperature: float, top_k: int | None) -> None:
-    merged = soften(making.merge(family), temperature, top_k)
+    merged = read_only(family, temperature, top_k)
     rows = mixed_rows(family)
     inputs = tiny.batch(merged, family, rows, PROMPTS)
     shares = []
@@ -163,7 +174,7 @@ def test_an_image_of_a_task_goes_to_that_tasks_projector(family: str) -> None:
 
 @family
 def test_generation_equals_repeated_forward_passes(family: str) -> None:
-    merged = soften(making.merge(family))
+    merged = read_only(family)
     rows, tokens = mixed_rows(family), 3
     inputs = tiny.batch(merged, family, rows, PROMPTS)
 
