@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .collect import collect_statistics
-from .forward import batch_size, state_kept
+from .forward import batch_size, check_batches, state_kept
 
 
 class MAnyCallback(TrainerCallback):
@@ -71,6 +71,8 @@ class MAnyCallback(TrainerCallback):
         """Check all that can be known now, when an error costs no training."""
         if model is None or (self.dataloader is None and train_dataloader is None):
             raise ValueError("`MAnyCallback` found no dataloader to measure on; pass one.")
+        if self.dataloader is not None:
+            check_batches(self.dataloader, None)
         _rehearse(model, self.options)
         self._forget()
         if self.dataloader is None and self.options.get("forward_fn") is None:

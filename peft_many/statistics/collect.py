@@ -137,7 +137,7 @@ def collect_statistics(
     processes = all_processes("collect_statistics") if across_processes else ALONE
 
     def prepare() -> _Measuring:
-        check_batches(dataloader, max_samples)
+        check_batches(dataloader, max_samples, forward_fn)
         sharded = is_sharded(model, across_processes)
         name = adapter_to_measure(peft_model, adapter_name)
         config = peft_model.peft_config[name]
@@ -270,7 +270,10 @@ def _further_layers(names: Iterable[str], also_measure: Sequence[str] | str | No
     if also_measure == "all-linear":
         return set(names)
     wanted = LoraConfig(target_modules=also_measure if isinstance(also_measure, str) else list(also_measure))
-    return {name for name in names if check_target_module_exists(wanted, name)}
+    found = {name for name in names if check_target_module_exists(wanted, name)}
+    if not found:
+        raise ValueError(f"`also_measure={also_measure!r}` matches no linear layer of the language model.")
+    return found
 
 
 def _projectors(base: nn.Module, config: Any) -> list[str]:

@@ -89,8 +89,10 @@ def forward(model: nn.Module, batch: Any, forward_fn: Callable[[nn.Module, Any],
         model(batch)
 
 
-def check_batches(batches: Any, max_samples: int | None) -> None:
-    """Refuse what is no collection of batches, a single one say, with a `ValueError`."""
+def check_batches(batches: Any, max_samples: int | None, forward_fn: Any = None) -> None:
+    """Refuse what is no collection of batches, a single one say, and what cannot be called, with a `ValueError`."""
+    if forward_fn is not None and not callable(forward_fn):
+        raise ValueError(f"`forward_fn` must be a function of the model and a batch, not {forward_fn!r}.")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"`max_samples` must be at least 1, but it is {max_samples}.")
     if isinstance(batches, (str, os.PathLike, Mapping, Tensor, nn.Module)) or not (

@@ -68,6 +68,10 @@ def is_clean(model):
         ({"energy": 2.0}, "energy"),
         ({"dtype": torch.float64}, "dtype"),
         ({"max_sample": 3}, "max_sample"),
+        ({"dataloader": {"input_ids": torch.ones(2, 3)}}, "put a single batch into a list"),
+        ({"dataloader": "default"}, "this is a str"),
+        ({"forward_fn": 3}, "forward_fn"),
+        ({"also_measure": ["nope"]}, "matches no linear layer"),
     ],
 )
 def test_mistakes_are_found_before_the_first_step(model, tmp_path, options, said):
