@@ -14,6 +14,7 @@ from .errors import UnmergeableAdapterError
 from .fingerprints import same_weights, state_fingerprint
 from .statistics import TaskStatistics
 from .stored_delta import trained_further
+from .tensor_keys import SHARDED
 
 # The last path component of a projector, by the names that transformers' families use: there is no model to look at.
 PROJECTOR_NAME = re.compile(
@@ -64,7 +65,28 @@ def projectors_of_adapter(
     for projector, fingerprint in measured.unmoved_projectors.items():
         if not same_weights(fingerprint, state_fingerprint(found.pop(projector, {}))):
             raise trained_further(adapter, projector)
+    for projector, state in found.items():
+        seen = measured.projectors.get(projector)
+        _check_not_flat(adapter, projector, state, None if seen is None else len(seen.prototype))
     return found
+
+
+def _check_not_flat(adapter: str, projector: str, state: Mapping[str, Tensor], width: int | None) -> None:
+    """Refuse flattened weights: other adapters' may be flat too, and only loading the merge would tell.
+
+    Norms have vectors as well, as long as their biases are, and without biases as long as the features are wide.
+    """
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    all_flat = width is not None and all(len(shape) < 2 for shape in shapes.values())
+    for key, shape in shapes.items():
+        if len(shape) > 1 or not f".{key}".endswith(".weight"):
+            continue
+        bias = shapes.get(f"{key.removesuffix('weight')}bias")
+        fits = bias == shape != () if bias is not None else not all_flat or shape == (width,)
+        if not fits:
+            raise UnmergeableAdapterError(
+                f"{adapter}: tensor '{projector}.{key}' of the projector has the impossible shape {shape}: {SHARDED}."
+            )
 
 
 def projectors_in_merge(

@@ -389,6 +389,19 @@ def test_a_projector_of_a_sharded_run(good, tmp_path):
     assert_refused(tmp_path, folders, str(folders[0]), f"{PROJECTOR}.linear_1.bias", "empty", "sharded over processes")
 
 
+@pytest.mark.parametrize("damage", [torch.flatten, torch.sum])
+@pytest.mark.parametrize("part", [f"{PROJECTOR}.linear_1.weight", PROJECTOR])
+def test_a_projector_of_flat_weights(good, tmp_path, damage, part):
+    """As FSDP1 leaves them, in all adapters alike."""
+    folders = [Path(shutil.copytree(good[name], tmp_path / name)) for name in "ab"]
+    for folder in folders:
+        damaged = {key: damage(tensor) for key, tensor in load_file(folder / WEIGHTS).items() if part in key}
+        edit(folder, WEIGHTS, lambda tensors, damaged=damaged: tensors.update(damaged))
+        (problem,) = plan_merge([folder], progress=False).problems
+        assert PROJECTOR in problem
+    assert_refused(tmp_path, folders, str(folders[0]), f"{PROJECTOR}.linear_", "impossible shape", "sharded")
+
+
 @pytest.mark.parametrize("key", [TENSOR, f"base_model.model.{PROJECTOR}.linear_1.weight"])
 def test_weights_that_are_whole_numbers(good, bad, tmp_path, key):
     edit(bad, WEIGHTS, lambda tensors: tensors.update({key: tensors[key].to(torch.int8)}))
