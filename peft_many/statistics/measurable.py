@@ -21,7 +21,7 @@ from ..files.fingerprints import state_fingerprint, weight_fingerprint
 from ..files.peft_methods import is_plain_lora
 from ..files.tensor_keys import KEY_PREFIX, fingerprint_of, tensor_keys
 from ..tuner.config import MAnyConfig
-from ..tuner.layers import adapted_layers
+from ..tuner.layers import adapted_layers, frozen_batch_norms
 from ..tuner.mergeable import check_mergeable_on
 
 
@@ -168,4 +168,18 @@ def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and {*module.merged_adapters} - {adapter_name}:
             raise ValueError(f"Other adapters are merged into '{name}'; call `unmerge_adapter()` first.")
+    _warn_of_drift(base)
     return adapter_name
+
+
+def _warn_of_drift(base: nn.Module) -> None:
+    """Warn of batch norms whose running statistics training may have moved; [`MAnyModel`] keeps those of its own."""
+    moving = [name for name, module in frozen_batch_norms(base).items() if module.training]
+    if moving:
+        warnings.warn(
+            f"The frozen batch norm '{moving[0]}' is in training mode. Wherever it was so in training, its running "
+            "statistics have moved, and the tasks' adapters no longer share one base model. Keep it in evaluation "
+            "mode (`eval()` after each `train()`); models of `get_peft_model(base, MAnyConfig(...))` do so.",
+            PeftWarning,
+            stacklevel=6,
+        )

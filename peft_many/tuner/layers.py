@@ -36,12 +36,21 @@ def has_adapter(layer: BaseTunerLayer | AuxiliaryTrainingWrapper, adapter_name: 
 
 def keep_running_statistics(model: nn.Module) -> None:
     """Put frozen batch norms in evaluation mode, but for those inside a copy that is trained."""
+    for module in frozen_batch_norms(model).values():
+        module.eval()
+
+
+def frozen_batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """By their paths, the modules with running statistics that belong to the base model."""
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     copied = {id(part) for wrapper in wrappers for part in wrapper.modules_to_save.modules()}
-    for module in model.modules():
-        has_statistics = any(name == "running_mean" for name, _ in module.named_buffers(recurse=False))
-        if has_statistics and id(module) not in copied and not any(p.requires_grad for p in module.parameters()):
-            module.eval()
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if any(name == "running_mean" for name, _ in module.named_buffers(recurse=False))
+        and id(module) not in copied
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    }
 
 
 def hang_on_layers(model: nn.Module, adapter_name: str, statistics: AdapterStatistics) -> None:

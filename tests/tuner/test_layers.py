@@ -1,11 +1,14 @@
 """Batch norms: those of the frozen base model stay as they are in training, so that all tasks share one base model."""
 
+import warnings
+
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import PeftWarning
 from torch import nn
 
-from peft_many import MAnyConfig
+from peft_many import MAnyConfig, collect_statistics
 
 
 class Tower(nn.Module):
@@ -72,3 +75,15 @@ def test_a_wrapped_model_is_kept_too():
     assert moved(nn.Sequential(model).train()) == set()
     model.add_adapter("other", MAnyConfig(target_modules=["head.0"]))
     assert moved(model.train()) == set()
+
+
+def test_statistics_that_moved_are_noticed_when_measured():
+    """Adapters of other types leave the batch norms in training mode."""
+    model = get_peft_model(Tower(), LoraConfig(target_modules=["head.0"])).train()
+    assert moved(model) == {"base_model.model.norm", "base_model.model.head.1"}
+    with pytest.warns(PeftWarning, match="frozen batch norm 'norm' is in training mode"):
+        collect_statistics(model, [torch.randn(8, 3, 5)], progress=False)
+    for quiet in (model.eval(), adapted().train()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PeftWarning)
+            collect_statistics(quiet, [torch.randn(8, 3, 5)], progress=False)
