@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from peft_many.algebra.covariance import Covariance, LowRankCovariance
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
-from peft_many.algebra.sketch import CovarianceAccumulator, CovarianceSketch
+from peft_many.algebra.sketch import CovarianceAccumulator, CovarianceSketch, _Sums
 from peft_many.algebra.spectrum import Spectrum, eigen_directions
 
 TASKS = 3
@@ -50,7 +50,7 @@ class Gaussian(CovarianceSketch):
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__(width, size)
-        self._start(torch.linalg.qr(torch.randn(width, size)).Q)
+        self._sums = _Sums(torch.linalg.qr(torch.randn(width, size)).Q)
 
 
 class Incremental:
