@@ -34,7 +34,7 @@ def parts_by_structure(model: nn.Module) -> Parts | None:
         return None
     signs = [name for name in _signs_of_vision(model) if embeddings is None or not is_inside(embeddings, name)]
     if not signs:
-        takes = sorted(name for name in arguments if "image" in name or "pixel" in name)
+        takes = sorted(name for name in arguments if name.startswith(("image", "pixel")))
         empty = "no vision tower was found in it: if that is loaded later or kept elsewhere, load it first"
         return Parts(doubt=f"its `forward` takes `{'`, `'.join(takes)}`, but {empty}.") if takes else None
     if embeddings is None:

@@ -278,6 +278,18 @@ class Seen(nn.Module):
         return out
 
 
+class AskedForImages(nn.Module):
+    """A text model with an argument that merely speaks of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(8, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: Tensor, keep_image_ids: Tensor | None = None) -> Tensor:
+        out: Tensor = self.linear(self.embedding(input_ids))
+        return out
+
+
 def test_models_that_read_no_images_or_no_text_stay_what_they_are() -> None:
     own = OwnLlama(LlamaConfig(**foreign.TEXT))
     for model in (own, Heard(), Seen(), nn.Sequential(nn.Embedding(4, 4), nn.Conv2d(3, 4, 1), nn.Linear(4, 4))):
@@ -286,3 +298,4 @@ def test_models_that_read_no_images_or_no_text_stay_what_they_are() -> None:
     targets = get_peft_model(OwnLlama(LlamaConfig(**foreign.TEXT)), LoraConfig(r=2)).peft_config["default"]
     assert own.peft_config["default"].target_modules == targets.target_modules
     get_peft_model(Seen(), MAnyConfig(r=2, target_modules=["linear", "conv"]))
+    get_peft_model(AskedForImages(), MAnyConfig(r=2, target_modules=["linear"]))
