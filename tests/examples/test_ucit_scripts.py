@@ -13,7 +13,8 @@ import pytest
 import torch
 import typer
 import typer.testing
-from accelerate.commands import launch
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch.optim import AdamW
@@ -122,15 +123,16 @@ def peft_many_model(place: Path, dtype: torch.dtype) -> PeftModel:
 
 
 @pytest.mark.slow
-def test_by_accelerate_launch_in_bfloat16(place, tmp_path):
+def test_by_accelerate_launch_in_bfloat16(place, tmp_path, monkeypatch):
     arguments = [
         *("--task", "IconQA", "--data", str(place / "UCIT"), "--output", str(tmp_path / "adapter")),
         *("--model", str(place / "base"), "--batch-size", "2", "--total-batch-size", "4", "--limit", "8"),
         *("--statistics-samples", "4", "--workers", "0", "--epochs", "1"),
     ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    words = [*LAUNCH.split(), toy.UCIT / "train.py", *arguments]
-    done = new_process.run(Path(launch.__file__), *words, environment=environment)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    words = [*LAUNCH.split(), str(toy.UCIT / "train.py"), *arguments]
+    (_, program, *told), environment = prepare_simple_launcher_cmd_env(launch_command_parser().parse_args(words))
+    done = new_process.run(Path(program), *told, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Trained IconQA on 8 examples" in done.stdout
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
