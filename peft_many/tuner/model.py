@@ -47,7 +47,7 @@ class MAnyModel(LoraModel):
     def __init__(self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args: Any, **kwargs: Any):
         # Or else for a single adapter (`inject_adapter_in_model`), as transformers does, which renames by itself.
         self._is_for_peft_model = isinstance(peft_config, dict)
-        super().__init__(_uncompiled(model), peft_config, *args, **kwargs)
+        super().__init__(_uncompiled(model) if self._is_for_peft_model else model, peft_config, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: MAnyConfig, model_config: dict[str, Any]) -> PeftConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:
