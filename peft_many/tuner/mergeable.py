@@ -22,9 +22,9 @@ from .layers import adapted_layers
 
 def warn_if_unmergeable(model: nn.Module, adapter_name: str, config: MAnyConfig) -> None:
     """Say of an adapter that is made for training what stands in the way of merging it."""
-    layers = adapted_layers(model, adapter_name).values()
     if config.is_merge or config.inference_mode:
         return
+    layers = adapted_layers(model, adapter_name).values()
     if not all(type(layer).__module__.startswith("peft.") for layer in layers):
         return  # of layers that people made themselves PEFT warns
     try:
