@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,8 +54,7 @@ def add(
     weights = a.weights_by_task(weight)
     if dry_run:
         names = None if name is None else [None, name]
-        arguments = {"weights": weights, "task_names": names, "device": device or "cpu", **vars(merge_options(merge))}
-        show({"adapters": [merge, adapter], "same_base": same_base, **arguments}, quiet)
+        _show_change([merge, adapter], weights, device, quiet, task_names=names, same_base=same_base)
         return
     folder = add_task(
         merge,
@@ -93,11 +92,18 @@ def remove(
     """
     weights = a.weights_by_task(weight)
     if dry_run:
-        arguments = {"weights": weights, "without": [task], "device": device or "cpu", **vars(merge_options(merge))}
-        show({"adapters": [merge], **arguments}, quiet)
+        _show_change([merge], weights, device, quiet, without=[task])
         return
     folder = remove_task(merge, task, output, weights=weights, device=device or "cpu", progress=not quiet)
     typer.echo(f"The merge: {folder}")
+
+
+def _show_change(
+    adapters: list[str], weights: dict[str, float] | None, device: str | None, quiet: bool, **change: Any
+) -> None:
+    """Show what a merge, the first of the adapters, would be after a change; its options stay."""
+    options = vars(merge_options(adapters[0]))
+    show({"adapters": adapters, "weights": weights, "device": device or "cpu", **change, **options}, quiet)
 
 
 def pool(
