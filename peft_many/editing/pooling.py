@@ -20,6 +20,7 @@ from ..algebra.sums import added_covariances
 from ..files.adapter import TaskAdapter
 from ..files.atomic import new_folder
 from ..files.fingerprints import weight_fingerprint
+from ..files.projectors import shapes_of, tensors_inside
 from ..files.statistics import AdapterStatistics, ImageStatistics, InputStatistics, TaskStatistics
 from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import HubArguments
@@ -125,6 +126,9 @@ def pool_adapters(
         input_of=input_of,
         projectors=_pooled_images(prepared.tasks, truncation),
         fingerprints=fingerprints,
+        projector_shapes={
+            name: shapes_of(tensors_inside(prepared.projector_tensors, f"{name}.")) for name in prepared.averaged
+        },
         weight=sum(task.weight for task in prepared.tasks),
     )
     with new_folder(output) as folder:

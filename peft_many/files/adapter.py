@@ -175,7 +175,9 @@ def read_config(source: AdapterSource) -> PeftConfig:
     if (source.folder / CONFIG_NAME).stat().st_size > LARGEST_CONFIG:
         raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} is larger than {LARGEST_CONFIG >> 20} MiB.")
     try:
-        config = PeftConfig.from_pretrained(str(source.folder))
+        # As `PeftConfig.from_pretrained` does, but for the statistics that it would look for and read
+        fields = PeftConfig.from_json_file(str(source.folder / CONFIG_NAME))
+        config: PeftConfig = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**fields))
     except AdapterFileError:
         raise
     except (*NONSENSE_ERRORS, ValueError) as error:

@@ -62,21 +62,38 @@ def projectors_of_adapter(
             f"{adapter} trained the projector '{lost}', but its {SAFETENSORS_WEIGHTS_NAME} has no tensor of it: "
             "the file is incomplete; save or download the adapter again."
         )
+    for projector, state in found.items():
+        _check_shapes(adapter, projector, state, measured)
     for projector, fingerprint in measured.unmoved_projectors.items():
         if not same_weights(fingerprint, state_fingerprint(found.pop(projector, {}))):
             raise trained_further(adapter, projector)
-    for projector, state in found.items():
-        seen = measured.projectors.get(projector)
-        _check_not_flat(adapter, projector, state, None if seen is None else len(seen.prototype))
     return found
 
 
-def _check_not_flat(adapter: str, projector: str, state: Mapping[str, Tensor], width: int | None) -> None:
+def _check_shapes(adapter: str, projector: str, state: Mapping[str, Tensor], measured: TaskStatistics) -> None:
+    """Refuse what is not the projector that was measured: others may be damaged alike, and only loading would tell."""
+    found, seen = shapes_of(state), measured.projectors.get(projector)
+    _check_not_flat(adapter, projector, found, None if seen is None else len(seen.prototype))
+    expected = measured.projector_shapes.get(projector, found)
+    for key in dict.fromkeys([*expected, *found]):
+        now, then = (f"of shape {shapes[key]}" if key in shapes else "missing" for shapes in (found, expected))
+        if now != then:
+            raise UnmergeableAdapterError(
+                f"{adapter}: tensor '{projector}.{key}' of the projector is {now}, but was {then} when it was "
+                "measured: the file is damaged or incomplete; save or download the adapter again."
+            )
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a state dict's tensors."""
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
+
+
+def _check_not_flat(adapter: str, projector: str, shapes: Mapping[str, tuple[int, ...]], width: int | None) -> None:
     """Refuse flattened weights: other adapters' may be flat too, and only loading the merge would tell.
 
     Norms have vectors as well, as long as their biases are, and without biases as long as the features are wide.
     """
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     all_flat = width is not None and all(len(shape) < 2 for shape in shapes.values())
     for key, shape in shapes.items():
         if len(shape) > 1 or not f".{key}".endswith(".weight"):
@@ -102,18 +119,22 @@ def projectors_in_merge(
             raise UnmergeableAdapterError(
                 f"{adapter}, task '{task}': its statistics lack its prototype at '{projector}'."
             )
-        expert = _inside(rest, f"{projector}.experts.task_{routed.names.index(task)}.")
-        if expert:  # else the base model's projector serves the task
-            found[projector] = expert
+        place = routed.names.index(task)
+        if routed.tasks[place].trained:  # else the base model's projector serves the task
+            found[projector] = tensors_inside(rest, f"{projector}.experts.task_{place}.")
     for projector, averaged in merge.averaged_projectors.items():
         if task in averaged:
-            found[projector] = _inside(rest, f"{projector}.")
-            if not found[projector]:
-                raise UnmergeableAdapterError(f"{adapter} lacks the tensors of its projector '{projector}'.")
+            found[projector] = tensors_inside(rest, f"{projector}.")
+    where = f"{adapter}, task '{task}'"
+    for projector, state in found.items():
+        if not state:
+            raise UnmergeableAdapterError(f"{where} lacks the tensors of its projector '{projector}'.")
+        _check_shapes(where, projector, state, measured)
     return found
 
 
-def _inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def tensors_inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one module, by the rest of their names."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 

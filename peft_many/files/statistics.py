@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -13,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.covariance import Covariance, DenseCovariance, InvalidCovarianceError, LowRankCovariance
-from ..algebra.eight_bits import Scales
+from ..algebra.covariance import Covariance
 from ..algebra.lpm import LowRankDelta
 from .atomic import replace_file
 from .errors import StatisticsError
+from .stored_covariance import check_covariance, read_covariance, read_tensor
 from .tensor_file import TensorFile, TensorFileWriter, lay_out, open_tensors
 
 STATISTICS_NAME = "adapter_statistics.safetensors"
@@ -55,6 +56,8 @@ class TaskStatistics:
             By layer, the `weight_fingerprint` of the weights that were measured (or merged): it tells whether they
             were trained further.
         shapes (`Mapping[str, tuple[int, int]]`): `(out, in)` by layer, for PEFT methods whose files do not tell.
+        projector_shapes (`Mapping[str, Mapping[str, tuple[int, ...]]]`):
+            By projector with a copy of its own, the shapes of the copy's tensors.
         unmoved_projectors (`Mapping[str, Sequence[float]]`):
             By projector that saw no image and whose copy is still the base model's, a fingerprint of that.
         weight (`float`): `w_t`; other than 1 only inside a merge.
@@ -70,6 +73,7 @@ class TaskStatistics:
     projectors: Mapping[str, ImageStatistics] = field(default_factory=dict)
     fingerprints: Mapping[str, Sequence[float]] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    projector_shapes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     unmoved_projectors: Mapping[str, Sequence[float]] = field(default_factory=dict)
     weight: float = 1.0
     lora_A: Mapping[str, Tensor] = field(default_factory=dict)
@@ -99,15 +103,6 @@ class TaskStatistics:
         return self.inputs[self.input_of[layer]].tokens if layer in self.input_of else 0
 
 
-def group_by_input(layers: Iterable[str], tasks: Sequence[TaskStatistics]) -> list[list[str]]:
-    """The layers that read the same input as each other in every task; one that nobody measured is by itself."""
-    groups: dict[tuple[str | None, ...] | str, list[str]] = {}
-    for layer in layers:
-        inputs = tuple(task.input_of.get(layer) for task in tasks)
-        groups.setdefault(inputs if any(inputs) else layer, []).append(layer)
-    return list(groups.values())
-
-
 class AdapterStatistics:
     """The statistics of an adapter: of its one task, or of every task that was merged into it.
 
@@ -116,6 +111,7 @@ class AdapterStatistics:
 
     def __init__(self, tasks: tuple[TaskStatistics, ...]) -> None:
         self.tasks = tasks
+        self._starts: dict[str, list[int]] = {}  # by layer, where each task's columns of the merged `B` begin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterStatistics:
         return self
@@ -124,8 +120,10 @@ class AdapterStatistics:
         """Which columns of the merged `B` of a layer are task `t`'s; `None` where they are no longer side by side."""
         if module in self.tasks[t].lora_B:
             return None
-        start = sum(len(task.lora_A[module]) for task in self.tasks[:t] if module in task.lora_A)
-        return slice(start, start + len(self.tasks[t].lora_A[module]))
+        if module not in self._starts:
+            ranks = [len(task.lora_A[module]) if module in task.lora_A else 0 for task in self.tasks]
+            self._starts[module] = list(itertools.accumulate(ranks, initial=0))
+        return slice(*self._starts[module][t : t + 2])
 
     def own_delta(self, t: int, module: str, merged_B: Tensor) -> LowRankDelta:
         """What task `t` trained in a layer, float32, the LoRA scaling in `A`; `merged_B` is the merge's `B` there."""
@@ -170,14 +168,6 @@ def open_statistics(path: str | os.PathLike[str]) -> TensorFile:
         raise StatisticsError(f"{path} does not exist.") from None
 
 
-def check_covariance(covariance: Covariance, where: str) -> None:
-    """Raise `StatisticsError` naming `where` if the numbers are no covariance."""
-    try:
-        covariance.check()
-    except InvalidCovarianceError as error:
-        raise StatisticsError(f"{where} is not a covariance: {error}.") from None
-
-
 def _header_of(task: TaskStatistics) -> dict[str, Any]:
     return {
         "name": task.name,
@@ -190,6 +180,9 @@ def _header_of(task: TaskStatistics) -> dict[str, Any]:
             for name, seen in task.projectors.items()
         },
         "shapes": {name: list(shape) for name, shape in task.shapes.items()},
+        "projector_shapes": {
+            name: {key: list(shape) for key, shape in shapes.items()} for name, shapes in task.projector_shapes.items()
+        },
         "lora_A": list(task.lora_A),
         "lora_B": list(task.lora_B),
         "fingerprints": {name: list(values) for name, values in task.fingerprints.items()},
@@ -232,7 +225,7 @@ def _read_tasks(file: TensorFile) -> Iterator[TaskStatistics]:
 
 def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics:
     inputs = {
-        key: InputStatistics(_read_covariance(file, f"{t}.covariance.{key}", about), int(about["tokens"]))
+        key: InputStatistics(read_covariance(file, f"{t}.covariance.{key}", about), int(about["tokens"]))
         for key, about in task["inputs"].items()
     }
     for layer, key in task["input_of"].items():
@@ -251,8 +244,12 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         fingerprints=_read_fingerprints(task["fingerprints"]),
         unmoved_projectors=_read_fingerprints(task.get("unmoved_projectors", {})),
         shapes={name: (int(out), int(width)) for name, (out, width) in task["shapes"].items()},
-        lora_A={str(name): _read(file, f"{t}.lora_A.{name}", 2) for name in task["lora_A"]},
-        lora_B={str(name): _read(file, f"{t}.lora_B.{name}", 2) for name in task["lora_B"]},
+        projector_shapes={
+            name: {key: tuple(map(int, shape)) for key, shape in shapes.items()}
+            for name, shapes in task.get("projector_shapes", {}).items()
+        },
+        lora_A={str(name): read_tensor(file, f"{t}.lora_A.{name}", 2) for name in task["lora_A"]},
+        lora_B={str(name): read_tensor(file, f"{t}.lora_B.{name}", 2) for name in task["lora_B"]},
     )
 
 
@@ -261,40 +258,14 @@ def _read_fingerprints(content: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def _read_images(file: TensorFile, t: int, name: str, about: dict[str, Any]) -> ImageStatistics:
-    prototype = _read(file, f"{t}.prototype.{name}", 1)
+    prototype = read_tensor(file, f"{t}.prototype.{name}", 1)
     if not torch.isfinite(prototype).all():
         raise StatisticsError(f"{file.path}: tensor '{t}.prototype.{name}' holds NaN or Inf.")
     if about["spread"] is None:
         return ImageStatistics(prototype, None, int(about["images"]))
-    spread = _read_covariance(file, f"{t}.spread.{name}", about["spread"])
+    spread = read_covariance(file, f"{t}.spread.{name}", about["spread"])
     where = f"the spread of the images at '{name}'"
     if spread.width != len(prototype):
         raise StatisticsError(f"{file.path}: {where} has width {spread.width}, and their prototype {len(prototype)}.")
     check_covariance(spread, f"{file.path}: {where}")
     return ImageStatistics(prototype, spread, int(about["images"]))
-
-
-def _read_covariance(file: TensorFile, key: str, about: Mapping[str, Any]) -> Covariance:
-    remainder = float(about["remainder"])
-    if "scale" not in about:
-        return DenseCovariance(remainder, _read(file, f"{key}.matrix", 2))
-    scale = float(about["scale"])
-    if f"{key}.row_scales" not in file:
-        return LowRankCovariance(remainder, _read(file, f"{key}.factor", 2), scale)
-    numbers = _read(file, f"{key}.factor", 2, torch.int8)
-    columns = _read(file, f"{key}.column_exponents", 1, torch.int8)
-    return LowRankCovariance(remainder, numbers, scale, Scales(_read(file, f"{key}.row_scales", 1), columns))
-
-
-def _read(file: TensorFile, key: str, dimensions: int, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of this dtype, or of a floating-point one."""
-    if key not in file:
-        raise StatisticsError(f"{file.path} lacks the tensor '{key}'.")
-    tensor = file[key]
-    if not (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype):
-        wanted = "a floating-point one" if dtype is None else dtype
-        raise StatisticsError(f"{file.path}: tensor '{key}' has dtype {tensor.dtype}, not {wanted}.")
-    if tensor.dim() != dimensions:
-        shape = tuple(tensor.shape)
-        raise StatisticsError(f"{file.path}: tensor '{key}' has shape {shape}, not {dimensions} dimensions.")
-    return tensor

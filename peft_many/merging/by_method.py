@@ -10,7 +10,7 @@ from torch import Tensor
 from ..algebra.lpm import LARGEST_ROUNDING_LOSS, LowRankDelta, MergedDelta, rounded_delta
 from ..algebra.reduction import compress, nearest_of_rank, orthonormal, padded, rounding_loss
 from ..files.adapter import TaskAdapter
-from ..files.statistics import check_covariance
+from ..files.stored_covariance import check_covariance
 from ..methods import LayerTask, MergeMethod
 from .prepare import PreparedMerge
 

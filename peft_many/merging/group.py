@@ -13,7 +13,7 @@ from ..algebra.lpm import LeastSquaresMerge, LowRankDelta, MergedDelta, Singular
 from ..algebra.residual import relative_residuals
 from ..files.errors import UnmergeableAdapterError
 from ..files.fingerprints import weight_fingerprint
-from ..files.statistics import check_covariance
+from ..files.stored_covariance import check_covariance
 from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT
 from .by_method import merge_by_method
 from .prepare import PreparedMerge

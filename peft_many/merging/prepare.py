@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mode
 from typing import Any
@@ -18,7 +18,7 @@ from ..algebra.scatter import cost
 from ..files.adapter import Adapter, TaskAdapter, read_adapter
 from ..files.errors import UnmergeableAdapterError
 from ..files.key_layouts import with_current_names
-from ..files.statistics import group_by_input
+from ..files.statistics import TaskStatistics
 from ..files.tensor_file import TensorFile
 from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT
 from ..hub.sources import find_adapter
@@ -193,3 +193,12 @@ def _shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:
     for layer, shapes in found.items():
         check_same_shape(f"The shape of '{layer}'", shapes)
     return group_by_input(sorted(found), [task.statistics for task in tasks])
+
+
+def group_by_input(layers: Iterable[str], tasks: Sequence[TaskStatistics]) -> list[list[str]]:
+    """The layers that read the same input as each other in every task; one that nobody measured is by itself."""
+    groups: dict[tuple[str | None, ...] | str, list[str]] = {}
+    for layer in layers:
+        inputs = tuple(task.input_of.get(layer) for task in tasks)
+        groups.setdefault(inputs if any(inputs) else layer, []).append(layer)
+    return list(groups.values())

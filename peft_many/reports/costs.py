@@ -17,7 +17,9 @@ from ..algebra.lpm import LeastSquaresMerge, LowRankDelta
 from ..algebra.residual import effective_rank_of_inputs, effective_rank_of_outputs, relative_residual
 from ..algebra.routing import task_weights
 from ..algebra.spread import gaussian_draws, shared_metric
-from ..files.statistics import TaskStatistics, check_covariance, group_by_input
+from ..files.statistics import TaskStatistics
+from ..files.stored_covariance import check_covariance
+from ..merging.prepare import group_by_input
 from ..records import MergeOptions, MergeRecord
 
 DRAWN_IMAGES = 512  # of each task, to tell where its images would be sent

@@ -30,7 +30,15 @@ from .forward import check_batches, device_of, forward, in_inference, run_togeth
 from .gathering import gather_images, gather_inputs
 from .images import PrototypeHooks
 from .inputs import CovarianceHooks
-from .measurable import adapter_to_measure, base_of, is_sharded, unmoved_projectors, unwrapped, weights_of
+from .measurable import (
+    adapter_to_measure,
+    base_of,
+    is_sharded,
+    projector_shapes,
+    unmoved_projectors,
+    unwrapped,
+    weights_of,
+)
 from .tokens import TokenRows
 
 
@@ -169,6 +177,7 @@ def collect_statistics(
         projectors=seen,
         fingerprints=weights.fingerprints,
         shapes=weights.shapes,
+        projector_shapes=projector_shapes(measuring.base, measuring.adapter_name, list(measuring.images.projectors)),
         unmoved_projectors=processes.together(lambda: measuring.unmoved_projectors(seen)),
     )
     _warn_of_unseen(task)

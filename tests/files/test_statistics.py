@@ -25,9 +25,9 @@ from peft_many.files.statistics import (
     ImageStatistics,
     InputStatistics,
     TaskStatistics,
-    check_covariance,
-    group_by_input,
 )
+from peft_many.files.stored_covariance import check_covariance
+from peft_many.merging.prepare import group_by_input
 
 WIDTH = 12
 
@@ -57,6 +57,7 @@ def task(seed: int = 0, **changes) -> TaskStatistics:
             "projector": ImageStatistics(torch.arange(float(WIDTH)) / 3, factored(seed + 2), 4),
             "projector.2": ImageStatistics(torch.tensor([1e-30]), None, 1),
         },
+        "projector_shapes": {"projector": {"norm.count": (), "weight": (3, WIDTH)}},
         "fingerprints": {"a.q": [0.1 + 0.2], "c.o": [math.pi, -1.0]},
     }
     return TaskStatistics(**{**values, **changes})
@@ -81,6 +82,7 @@ def assert_same(one: AdapterStatistics, two: AdapterStatistics) -> None:
         for mapping in ("fingerprints", "input_of", "inputs", "projectors", "lora_A", "lora_B"):
             assert list(getattr(first, mapping)) == list(getattr(second, mapping))
         assert dict(first.fingerprints) == dict(second.fingerprints)
+        assert first.projector_shapes == second.projector_shapes
         assert dict(first.input_of) == dict(second.input_of)
         for key, measured in first.inputs.items():
             assert measured.tokens == second.inputs[key].tokens
@@ -320,6 +322,9 @@ def test_a_prototype_that_is_not_finite(path, bad):
         lambda header: header["tasks"][0]["inputs"]["a.q"].update(tokens="many"),
         lambda header: header["tasks"][0]["inputs"]["a.q"].pop("remainder"),
         lambda header: header["tasks"][0].update(fingerprints=[1, 2]),
+        lambda header: header["tasks"][0].update(projector_shapes=[1.5]),
+        lambda header: header["tasks"][0]["projector_shapes"].update(projector=3),
+        lambda header: header["tasks"][0]["projector_shapes"]["projector"].update(weight="wide"),
         lambda header: header["tasks"][0].update(input_of=["a.q"]),
         lambda header: header["tasks"][0]["input_of"].update(x=["a.q"]),
         lambda header: header["tasks"][0].update(lora_A=1.5),

@@ -402,6 +402,39 @@ def test_a_projector_of_flat_weights(good, tmp_path, damage, part):
     assert_refused(tmp_path, folders, str(folders[0]), f"{PROJECTOR}.linear_", "impossible shape", "sharded")
 
 
+@pytest.mark.parametrize("damage", [lambda tensor: None, lambda tensor: tensor[:-1].clone()])
+@pytest.mark.parametrize("part", ["linear_1.bias", "linear_1", "linear_2.weight"])
+def test_a_projector_that_is_not_as_it_was_measured(good, tmp_path, damage, part):
+    """In all adapters alike, and each consistent in itself: only loading the merge would tell."""
+    folders = [Path(shutil.copytree(good[name], tmp_path / name)) for name in "ab"]
+
+    def spoil(tensors):
+        for key in [key for key in tensors if f"{PROJECTOR}.{part}" in key]:
+            if (left := damage(tensors.pop(key))) is not None:
+                tensors[key] = left
+
+    for folder in folders:
+        edit(folder, WEIGHTS, spoil)
+        (problem,) = plan_merge([folder], progress=False).problems
+        assert PROJECTOR in problem
+    assert_refused(tmp_path, folders, str(folders[0]), f"{PROJECTOR}.{part}", "when it was measured")
+
+
+@pytest.mark.parametrize("projectors", ["routed", "mean"])
+def test_a_projector_in_a_merge_that_is_not_as_it_was_measured(good, tmp_path, projectors):
+    merged = merge_adapter_files([good["a"], good["b"]], tmp_path / "m", projectors=projectors, progress=False)
+    whole = (merged / WEIGHTS).read_bytes()
+    for part, word in (("linear_1.bias", "linear_1.bias"), ("", "lacks the tensors of its projector")):
+        (merged / WEIGHTS).write_bytes(whole)
+
+        def spoil(tensors, part=part):
+            for key in [key for key in tensors if PROJECTOR in key and "prototypes" not in key and part in key]:
+                del tensors[key]
+
+        edit(merged, WEIGHTS, spoil)
+        assert_refused(tmp_path, [merged], str(merged), "task 'a'", PROJECTOR, word)
+
+
 @pytest.mark.parametrize("key", [TENSOR, f"base_model.model.{PROJECTOR}.linear_1.weight"])
 def test_weights_that_are_whole_numbers(good, bad, tmp_path, key):
     edit(bad, WEIGHTS, lambda tensors: tensors.update({key: tensors[key].to(torch.int8)}))

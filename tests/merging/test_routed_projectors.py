@@ -119,3 +119,16 @@ def test_a_copy_of_another_precision_than_the_base(tmp_path: Path) -> None:
             copy.linear_1.bias.add_(step)
         statistics = collect_statistics(model, batches(model, "llava", 0, images=False), progress=False)
         assert [*statistics.tasks[0].unmoved_projectors] == expected
+
+
+def test_the_shapes_of_projectors_stay_with_their_tasks(shelf: Any, tmp_path: Path) -> None:
+    """Through merging, merging further, and pooling."""
+    merged = merge_adapter_files([shelf["a"], shelf["b"]], tmp_path / "merged", progress=False)
+    further = merge_adapter_files([merged, shelf["words"]], tmp_path / "further", progress=False)
+    pool = pool_adapters([shelf["a"], shelf["b"]], tmp_path / "pool", rank=4, progress=False)
+    expected = {
+        key: tuple(tensor.shape) for key, tensor in base("llava").get_submodule(PROJECTOR).state_dict().items()
+    }
+    for folder in (shelf["a"], merged, further, pool):
+        tasks = AdapterStatistics.load(folder / STATISTICS).tasks
+        assert all(task.projector_shapes == {PROJECTOR: expected} for task in tasks)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, PeftWarning
@@ -22,7 +23,7 @@ from peft_many.algebra.sketch import CovarianceAccumulator
 from peft_many.families.parts import find_projectors
 from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics
 from peft_many.routing.watching import IMAGE_METHODS
-from peft_many.statistics.measurable import unmoved_projectors, weights_of
+from peft_many.statistics.measurable import projector_shapes, unmoved_projectors, weights_of
 from peft_many.tuner.layers import adapted_layers, lora_layers
 from tests import tiny
 from tests.adapters import covariances
@@ -755,6 +756,28 @@ def test_whether_a_projector_has_moved_is_seen_though_zero_3_has_taken_it_away(m
     zero_3(list(base.get_submodule(name).parameters()))
     with pytest.warns(PeftWarning, match="no image passed") if moved else contextlib.nullcontext():
         assert [*unmoved_projectors(base, "default", [name])] == ([] if moved else [name])
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_whether_a_projector_has_moved_is_seen_though_it_is_offloaded(moved) -> None:
+    base = get_peft_model(tiny.build("llava"), MAnyConfig(r=2)).get_base_model()
+    (name,) = find_projectors(base)
+    shapes = projector_shapes(base, "default", [name])
+    if moved:
+        next(base.get_submodule(name).modules_to_save["default"].parameters()).data += 1
+    cpu_offload(base.get_submodule(name), execution_device="cpu")
+    assert all(parameter.is_meta for parameter in base.get_submodule(name).parameters())
+    with pytest.warns(PeftWarning, match="trained the projector") if moved else contextlib.nullcontext():
+        assert [*unmoved_projectors(base, "default", [name])] == ([] if moved else [name])
+    assert projector_shapes(base, "default", [name]) == shapes
+
+
+def test_a_projector_whose_weights_are_nowhere_is_not_said_to_be_trained() -> None:
+    base = get_peft_model(tiny.build("llava"), MAnyConfig(r=2)).get_base_model()
+    (name,) = find_projectors(base)
+    base.get_submodule(name).to("meta")
+    with pytest.warns(PeftWarning, match="whether the adapter's projector .* was trained cannot be told"):
+        assert not unmoved_projectors(base, "default", [name])
 
 
 def test_inputs_are_shared_though_earlier_hooks_give_each_layer_a_view_of_its_own() -> None:
