@@ -22,7 +22,8 @@ from ..files.fingerprints import state_fingerprint, weight_fingerprint
 from ..files.peft_methods import is_plain_lora
 from ..files.tensor_keys import KEY_PREFIX, fingerprint_of, tensor_keys
 from ..tuner.config import MAnyConfig
-from ..tuner.layers import adapted_layers, frozen_batch_norms
+from ..tuner.batch_norms import drifting_batch_norms
+from ..tuner.layers import adapted_layers
 from ..tuner.mergeable import check_mergeable_on
 
 
@@ -209,13 +210,13 @@ def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
 
 
 def _warn_of_drift(base: nn.Module) -> None:
-    """Warn of batch norms whose running statistics training may have moved; [`MAnyModel`] keeps those of its own."""
-    moving = [name for name, module in frozen_batch_norms(base).items() if module.training]
+    """Warn of batch norms whose running statistics training may have moved; adapters of type MANY keep them."""
+    moving = drifting_batch_norms(base)
     if moving:
         warnings.warn(
             f"The frozen batch norm '{moving[0]}' is in training mode. Wherever it was so in training, its running "
             "statistics have moved, and the tasks' adapters no longer share one base model. Keep it in evaluation "
-            "mode (`eval()` after each `train()`); models of `get_peft_model(base, MAnyConfig(...))` do so.",
+            "mode (`eval()` after each `train()`); a `MAnyConfig` adapter does so.",
             PeftWarning,
             stacklevel=6,
         )

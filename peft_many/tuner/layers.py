@@ -6,7 +6,7 @@ from operator import attrgetter
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..algebra.sums import CovarianceSum
@@ -32,25 +32,6 @@ def has_adapter(layer: BaseTunerLayer | AuxiliaryTrainingWrapper, adapter_name: 
     """Whether an adapter of any PEFT method has weights in a layer, or in a module that is trained whole."""
     parts = (attrgetter(name)(layer) for name in layer.adapter_layer_names)
     return any(adapter_name in part for part in parts if isinstance(part, (nn.ModuleDict, nn.ParameterDict)))
-
-
-def keep_running_statistics(model: nn.Module) -> None:
-    """Put frozen batch norms in evaluation mode, but for those inside a copy that is trained."""
-    for module in frozen_batch_norms(model).values():
-        module.eval()
-
-
-def frozen_batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """By their paths, the modules with running statistics that belong to the base model."""
-    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    copied = {id(part) for wrapper in wrappers for part in wrapper.modules_to_save.modules()}
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if any(name == "running_mean" for name, _ in module.named_buffers(recurse=False))
-        and id(module) not in copied
-        and not any(parameter.requires_grad for parameter in module.parameters())
-    }
 
 
 def hang_on_layers(model: nn.Module, adapter_name: str, statistics: AdapterStatistics) -> None:

@@ -29,9 +29,10 @@ from ..records import MergeRecord, merge_of
 from ..routing.gates import GateTarget
 from ..routing.watching import unwatch_calls, watch_calls
 from .adapter_names import trouble_with
+from .batch_norms import keep_running_statistics, release_running_statistics
 from .config import MAnyConfig
 from .gated_linear import GatedLinear
-from .layers import hang_on_layers, keep_running_statistics, lora_layers
+from .layers import hang_on_layers, lora_layers
 from .loaded_keys import check_projectors_are_there, require_known, with_current_keys
 from .mergeable import warn_if_unmergeable
 from .projector import Mixing, ProjectorMixture, ProjectorWrapper
@@ -171,15 +172,6 @@ class MAnyModel(LoraModel):
                 if isinstance(module, ProjectorWrapper) and adapter_name in module.modules_to_save:
                     module.to_float32(adapter_name)
 
-    def train(self, mode: bool = True) -> MAnyModel:
-        """See [`~torch.nn.Module`]; frozen batch norms stay as in inference.
-
-        Their running statistics would drift in training, and the tasks' adapters would no longer share one base model.
-        """
-        super().train(mode)
-        keep_running_statistics(self.model)
-        return self
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's; unlike in [`~peft.LoraModel`] its forward hooks run, which gated adapters need."""
         return self.model(*args, **kwargs)
@@ -201,6 +193,8 @@ class MAnyModel(LoraModel):
         super().delete_adapter(adapter_name)
         if not any(config.merge is not None and config.merge.routing for config in self.peft_config.values()):
             unwatch_calls(self.model.modules())
+        if not self.peft_config:
+            release_running_statistics(self.model.modules())
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights; see [`~peft.LoraModel`]. Of a gated merge it folds the merged LoRA."""
@@ -217,6 +211,7 @@ class MAnyModel(LoraModel):
         if merge:
             _warn_of_folding(self, adapter_names)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        release_running_statistics(model.modules())
         if any(isinstance(module, ProjectorMixture) for module in model.modules()):
             # The model keeps routing, but its class knows nothing of a mixture: saved and loaded as what it calls
             # itself, it would come back with a randomly initialised projector.

@@ -1,10 +1,12 @@
 """Batch norms: those of the frozen base model stay as they are in training, so that all tasks share one base model."""
 
+import copy
+import io
 import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import PeftWarning
 from torch import nn
 
@@ -75,6 +77,58 @@ def test_a_wrapped_model_is_kept_too():
     assert moved(nn.Sequential(model).train()) == set()
     model.add_adapter("other", MAnyConfig(target_modules=["head.0"]))
     assert moved(model.train()) == set()
+
+
+def remade(model, how):
+    """Copies keep their norms too."""
+    if how == "pickled":
+        file = io.BytesIO()
+        torch.save(model, file)
+        return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    return copy.deepcopy(model) if how == "copied" else model
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("how", ["itself", "copied", "pickled"])
+def test_whoever_calls_train(affine, how):
+    model = remade(adapted(affine), how)
+    for inner in (model.get_base_model(), model.get_base_model().head, model.get_base_model().norm):
+        inner.train()
+        assert moved(model) == set()
+    in_place = Tower(affine)
+    inject_adapter_in_model(MAnyConfig(target_modules=["head.0"]), in_place)  # as transformers' `add_adapter` does
+    assert moved(remade(in_place, how).train()) == set()
+
+
+@pytest.mark.parametrize("how", ["itself", "copied", "pickled"])
+def test_without_adapters_they_move_again(how):
+    model = remade(adapted(), how)
+    base = model.get_base_model()
+    model.add_adapter("other", MAnyConfig(target_modules=["head.0"]))
+    model.delete_adapter("default")
+    assert moved(model.train()) == set()
+    model.delete_adapter("other")
+    for left in (base, remade(adapted(), how).unload(), remade(adapted(), how).merge_and_unload()):
+        left.requires_grad_(True)
+        assert moved(left.train()) == {"norm", "head.1"}
+        assert vars(left.norm).keys() == vars(Tower().norm).keys()
+        assert not left.norm._forward_pre_hooks
+
+
+def test_a_copy_of_a_second_adapter_moves_too():
+    model = adapted(affine=False)
+    model.add_adapter("other", MAnyConfig(target_modules=["head.0"], modules_to_save=["norm"]))
+    model.set_adapter("other")
+    assert moved(model.train()) == {"base_model.model.norm.modules_to_save.other"}
+
+
+def test_a_compiled_model_keeps_them_in_one_graph():
+    model = adapted()
+    expected = model.eval()(torch.ones(8, 3, 5))
+    compiled = torch.compile(model.train(), backend="eager", fullgraph=True)
+    model.get_base_model().dropout.eval()
+    assert moved(compiled) == set()
+    assert torch.allclose(compiled(torch.ones(8, 3, 5)), expected)
 
 
 def test_statistics_that_moved_are_noticed_when_measured():
