@@ -35,33 +35,54 @@ def check_same_base(
 
     With the model at hand its modules and shapes decide, so that is only a warning, and doubts are none.
     """
+    if same_base:
+        return
+    doubts = [
+        *_doubts_of_named(adapters, is_at_hand, cache_dir),
+        *([] if is_at_hand else _doubts_of_unnamed(adapters)),
+    ]
+    if doubts:
+        warnings.warn(doubts[0], PeftWarning, stacklevel=2)
+
+
+def _doubts_of_named(adapters: Sequence[Adapter], is_at_hand: bool, cache_dir: str | Path | None) -> Iterator[str]:
+    """What speaks against one base model, where adapters call theirs differently."""
     found: dict[str, Adapter] = {}
     for adapter in adapters:
         name, revision = _named(adapter)
         if name:
             found.setdefault(_identity(name, revision, cache_dir), adapter)
-    if same_base or len(found) < 2:
+    if len(found) < 2:
         return
     (place, first), *others = sorted(found.items(), key=lambda item: not os.path.isdir(item[0]))
-    doubts = []
     for other_place, other in others:
         same, reason = _compare(Path(place), Path(other_place))
         said = f"{_trained(first)} and {_trained(other)}; {reason}"
         if same is False and is_at_hand:
-            doubts.append(f"The adapters were trained on different base models: {said}.")
+            yield f"The adapters were trained on different base models: {said}."
         elif same is False:
             raise UnmergeableAdapterError(
                 f"The adapters were trained on different base models: {said}. If they belong together nevertheless, "
                 "say so by `same_base=True` (`--same-base`)."
             )
         elif same is None and not is_at_hand:
-            doubts.append(
-                f"The adapters may have been trained on different base models: {said}. If these are the same, say so "
-                "by `same_base=True` (`--same-base`, or `same_base: true` in a recipe); if not, the merge is of no "
-                "use."
-            )
-    if doubts:
-        warnings.warn(doubts[0], PeftWarning, stacklevel=2)
+            yield _doubt(said)
+
+
+def _doubts_of_unnamed(adapters: Sequence[Adapter]) -> Iterator[str]:
+    """Of adapters that do not name their base model, and share no layer, whose shape would tell, with another."""
+    parts = [{name for task in one.tasks for name in (*task.deltas, *task.projectors)} for one in adapters]
+    for i, adapter in enumerate(adapters):
+        others = [theirs for j, theirs in enumerate(parts) if j != i]
+        if others and not _named(adapter)[0] and all(parts[i].isdisjoint(theirs) for theirs in others):
+            yield _doubt(f"{adapter.tasks[0].source} names none, and has no layer in common with the others")
+
+
+def _doubt(said: str) -> str:
+    return (
+        f"The adapters may have been trained on different base models: {said}. If these are the same, say so by "
+        "`same_base=True` (`--same-base`, or `same_base: true` in a recipe); if not, the merge is of no use."
+    )
 
 
 def base_of(adapters: Sequence[Adapter]) -> tuple[str | None, str | None]:

@@ -21,8 +21,8 @@ from ..families.linears import features_of_linear
 from ..files.fingerprints import state_fingerprint, weight_fingerprint
 from ..files.peft_methods import is_plain_lora
 from ..files.tensor_keys import KEY_PREFIX, fingerprint_of, tensor_keys
-from ..tuner.config import MAnyConfig
 from ..tuner.batch_norms import drifting_batch_norms
+from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers
 from ..tuner.mergeable import check_mergeable_on
 

@@ -24,7 +24,8 @@ from peft_many import (
     remove_task,
 )
 from peft_many.files.errors import UnmergeableAdapterError
-from tests.adapters import PROJECTOR, WEIGHTS, base, batches, but_operations, logits, make, scatter
+from peft_many.files.statistics import AdapterStatistics
+from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, base, batches, but_operations, logits, make, scatter
 
 
 def text_task(folder: Path, seed: int = 5, kind: Any = MAnyConfig, moved: float = 0.0, **options: Any) -> Path:

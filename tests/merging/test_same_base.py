@@ -124,6 +124,22 @@ def test_what_may_be_another_model_is_a_warning_that_says_how_to_say_so(place, o
     assert PeftModel.from_pretrained(base("llama"), "by sequence")
 
 
+@pytest.mark.parametrize("names", [("me/base", None), (None, None), ("", "me/base")])
+def test_no_name_and_no_layer_in_common_is_a_doubt(place, names):
+    """Nothing would tell that they are of one model; where layers are shared, their shapes do."""
+    trained_on(*names)
+    make(Path("c"), "llama", 7, task_name="c", target_modules=["o_proj"])  # which names none
+    with pytest.warns(PeftWarning, match=r"[ac] names none, and has no layer in common.*`same_base=True`"):
+        merge_adapter_files(["a", "c"], "told", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        merge_adapter_files(["a", "c"], "said", same_base=True, progress=False)
+        merge_adapter_files(["c"], "alone", progress=False)
+        merge_adapter_sequence(base("llama"), ["a", "c"], progress=False)
+        merge_adapter_files(["a", "b"], "shared", progress=False)
+    assert files(Path("said")) == files(Path("told"))
+
+
 def test_a_config_that_says_something_else_of_the_same_weights_is_a_doubt(place):
     shutil.copytree("base", "longer")
     edit_config("longer", rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
