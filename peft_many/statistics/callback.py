@@ -72,7 +72,7 @@ class MAnyCallback(TrainerCallback):
         if model is None or (self.dataloader is None and train_dataloader is None):
             raise ValueError("`MAnyCallback` found no dataloader to measure on; pass one.")
         if self.dataloader is not None:
-            check_batches(self.dataloader, None)
+            check_batches(self.dataloader, None, self.options.get("forward_fn"))
         _rehearse(model, self.options)
         self._forget()
         if self.dataloader is None and self.options.get("forward_fn") is None:

@@ -81,12 +81,39 @@ def forward(model: nn.Module, batch: Any, forward_fn: Callable[[nn.Module, Any],
     """One forward pass: of a mapping's keyword arguments, a tuple's positional ones, or as `forward_fn` says."""
     if forward_fn is not None:
         forward_fn(model, batch)
-    elif isinstance(batch, Mapping):
+        return
+    check_batch(batch)
+    if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, (tuple, list)):
         model(*batch)
     else:
         model(batch)
+
+
+def check_batch(batch: Any) -> None:
+    """Refuse what no model is called with, such as rows that no collator made into tensors, with a `ValueError`."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    inside = ""
+    if isinstance(ids, Tensor) and ids.dim() == 1:
+        inside = ", a single row: its input_ids have one dimension"
+    elif _holds_more_than_text_and_numbers(batch):
+        return
+    elif isinstance(batch, (Mapping, tuple, list)) and batch:
+        parts = map(repr, batch) if isinstance(batch, Mapping) else {type(value).__name__ for value in batch}
+        inside = f", of {', '.join(parts):.150}, without a tensor"
+    raise ValueError(
+        "A batch is what the model is called with: a mapping of keyword arguments, a tuple or list of positional "
+        f"ones, or one tensor. But this one is of type {type(batch).__name__}{inside}. Give a DataLoader whose "
+        "collator makes batches of tensors, or say by `forward_fn` how the model takes them."
+    )
+
+
+def _holds_more_than_text_and_numbers(value: Any) -> bool:
+    if isinstance(value, (Mapping, tuple, list)):
+        return any(map(_holds_more_than_text_and_numbers, value.values() if isinstance(value, Mapping) else value))
+    # Arrays and pictures say that they are some.
+    return not (isinstance(value, (str, bytes, int, float, type(None))) or hasattr(value, "__array_interface__"))
 
 
 def check_batches(batches: Any, max_samples: int | None, forward_fn: Any = None) -> None:
@@ -102,6 +129,9 @@ def check_batches(batches: Any, max_samples: int | None, forward_fn: Any = None)
             f"Batches must be given as a DataLoader or a list, but this is a {type(batches).__name__}; put a single "
             "batch into a list."
         )
+    if isinstance(batches, (list, tuple)) and forward_fn is None:
+        for batch in batches:
+            check_batch(batch)
 
 
 def run_together(
@@ -162,12 +192,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def batch_size(batch: Any) -> int:
-    """Rows of a batch: the first dimension of its ids or mask, or else of its first tensor."""
-    if isinstance(batch, torch.Tensor):
-        return len(batch)
+    """Rows of a batch: the first dimension of its ids or mask, or else of its first tensor; or its length."""
+    values: list[Any] = [batch]
     if isinstance(batch, Mapping):
         named = [batch[name] for name in ("input_ids", "inputs_embeds", *MASK_NAMES) if batch.get(name) is not None]
         values = [*named, *batch.values()]
-    else:
+    elif isinstance(batch, (tuple, list)):
         values = list(batch)
-    return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.dim() > 0), 1)
+    rows = next((len(value) for value in values if isinstance(value, Tensor) and value.dim() > 0), None)
+    if rows is None and isinstance(batch, (tuple, list)):  # rows that only `forward_fn` understands
+        rows = len(batch) or 1
+    return 1 if rows is None else rows

@@ -758,6 +758,31 @@ def test_whether_a_projector_has_moved_is_seen_though_zero_3_has_taken_it_away(m
         assert [*unmoved_projectors(base, "default", [name])] == ([] if moved else [name])
 
 
+@pytest.mark.parametrize(
+    ("batch", "words", "rows"),
+    [
+        ("hello", "type str", 1),
+        (["hello", "you"], "type list, of str, without a tensor", 2),
+        ([{"prompt": "hello", "solution": 5}], "type list, of dict", 1),  # rows, as of GRPO's data sets
+        ({"text": ["hello"], "label": [1]}, "type dict, of 'text', 'label', without a tensor", 1),
+        ({"input_ids": [[1, 2], [3]]}, "of 'input_ids'", 1),
+        ({"input_ids": np.ones((2, 3), dtype=np.int64)}, "of 'input_ids'", 1),
+        ({"input_ids": torch.ones(3, dtype=torch.int64)}, "type dict, a single row", 3),
+        (None, "type NoneType", 1),
+        (7, "type int", 1),
+        ([], "type list", 1),
+        ({}, "type dict", 1),
+    ],
+)
+def test_what_is_no_batch(batch, words, rows) -> None:
+    model = adapted("llama")
+    for batches in ([batch], iter([batch]), [*text_batches(), batch]):
+        with pytest.raises(ValueError, match=rf"A batch is what the model is called with.*{words}.*`forward_fn`"):
+            collect(model, batches)
+    read = collect(model, [batch], forward_fn=lambda model, batch: model(**text_batches()[0]))
+    assert read.tasks[0].samples == rows
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_whether_a_projector_has_moved_is_seen_though_it_is_offloaded(moved) -> None:
     base = get_peft_model(tiny.build("llava"), MAnyConfig(r=2)).get_base_model()
