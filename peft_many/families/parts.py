@@ -195,13 +195,14 @@ def match_projectors(model: nn.Module, wanted: list[str]) -> list[str]:
     return found
 
 
-def language_model_linears(model: nn.Module) -> list[str]:
+def language_model_linears(model: nn.Module, parts: Parts | None = None) -> list[str]:
     """The paths of all linear layers of the language model, adapted or not, without the output head.
 
     Where images play no part, that is the whole model; where the language model cannot be told, all but the vision
-    towers and the projectors. Modules trained whole (`modules_to_save`) are left out.
+    towers and the projectors. Modules trained whole (`modules_to_save`) are left out. Its `parts`, if they are known,
+    need not be looked for.
     """
-    parts = parts_of(model) or Parts("")
+    parts = parts or parts_of(model) or Parts("")
     prefix = f"{parts.language_model}." if parts.language_model else ""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found: list[str] = []

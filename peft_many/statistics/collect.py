@@ -262,10 +262,10 @@ def _input_hooks(
     share: bool,
 ) -> CovarianceHooks:
     """The hooks for the adapted layers and those asked for; the others are watched for shared inputs."""
-    linears = {name: base.get_submodule(name) for name in language_model_linears(base)}
+    parts = parts_of(base)
+    linears = {name: base.get_submodule(name) for name in language_model_linears(base, parts)}
     measured = {**layers, **{name: linears[name] for name in _further_layers(linears, also_measure)}}
     bystanders = {name: layer for name, layer in linears.items() if name not in measured}
-    parts = parts_of(base)
     visual = tuple(f"{name}." for name in [*(parts.towers if parts is not None else ()), *projectors])
     unmasked = {name for name in measured if name.startswith(visual)}
     tokens = TokenRows(measured, base, unmasked, text_encoder(base))

@@ -52,14 +52,17 @@ class MAnyModel(LoraModel):
 
     def _prepare_adapter_config(self, peft_config: MAnyConfig, model_config: dict[str, Any]) -> PeftConfig:
         if peft_config.target_modules is None and not peft_config.target_parameters:
-            if parts_of(self.model) is not None:
-                peft_config.target_modules = default_targets(self.model, peft_config)
+            parts = parts_of(self.model)
+            if parts is not None:
+                peft_config.target_modules = default_targets(self.model, peft_config, parts)
             elif isinstance(self.model, PreTrainedModel) and (
                 model_config.get("model_type") not in self.target_module_mapping
             ):
                 # Without images PEFT's own default for the architecture stands; this is for those it has none for.
                 all_layers = peft_config.layers_to_transform is None
-                peft_config.target_modules = "all-linear" if all_layers else default_targets(self.model, peft_config)
+                peft_config.target_modules = (
+                    "all-linear" if all_layers else default_targets(self.model, peft_config, parts)
+                )
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:

@@ -11,19 +11,19 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..families.parts import language_model_linears, parts_of
+from ..families.family import Parts
+from ..families.parts import language_model_linears
 from .config import MAnyConfig, MAnyPeftType
 
 
-def default_targets(model: PreTrainedModel, config: MAnyConfig) -> str | set[str]:
+def default_targets(model: PreTrainedModel, config: MAnyConfig, parts: Parts | None) -> str | set[str]:
     """`target_modules` for all linear layers of the language model: the shortest form that matches them exactly."""
-    parts = parts_of(model)
     if parts is not None and parts.language_model is None:
         raise ValueError(
             f"Cannot tell the language model of {type(model).__name__} from the rest: {parts.doubt} "
             "Please specify `target_modules` in the config."
         )
-    wanted = set(language_model_linears(model))
+    wanted = set(language_model_linears(model, parts))
     last = {name.rpartition(".")[2] for name in wanted}
     if config.layers_to_transform is not None:
         # PEFT selects layers only among names that match by their end, which may match the vision tower too.

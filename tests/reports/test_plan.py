@@ -10,7 +10,10 @@ import pytest
 from peft.utils import PeftWarning
 
 from peft_many import merge_adapter_files, plan_merge
+from peft_many.files import tensor_file
+from peft_many.merging.prepare import prepare_merge
 from peft_many.methods import Ties
+from peft_many.records import MergeOptions
 from tests.adapters import STATISTICS, WEIGHTS, files, make
 
 
@@ -63,6 +66,19 @@ def test_it_says_what_the_merge_becomes_and_touches_nothing(shelf, tmp_path):
     assert ties.options["method"]["density"] == Ties().density
     assert "ridge" not in ties.options
     assert "router" not in ties.options
+
+
+def test_statistics_are_read_once(shelf, monkeypatch):
+    """Their header takes long to parse where tasks and layers are many; PEFT's way of loading a config reads it too."""
+    opened = []
+
+    def open_tensors(path, error):
+        opened.append(path.parent.name)
+        return tensor_file.open_tensors(path, error)
+
+    monkeypatch.setattr("peft_many.files.statistics.open_tensors", open_tensors)
+    prepare_merge([shelf["a"], shelf["b"]], MergeOptions(), hub={}, progress=False)
+    assert opened == ["a", "b"]
 
 
 def test_it_notes_what_may_surprise(shelf):
