@@ -69,7 +69,7 @@ def test_it_says_what_the_merge_becomes_and_touches_nothing(shelf, tmp_path):
 
 
 def test_statistics_are_read_once(shelf, monkeypatch):
-    """Their header takes long to parse where tasks and layers are many; PEFT's way of loading a config reads it too."""
+    """Their header takes long to parse where tasks and layers are many, and PEFT's way of loading reads it too."""
     opened = []
 
     def open_tensors(path, error):
