@@ -80,9 +80,11 @@ def _renamed_task(task: TaskAdapter, current: Names, model: str) -> TaskAdapter:
 
 
 def _renamed_statistics(statistics: TaskStatistics, current: Names) -> TaskStatistics:
-    by_layer = ("inputs", "input_of", "projectors", "unmoved_projectors", "fingerprints", "lora_A", "lora_B")
-    by_layer += ("shapes", "projector_shapes")
-    renamed: dict[str, Any] = {field: _by_new_name(getattr(statistics, field), current) for field in by_layer}
+    by_layer = ("inputs", "input_of", "fingerprints", "shapes", "lora_A", "lora_B")
+    by_projector = ("projectors", "projector_shapes", "unmoved_projectors")
+    renamed: dict[str, Any] = {
+        field: _by_new_name(getattr(statistics, field), current) for field in (*by_layer, *by_projector)
+    }
     renamed["input_of"] = {name: current(key) or key for name, key in renamed["input_of"].items()}
     return replace(statistics, **renamed)
 

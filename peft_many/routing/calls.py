@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,19 +23,26 @@ from .watched import arguments_of, watch_replica
 class Call:
     """A running call of a model.
 
-    Nothing that it leads to leads back to it, so that models and images are not kept longer than their calls.
+    Nothing that it leads to leads back to it, so that images are not kept longer than their calls. Models are known
+    weakly: a call that Ctrl-C interrupted, which runs no hook, is only forgotten by the next one.
     """
 
     kind: str  # the method: "forward", "generate", which runs `forward` of the same module, or "images"
-    owner: nn.Module  # the module that was called
+    owner_ref: weakref.ref[nn.Module]  # the module that was called
     arguments: Mapping[str, Any]  # by name
     outer: Call | None  # the call that it was made in
     noted: NotedImages | None = None  # of a call that is its own `of_batch`: what was noted of its images
 
     def __post_init__(self) -> None:
         outer = self.outer
-        is_part = outer is not None and any(part is self.owner for part in outer.owner.modules())
+        around = outer.owner if outer is not None else None
+        is_part = around is not None and any(part is self.owner for part in around.modules())
         self.around = outer if is_part else None  # the call that this one is a part of; calls of other models are none
+
+    @property
+    def owner(self) -> nn.Module | None:
+        """The module that was called; it is there while the call runs."""
+        return self.owner_ref()
 
     @property
     def lineage(self) -> Iterator[Call]:
@@ -100,9 +108,9 @@ def begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """A module's `forward` begins. Those that were interrupted (Ctrl-C, which runs no hook) are forgotten."""
     watch_replica(module)
     arguments = arguments_of(module.forward, args, kwargs)
-    call = Call("forward", module, arguments, running.get())
+    call = Call("forward", weakref.ref(module), arguments, running.get())
     while call.outer is not None and call.outer.is_over(call):
-        call = Call("forward", module, arguments, call.outer.outer)
+        call = Call("forward", call.owner_ref, arguments, call.outer.outer)
     if call.of_batch is call:
         # In `generate` the images are encoded before the first forward pass, in rows without beams.
         before = call.generation.noted if call.generation is not None else None
@@ -148,10 +156,10 @@ def projector_call(projector: nn.Module, args: tuple[Any, ...], kwargs: Mapping[
 _CALL = nn.Module._call_impl.__code__
 
 
-def _is_being_called(module: nn.Module) -> bool:
+def _is_being_called(module: nn.Module | None) -> bool:
     """Whether this thread is inside a call of the module."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None:
+    while frame is not None and module is not None:
         if frame.f_code is _CALL and frame.f_locals.get("self") is module:
             return True
         frame = frame.f_back

@@ -6,6 +6,7 @@ The routed projector notes the task weights of its images in the running call; t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def note_images(target: GateTarget, weights: Tensor, rows: ImageRows) -> None:
         warn_of_merged("images were encoded outside of the model's `forward` and `generate`")
         return
     # Checkpointing runs layers again when the call is over.
-    if torch.is_grad_enabled() and call.owner.training and getattr(call.owner, "is_gradient_checkpointing", False):
+    model: Any = call.owner
+    if torch.is_grad_enabled() and model.training and getattr(model, "is_gradient_checkpointing", False):
         raise RuntimeError(
             f"The adapter '{target.adapter_name}' is a merge with `gate_lora`, which does not go with gradient "
             "checkpointing. Call `model.eval()` or `model.gradient_checkpointing_disable()`."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,7 @@ class NotedImages:
     """What is known in a call of the task weights of its batch's rows, by adapter; `before` is from earlier images."""
 
     def __init__(self, model: nn.Module, arguments: Mapping[str, Any], before: Mapping[str, RowWeights]) -> None:
-        self._model = model
+        self._model = weakref.ref(model)
         self._arguments = arguments
         self._before = before
         self._images: dict[str, list[ImageWeights]] = {}
@@ -103,16 +104,17 @@ class NotedImages:
 
     def row_weights(self, adapter_name: str) -> RowWeights | None:
         """The task weights of the batch's rows; `None` where no row had an image so far, or it cannot be told."""
-        if adapter_name not in self._known:
+        model = self._model()
+        if adapter_name not in self._known and model is not None:
             found = self._before.get(adapter_name)
             for images in self._images.get(adapter_name, []):
-                rows = images.by_row(self._model, self._arguments)
+                rows = images.by_row(model, self._arguments)
                 if rows is None:
                     found = None
                     break
                 found = rows if found is None else rows.plus(found)
             self._known[adapter_name] = found
-        return self._known[adapter_name]
+        return self._known.get(adapter_name)
 
     @property
     def any_images(self) -> bool:

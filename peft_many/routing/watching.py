@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -77,7 +78,7 @@ class _WatchedGenerate(WatchedMethod):
         cache = arguments.get("past_key_values")
         _keep_new_ids(arguments, cached_length(cache))
         noted = NotedImages(self.module, arguments, remembered(cache))
-        call = Call("generate", self.module, arguments, running.get(), noted)
+        call = Call("generate", weakref.ref(self.module), arguments, running.get(), noted)
         token = running.set(call)
         try:
             return self.own_method()(*args, **kwargs)
@@ -100,7 +101,7 @@ class _WatchedImages(WatchedMethod):
         # Some families pass the frames of videos through `get_image_features`.
         is_video = "video" in self.name or (outer is not None and outer.told.modality == "video")
         arguments, told = arguments_of(self.own_method(), args, kwargs), ImageMethod("video" if is_video else "image")
-        call = ImageCall("images", self.module, arguments, running.get(), told=told)
+        call = ImageCall("images", weakref.ref(self.module), arguments, running.get(), told=told)
         token = running.set(call)
         try:
             output = self.own_method()(*args, **kwargs)

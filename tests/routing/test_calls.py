@@ -1,5 +1,7 @@
 """What is known of the call that a model runs in, also when such a call was cut short."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 from peft_many.routing.calls import running
 from peft_many.routing.watching import watching_calls
 from tests import tiny
+from tests.files import making
 
 TOKENS = torch.tensor([[1, 5, 9]])
 
@@ -35,6 +38,22 @@ def test_an_interrupted_call_is_forgotten_by_the_next(following: str) -> None:
         assert current_owner() is model
         other(input_ids=TOKENS)
         assert running.get() is None
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_an_interrupted_call_does_not_keep_its_model(family: str) -> None:
+    model = making.merge(family, 2, gate_lora=True)
+    inputs = next(making.task_batches(model.get_base_model(), family, 0))
+    model.get_base_model().lm_head.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs)
+    kept = weakref.ref(model.get_base_model())
+    assert current_owner() is kept()
+    del model
+    gc.collect()
+    assert kept() is None
+    making.shared_merge("llava")(input_ids=TOKENS)
+    assert running.get() is None
 
 
 def test_calls_are_nested_as_they_run() -> None:
