@@ -9,7 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import huggingface_hub.constants
 import hypothesis
+import pytest
 import torch
+
+from tests import places
 
 # Pytest has imported huggingface_hub before this file: pyproject.toml names a warning of PEFT's.
 huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -20,3 +23,8 @@ hypothesis.settings.load_profile("repeatable")
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=0, help="how many mutated adapters, and kills, to try (0: a few)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_place(tmp_path_factory):
+    places.root = tmp_path_factory.mktemp("shared")

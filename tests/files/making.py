@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_sequence
 from tests import tiny
+from tests.places import shared_folder
 
 # Styles of the tasks of a merge: corners of the colour cube.
 STYLES = (0, 3, 5)
@@ -90,7 +90,7 @@ def make_adapter(
 @functools.cache
 def adapter_folder(family: str, task: int, own_projector: bool = True) -> Path:
     """The folder of one task's adapter, made once."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{family}-{task}-"))
+    folder = shared_folder(f"{family}-{task}-")
     make_adapter(family, task, None if own_projector else []).save_pretrained(str(folder))
     return folder
 

@@ -7,7 +7,6 @@ import functools
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +39,7 @@ from tests.adapters import (
     recorded,
     reference,
 )
+from tests.places import shared_folder
 
 RIDGE = 1e-4
 TARGETS = ["q_proj", "down_proj"]  # one square, one not
@@ -118,7 +118,7 @@ def effects(model: PeftModel, before: nn.Module) -> dict[str, Tensor]:
 @functools.cache
 def measured(name: str, seed: int) -> Made:
     """A measured adapter of a method, made once; tests only read it."""
-    case, folder = CASES[name], Path(tempfile.mkdtemp(prefix="adapter-"))
+    case, folder = CASES[name], shared_folder("adapter-")
     model = train(case, seed)
     with recorded(model) as inputs:
         statistics = collect_statistics(model, batches(model, case.family, seed), energy=1.0, progress=False)
@@ -129,7 +129,7 @@ def measured(name: str, seed: int) -> Made:
 
 @functools.cache
 def lora(family: str, targets: tuple[str, ...]) -> Made:
-    folder = Path(tempfile.mkdtemp(prefix="lora-"))
+    folder = shared_folder("lora-")
     return make(folder, family, seed=7, kind=LoraConfig, r=2, target_modules=list(targets))
 
 
