@@ -28,15 +28,15 @@ def die(*_: object) -> None:
 
 
 if what == "merge":
-    import peft_many.merging.merge
+    import peft_many.merging.group
 
-    real = peft_many.merging.merge.merge_group
+    real = peft_many.merging.group.merge_group
 
     def merge_group(*args, **kwargs):
         die()
         return real(*args, **kwargs)
 
-    peft_many.merging.merge.merge_group = merge_group
+    peft_many.merging.group.merge_group = merge_group
     merge_adapter_files([f"{folder}/a", f"{folder}/b"], f"{folder}/merged", across_processes=True, progress=False)
 else:
     torch.manual_seed(0)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from .devices import has_caches, moved, numbers_of
 from .eight_bits import Scales, from_eight_bits, to_eight_bits
 
-_BLOCK = 256  # rows of a symmetric product that are computed at once
+_BLOCK = 256  # rows at the diagonal of a symmetric product, of which both triangles are computed
 
 
 class InvalidCovarianceError(ValueError):
@@ -50,10 +52,18 @@ class Covariance(ABC):
         """The size of its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
-    @property
-    @abstractmethod
+    @functools.cached_property
     def trace(self) -> float:
         """`tr C`, the mean squared norm of the inputs."""
+        return self.energy().item()
+
+    @abstractmethod
+    def energy(self) -> Tensor:
+        """`tr C`, float64, where the tensors are."""
+
+    @abstractmethod
+    def on(self: Self, device: torch.device) -> Self:
+        """The same on another device, as it is stored."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -72,6 +82,11 @@ class Covariance(ABC):
         values, vectors = torch.linalg.eigh(replace(self, remainder=0.0).dense())
         return (vectors * values.clamp(min=0.0).sqrt()).T.to(device)
 
+    def put_rows(self, out: Tensor) -> float:
+        """Fill a float64 matrix, `(rank, in)`, with `S / s` as it is stored, and give `s`; `Sᵀ S = G`."""
+        out.copy_(self.factor_rows(out.device))
+        return 1.0
+
     def add_to(self, total: Tensor, weight: float) -> None:
         """Add `w C` to a float64 matrix of shape `(in, in)`, to its lower triangle at least."""
         total.add_(self.dense().to(total.device), alpha=weight)
@@ -80,9 +95,9 @@ class Covariance(ABC):
     def product(self, rows: Tensor) -> Tensor:
         """`rows · C` in float64, shape `(n, in)` like `rows`, on their device."""
 
-    def energy(self, rows: Tensor) -> float:
-        """`tr(X C Xᵀ)` of rows `X`, shape `(n, in)`: the mean squared norm of what `X` makes of the inputs."""
-        return (self.product(rows) * rows.double()).sum().clamp(min=0.0).item()
+    def moment(self, rows: Tensor) -> Tensor:
+        """`X C Xᵀ` of rows `X`, shape `(n, in)`, in float64: the second moment of what `X` makes of the inputs."""
+        return self.product(rows) @ rows.double().T
 
     @abstractmethod
     def check(self) -> None:
@@ -106,9 +121,11 @@ class DenseCovariance(Covariance):
     def width(self) -> int:
         return self.matrix.shape[0]
 
-    @property
-    def trace(self) -> float:
-        return self.matrix.diagonal().double().sum().item() + self.remainder * self.width
+    def energy(self) -> Tensor:
+        return self.matrix.diagonal().double().sum() + self.remainder * self.width
+
+    def on(self, device: torch.device) -> DenseCovariance:
+        return replace(self, matrix=moved(self.matrix, device))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"matrix": self.matrix}
@@ -161,10 +178,13 @@ class LowRankCovariance(Covariance):
     def rank(self) -> int:
         return self.factor.shape[0]
 
-    @functools.cached_property
-    def trace(self) -> float:
+    def energy(self) -> Tensor:
         squared = self.scale * self.scale  # infinite where `scale**2` is an OverflowError
-        return self._stored().square().sum(dtype=torch.float64).item() * squared + self.remainder * self.width
+        return self._stored().square().sum(dtype=torch.float64) * squared + self.remainder * self.width
+
+    def on(self, device: torch.device) -> LowRankCovariance:
+        scales = self.scales and Scales(*(moved(scale, device) for scale in self.scales))
+        return replace(self, factor=moved(self.factor, device), scales=scales)
 
     def tensors(self) -> dict[str, Tensor]:
         if self.scales is None:
@@ -176,6 +196,10 @@ class LowRankCovariance(Covariance):
 
     def factor_rows(self, device: torch.device | str | None = None) -> Tensor:
         return self._stored(torch.float64, device) * self.scale
+
+    def put_rows(self, out: Tensor) -> float:
+        out.copy_(self.factor.to(out.device) if self.scales is None else self._stored(torch.float64, out.device))
+        return self.scale
 
     def add_to(self, total: Tensor, weight: float) -> None:
         add_lower_gram(total, weight**0.5 * self.factor_rows(total.device).T)
@@ -220,12 +244,10 @@ class LowRankCovariance(Covariance):
         factor = self.factor_rows(rows.device)
         return (rows.double() @ factor.T) @ factor + self.remainder * rows.double()
 
-    def energy(self, rows: Tensor) -> float:
-        # Nothing cancels in a sum of squares, so the product is as exact as a factor in float32 is; half the time.
-        factor = self._stored(device=rows.device)
-        seen = rows.to(factor.dtype) @ factor.T
-        rest = self.remainder * rows.double().square().sum().item()
-        return seen.square().sum(dtype=torch.float64).item() * self.scale**2 + rest
+    def moment(self, rows: Tensor) -> Tensor:
+        exact = rows.double()
+        seen = exact @ self.factor_rows(rows.device).T
+        return torch.addmm(seen @ seen.T, exact, exact.T, alpha=self.remainder)
 
     def check(self) -> None:
         if self.factor.dim() != 2:
@@ -246,8 +268,19 @@ def _check_remainder(remainder: float) -> None:
         raise InvalidCovarianceError(f"its remainder is {remainder}; a mean of squares is finite and not negative")
 
 
+def know_traces(covariances: Sequence[Covariance]) -> None:
+    """Ask for the traces of several covariances on one device at once; each keeps its own."""
+    unknown = [covariance for covariance in covariances if "trace" not in vars(covariance)]
+    for covariance, (trace,) in zip(unknown, numbers_of([covariance.energy() for covariance in unknown])):
+        vars(covariance)["trace"] = trace  # where `cached_property` looks
+
+
 def add_lower_gram(matrix: Tensor, rows: Tensor) -> None:
     """Add `rows · rowsᵀ` to the lower triangle of `matrix`, which is all that a Cholesky factorisation reads."""
-    for start in range(0, len(rows), _BLOCK):
-        end = min(start + _BLOCK, len(rows))
-        matrix[start:end, :end].addmm_(rows[start:end], rows[:end].T)
+    if len(rows) <= _BLOCK or not has_caches(rows.device):
+        matrix.addmm_(rows, rows.T)
+        return
+    half = len(rows) // 2
+    add_lower_gram(matrix[:half, :half], rows[:half])
+    add_lower_gram(matrix[half:, half:], rows[half:])
+    matrix[half:, :half].addmm_(rows[half:], rows[:half].T)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .covariance import Covariance, LowRankCovariance
-from .reduction import compress, of_full_rank, orthonormal, rounding_loss
-from .scatter import SingularMergeError, inverse_scatter_product
+from .covariance import Covariance, LowRankCovariance, know_traces
+from .devices import float64_device, moved, numbers_of
+from .reduction import compress, loss_by_rounding, of_full_rank, orthonormal
+from .scatter import Seen, SingularMergeError, inverse_scatter_product, slices, symmetric
 
 __all__ = ["LeastSquaresMerge", "LowRankDelta", "SingularMergeError"]
 
@@ -41,23 +42,45 @@ class MergedDelta(LowRankDelta):
 
     stacked: bool = True
     task_A: Tensor | None = None  # the tasks' own [A_1; …; A_T], (Σ r_t, in), where the blocks were asked for
+    # [A*; A_t] C_t [A*; A_t]ᵀ of each block, float64, without the ridge, where solving gave them and rounding to
+    # `A` changes nothing beyond what float32 resolves.
+    moments: Sequence[Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class _Task:
-    covariance: Covariance
+    covariance: Covariance  # without the ridge
     weight: float
     deltas: Mapping[str, LowRankDelta]
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A task's share in a layer: `w_t`, `C_t`, its delta, and the rows `w_t A_t C_t R⁻¹` of `A*` that come of it."""
+    """A task's share in a layer: `w_t`, `C_t` with the ridge, and its delta."""
 
     weight: float
     covariance: Covariance
     delta: LowRankDelta
-    rows: Tensor
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's blocks in the order of adding, their rows `[w_1 A_1 C_1; …] R⁻¹`, `A*`, and the `moments` of these."""
+
+    blocks: Sequence[_Block]
+    A: Tensor
+    moments: Sequence[Tensor] | None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A merged delta in float64, the tasks' own `A` where they are kept, and what else [`MergedDelta`] has."""
+
+    A: Tensor
+    B: Tensor
+    stacked: bool
+    task_A: Tensor | None = None
+    moments: Sequence[Tensor] | None = None
 
 
 class LeastSquaresMerge:
@@ -69,7 +92,9 @@ class LeastSquaresMerge:
     The ridge `λ` pulls unseen directions to the tasks' mean delta. Adding tasks one at a time and solving after each
     is the recursion of recursive least squares in information form: every step gives the optimum over the tasks so
     far, and the order does not matter. All products and solves are float64, whatever dtype deltas and covariances are
-    stored in, on a device that must know it; only what comes back is rounded.
+    stored in, on the device, or on the CPU in place of one without float64 (Apple's "mps"); only what comes back is
+    rounded. A GPU is waited for four times in a solve: for the traces, if nobody asked before, whether `R` could be
+    factored, what rounding loses, and whether all is finite.
 
     A layer that a task did not train counts as a delta of zero there: leave it out of `deltas`.
     """
@@ -78,7 +103,7 @@ class LeastSquaresMerge:
         if not 0 <= ridge < math.inf:
             raise ValueError(f"`ridge` must be finite and not negative, but it is {ridge}.")
         self.ridge = ridge
-        self.device = torch.device(device)
+        self.device = float64_device(device)
         self._tasks: list[_Task] = []
 
     def add(self, covariance: Covariance, deltas: Mapping[str, LowRankDelta], weight: float = 1.0) -> None:
@@ -95,17 +120,17 @@ class LeastSquaresMerge:
         for name, delta in deltas.items():
             if delta.A.shape[1] != covariance.width:
                 raise ValueError(f"'{name}' has input width {delta.A.shape[1]}, its covariance {covariance.width}.")
-        self._tasks.append(_Task(covariance.with_ridge(self.ridge), weight, dict(deltas)))
+        self._tasks.append(_Task(covariance.on(self.device), weight, dict(deltas)))
 
     def solve(
         self, rank: int | None = None, dtype: torch.dtype = torch.float32, keep_blocks: bool = False
     ) -> dict[str, MergedDelta]:
         """The merged delta of every layer, `A` of shape `(Σ r_t, in)` and `B` of `(out, Σ r_t)`, or of lower rank.
 
-        They are float32, float16 or bfloat16. With a `rank`, the best delta of that rank under the same objective is
-        `U Uᵀ ΔW*` with the `rank` leading left singular vectors `U` of `ΔW* R^½` (reduced-rank regression): it gives
-        up what the tasks' inputs excite least, where plain SVD gives up the smallest weights. Where a task's delta has
-        the layer's full rank, the merged one has that too and no more, unless `keep_blocks`.
+        They are float32, float16 or bfloat16, on the device. With a `rank`, the best delta of that rank under the same
+        objective is `U Uᵀ ΔW*` with the `rank` leading left singular vectors `U` of `ΔW* R^½` (reduced-rank
+        regression): it gives up what the tasks' inputs excite least, where plain SVD gives up the smallest weights.
+        Where a task's delta has the layer's full rank, the merged one has that too and no more, unless `keep_blocks`.
 
         `keep_blocks`, without `rank`, gives back `task_A` too, and keeps `[B_1 … B_T]` also where the blocks are large
         and cancel: what then gets lost in rounding is small beside the tasks' deltas, if not beside the merged one.
@@ -113,63 +138,97 @@ class LeastSquaresMerge:
         Raises `SingularMergeError` if a direction has no energy in any task and there is no ridge, and `OverflowError`
         if a merged delta is beyond the range of float16.
         """
-        layers = self._solved().items()
-        return {name: self._merged_layer(name, blocks, rank, dtype, keep_blocks) for name, blocks in layers}
+        layers = {name: self._factors(layer, rank, keep_blocks) for name, layer in self._solved().items()}
+        asked = [name for name, found in layers.items() if found.stacked and not keep_blocks]
+        losses = numbers_of([loss_by_rounding(layers[name].A, layers[name].B, dtype) for name in asked])
+        for name, (loss,) in zip(asked, losses):
+            if loss > LARGEST_ROUNDING_LOSS[dtype]:  # the blocks are large and cancel
+                layers[name] = Factors(*orthonormal(layers[name].A, layers[name].B), stacked=False)
+        return rounded_deltas(layers, dtype)
 
     def _parts(self) -> list[tuple[float, Covariance]]:
         """The `(w_t, C_t)` of `R`."""
+        know_traces([task.covariance for task in self._tasks])
+        ridged = [(task.weight, task.covariance.with_ridge(self.ridge)) for task in self._tasks]
         if any(task.weight * task.covariance.trace > 0 for task in self._tasks):
-            return [(task.weight, task.covariance) for task in self._tasks]
+            return ridged
         # Nobody saw a token here: every direction is an unseen one, and these get the mean delta.
-        return [(task.weight, _identity(task.covariance.width)) for task in self._tasks]
+        return [(weight, _identity(part.width, self.device)) for weight, part in ridged]
 
-    def _solved(self) -> dict[str, list[_Block]]:
-        """By layer, the blocks of the tasks that trained it, in the order of adding."""
+    def _solved(self) -> dict[str, _Layer]:
+        """By layer, the blocks of the tasks that trained it, solved for."""
         parts = self._parts()
-        own = [(name, t, delta) for t, task in enumerate(self._tasks) for name, delta in task.deltas.items()]
+        own: dict[str, list[tuple[int, LowRankDelta]]] = {}
+        for t, task in enumerate(self._tasks):
+            for name, delta in task.deltas.items():
+                there = LowRankDelta(A=moved(delta.A, self.device), B=moved(delta.B, self.device))
+                own.setdefault(name, []).append((t, there))
+        blocks = [(t, delta.A) for deltas in own.values() for t, delta in deltas]
+        if not blocks:
+            return {}
+        seen: Seen | None = None
         if all(weight == 0 for weight, _ in parts):  # then no task counts
-            rows = [torch.zeros_like(delta.A, dtype=torch.float64, device=self.device) for _, _, delta in own]
+            rows = torch.zeros_like(torch.cat([A for _, A in blocks]), dtype=torch.float64)
         else:
-            rows = inverse_scatter_product(parts, [(t, delta.A) for _, t, delta in own], self.device)
-        layers: dict[str, list[_Block]] = {}
-        for (name, t, delta), solved in zip(own, rows):
-            layers.setdefault(name, []).append(_Block(*parts[t], delta, solved))
+            rows, seen = inverse_scatter_product(parts, blocks, self.device)
+        places = iter(slices([len(A) for _, A in blocks]))
+        layers = {}
+        for name, deltas in own.items():
+            placed = [(t, next(places)) for t, _ in deltas]
+            whole = slice(placed[0][1].start, placed[-1][1].stop)
+            moments = self._moments(placed, rows[whole], whole, seen)
+            layers[name] = _Layer([_Block(*parts[t], delta) for t, delta in deltas], rows[whole], moments)
         return layers
 
-    def _merged_layer(
-        self, name: str, blocks: Sequence[_Block], rank: int | None, dtype: torch.dtype, keep_blocks: bool
-    ) -> MergedDelta:
-        """The blocks of one layer in the factorisation that keeps them best, or cut to the rank."""
-        B = torch.cat([block.delta.B.to(self.device) for block in blocks], dim=1)
-        A = torch.cat([block.rows for block in blocks])
-        own_A = [block.delta.A.to(self.device) for block in blocks]
-        is_full = not keep_blocks and has_full_rank([len(rows) for rows in own_A], (len(B), A.shape[1]))
+    def _moments(
+        self, placed: Sequence[tuple[int, slice]], A: Tensor, whole: slice, seen: Seen | None
+    ) -> list[Tensor] | None:
+        """As in `MergedDelta`, of a layer's tasks and the places of their rows, without going over `S_t` again."""
+        if seen is None or not all(self._tasks[t].weight * self._tasks[t].covariance.trace > 0 for t, _ in placed):
+            return None
+        found, products = [], A @ torch.cat([A, seen.rows[whole]]).T
+        for t, own in placed:
+            factor, rows = seen.factor(whole, own, t), seen.rows[own]
+            side = products[:, len(A) + own.start - whole.start : len(A) + own.stop - whole.start]
+            gram = symmetric(products[:, : len(A)], side, rows @ rows.T)
+            found.append(torch.addmm(gram, factor, factor.T, beta=self._tasks[t].covariance.remainder))
+        return found
+
+    def _factors(self, layer: _Layer, rank: int | None, keep_blocks: bool) -> Factors:
+        """The blocks of one layer side by side, or cut to the rank."""
+        own = [block.delta.A for block in layer.blocks]
+        A, B = layer.A, torch.cat([block.delta.B for block in layer.blocks], dim=1)
+        is_full = not keep_blocks and has_full_rank([len(rows) for rows in own], (len(B), A.shape[1]))
         if rank is not None and rank < (min(len(B), *A.shape) if is_full else len(A)):
-            moments = [block.weight * block.covariance.product(rows) for block, rows in zip(blocks, own_A)]
-            return rounded_delta(name, *compress(A, B, torch.cat(moments), rank), dtype, stacked=False)
-        if keep_blocks:
-            return rounded_delta(name, A, B, dtype, stacked=True, task_A=torch.cat(own_A))
+            moments = [block.weight * block.covariance.product(rows) for block, rows in zip(layer.blocks, own)]
+            return Factors(*compress(A, B, torch.cat(moments), rank), stacked=False)
         if is_full:
-            return rounded_delta(name, *of_full_rank(B.double() @ A), dtype, stacked=False)
-        if rounding_loss(A, B, dtype) > LARGEST_ROUNDING_LOSS[dtype]:  # the blocks are large and cancel
-            return rounded_delta(name, *orthonormal(A, B), dtype, stacked=False)
-        return rounded_delta(name, A, B, dtype, stacked=True)
+            return Factors(*of_full_rank(B.double() @ A), stacked=False)
+        return Factors(A, B, stacked=True, task_A=torch.cat(own) if keep_blocks else None, moments=layer.moments)
 
 
-def rounded_delta(
-    name: str, A: Tensor, B: Tensor, dtype: torch.dtype, stacked: bool, task_A: Tensor | None = None
-) -> MergedDelta:
-    """A layer's merged delta as it is stored, on the CPU; `stacked` is kept only if `B` is not rounded by it.
+def rounded_deltas(layers: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, MergedDelta]:
+    """Merged deltas, by layer, as they are stored; `stacked` is kept only where `B` is not rounded by it.
 
     An entry beyond the range of the dtype is an `OverflowError`.
     """
-    exact = torch.equal(B.to(dtype).to(B.dtype), B)
-    own = None if task_A is None else task_A.to(dtype).cpu()
-    rounded = MergedDelta(A=A.to(dtype).cpu(), B=B.to(dtype).cpu(), stacked=stacked and exact, task_A=own)
-    if not all(part is None or part.isfinite().all() for part in (rounded.A, rounded.B, own)):
-        raise OverflowError(
-            f"the merged '{name}' has entries beyond the range of {dtype}; bfloat16 has that of float32"
-        )
+    rounded, said = {}, []
+    for name, layer in layers.items():
+        A, B = layer.A.to(dtype), layer.B.to(dtype)
+        own = None if layer.task_A is None else layer.task_A.to(dtype)
+        rounded[name] = MergedDelta(A=A, B=B, task_A=own)
+        # A sum is finite if all entries are; and entries that are not, do not cancel.
+        totals = [part.sum(dtype=torch.float64) for part in (A, B, own) if part is not None]
+        exact = totals[0].new_ones(()) if B.dtype == layer.B.dtype else (B.to(layer.B.dtype) == layer.B).all().double()
+        said.append(torch.stack([exact, *totals]))
+    for name, (exactly, *sums) in zip(layers, numbers_of(said)):
+        if not all(map(math.isfinite, sums)):
+            raise OverflowError(
+                f"the merged '{name}' has entries beyond the range of {dtype}; bfloat16 has that of float32"
+            )
+        stacked = layers[name].stacked and bool(exactly)
+        moments = layers[name].moments if stacked and dtype == torch.float32 else None
+        rounded[name] = replace(rounded[name], stacked=stacked, moments=moments)
     return rounded
 
 
@@ -178,5 +237,5 @@ def has_full_rank(ranks: Sequence[int], shape: tuple[int, int]) -> bool:
     return len(ranks) > 1 and max(ranks) >= min(shape)
 
 
-def _identity(width: int) -> Covariance:
-    return LowRankCovariance(remainder=1.0, factor=torch.zeros(0, width, dtype=torch.float32))
+def _identity(width: int, device: torch.device) -> Covariance:
+    return LowRankCovariance(remainder=1.0, factor=torch.zeros(0, width, dtype=torch.float32, device=device))

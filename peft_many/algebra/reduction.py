@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -68,18 +66,21 @@ def rounding_loss(A: Tensor, B: Tensor, dtype: torch.dtype) -> float:
 
     Infinite where the factors are beyond the range of the dtype.
     """
-    B = B.double()
-    A_rounded, B_lost = A.to(dtype).double(), B - B.to(dtype).double()
-    if not (A_rounded.isfinite().all() and B_lost.isfinite().all()):
-        return math.inf
-    whole, lost_rows = _norm_of_product(B, A), A - A_rounded
-    if B_lost.any():
-        lost = _norm_of_product(torch.cat([B, B_lost], dim=1), torch.cat([lost_rows, A_rounded]))
-    else:
-        lost = _norm_of_product(B, lost_rows)
-    return lost / whole if whole > 0 else 0.0
+    return loss_by_rounding(A, B, dtype).item()
 
 
-def _norm_of_product(B: Tensor, A: Tensor) -> float:
-    gram = B.T @ B
-    return ((gram @ A) * A).sum().clamp(min=0).sqrt().item()
+def loss_by_rounding(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """[`rounding_loss`], where the factors are."""
+    exact, rounded = B.double(), A.to(dtype)
+    lost_rows = A - rounded
+    whole = _square_of_product(exact, A)
+    if B.dtype != dtype:  # else nothing of it is lost
+        lost_rows = torch.cat([lost_rows, rounded.double()])
+        exact = torch.cat([exact, exact - B.to(dtype).double()], dim=1)
+    lost = _square_of_product(exact, lost_rows)
+    return torch.where(lost.isfinite(), torch.where(whole > 0, lost / whole, 0.0).sqrt(), torch.inf)
+
+
+def _square_of_product(B: Tensor, A: Tensor) -> Tensor:
+    # Rows of `A` that cancel do so in the product with `BᵀB`, and not only in the sum.
+    return torch.dot((B.T @ B @ A).flatten(), A.flatten()).clamp(min=0.0)

@@ -9,50 +9,71 @@ import torch
 from torch import Tensor
 
 from .covariance import Covariance
+from .devices import numbers_of
 from .lpm import LowRankDelta, MergedDelta
+from .scatter import slices, symmetric
 from .spectrum import eigen_directions
 
 
 def output_norm(delta: LowRankDelta, covariance: Covariance) -> float:
     """`‖ΔW C^½‖_F`, the root mean squared norm of what a delta adds to the layer's outputs."""
-    return covariance.energy(_root(delta.B) @ delta.A.double()) ** 0.5
+    return _energy(_gram(delta.B), covariance.moment(delta.A)).sqrt().item()
 
 
 def relative_residual(merged: LowRankDelta, own: LowRankDelta, covariance: Covariance) -> float:
     """`‖(ΔW* − ΔW_t) C_t^½‖ / ‖ΔW_t C_t^½‖`: 0 if the task's own outputs come out, 1 as if its delta were lost.
 
-    `C_t` is without a ridge; NaN if the task's own delta does nothing on its inputs. Differences are taken in float64;
-    what then comes of them on the inputs is as exact as the covariance is stored.
+    `C_t` is without a ridge; NaN if the task's own delta does nothing on its inputs. All is float64.
     """
-    difference = LowRankDelta(A=torch.cat([merged.A, own.A]), B=torch.cat([merged.B, -own.B], dim=1))
-    whole = output_norm(own, covariance)
-    return output_norm(difference, covariance) / whole if whole > 0 else math.nan
+    whole = MergedDelta(A=merged.A, B=merged.B, stacked=False)
+    return relative_residuals(whole, [(own, covariance)])[0]
 
 
 def relative_residuals(merged: MergedDelta, tasks: Sequence[tuple[LowRankDelta, Covariance | None]]) -> list[float]:
     """The [`relative_residual`] of every task `(ΔW_t, C_t)` that trained the layer, in the order of merging.
 
-    Where the merged `B` is the tasks' `[B_1 … B_T]`, a task's difference is one in its block of `A*`, which saves
-    going over all of `B` for every task. NaN where no input was measured, `C_t = None`.
+    NaN where no input was measured, `C_t = None`.
     """
-    if not merged.stacked:
-        return [math.nan if of is None else relative_residual(merged, own, of) for own, of in tasks]
-    root = _root(merged.B)
-    outputs = root @ merged.A.double()
-    found = []
-    for block, (own, covariance) in zip(root.split([len(own.A) for own, _ in tasks], dim=1), tasks):
-        whole = 0.0 if covariance is None else output_norm(own, covariance)
-        if covariance is None or whole == 0:
-            found.append(math.nan)
+    return residual_shares(numbers_of([output_energies(merged, tasks)])[0])
+
+
+def residual_shares(energies: Sequence[float]) -> list[float]:
+    """The [`relative_residuals`] of the numbers in [`output_energies`]."""
+    pairs = zip(energies[::2], energies[1::2])
+    return [(lost / whole) ** 0.5 if whole > 0 else math.nan for lost, whole in pairs]
+
+
+def output_energies(merged: MergedDelta, tasks: Sequence[tuple[LowRankDelta, Covariance | None]]) -> Tensor:
+    """`‖(ΔW* − ΔW_t) C_t^½‖²` and `‖ΔW_t C_t^½‖²` of every task, shape `(T, 2)`, where the merged delta is.
+
+    `ΔW* − ΔW_t = [B*, −B_t] [A*; A_t]`, so that they are `tr(BᵀB A C Aᵀ)` of small matrices, which solving has made
+    already (`moments`) where `B*` is the tasks' `[B_1 … B_T]`: `BᵀB` is then one of `B*` alone, for all tasks.
+    """
+    rank, found = len(merged.A), []
+    gram = _gram(merged.B if merged.stacked else torch.cat([merged.B, *(own.B for own, _ in tasks)], dim=1))
+    for t, (block, (own, covariance)) in enumerate(zip(slices([len(own.A) for own, _ in tasks]), tasks)):
+        if covariance is None:
+            found.append(gram.new_full((2,), torch.nan))
+            continue
+        start = block.start if merged.stacked else rank + block.start
+        of_own = slice(start, start + len(own.A))
+        if merged.moments is not None:
+            moment = merged.moments[t]
         else:
-            found.append(covariance.energy(outputs - block @ own.A.double()) ** 0.5 / whole)
-    return found
+            moment = covariance.moment(torch.cat([merged.A.double(), own.A.double()]))
+        difference = symmetric(gram[:rank, :rank], -gram[:rank, of_own], gram[of_own, of_own])
+        found.append(torch.stack([_energy(difference, moment), _energy(gram[of_own, of_own], moment[rank:, rank:])]))
+    return torch.stack(found)
 
 
-def _root(B: Tensor) -> Tensor:
-    """`R` with `Rᵀ R = Bᵀ B`, float64, shape `(r, r)`: outputs `B y` are as long as `R y`."""
-    values, vectors = torch.linalg.eigh(B.double().T @ B.double())
-    return values.clamp(min=0.0).sqrt()[:, None] * vectors.T
+def _gram(B: Tensor) -> Tensor:
+    exact = B.double()
+    return exact.T @ exact
+
+
+def _energy(gram: Tensor, moment: Tensor) -> Tensor:
+    """`tr(BᵀB A C Aᵀ)`, the mean squared norm of the outputs `B A x`."""
+    return (gram * moment).sum().clamp(min=0.0)
 
 
 def effective_rank_of_outputs(delta: LowRankDelta, covariance: Covariance) -> float:

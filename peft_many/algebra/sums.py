@@ -21,9 +21,12 @@ class CovarianceSum(Covariance):
     def width(self) -> int:
         return self.parts[0][1].width
 
-    @property
-    def trace(self) -> float:
-        return sum(weight * part.trace for weight, part in self.parts) + self.remainder * self.width
+    def energy(self) -> Tensor:
+        total = torch.stack([weight * part.energy() for weight, part in self.parts]).sum()
+        return total + self.remainder * self.width
+
+    def on(self, device: torch.device) -> CovarianceSum:
+        return replace(self, parts=tuple((weight, part.on(device)) for weight, part in self.parts))
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{i}.{name}": held for i, (_, part) in enumerate(self.parts) for name, held in part.tensors().items()}

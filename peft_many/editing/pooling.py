@@ -24,11 +24,12 @@ from ..files.projectors import shapes_of, tensors_inside
 from ..files.statistics import AdapterStatistics, ImageStatistics, InputStatistics, TaskStatistics
 from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import HubArguments
-from ..merging.arguments import output_folder
+from ..merging.arguments import output_folder, usable_device
 from ..merging.group import merged_deltas, tensors_of
 from ..merging.merged_config import merged_config
 from ..merging.operations import POOL, operation
 from ..merging.prepare import AdapterPath, PreparedMerge, TaskNames, prepare_merge
+from ..merging.reading import read_group
 from ..merging.selection import TaskWeights
 from ..records import MergeOptions, PooledTask, PoolRecord
 from ..records.options import MEAN
@@ -94,6 +95,7 @@ def pool_adapters(
     output = output_folder(output_dir)
     if statistics_rank < 1:
         raise ValueError(f"`statistics_rank` must be at least 1, but it is {statistics_rank}.")
+    computing = usable_device(device)
     prepared = prepare_merge(
         adapters,
         MergeOptions(projectors=MEAN, ridge=ridge, rank=rank),
@@ -111,7 +113,7 @@ def pool_adapters(
     input_of: dict[str, str] = {}
     fingerprints: dict[str, list[float]] = {}
     for group in tqdm(prepared.groups, desc=f"Pooling {len(names)} tasks", unit="input", disable=not progress):
-        merged = merged_deltas(prepared, group, device)
+        merged = merged_deltas(prepared, read_group(prepared, group, computing))
         prepared.release()
         tensors |= tensors_of(merged)
         fingerprints |= {module: weight_fingerprint(delta.A, delta.B) for module, delta in merged.items()}

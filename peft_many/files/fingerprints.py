@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..algebra.devices import moved
 from ..algebra.precision import without_autocast
 
 LARGEST_FINGERPRINTED = 1 << 20
@@ -20,7 +21,12 @@ def weight_fingerprint(A: Tensor, B: Tensor) -> list[float]:
     The norm of `B`, and the components of `A` and `B`, each of norm one, along four fixed directions: a norm alone
     moves in second order only. A factor on `A`, such as the LoRA scaling, changes nothing.
     """
-    return [B.float().norm().item(), *_components(A), *_components(B)]
+    return fingerprint_there(A, B).tolist()
+
+
+def fingerprint_there(A: Tensor, B: Tensor) -> Tensor:
+    """[`weight_fingerprint`] as a tensor where the weights are, so that a GPU need not be waited for."""
+    return torch.cat([B.detach().float().norm()[None], _components(A), _components(B)])
 
 
 def tensors_fingerprint(tensors: Sequence[Tensor]) -> list[float]:
@@ -30,7 +36,7 @@ def tensors_fingerprint(tensors: Sequence[Tensor]) -> list[float]:
     """
     parts = [tensor.flatten()[:LARGEST_FINGERPRINTED] for tensor in tensors]
     norm = math.hypot(*(part.float().norm().item() for part in parts))
-    return [norm, *(component for part in parts for component in _components(part))]
+    return [norm, *(component for part in parts for component in _components(part).tolist())]
 
 
 def state_fingerprint(state: Mapping[str, Tensor]) -> list[float]:
@@ -50,12 +56,12 @@ def same_weights(one: Sequence[float], two: Sequence[float]) -> bool:
 
 
 @without_autocast()
-def _components(matrix: Tensor) -> list[float]:
-    flat = matrix.detach().cpu().float().flatten()
-    return (_directions(len(flat)) @ flat / flat.norm().clamp(min=1e-30)).tolist()
+def _components(matrix: Tensor) -> Tensor:
+    flat = matrix.detach().float().flatten()
+    return _directions(len(flat), flat.device) @ flat / flat.norm().clamp(min=1e-30)
 
 
 @functools.lru_cache(maxsize=8)  # the layers of a model have few sizes
-def _directions(length: int) -> Tensor:
+def _directions(length: int, device: torch.device) -> Tensor:
     index = torch.arange(1, length + 1, dtype=torch.float64)
-    return torch.stack([torch.cos(frequency * index) for frequency in (1, 2, 3, 4)]).float()
+    return moved(torch.stack([torch.cos(frequency * index) for frequency in (1, 2, 3, 4)]).float(), device)

@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..algebra.devices import moved
 from ..algebra.factoring import RankError, factored
 from ..algebra.lpm import LowRankDelta
 from ..families.linears import features_of_linear, is_linear
@@ -20,7 +22,7 @@ from .bare_model import BareLinear, bare_model, dense_delta
 from .errors import UnmergeableAdapterError
 from .peft_methods import described, needs_base, rank_bound
 from .statistics import TaskStatistics
-from .stored_delta import StoredDelta, check_as_measured, check_finite
+from .stored_delta import Reading, StoredDelta, check_as_measured, check_finite
 from .tensor_file import TensorFile
 from .tensor_keys import KEY_PREFIX, TensorKeys, fingerprint_of
 
@@ -82,7 +84,7 @@ class _Layers:
         return StoredDelta(
             self.linears[module].shape,
             self._rank(module),
-            read=lambda: self._read(module),
+            start=lambda device: Reading(self._read(module, device)),
             rows=lambda: self.factors(module).A,
             columns=lambda: self.factors(module).B,
         )
@@ -92,11 +94,12 @@ class _Layers:
         shapes = {key.removeprefix(prefix): self.weights.shape(key) for key in self.keys.own.get(module, [])}
         return rank_bound(self.config, shapes, self.linears[module].shape)
 
-    def _read(self, module: str) -> LowRankDelta:
+    def _read(self, module: str, device: torch.device) -> LowRankDelta:
         for key in self.keys.of_layer(module):
             check_finite(self.weights[key], f"{self.weights.path}: tensor '{key}'")
         check_as_measured(self.measured, module, fingerprint_of(self.weights, self.keys, module), self.adapter)
-        return self.factors(module)
+        delta = self.factors(module)
+        return LowRankDelta(A=moved(delta.A, device), B=moved(delta.B, device))
 
     def _compute(self, module: str) -> LowRankDelta:
         delta = dense_delta(self.model, module, self.linears[module])

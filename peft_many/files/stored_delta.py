@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..algebra.devices import moved, numbers_of
 from ..algebra.lpm import LowRankDelta
 from .errors import UnmergeableAdapterError
-from .fingerprints import same_weights, weight_fingerprint
+from .fingerprints import fingerprint_there, same_weights
 from .statistics import AdapterStatistics, TaskStatistics
 from .tensor_file import TensorFile
 from .tensor_keys import KEY_PREFIX, SHARDED
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A delta on its way to a device, and what tells whether it may be used: no GPU was waited for yet."""
+
+    delta: LowRankDelta  # float32, the LoRA scaling folded into `A`
+    numbers: Sequence[Tensor] = ()
+    check: Callable[[Sequence[Sequence[float]]], None] = lambda numbers: None  # raises by the entries of `numbers`
 
 
 @dataclass(frozen=True)
@@ -22,9 +35,19 @@ class StoredDelta:
 
     shape: tuple[int, int]  # (out, in) of the layer
     rank: int
-    read: Callable[[], LowRankDelta]  # checks what it reads
+    start: Callable[[torch.device], Reading]
     rows: Callable[[], Tensor]  # `A` alone, unchecked
     columns: Callable[[], Tensor]  # `B` alone, unchecked
+
+    def read(self) -> LowRankDelta:
+        """The delta on the CPU, checked."""
+        return checked(self.start(CPU))
+
+
+def checked(reading: Reading) -> LowRankDelta:
+    """A delta that may be used, or `UnmergeableAdapterError`."""
+    reading.check(numbers_of(reading.numbers))
+    return reading.delta
 
 
 @dataclass(frozen=True)
@@ -39,16 +62,28 @@ class StoredPair:
         return self.weights.shape(self._key(half))
 
     def read(self) -> LowRankDelta:
-        for half in "AB":
-            check_finite(self.weights[self._key(half)], f"{self.weights.path}: tensor '{self._key(half)}'")
-        return LowRankDelta(A=self.rows(), B=self.columns())
+        return checked(self.start(CPU))
+
+    def start(self, device: torch.device, block: slice = slice(None)) -> Reading:
+        """Read the pair, or a block of it: rows of `A` and the columns of `B`. What moves is what is stored."""
+        A = moved(self.weights[self._key("A")][block], device)
+        B = moved(self.weights[self._key("B")][:, block], device)
+
+        def check(totals: Sequence[Sequence[float]]) -> None:
+            for half, (total,) in zip("AB", totals):
+                check_total(total, f"{self.weights.path}: tensor '{self._key(half)}'")
+
+        return Reading(LowRankDelta(A=self._scaled(A), B=B.float()), [total_of(A), total_of(B)], check)
 
     def rows(self) -> Tensor:
-        # Rounded to float32 here, so that a task taken from a merge, where it is stored so, is the same to the bit.
-        return (self.scaling * self.weights[self._key("A")].double()).float()
+        return self._scaled(self.weights[self._key("A")])
 
     def columns(self) -> Tensor:
         return self.weights[self._key("B")].float()
+
+    def _scaled(self, A: Tensor) -> Tensor:
+        # Rounded to float32 here, so that a task taken from a merge, where it is stored so, is the same to the bit.
+        return (self.scaling * A.double()).float()
 
     def _key(self, half: str) -> str:
         return f"{KEY_PREFIX}{self.module}.lora_{half}.weight"
@@ -57,13 +92,18 @@ class StoredPair:
 def delta_of_adapter(pair: StoredPair, measured: TaskStatistics, name: str) -> StoredDelta:
     """The delta of an adapter that is no merge; `name` is the adapter's, for messages."""
 
-    def read() -> LowRankDelta:
-        delta = pair.read()
-        check_as_measured(measured, pair.module, weight_fingerprint(delta.A, delta.B), name)
-        return delta
+    def start(device: torch.device) -> Reading:
+        stored = pair.start(device)
+
+        def check(numbers: Sequence[Sequence[float]]) -> None:
+            stored.check(numbers)
+            check_as_measured(measured, pair.module, numbers[-1], name)
+
+        fingerprint = fingerprint_there(stored.delta.A, stored.delta.B)
+        return Reading(stored.delta, [*stored.numbers, fingerprint], check)
 
     rank, width = pair.shape("A")
-    return StoredDelta((pair.shape("B")[0], width), rank, read, rows=pair.rows, columns=pair.columns)
+    return StoredDelta((pair.shape("B")[0], width), rank, start, rows=pair.rows, columns=pair.columns)
 
 
 def check_as_measured(measured: TaskStatistics, module: str, fingerprint: Sequence[float], name: str) -> None:
@@ -117,20 +157,29 @@ def _delta_in_merge(pair: StoredPair, statistics: AdapterStatistics, t: int, nam
     def columns() -> Tensor:
         return measured.lora_B[module].float() if block is None else pair.columns()[:, block]
 
-    def read() -> LowRankDelta:
-        merged, B = pair.read(), columns()
-        stored = merged if block is None else LowRankDelta(A=merged.A[block], B=B)
-        for half, tensor in (("A", A), ("B", B)):
-            check_finite(tensor, f"{name}: the lora_{half} of '{module}' in the statistics")
-        known = measured.fingerprints.get(module)
-        if known is not None and not same_weights(known, weight_fingerprint(stored.A, stored.B)):
-            raise UnmergeableAdapterError(
-                f"{name} was trained further after merging ('{module}' has changed), and its "
-                "statistics know nothing of that. Train task adapters, and merge those."
-            )
-        return LowRankDelta(A=A.float(), B=B)
+    def start(device: torch.device) -> Reading:
+        stored = pair.start(device, slice(None) if block is None else block)
+        own = LowRankDelta(A=moved(A, device), B=stored.delta.B)
+        if block is None:
+            own = replace(own, B=moved(measured.lora_B[module], device))
+        fingerprint = fingerprint_there(stored.delta.A, stored.delta.B)
 
-    return StoredDelta((pair.shape("B")[0], A.shape[1]), A.shape[0], read, rows=A.float, columns=columns)
+        def check(numbers: Sequence[Sequence[float]]) -> None:
+            *totals, own_A, own_B, found = numbers
+            stored.check(totals)
+            for half, (total,) in (("A", own_A), ("B", own_B)):
+                check_total(total, f"{name}: the lora_{half} of '{module}' in the statistics")
+            known = measured.fingerprints.get(module)
+            if known is not None and not same_weights(known, found):
+                raise UnmergeableAdapterError(
+                    f"{name} was trained further after merging ('{module}' has changed), and its "
+                    "statistics know nothing of that. Train task adapters, and merge those."
+                )
+
+        numbers = [*stored.numbers, total_of(own.A), total_of(own.B), fingerprint]
+        return Reading(LowRankDelta(A=own.A.float(), B=own.B.float()), numbers, check)
+
+    return StoredDelta((pair.shape("B")[0], A.shape[1]), A.shape[0], start, rows=A.float, columns=columns)
 
 
 def check_whole(weights: TensorFile, key: str) -> None:
@@ -151,6 +200,16 @@ def check_floating(weights: TensorFile, key: str) -> None:
 
 def check_finite(tensor: Tensor, where: str) -> None:
     """Raise `UnmergeableAdapterError` naming `where` if the tensor holds NaN or Inf."""
-    # A sum is not finite if an entry is not, and is several times faster than asking every entry.
-    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
+    if tensor.is_floating_point():
+        check_total(total_of(tensor).item(), where)
+
+
+def total_of(tensor: Tensor) -> Tensor:
+    """Not finite if an entry is not, and several times faster than asking every entry."""
+    return tensor.sum(dtype=torch.float64)
+
+
+def check_total(total: float, where: str) -> None:
+    """Raise `UnmergeableAdapterError` naming `where` if the total of a tensor is not finite."""
+    if not math.isfinite(total):
         raise UnmergeableAdapterError(f"{where} holds NaN or Inf.")

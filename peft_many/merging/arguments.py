@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..algebra.devices import float64_device
 from ..hub.sources import check_entry
 
 
@@ -49,13 +50,15 @@ def output_folder(output_dir: Any) -> Path:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device, tried out before anything is read."""
+    """Where to compute: the device, tried out before anything is read, or the CPU in place of one without float64."""
     try:
-        torch.zeros(1, dtype=torch.float64, device=device).item()
+        torch.zeros(1, device=device).item()
+        chosen = float64_device(device)
+        torch.zeros(1, dtype=torch.float64, device=chosen).item()
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"`device` {str(device)!r} cannot compute in float64 here: {reason}") from None
-    return torch.device(device)
+    return chosen
 
 
 def _is_list(given: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..algebra.precision import without_autocast
 from ..files.atomic import shared_folder, writable_place
@@ -28,7 +27,7 @@ from ..records.options import takes_merge_options
 from ..tuner.adapter_names import trouble_with
 from .arguments import output_folder, usable_device
 from .base_model import check_fits_model, untouched_on_failure
-from .group import LayerRecord, mean_residuals, merge_group
+from .group import LayerRecord, MergedGroup, mean_residuals, merge_groups
 from .merged_config import merged_config
 from .merged_statistics import merged_statistics
 from .offloaded import check_dispatched, is_offloaded, load_on_offloaded
@@ -135,10 +134,12 @@ def merge_adapter_sequence(
     check_fits_model(config, {key: shape for key, (_, shape) in prepared.tensors().items()}, model)
     tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in prepared.projector_tensors.items()}
     records: dict[str, LayerRecord] = {}
-    for group in _progress(prepared, prepared.groups, progress):
-        merged, found = merge_group(prepared, group, device)
-        tensors |= merged
-        records |= found
+
+    def keep(merged: MergedGroup) -> None:
+        tensors.update(merged.tensors)
+        records.update(merged.records)
+
+    merge_groups(prepared, prepared.groups, keep, device, progress)
     config.statistics = merged_statistics(prepared, records, in_memory=True)
     config.merge = prepared.record(mean_residuals(records))
     if config.base_model_name_or_path != getattr(model, "name_or_path", None):
@@ -210,9 +211,11 @@ def merge_adapter_files(
     output = output_folder(output_dir)
     replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
 
+    computing = torch.device("cpu")
+
     def prepare() -> PreparedMerge:
-        chosen = MergeOptions(**options)
-        usable_device(device)
+        nonlocal computing
+        chosen, computing = MergeOptions(**options), usable_device(device)
         writable_place(output, replaced)  # before anything is read
         return prepare_merge(
             adapters,
@@ -231,27 +234,25 @@ def merge_adapter_files(
         weights_file = folder / SAFETENSORS_WEIGHTS_NAME
         processes.in_one(lambda: lay_out(weights_file, prepared.tensors(), {"format": "pt"}))
         groups = processes.share(prepared.groups, prepared.cost_of)
-        everyones = processes.every(lambda: _merge_groups(prepared, groups, weights_file, device, progress))
+        everyones = processes.every(lambda: _merge_into_file(prepared, groups, weights_file, computing, progress))
         records = {layer: record for found in everyones for layer, record in found.items()}
         processes.in_one(lambda: _complete(prepared, records, folder, output / CARD_NAME))
     return output
 
 
-def _merge_groups(
-    prepared: PreparedMerge,
-    groups: Sequence[Sequence[str]],
-    weights_file: Path,
-    device: str | torch.device,
-    progress: bool,
+def _merge_into_file(
+    prepared: PreparedMerge, groups: Sequence[Sequence[str]], weights_file: Path, device: torch.device, progress: bool
 ) -> dict[str, LayerRecord]:
     """Merge groups of layers into a file; what is to be recorded of each layer."""
     records: dict[str, LayerRecord] = {}
     with TensorFileWriter(weights_file) as writer:
-        for group in _progress(prepared, groups, progress):
-            tensors, found = merge_group(prepared, group, device)
-            for key, tensor in tensors.items():
+
+        def write(merged: MergedGroup) -> None:
+            for key, tensor in merged.tensors.items():
                 writer.write(key, tensor)
-            records |= found
+            records.update(merged.records)
+
+        merge_groups(prepared, groups, write, device, progress)
     return records
 
 
@@ -264,12 +265,3 @@ def _complete(prepared: PreparedMerge, records: dict[str, LayerRecord], folder: 
         shutil.copyfile(card, folder / CARD_NAME)
     merged_config(prepared, prepared.record(mean_residuals(records))).save_pretrained(folder)
     merged_statistics(prepared, records).save(folder, sources=prepared.files)
-
-
-def _progress(prepared: PreparedMerge, groups: Sequence[Sequence[str]], progress: bool) -> Iterator[Sequence[str]]:
-    """The groups, with a bar that counts their layers."""
-    label = f"Merging {len(prepared.tasks)} tasks"
-    with tqdm(total=sum(map(len, groups)), desc=label, unit="layer", disable=not progress) as bar:
-        for group in groups:
-            yield group
-            bar.update(len(group))

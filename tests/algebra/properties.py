@@ -197,12 +197,13 @@ class MergingProperties:
         parts = [(task.weight, task.covariance.with_ridge(RIDGE)) for task in tasks]
         whole = [(weight, DenseCovariance(0.0, part.dense())) for weight, part in parts]
         factored = [(weight, as_low_rank(part)) for weight, part in parts]
+        cpu, B = torch.device("cpu"), torch.cat([task.delta.B for task in tasks], dim=1).double()
         for rows in (
-            _by_cholesky(parts, blocks, "cpu"),
-            _by_cholesky(whole, blocks, "cpu"),
-            _in_span(factored, blocks, "cpu"),
+            _by_cholesky(parts, blocks, cpu),
+            _by_cholesky(whole, blocks, cpu),
+            _in_span(factored, blocks, cpu)[0],
         ):
-            found = sum(task.delta.B.double() @ part for task, part in zip(tasks, rows, strict=True))
+            found = B @ rows
             assert relative_error(found, recursive) < TOLERANCE
 
     @few

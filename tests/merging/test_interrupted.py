@@ -70,7 +70,7 @@ real = peft_many.merging.merge.TensorFileWriter.write
 def interrupted(*args):
     real(*args)
     os.kill(os.getpid(), signal.SIGINT)
-    threading.Event().wait(20)
+    threading.Event().wait(2)  # the thread that writes is waited for
 peft_many.merging.merge.TensorFileWriter.write = interrupted
 peft_many.merge_adapter_files(sys.argv[2:], sys.argv[1], progress=False)
 """

@@ -1,0 +1,49 @@
+"""Where things are computed, and how they get there and back: what depends on the kind of device, in one place each.
+
+A GPU works on its own while Python prepares its next step, until a number is asked for. So numbers are asked for many
+at a time ([`numbers_of`]), and tensors move through pinned memory, without a wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+WITHOUT_FLOAT64 = ("mps",)  # Apple's GPUs
+
+
+def float64_device(device: str | torch.device) -> torch.device:
+    """The device for float64: the one given, or the CPU in place of one that does not know float64."""
+    chosen = torch.device(device)
+    return torch.device("cpu") if chosen.type in WITHOUT_FLOAT64 else chosen
+
+
+def has_caches(device: torch.device) -> bool:
+    """Whether work is worth cutting into pieces that fit a cache; a GPU wants few large pieces."""
+    return device.type == "cpu"
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. A GPU gets it when its turn comes: the caller does not wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def fetched(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU; one of a GPU may be read after the next [`numbers_of`] of it, which waits."""
+    return tensor.to("cpu", non_blocking=tensor.device.type == "cuda")
+
+
+def numbers_of(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """The entries of each tensor, as float64: one wait for all of them, and for what their GPU did before."""
+    if not tensors:
+        return []
+    whole = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors]).tolist()
+    ends, parts = 0, []
+    for tensor in tensors:
+        parts.append(whole[ends : ends + tensor.numel()])
+        ends += tensor.numel()
+    return parts
