@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from .devices import has_caches, moved, numbers_of
+from .devices import has_caches, is_on, moved, numbers_of
 from .eight_bits import Scales, from_eight_bits, to_eight_bits
 
 _BLOCK = 256  # rows at the diagonal of a symmetric product, of which both triangles are computed
@@ -61,9 +61,13 @@ class Covariance(ABC):
     def energy(self) -> Tensor:
         """`tr C`, float64, where the tensors are."""
 
-    @abstractmethod
     def on(self: Self, device: torch.device) -> Self:
-        """The same on another device, as it is stored."""
+        """The same on a device, as it is stored."""
+        return self if all(is_on(tensor, device) for tensor in self.tensors().values()) else self._moved(device)
+
+    @abstractmethod
+    def _moved(self: Self, device: torch.device) -> Self:
+        """The same with its tensors on another device."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -124,7 +128,7 @@ class DenseCovariance(Covariance):
     def energy(self) -> Tensor:
         return self.matrix.diagonal().double().sum() + self.remainder * self.width
 
-    def on(self, device: torch.device) -> DenseCovariance:
+    def _moved(self, device: torch.device) -> DenseCovariance:
         return replace(self, matrix=moved(self.matrix, device))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -182,7 +186,7 @@ class LowRankCovariance(Covariance):
         squared = self.scale * self.scale  # infinite where `scale**2` is an OverflowError
         return self._stored().square().sum(dtype=torch.float64) * squared + self.remainder * self.width
 
-    def on(self, device: torch.device) -> LowRankCovariance:
+    def _moved(self, device: torch.device) -> LowRankCovariance:
         scales = self.scales and Scales(*(moved(scale, device) for scale in self.scales))
         return replace(self, factor=moved(self.factor, device), scales=scales)
 
@@ -198,7 +202,7 @@ class LowRankCovariance(Covariance):
         return self._stored(torch.float64, device) * self.scale
 
     def put_rows(self, out: Tensor) -> float:
-        out.copy_(self.factor.to(out.device) if self.scales is None else self._stored(torch.float64, out.device))
+        out.copy_(self.on(out.device).factor if self.scales is None else self._stored(torch.float64, out.device))
         return self.scale
 
     def add_to(self, total: Tensor, weight: float) -> None:
@@ -208,10 +212,8 @@ class LowRankCovariance(Covariance):
     def _stored(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
         """`S / scale` exactly as it is stored; in float64 if it is stored so and else in float32, or in `dtype`."""
         exact = dtype or (torch.float64 if self.factor.dtype == torch.float64 else torch.float32)
-        if self.scales is None:
-            return self.factor.to(device, exact)
-        scales = Scales(*(scale.to(device) for scale in self.scales))
-        return from_eight_bits(self.factor.to(device), scales, exact)
+        there = self if device is None else self.on(torch.device(device))
+        return there.factor.to(exact) if there.scales is None else from_eight_bits(there.factor, there.scales, exact)
 
     def in_half_precision(self) -> LowRankCovariance:
         """The same with a factor in float16, scaled to the upper end of its range; doing it again changes nothing.

@@ -25,8 +25,15 @@ def has_caches(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def is_on(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a tensor is on a device; `"cuda"` without a number is any of them."""
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+
+
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device. A GPU gets it when its turn comes: the caller does not wait."""
+    if is_on(tensor, device):
+        return tensor
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

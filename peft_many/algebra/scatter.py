@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .covariance import Covariance, add_lower_gram
-from .devices import float64_device, moved
+from .devices import float64_device, moved, numbers_of
 
 
 class SingularMergeError(ValueError):
@@ -143,6 +143,6 @@ def _repeated(values: Sequence[float], times: Sequence[int], device: torch.devic
 
 def _cholesky(matrix: Tensor) -> Tensor:
     root, info = torch.linalg.cholesky_ex(matrix)
-    if info.item() != 0:
+    if numbers_of([info]) != [[0.0]]:
         raise SingularMergeError("the tasks' inputs leave directions unseen; merge with a larger `ridge`")
     return root

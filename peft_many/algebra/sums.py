@@ -25,7 +25,7 @@ class CovarianceSum(Covariance):
         total = torch.stack([weight * part.energy() for weight, part in self.parts]).sum()
         return total + self.remainder * self.width
 
-    def on(self, device: torch.device) -> CovarianceSum:
+    def _moved(self, device: torch.device) -> CovarianceSum:
         return replace(self, parts=tuple((weight, part.on(device)) for weight, part in self.parts))
 
     def tensors(self) -> dict[str, Tensor]:
