@@ -52,13 +52,18 @@ def output_folder(output_dir: Any) -> Path:
 def usable_device(device: str | torch.device) -> torch.device:
     """Where to compute: the device, tried out before anything is read, or the CPU in place of one without float64."""
     try:
-        torch.zeros(1, device=device).item()
         chosen = float64_device(device)
-        torch.zeros(1, dtype=torch.float64, device=chosen).item()
+        for tried in (torch.device(device), chosen):
+            answers(tried, torch.float64 if tried == chosen else torch.float32)
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"`device` {str(device)!r} cannot compute in float64 here: {reason}") from None
     return chosen
+
+
+def answers(device: torch.device, dtype: torch.dtype) -> None:
+    """Fail as PyTorch does where a device is not here, or does not know a dtype."""
+    torch.zeros(1, dtype=dtype, device=device).item()
 
 
 def _is_list(given: Any) -> bool:
