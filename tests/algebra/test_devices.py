@@ -42,14 +42,12 @@ def waits(monkeypatch):
 
 def part(tensor, index):
     """`tensor[index]` of slices and `None`."""
-    dimension = 0
-    for one in index if isinstance(index, tuple) else (index,):
+    for dimension, one in enumerate(index if isinstance(index, tuple) else (index,)):
         if one is None:
             tensor = tensor.unsqueeze(dimension)
         else:
             start, end, _ = one.indices(tensor.shape[dimension])
             tensor = tensor.narrow(dimension, start, end - start)
-        dimension += 1
     return tensor
 
 

@@ -75,10 +75,10 @@ def test_errors_come_out_as_they_are_and_end_everything(where, error, ahead):
         return run
 
     before = threading.active_count()
-    with pytest.raises(error) as caught:  # noqa: PT012
-        with contextlib.closing(overlapped(range(50), step("read"), step("work"), step("write"), ahead)) as done:
-            for item in done:
-                step("caller")(item)
+    done = overlapped(range(50), step("read"), step("work"), step("write"), ahead)
+    with pytest.raises(error) as caught, contextlib.closing(done):  # noqa: PT012
+        for item in done:
+            step("caller")(item)
     assert caught.value is failure
     assert threading.active_count() == before
     assert max(item for _, item in begun) <= 4 + 2 * ahead + 1
