@@ -10,9 +10,11 @@ from torch import Tensor
 from .covariance import DenseCovariance, LowRankCovariance
 from .precision import float32_products, without_autocast
 from .spectrum import Spectrum, eigen_directions
+from .total import Total
 
-# Features that are multiplied at a time: their copies in float32 then stay in the cache, which halves the cost.
+# On a CPU, features that are multiplied at a time, and tokens: so much of an input is copied in another dtype at once.
 _BLOCK = 2048
+_TOKENS = 4096
 
 
 def running_covariance(
@@ -36,16 +38,24 @@ class CovarianceAccumulator:
         self.total = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.tokens = 0
 
+    @property
+    def energy(self) -> Tensor:
+        """`Σ ‖x‖²`, float64, one number on the sums' device; not finite if an input was not."""
+        return self.total.diagonal().sum()
+
     def update(self, inputs: Tensor) -> None:
-        """Add rows, shape `(tokens, in)`, any floating dtype; NaN or Inf is a `FloatingPointError`."""
-        rows = inputs.detach().to(device=self.total.device, dtype=torch.float64)
-        if not math.isfinite(rows.square().sum().item()):
-            raise FloatingPointError("the inputs hold NaN or Inf")
-        self.total.addmm_(rows.T, rows)
-        self.tokens += rows.shape[0]
+        """Add rows, shape `(tokens, in)`, any floating dtype."""
+        for part in inputs.detach().to(self.total.device).split(max(_TOKENS, len(self.total))):
+            rows = part.double()
+            self.total.addmm_(rows.T, rows)
+        self.tokens += len(inputs)
 
     def result(self) -> DenseCovariance:
-        """The mean of `x xᵀ` over all rows so far, on the CPU; zero if there were none."""
+        """The mean of `x xᵀ` over all rows so far, on the CPU; zero if there were none.
+
+        A `FloatingPointError` if any was NaN or Inf.
+        """
+        finite_energy(self)
         # addmm is symmetric up to rounding; make it so to the bit, as it is stored and checked.
         mean = (self.total + self.total.T).div_(2 * max(self.tokens, 1))
         return DenseCovariance(remainder=0.0, matrix=mean.cpu())
@@ -57,7 +67,7 @@ class CovarianceSketch:
     A streaming Nyström sketch (Tropp, Yurtsever, Udell, Cevher 2017, arXiv 1706.05736): with a fixed test matrix `Ω`
     (in × size) and `Q = X Ω` only `Y = XᵀQ` and `QᵀQ` are summed up, and in the end `C ≈ Y (QᵀQ)⁻¹ Yᵀ`, which is `XᵀX`
     with the tokens projected on the span of `Q`'s columns. Unlike there, `Ω` is not random but comes from the first
-    tokens, `Ω = orth(C₁ G)` with `G` Gaussian and `C₁` their second moment, which makes `Y` one step of a subspace
+    tokens, `Ω = orth(C₁ G)` with random signs `G` and `C₁` their second moment, which makes `Y` one step of a subspace
     iteration. The merged deltas are then within a sixth, often a few per cent, of the best approximation's of its
     rank, at two matrix products for each token; Frequent Directions and incremental SVD cost ten times as much
     (`benchmarks/sketches.py`).
@@ -67,32 +77,42 @@ class CovarianceSketch:
 
     Products are float32, whatever precision the user allows for matrix products. Of bfloat16 activations `Q` is
     bfloat16 as well, which halves the cost: as a projection's span, its rounding counts only squared, and the products
-    of what has been rounded are exact but for float32 sums. Totals and the final decomposition are float64 (totals are
-    float32 on devices without it). Of the directions that are followed, the last fifth or so is inaccurate.
+    of what has been rounded are exact but for float32 sums. Totals are float64 (see [`Total`]), as is the final
+    decomposition. Of the directions that are followed, the last fifth or so is inaccurate.
+
+    Nothing is read from a GPU while rows are added: whether all were finite is seen in `energy`.
     """
 
     def __init__(self, width: int, size: int, device: torch.device | str = "cpu") -> None:
         self.width, self.size, self.device = width, size, torch.device(device)
         self.tokens = 0
-        self.energy = 0.0  # Σ ‖x‖², of which the mean is tr C
         self._first: list[Tensor] = []
         self._sums: _Sums | None = None  # once there are more tokens than are kept
 
+    @property
+    def energy(self) -> Tensor:
+        """`Σ ‖x‖²`, of which the mean is `tr C`: one number on the sums' device, float64 if that has it.
+
+        Not finite if an input was not, or had an entry beyond 1e18.
+        """
+        if self._sums is not None:
+            return self._sums.energy.sum[0]
+        total = Total(1, device=self.device)
+        for rows in self._first:
+            total.add(_energy(rows.float()))
+        return total.sum[0]
+
     @without_autocast()
     def update(self, inputs: Tensor) -> None:
-        """Add rows as in a [`CovarianceAccumulator`]; an entry beyond 1e18 is a `FloatingPointError` too."""
+        """Add rows as in a [`CovarianceAccumulator`]."""
         rows = inputs.detach().to(self.device)
-        energy = _energy(rows)
-        if not math.isfinite(energy):
-            raise FloatingPointError("the inputs hold NaN or Inf")
-        self.energy += energy
         self.tokens += len(rows)
         if self._sums is None:
-            self._first.append(rows.clone() if rows.data_ptr() == inputs.data_ptr() else rows)
             if self.tokens < 2 * self.size:
+                self._first.append(rows.clone())
                 return
-            rows, self._first = torch.cat(self._first), []
-            self._sums = _Sums(_orthonormal_test_matrix(rows.float(), self.size))
+            rows, self._first = torch.cat([*self._first, rows]) if self._first else rows, []
+            self._sums = _Sums(_test_matrix(rows, self.size))
         self._sums.add(rows)
 
     def result(self) -> LowRankCovariance:
@@ -104,12 +124,13 @@ class CovarianceSketch:
 
         Eigenvalues are never above the true ones by more than rounding, and the trace is exact.
         """
+        energy = finite_energy(self)
         if self._sums is None:
             none = torch.zeros(0, self.width, dtype=torch.float64)
             rows = torch.cat([none, *(rows.cpu().double() for rows in self._first)])
             factor = rows / max(self.tokens, 1) ** 0.5
             return eigen_directions(LowRankCovariance(remainder=0.0, factor=factor))
-        test, moved, core = (part.cpu().double() for part in (self._sums.test, self._sums.moved, self._sums.core))
+        test, moved, core = (part.cpu().double() for part in self._sums.tensors())
         moved, core, gram = moved / self.tokens, core / self.tokens, test.T @ test
         # Float32 rounding of the products may make the core negative in its smallest directions; the sketch of
         # `C + shift·I`, with the shift taken off again below, is definite.
@@ -124,41 +145,98 @@ class CovarianceSketch:
         values, mixing = values.flip(0).clamp(min=torch.finfo(torch.float64).tiny), mixing.flip(1)
         directions = mixing.T @ halves / values[:, None].sqrt()
         values = (values - shift).clamp(min=0.0)
-        rest = max(0.0, self.energy / self.tokens - values.sum().item())
+        rest = max(0.0, energy / self.tokens - values.sum().item())
         return Spectrum(values, directions, rest)
 
 
+def finite_energy(running: CovarianceAccumulator | CovarianceSketch) -> float:
+    """`Σ ‖x‖²`; a `FloatingPointError` if it is not finite, as then nothing is that was summed up."""
+    energy = running.energy.item()
+    if not math.isfinite(energy):
+        raise FloatingPointError("the inputs hold NaN or Inf")
+    return energy
+
+
 class _Sums:
-    """`Ω`, `Y` and `QᵀQ`, these two not yet divided by the tokens."""
+    """`Ω`, `Y`, `QᵀQ` and `Σ ‖x‖²`, none of them yet divided by the tokens. `Ω` lies in memory as its transpose."""
 
     def __init__(self, test: Tensor) -> None:
-        dtype = torch.float32 if test.device.type == "mps" else torch.float64  # Apple's GPUs know no float64
         self.test = test
-        self.moved = torch.zeros_like(test, dtype=dtype)
-        self.core = torch.zeros(test.shape[1], test.shape[1], dtype=dtype, device=test.device)
+        self.moved = Total(*test.shape, device=test.device)
+        self.core = Total(test.shape[1], test.shape[1], device=test.device)
+        self.energy = Total(1, device=test.device)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`Ω`, `Y` and `QᵀQ`."""
+        return self.test, self.moved.value(), self.core.value()
 
     def add(self, rows: Tensor) -> None:
-        half = rows.dtype == torch.bfloat16
-        with float32_products(full=not half):  # the factors are bfloat16 already
-            projected = (rows @ self.test.bfloat16()).float() if half else rows.float() @ self.test
-            self.core += projected.T @ projected
-            for block, summed in zip(rows.split(_BLOCK, dim=1), self.moved.split(_BLOCK)):
-                summed += block.float().T @ projected
+        """Add the products and the energy of some rows.
+
+        A CPU converts one block of features after the other, whose copies stay in its cache. Other devices get the
+        whole at once: CUDA sums up products of bfloat16 in float32 without a copy; float16 becomes float32, as `Q` may
+        overflow in float16, with factors that are exact in TF32.
+        """
+        on_cpu, width = rows.device.type == "cpu", rows.shape[1]
+        rounds = rows.dtype == torch.bfloat16 or (rows.dtype == torch.float16 and not on_cpu)
+        with float32_products(full=not rounds):  # else the factors are rounded already
+            if rows.dtype != torch.bfloat16:
+                rows = rows.float()
+            projected = rows @ self.test.to(rows.dtype)
+            if rounds:
+                projected = projected.bfloat16()
+            if not (rows.dtype == torch.bfloat16 and _sums_bfloat16_in_float32(rows.device)):
+                projected = projected.float()
+                rows = rows if on_cpu else rows.float()
+            self.core.add(_inner(projected, projected))
+            for start in range(0, width, _BLOCK if on_cpu else width):
+                block = rows[:, start : start + _BLOCK] if on_cpu else rows
+                block = block.to(projected.dtype)
+                self.energy.add(_energy(block))
+                self.moved.add(_inner(block, projected), start)
 
 
-def _energy(rows: Tensor) -> float:
-    """`Σ ‖x‖²`, each norm in float32 and their sum in float64."""
-    norms = [torch.linalg.vector_norm(block.float(), dim=1) for block in rows.split(64)]
-    return torch.cat(norms).double().square().sum().item() if norms else 0.0
+def _sums_bfloat16_in_float32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
 
 
-def _orthonormal_test_matrix(rows: Tensor, size: int) -> Tensor:
-    """`Ω = orth(C₁ G)` for the second moment `C₁` of `rows`, shape `(in, size)`, float32."""
-    width = rows.shape[1]
-    generator = torch.Generator().manual_seed(width)
-    gaussian = torch.randn(width, size, generator=generator, dtype=torch.float32).to(rows.device)
-    with float32_products(full=True):
-        moved = rows.T @ (rows @ gaussian) / len(rows)
-    # Where the first tokens span fewer than `size` directions, Gaussian ones take the free places.
-    moved += 1e-3 * rows.square().mean() * gaussian
-    return torch.linalg.qr(moved).Q.contiguous()
+def _inner(rows: Tensor, others: Tensor) -> Tensor:
+    """`rowsᵀ · others`, float32, of two of one dtype."""
+    if rows.dtype == torch.float32:
+        return rows.T @ others
+    return torch.mm(rows.T, others, out_dtype=torch.float32)
+
+
+def _energy(rows: Tensor) -> Tensor:
+    """`Σ ‖x‖²`, shape `(1,)`: each norm in float32 and their sum in float64, where the device has that."""
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    exact = torch.float32 if rows.device.type == "mps" else torch.float64
+    return torch.linalg.vector_norm(norms, dim=0, keepdim=True, dtype=exact).square()
+
+
+def _test_matrix(rows: Tensor, size: int) -> Tensor:
+    """`Ω = orth(C₁ G)` for the second moment `C₁` of `rows`, shape `(in, size)`, in the dtype of the products.
+
+    By the Cholesky factor of the Gram matrix in float64: a GPU takes a fraction of the time of a QR decomposition.
+    """
+    signs = _random_signs(rows.shape[1], size, rows.device)
+    first = _Sums(signs)
+    first.add(rows)
+    moved, mean = first.moved.value(), first.energy.value() / rows.numel()
+    moved /= len(rows) * mean.clamp(min=1e-30)
+    # Where the first tokens span fewer than `size` directions, random ones take the free places.
+    moved += 1e-3 * signs.to(moved.device)
+    gram = moved.T @ moved
+    gram.diagonal().add_(torch.finfo(torch.float64).eps * gram.diagonal().sum())
+    transposed = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, moved.T, upper=False)
+    dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
+    return transposed.to(dtype).to(rows.device).contiguous().T
+
+
+def _random_signs(width: int, size: int, device: torch.device) -> Tensor:
+    """A matrix of ±1, float32, that is the same on every device, made there: bits of a hash (splitmix64)."""
+    bits = torch.arange(1, width * size + 1, device=device).mul_(-0x61C8864680B583EB)  # products wrap around
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        bits.bitwise_xor_(bits >> shift).mul_(factor)
+    bits.bitwise_xor_(bits >> 31)
+    return (bits & 1).float().mul_(2).sub_(1).view(width, size)

@@ -1,0 +1,35 @@
+"""Sums over many batches, as exact as a device can keep them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Total:
+    """A sum of float32 tensors of one shape: in float64, or, on devices without it, in two float32 parts.
+
+    Apple's GPUs ("mps") have no float64. There the second part holds what additions to the first one rounded off
+    (Knuth's two-sum), so that both together have 48 bits, where float64 has 53.
+    """
+
+    def __init__(self, *shape: int, device: torch.device) -> None:
+        is_exact = device.type != "mps"
+        self.sum = torch.zeros(shape, dtype=torch.float64 if is_exact else torch.float32, device=device)
+        self.lost = None if is_exact else torch.zeros_like(self.sum)
+
+    def add(self, part: Tensor, start: int = 0) -> None:
+        """Add a tensor, which may be some rows only, from `start` on."""
+        rows = slice(start, start + len(part))
+        old = self.sum[rows]
+        if self.lost is None:
+            old += part
+            return
+        new = old + part
+        added = new - old
+        self.lost[rows] += (old - (new - added)) + (part - added)
+        old.copy_(new)
+
+    def value(self) -> Tensor:
+        """The sum in float64, on the CPU if the device has none."""
+        return self.sum if self.lost is None else self.sum.cpu().double() + self.lost.cpu().double()
