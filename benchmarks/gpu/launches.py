@@ -14,7 +14,10 @@ from torch.utils._pytree import tree_leaves
 # Their result, or its shape, depends on values: the host waits for the device to know it.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
 # They make tensors or describe them; the device has nothing to do.
-_NO_KERNEL = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view")
+_NO_KERNEL = (
+    *("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view"),
+    "prim::device",  # of fake tensors
+)
 
 
 class Launches(TorchDispatchMode):

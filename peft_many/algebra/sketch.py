@@ -93,14 +93,14 @@ class CovarianceSketch:
     def energy(self) -> Tensor:
         """`Σ ‖x‖²`, of which the mean is `tr C`: one number on the sums' device, float64 if that has it.
 
-        Not finite if an input was not, or had an entry beyond 1e18.
+        Not finite if an input was not, or had entries near 1e18.
         """
         if self._sums is not None:
-            return self._sums.energy.sum[0]
+            return self._sums.energy.sum.squeeze(0)
         total = Total(1, device=self.device)
         for rows in self._first:
             total.add(_energy(rows.float()))
-        return total.sum[0]
+        return total.sum.squeeze(0)
 
     @without_autocast()
     def update(self, inputs: Tensor) -> None:
@@ -208,10 +208,9 @@ def _inner(rows: Tensor, others: Tensor) -> Tensor:
 
 
 def _energy(rows: Tensor) -> Tensor:
-    """`Σ ‖x‖²`, shape `(1,)`: each norm in float32 and their sum in float64, where the device has that."""
+    """`Σ ‖x‖²` of a batch, shape `(1,)`, float32."""
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    exact = torch.float32 if rows.device.type == "mps" else torch.float64
-    return torch.linalg.vector_norm(norms, dim=0, keepdim=True, dtype=exact).square()
+    return torch.dot(norms, norms).unsqueeze(0)
 
 
 def _test_matrix(rows: Tensor, size: int) -> Tensor:
@@ -230,7 +229,7 @@ def _test_matrix(rows: Tensor, size: int) -> Tensor:
     gram.diagonal().add_(torch.finfo(torch.float64).eps * gram.diagonal().sum())
     transposed = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, moved.T, upper=False)
     dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
-    return transposed.to(dtype).to(rows.device).contiguous().T
+    return transposed.to(dtype, memory_format=torch.contiguous_format).to(rows.device).T
 
 
 def _random_signs(width: int, size: int, device: torch.device) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,16 +22,27 @@ class Total:
 
     def add(self, part: Tensor, start: int = 0) -> None:
         """Add a tensor, which may be some rows only, from `start` on."""
-        rows = slice(start, start + len(part))
-        old = self.sum[rows]
+        old = self.sum.narrow(0, start, len(part))
         if self.lost is None:
             old += part
             return
         new = old + part
         added = new - old
-        self.lost[rows] += (old - (new - added)) + (part - added)
+        self.lost.narrow(0, start, len(part)).add_((old - (new - added)) + (part - added))
         old.copy_(new)
 
     def value(self) -> Tensor:
         """The sum in float64, on the CPU if the device has none."""
         return self.sum if self.lost is None else self.sum.cpu().double() + self.lost.cpu().double()
+
+
+def not_finite(numbers: Mapping[str, Tensor]) -> str | None:
+    """The name of the first number that is NaN or Inf; they are read together, once from each device."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, number in numbers.items():
+        by_device.setdefault(number.device, []).append(name)
+    wrong = set()
+    for names in by_device.values():
+        finite = torch.stack([numbers[name] for name in names]).isfinite().tolist()
+        wrong.update(name for name, is_finite in zip(names, finite) if not is_finite)
+    return next((name for name in numbers if name in wrong), None)

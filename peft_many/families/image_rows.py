@@ -61,8 +61,10 @@ class ImageRows:
         if self.real is None:
             counts = torch.bincount(self._owners(len(rows)), minlength=len(self.lengths))
         else:
-            rows, counts = rows[self.real.to(rows.device)], self._real_counts(self.real)
-        return pool_segments(rows, counts.to(rows.device))
+            real = self.real.reshape(-1).nonzero()[:, 0]  # on the CPU, or a GPU would have to be waited for
+            rows = rows.flatten(0, self.real.dim() - 1).index_select(0, real.to(rows.device, non_blocking=True))
+            counts = self._real_counts(self.real)
+        return pool_segments(rows, counts.to(rows.device, non_blocking=True))
 
     @property
     def real_images(self) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families.projector_call import features_of
-from .tokens import rows_by_mask
+from .tokens import TokenMask, rows_by_mask
 
 
 class _Enough(Exception):  # noqa: N818 - no error
@@ -27,8 +27,7 @@ class LayerCapture:
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.layers = layers
-        # Set before each pass: which positions are tokens, `(rows, length)`; see `MASK_NAMES`.
-        self.masks: Mapping[str, Tensor] = {}
+        self.masks: Mapping[str, TokenMask] = {}  # set before each pass; see `MASK_NAMES`
         self._inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
         self._outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
         self._waiting: set[str] = set()

@@ -220,12 +220,11 @@ class _Measuring:
                 hooks.enter_context(hook)
 
             def run(batch: Any, counts: bool) -> None:
-                batch = send_to_device(batch, device_of(self.model))
                 if counts:
-                    self.inputs.begin_batch(batch)
+                    self.inputs.begin_batch(batch)  # its masks are still on the CPU, as a rule
                 else:
                     hooks.close()
-                forward(self.model, batch, forward_fn)
+                forward(self.model, send_to_device(batch, device_of(self.model)), forward_fn)
 
             return run_together(self._checked(dataloader), max_samples, processes, run, bar.update, self.sharded)
 

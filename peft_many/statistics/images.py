@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..algebra.total import Total, not_finite
 from ..families.image_layouts import image_rows_of
 from ..families.projector_call import features_of
 from ..routing.calls import current_image_call, projector_call
@@ -24,14 +25,28 @@ class PooledFeatures:
     """The pooled features of the images that reached one projector."""
 
     total: Tensor  # their sum, (d,), float64
-    images: int = 0
-    kept: list[Tensor] = field(default_factory=list)  # the first `MOST_KEPT_IMAGES`, in parts of (n, d), float32
+    images: int
+    kept: list[Tensor]  # the first `MOST_KEPT_IMAGES`, in parts of (n, d), float32
+
+
+class _Pooling:
+    """The images that reached one projector so far, on its device."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total = Total(width, device=device)
+        self.images = 0
+        self.kept: list[Tensor] = []
 
     def add(self, pooled: Tensor) -> None:
-        """Add rows of shape `(n, d)`."""
-        self.total = self.total + pooled.double().sum(0)
-        self.kept.append(pooled[: max(0, MOST_KEPT_IMAGES - self.images)].float())
+        """Add rows of shape `(n, d)`, float32."""
+        pooled = pooled.to(self.total.sum.device)
+        self.total.add(pooled.sum(0, dtype=self.total.sum.dtype))
+        self.kept.append(pooled[: max(0, MOST_KEPT_IMAGES - self.images)])
         self.images += len(pooled)
+
+    def result(self) -> PooledFeatures:
+        """The same on the CPU."""
+        return PooledFeatures(self.total.value().cpu(), self.images, [part.cpu() for part in self.kept])
 
 
 class PrototypeHooks:
@@ -39,8 +54,7 @@ class PrototypeHooks:
 
     def __init__(self, projectors: Mapping[str, nn.Module]) -> None:
         self.projectors = projectors
-        self._found: dict[str, PooledFeatures] = {}
-        self._worthless: str | None = None  # the first projector with such features
+        self._found: dict[str, _Pooling] = {}
         self._hooks = ExitStack()
 
     def __enter__(self) -> PrototypeHooks:
@@ -52,14 +66,15 @@ class PrototypeHooks:
         self._hooks.close()
 
     def check(self) -> None:
-        """A `RuntimeError` if features held NaN or Inf. It waits for this: other processes may need the whole pass."""
-        if self._worthless is not None:
-            raise RuntimeError(f"The vision features at '{self._worthless}' hold NaN or Inf.")
+        """A `RuntimeError` if features held NaN or Inf. Other processes may need the whole pass, so not before."""
+        worthless = not_finite({name: found.total.sum.sum() for name, found in self._found.items()})
+        if worthless is not None:
+            raise RuntimeError(f"The vision features at '{worthless}' hold NaN or Inf.")
 
     def result(self) -> dict[str, PooledFeatures]:
         """What each projector that saw an image got."""
         self.check()
-        return dict(self._found)
+        return {name: found.result() for name, found in self._found.items()}
 
     def _pool(self, name: str, projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         features = features_of(args, kwargs)
@@ -71,8 +86,10 @@ class PrototypeHooks:
             return  # parts of images that were seen as a whole
         if images is not None:
             images.decided[projector] = features.new_empty(0)
-        pooled = rows.pool(call.vision_features)[rows.real_images.to(features.device)].cpu()
-        if not torch.isfinite(pooled).all():
-            self._worthless = self._worthless or name
-        nothing = PooledFeatures(torch.zeros(pooled.shape[-1], dtype=torch.float64))
-        self._found.setdefault(name, nothing).add(pooled)
+        pooled = rows.pool(call.vision_features)
+        if rows.real is not None:
+            real = rows.real_images.nonzero()[:, 0]
+            pooled = pooled.index_select(0, real.to(pooled.device, non_blocking=True))
+        if name not in self._found:
+            self._found[name] = _Pooling(pooled.shape[-1], pooled.device)
+        self._found[name].add(pooled)

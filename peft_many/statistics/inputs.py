@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..algebra.sketch import CovarianceAccumulator, CovarianceSketch, running_covariance
 from ..algebra.sums import mean_covariance
+from ..algebra.total import not_finite
 from ..families.linears import features_of_linear
 from ..families.projector_call import features_of
 from ..files.statistics import InputStatistics
@@ -122,7 +123,6 @@ class CovarianceHooks:
         self.size = size
         self.shared = SharedInputs(measured, share)
         self._sums: dict[str, CovarianceAccumulator | CovarianceSketch] = {}
-        self._worthless: str | None = None  # the first layer with such an input
         self._hooks = ExitStack()
 
     def __enter__(self) -> CovarianceHooks:
@@ -144,11 +144,13 @@ class CovarianceHooks:
         self.tokens.begin_batch(batch)
 
     def check(self) -> None:
-        """A `RuntimeError` if an input held NaN or Inf. It waits for this: other processes may need the whole pass."""
-        if self._worthless is not None:
-            raise RuntimeError(
-                f"The input of '{self._worthless}' holds NaN or Inf; its covariance would be worthless."
-            )
+        """A `RuntimeError` if an input held NaN or Inf: the one read of a batch from a GPU, for all inputs at once.
+
+        Other processes may need the whole pass, so it is not seen before.
+        """
+        worthless = not_finite({name: running.energy for name, running in self._sums.items()})
+        if worthless is not None:
+            raise RuntimeError(f"The input of '{worthless}' holds NaN or Inf; its covariance would be worthless.")
 
     def result(self) -> MeasuredInputs:
         """What was measured of every layer that has a sum."""
@@ -185,10 +187,7 @@ class CovarianceHooks:
         rows = self.tokens.rows_of(name, inputs)
         if name not in self._sums:
             self._sums[name] = running_covariance(width, self.size, inputs.device)
-        try:
-            self._sums[name].update(rows)
-        except FloatingPointError:
-            self._worthless = self._worthless or name
+        self._sums[name].update(rows)
 
 
 def added_inputs(parts: list[InputStatistics]) -> InputStatistics:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,38 @@ from ..families.projector_call import features_of
 
 # Of the text, and of the decoder's text in an encoder-decoder model.
 MASK_NAMES = ("attention_mask", "decoder_attention_mask")
+
+
+class TokenMask:
+    """Which positions of a batch are tokens, by its attention mask of shape `(rows, length)`.
+
+    Their index is made once, when first asked for. Where the mask is on a GPU, the host waits for it, then only.
+    """
+
+    def __init__(self, given: Tensor) -> None:
+        self.given, self.kept = given, given.bool()
+        self._indices: dict[torch.device, Tensor] = {}
+
+    @cached_property
+    def all_tokens(self) -> bool:
+        """Whether there is no padding."""
+        return len(self._index) == self.given.numel()
+
+    def fits(self, inputs: Tensor) -> bool:
+        """Whether it can be that of an input, `(rows, length, in)` or flattened."""
+        return inputs.shape[:-1] == self.given.shape or (inputs.dim() == 2 and len(inputs) == self.given.numel())
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """Those of the flattened rows of an input that are tokens; not a copy where all are."""
+        if self.all_tokens:
+            return rows
+        if rows.device not in self._indices:
+            self._indices[rows.device] = self._index.to(rows.device, non_blocking=self._index.device.type == "cpu")
+        return rows.index_select(0, self._indices[rows.device])
+
+    @cached_property
+    def _index(self) -> Tensor:
+        return self.kept.reshape(-1).nonzero()[:, 0]
 
 
 class TokenRows:
@@ -35,8 +67,7 @@ class TokenRows:
         text_encoder: nn.Module | None = None,
     ) -> None:
         self.unmasked, self.text_encoder = unmasked, text_encoder
-        # Of the running batch: which positions are tokens, `(rows, length)`; see `MASK_NAMES`.
-        self.masks: Mapping[str, Tensor] = {}
+        self.masks: Mapping[str, TokenMask] = {}  # of the running batch; see `MASK_NAMES`
         self._routed = RoutedRows([] if model is None else [name for name in layers if name not in unmasked])
         self._around = {} if model is None else {path: model.get_submodule(path) for path in self._routed.around}
         self._encoding = False
@@ -73,7 +104,7 @@ class TokenRows:
         """The rows of a layer's input that are tokens, shape `(tokens, in)`."""
         masks = self._masks_of(name, inputs)
         rows, masked = rows_by_mask(inputs, masks)
-        if masked or all(mask.all() for mask in masks):
+        if masked or all(mask.all_tokens for mask in masks):
             return rows
         tokens = self._routed.tokens(name, rows)
         if tokens is not None:
@@ -91,7 +122,9 @@ class TokenRows:
     def _begins(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs, mask = features_of(args, kwargs) if args or kwargs else None, kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:  # of LLaVA's own code it is longer than the batch's
-            self.masks = {**self.masks, "inner": mask.bool()}
+            known = self.masks.get("inner")
+            if known is None or known.given is not mask:
+                self.masks = {**self.masks, "inner": TokenMask(mask)}
         self._routed.begins(path, inputs, _mask_that_fits(inputs, self._masks_of(path, inputs)))
 
     def _ends(self, path: str, *_: object) -> None:
@@ -104,7 +137,7 @@ class TokenRows:
         self._encoding = False
         self._encoded = weakref.ref(output if isinstance(output, Tensor) else output[0])
 
-    def _masks_of(self, name: str, inputs: object) -> Sequence[Tensor]:
+    def _masks_of(self, name: str, inputs: object) -> Sequence[TokenMask]:
         """The masks that can belong to an input. In an encoder-decoder, cross-attention reads the encoder's output."""
         if name in self.unmasked:
             return []
@@ -115,11 +148,11 @@ class TokenRows:
         return [] if mask is None else [mask]
 
 
-def masks_of(batch: Any, has_encoder: bool) -> dict[str, Tensor]:
-    """The 2-D attention masks of a batch, as booleans: which positions are tokens and which are padding."""
+def masks_of(batch: Any, has_encoder: bool) -> dict[str, TokenMask]:
+    """The 2-D attention masks of a batch: which positions are tokens and which are padding."""
     if not isinstance(batch, Mapping):
         return {}
-    masks = {name: batch[name].bool() for name in MASK_NAMES if isinstance(batch.get(name), Tensor)}
+    masks = {name: batch[name] for name in MASK_NAMES if isinstance(batch.get(name), Tensor)}
     for name, mask in masks.items():
         if mask.dim() != 2:
             warnings.warn(
@@ -131,30 +164,22 @@ def masks_of(batch: Any, has_encoder: bool) -> dict[str, Tensor]:
     if has_encoder and MASK_NAMES[1] not in masks and isinstance(batch.get("labels"), Tensor):
         # Models make the decoder's inputs from the labels, whose padding data collators mark by -100.
         masks[MASK_NAMES[1]] = batch["labels"] != -100
-    return {name: mask for name, mask in masks.items() if mask.dim() == 2}
+    return {name: TokenMask(mask) for name, mask in masks.items() if mask.dim() == 2}
 
 
-def rows_by_mask(inputs: Tensor, masks: Iterable[Tensor]) -> tuple[Tensor, bool]:
+def rows_by_mask(inputs: Tensor, masks: Iterable[TokenMask]) -> tuple[Tensor, bool]:
     """The rows of `inputs` that are tokens by the mask that fits, shape `(tokens, in)`, and whether one does.
 
     Not a copy if there is no mask, or all are tokens.
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
     mask = _mask_that_fits(inputs, masks)
-    if mask is None:
-        return rows, False
-    kept = mask.reshape(-1).to(rows.device)
-    return rows if kept.all() else rows[kept], True
+    return (rows, False) if mask is None else (mask.tokens(rows), True)
 
 
-def _mask_that_fits(inputs: object, masks: Iterable[Tensor]) -> Tensor | None:
-    """The mask of the rows of an input, `(rows, length, in)` or flattened."""
-    if not isinstance(inputs, Tensor):
-        return None
-    for mask in masks:
-        if inputs.shape[:-1] == mask.shape or (inputs.dim() == 2 and len(inputs) == mask.numel()):
-            return mask
-    return None
+def _mask_that_fits(inputs: object, masks: Iterable[TokenMask]) -> TokenMask | None:
+    """The mask of the rows of an input."""
+    return next((mask for mask in masks if mask.fits(inputs)), None) if isinstance(inputs, Tensor) else None
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -177,17 +202,17 @@ class RoutedRows:
     expert get other features, but one row for each of the expert's.
 
     Modules' inputs are only held while they run, and looked at when a layer inside asks. Where all fit the mask, none
-    does.
+    does; else each such layer lets the host wait for a GPU, as the router did before it.
     """
 
     def __init__(self, layers: Collection[str]) -> None:
         self.around = {path for layer in layers for path in _parents(layer)}
-        self._running: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._running: dict[str, tuple[Tensor, TokenMask | None]] = {}
         self._known: dict[str, _Known | None] = {}
         # Whether rows were compared, and padding was among them: a router that changes rows would hide it.
         self.searched = self.recognised = False
 
-    def begins(self, path: str, inputs: object, mask: Tensor | None) -> None:
+    def begins(self, path: str, inputs: object, mask: TokenMask | None) -> None:
         """Note what goes into a module `around` the layers, and the attention mask that fits it, if one does."""
         self.ends(path)
         if isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.dim() >= 2:
@@ -221,7 +246,7 @@ class RoutedRows:
             rows = inputs.reshape(-1, inputs.shape[-1])
             found: _Known | None = None
             if mask is not None:
-                tokens = mask.reshape(-1).to(rows.device)
+                tokens = mask.kept.reshape(-1).to(rows.device)
                 found = _Known(tokens, _hashes(rows[~tokens]), rows.shape[1])
             elif (outer := self._outer(path, rows)) is not None:
                 found = _Known(self._tokens(rows, outer), outer.padding, rows.shape[1])
