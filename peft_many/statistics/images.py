@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..algebra.total import Total, not_finite
+from ..algebra.total import not_finite
 from ..families.image_layouts import image_rows_of
 from ..families.projector_call import features_of
 from ..routing.calls import current_image_call, projector_call
@@ -25,28 +25,19 @@ class PooledFeatures:
     """The pooled features of the images that reached one projector."""
 
     total: Tensor  # their sum, (d,), float64
-    images: int
-    kept: list[Tensor]  # the first `MOST_KEPT_IMAGES`, in parts of (n, d), float32
-
-
-class _Pooling:
-    """The images that reached one projector so far, on its device."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.total = Total(width, device=device)
-        self.images = 0
-        self.kept: list[Tensor] = []
+    images: int = 0
+    kept: list[Tensor] = field(default_factory=list)  # the first `MOST_KEPT_IMAGES`, in parts of (n, d), float32
 
     def add(self, pooled: Tensor) -> None:
-        """Add rows of shape `(n, d)`, float32."""
-        pooled = pooled.to(self.total.sum.device)
-        self.total.add(pooled.sum(0, dtype=self.total.sum.dtype))
-        self.kept.append(pooled[: max(0, MOST_KEPT_IMAGES - self.images)])
+        """Add rows of shape `(n, d)`."""
+        pooled = pooled.to(self.total.device)
+        self.total = self.total + pooled.sum(0, dtype=torch.float64)
+        self.kept.append(pooled[: max(0, MOST_KEPT_IMAGES - self.images)].float())
         self.images += len(pooled)
 
-    def result(self) -> PooledFeatures:
+    def on_cpu(self) -> PooledFeatures:
         """The same on the CPU."""
-        return PooledFeatures(self.total.value().cpu(), self.images, [part.cpu() for part in self.kept])
+        return PooledFeatures(self.total.cpu(), self.images, [part.cpu() for part in self.kept])
 
 
 class PrototypeHooks:
@@ -54,7 +45,7 @@ class PrototypeHooks:
 
     def __init__(self, projectors: Mapping[str, nn.Module]) -> None:
         self.projectors = projectors
-        self._found: dict[str, _Pooling] = {}
+        self._found: dict[str, PooledFeatures] = {}
         self._hooks = ExitStack()
 
     def __enter__(self) -> PrototypeHooks:
@@ -67,14 +58,14 @@ class PrototypeHooks:
 
     def check(self) -> None:
         """A `RuntimeError` if features held NaN or Inf. Other processes may need the whole pass, so not before."""
-        worthless = not_finite({name: found.total.sum.sum() for name, found in self._found.items()})
+        worthless = not_finite({name: found.total.sum() for name, found in self._found.items()})
         if worthless is not None:
             raise RuntimeError(f"The vision features at '{worthless}' hold NaN or Inf.")
 
     def result(self) -> dict[str, PooledFeatures]:
         """What each projector that saw an image got."""
         self.check()
-        return {name: found.result() for name, found in self._found.items()}
+        return {name: found.on_cpu() for name, found in self._found.items()}
 
     def _pool(self, name: str, projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         features = features_of(args, kwargs)
@@ -91,5 +82,6 @@ class PrototypeHooks:
             real = rows.real_images.nonzero()[:, 0]
             pooled = pooled.index_select(0, real.to(pooled.device, non_blocking=True))
         if name not in self._found:
-            self._found[name] = _Pooling(pooled.shape[-1], pooled.device)
+            device = "cpu" if pooled.device.type == "mps" else pooled.device  # there is no float64 on "mps"
+            self._found[name] = PooledFeatures(torch.zeros(pooled.shape[-1], dtype=torch.float64, device=device))
         self._found[name].add(pooled)

@@ -115,5 +115,5 @@ def test_images_are_pooled_without_waiting(monkeypatch: pytest.MonkeyPatch, padd
             counted = launches(lambda: projector(features))
     assert not counted.waits.keys() & {"_to_copy", "copy_"}
     pooling = hooks._found["projector"]
-    assert pooling.total.sum.device.type == "meta"
+    assert pooling.total.device.type == "meta"
     assert pooling.images == 2 * (ROWS - padded)
