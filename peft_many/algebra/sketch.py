@@ -173,12 +173,12 @@ class _Sums:
     def add(self, rows: Tensor) -> None:
         """Add the products and the energy of some rows.
 
-        A CPU converts one block of features after the other, whose copies stay in its cache. Other devices get the
-        whole at once: CUDA sums up products of bfloat16 in float32 without a copy; float16 becomes float32, as `Q` may
-        overflow in float16, with factors that are exact in TF32.
+        A CPU converts them one block of features after the other, whose copies stay in its cache. Other devices get
+        the whole at once: CUDA sums up products of bfloat16 in float32 without a copy; float16 becomes float32, as `Q`
+        may overflow in float16, with factors that are exact in TF32.
         """
-        on_cpu, width = rows.device.type == "cpu", rows.shape[1]
-        rounds = rows.dtype == torch.bfloat16 or (rows.dtype == torch.float16 and not on_cpu)
+        in_blocks, width = rows.device.type == "cpu", rows.shape[1]
+        rounds = rows.dtype == torch.bfloat16 or (rows.dtype == torch.float16 and not in_blocks)
         with float32_products(full=not rounds):  # else the factors are rounded already
             if rows.dtype != torch.bfloat16:
                 rows = rows.float()
@@ -187,11 +187,11 @@ class _Sums:
                 projected = projected.bfloat16()
             if not (rows.dtype == torch.bfloat16 and _sums_bfloat16_in_float32(rows.device)):
                 projected = projected.float()
-                rows = rows if on_cpu else rows.float()
+                rows = rows if in_blocks else rows.float()
             self.core.add(_inner(projected, projected))
-            for start in range(0, width, _BLOCK if on_cpu else width):
-                block = rows[:, start : start + _BLOCK] if on_cpu else rows
-                block = block.to(projected.dtype)
+            step = width if rows.dtype == projected.dtype else _BLOCK
+            for start in range(0, width, step):
+                block = rows[:, start : start + step].to(projected.dtype)
                 self.energy.add(_energy(block))
                 self.moved.add(_inner(block, projected), start)
 
