@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .covariance import DenseCovariance, LowRankCovariance
+from .devices import float64_device, has_caches
 from .precision import float32_products, without_autocast
 from .spectrum import Spectrum, eigen_directions
 from .total import Total
@@ -24,7 +25,7 @@ def running_covariance(
     device = torch.device(device)
     if size is not None and size < width:
         return CovarianceSketch(width, size, device)
-    return CovarianceAccumulator(width, "cpu" if device.type == "mps" else device)  # there is no float64 on "mps"
+    return CovarianceAccumulator(width, float64_device(device))
 
 
 class CovarianceAccumulator:
@@ -177,7 +178,7 @@ class _Sums:
         the whole at once: CUDA sums up products of bfloat16 in float32 without a copy; float16 becomes float32, as `Q`
         may overflow in float16, with factors that are exact in TF32.
         """
-        in_blocks, width = rows.device.type == "cpu", rows.shape[1]
+        in_blocks, width = has_caches(rows.device), rows.shape[1]
         rounds = rows.dtype == torch.bfloat16 or (rows.dtype == torch.float16 and not in_blocks)
         with float32_products(full=not rounds):  # else the factors are rounded already
             if rows.dtype != torch.bfloat16:
@@ -190,8 +191,8 @@ class _Sums:
                 rows = rows if in_blocks else rows.float()
             self.core.add(_inner(projected, projected))
             step = width if rows.dtype == projected.dtype else _BLOCK
-            for start in range(0, width, step):
-                block = rows[:, start : start + step].to(projected.dtype)
+            for start, part in zip(range(0, width, step), rows.split(step, dim=1)):
+                block = part.to(projected.dtype)
                 self.energy.add(_energy(block))
                 self.moved.add(_inner(block, projected), start)
 

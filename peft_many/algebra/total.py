@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .devices import float64_device
+
 
 class Total:
     """A sum of float32 tensors of one shape: in float64, or, on devices without it, in two float32 parts.
@@ -16,7 +18,7 @@ class Total:
     """
 
     def __init__(self, *shape: int, device: torch.device) -> None:
-        is_exact = device.type != "mps"
+        is_exact = float64_device(device) == device
         self.sum = torch.zeros(shape, dtype=torch.float64 if is_exact else torch.float32, device=device)
         self.lost = None if is_exact else torch.zeros_like(self.sum)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..algebra.devices import float64_device
 from ..algebra.total import not_finite
 from ..families.image_layouts import image_rows_of
 from ..families.projector_call import features_of
@@ -82,6 +83,6 @@ class PrototypeHooks:
             real = rows.real_images.nonzero()[:, 0]
             pooled = pooled.index_select(0, real.to(pooled.device, non_blocking=True))
         if name not in self._found:
-            device = "cpu" if pooled.device.type == "mps" else pooled.device  # there is no float64 on "mps"
-            self._found[name] = PooledFeatures(torch.zeros(pooled.shape[-1], dtype=torch.float64, device=device))
+            nothing = torch.zeros(pooled.shape[-1], dtype=torch.float64, device=float64_device(pooled.device))
+            self._found[name] = PooledFeatures(nothing)
         self._found[name].add(pooled)

@@ -124,6 +124,49 @@ def test_products_in_bfloat16_lose_nothing_that_counts(outlier):
     assert aligned.min() > 0.9999
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The ways of a GPU, taken on the CPU; a product of bfloat16 is summed up in float32 as CUDA does."""
+    monkeypatch.setattr("peft_many.algebra.sketch.has_caches", lambda device: False)
+    monkeypatch.setattr("peft_many.algebra.sketch._sums_bfloat16_in_float32", lambda device: True)
+
+    def mm(rows, others, *, out_dtype):
+        assert rows.dtype == others.dtype == torch.bfloat16
+        return (rows.double() @ others.double()).to(out_dtype)
+
+    monkeypatch.setattr(torch, "mm", mm)
+
+
+@pytest.mark.parametrize("outlier", [0.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpus_ways_lose_nothing_that_counts(as_on_a_gpu, monkeypatch, dtype, outlier):
+    rows = inputs(2, tokens=6000, outlier=outlier).to(dtype)
+    found = sketched(rows, 36).spectrum()
+    monkeypatch.undo()
+    expected = sketched(rows.float(), 36).spectrum()
+    assert found.rest == pytest.approx(expected.rest, rel=1e-2)
+    torch.testing.assert_close(found.values[:24], expected.values[:24], rtol=1e-2, atol=0)
+    aligned = (found.directions[:12] @ expected.directions[:12].T).abs().diagonal()
+    assert aligned.min() > 0.9999
+    trace = rows.double().square().sum().item() / len(rows)
+    assert found.trace == pytest.approx(trace, rel=1e-6)
+
+
+def test_norms_beyond_float16_do_not_overflow(as_on_a_gpu):
+    rows = inputs(2)
+    rows[7] = 6e4
+    found = sketched(rows.half(), 24).result()
+    assert found.trace == pytest.approx(exact(rows.half()).trace, rel=1e-6)
+    assert relative_error(found.dense(), exact(rows.half()).dense()) < 1e-3
+
+
+def test_inputs_of_nothing_but_zeros_leave_room_for_later_ones():
+    rows = torch.cat([torch.zeros(200, WIDTH), inputs(5)])
+    found, covariance = sketched(rows, 30).result(), exact(rows)
+    best = spectral_error(truncate(covariance, 1.0, torch.float64, rank=24), covariance)
+    assert spectral_error(found, covariance) < 10 * best + 1e-2
+
+
 def test_reduced_precision_of_matrix_products_is_not_taken():
     rows = inputs(4, outlier=100.0)
     expected = sketched(rows, 24).result()
