@@ -77,6 +77,11 @@ class Covariance(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """What it is held in, by name."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return next(iter(self.tensors().values())).device
+
     def numbers(self) -> dict[str, float]:
         """What else it is made of, by name."""
         return {"remainder": self.remainder}
@@ -171,6 +176,7 @@ class LowRankCovariance(Covariance):
     factor: Tensor
     scale: float = 1.0  # a power of two that brings the factor into the range of float16
     scales: Scales | None = None  # what rows and columns of an int8 factor are multiplied by
+    is_orthogonal: bool = False  # whether rows are known to be orthogonal and to fall in norm: eigen-directions of `C`
 
     is_factored = True
 
@@ -224,17 +230,17 @@ class LowRankCovariance(Covariance):
         rows = self.factor_rows()
         largest = rows.abs().max().item() if rows.numel() else 0.0
         if largest == 0.0 or not math.isfinite(largest):
-            return replace(self, factor=self.factor.half(), scales=None)
+            return replace(self, factor=self.factor.half(), scales=None, is_orthogonal=False)
         # The largest entry as float16 will round it, so that rounding up to the next power of two counts already.
         mantissa, exponent = math.frexp(largest)
         exponent += int(torch.tensor(mantissa, dtype=torch.float64).half().item() == 1.0)
         scale = 2.0 ** (exponent - 15)
-        return replace(self, factor=(rows / scale).half(), scale=scale, scales=None)
+        return replace(self, factor=(rows / scale).half(), scale=scale, scales=None, is_orthogonal=False)
 
     def in_eight_bits(self) -> LowRankCovariance:
         """The same with a factor in int8, with scales for its rows and columns."""
         numbers, scales = to_eight_bits(self.factor_rows())
-        return replace(self, factor=numbers, scale=1.0, scales=scales)
+        return replace(self, factor=numbers, scale=1.0, scales=scales, is_orthogonal=False)
 
     def dense(self) -> Tensor:
         factor = self.factor_rows()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .covariance import DenseCovariance, LowRankCovariance
+from .covariance import Covariance, DenseCovariance, LowRankCovariance
 from .devices import float64_device, has_caches
+from .nystrom import nystrom_spectra
 from .precision import float32_products, without_autocast
 from .spectrum import Spectrum, eigen_directions
 from .total import Total
@@ -117,37 +120,65 @@ class CovarianceSketch:
         self._sums.add(rows)
 
     def result(self) -> LowRankCovariance:
-        """The mean of `x xᵀ` over all rows so far, on the CPU: up to `size` directions, and the rest of the trace."""
+        """The mean of `x xᵀ` over all rows so far: up to `size` directions, and the rest of the trace.
+
+        It stays on the device, or on one that has float64.
+        """
         return self.spectrum().keep(self.size)
 
     def spectrum(self) -> Spectrum:
-        """Eigenvalues and eigen-directions of the mean of `x xᵀ`, on the CPU; at most `size` of them.
+        """Eigenvalues and eigen-directions of the mean of `x xᵀ`; at most `size` of them, but for few tokens.
 
         Eigenvalues are never above the true ones by more than rounding, and the trace is exact.
         """
-        energy = finite_energy(self)
-        if self._sums is None:
-            none = torch.zeros(0, self.width, dtype=torch.float64)
-            rows = torch.cat([none, *(rows.cpu().double() for rows in self._first)])
-            factor = rows / max(self.tokens, 1) ** 0.5
-            return eigen_directions(LowRankCovariance(remainder=0.0, factor=factor))
-        test, moved, core = (part.cpu().double() for part in self._sums.tensors())
-        moved, core, gram = moved / self.tokens, core / self.tokens, test.T @ test
-        # Float32 rounding of the products may make the core negative in its smallest directions; the sketch of
-        # `C + shift·I`, with the shift taken off again below, is definite.
-        shift = torch.finfo(torch.float32).eps * moved.norm().item()
-        root, info = torch.linalg.cholesky_ex(core + shift * gram)
-        while info.item() != 0:
-            shift *= 10
-            root, info = torch.linalg.cholesky_ex(core + shift * gram)
-        moved = moved + shift * test
-        halves = torch.linalg.solve_triangular(root, moved.T, upper=False)  # Eᵀ with C ≈ E Eᵀ
-        values, mixing = torch.linalg.eigh(halves @ halves.T)
-        values, mixing = values.flip(0).clamp(min=torch.finfo(torch.float64).tiny), mixing.flip(1)
-        directions = mixing.T @ halves / values[:, None].sqrt()
-        values = (values - shift).clamp(min=0.0)
-        rest = max(0.0, energy / self.tokens - values.sum().item())
-        return Spectrum(values, directions, rest)
+        finite_energy(self)
+        return spectra([self])[0]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there were more tokens than are kept as they are."""
+        return self._sums is not None
+
+
+def spectra(sketches: Sequence[CovarianceSketch]) -> list[Spectrum]:
+    """The spectra of several sketches of one shape and device, computed together; or of one."""
+    home, sums = float64_device(sketches[0].device), [one._sums for one in sketches if one._sums is not None]
+    if not sums:
+        (sketch,) = sketches
+        parts = [rows.to(home, torch.float64) for rows in (torch.empty(0, sketch.width), *sketch._first)]
+        factor = torch.cat(parts) / max(sketch.tokens, 1) ** 0.5
+        return [eigen_directions(LowRankCovariance(remainder=0.0, factor=factor))]
+    width, size = sums[0].test.shape
+    moved = torch.empty(len(sums), width, size, dtype=torch.float64, device=home)
+    core = torch.empty(len(sums), size, size, dtype=torch.float64, device=home)
+    for place, (part, sketch) in enumerate(zip(sums, sketches, strict=True)):
+        torch.div(part.moved.value(), sketch.tokens, out=moved[place])
+        torch.div(part.core.value(), sketch.tokens, out=core[place])
+    energy = [one.energy.to(home, torch.float64) / one.tokens for one in sketches]
+    return nystrom_spectra([part.test for part in sums], moved, core, torch.stack(energy))
+
+
+def finished(
+    sums: dict[str, CovarianceAccumulator | CovarianceSketch], most_numbers: int = 2**25
+) -> Iterator[tuple[str, Covariance]]:
+    """The results of running sums by name, in any order; `sums` is emptied on the way, for they are large.
+
+    On a GPU, sketches of one shape are finished together, so many that their `Y` have no more than `most_numbers`:
+    that takes 32 bytes a number beside the sums, 1 GB. A CPU is busy with one.
+    """
+    alike: dict[Any, dict[str, CovarianceSketch]] = {}
+    for name in list(sums):
+        running = sums.pop(name)
+        if isinstance(running, CovarianceSketch) and running.is_full and not has_caches(running.device):
+            alike.setdefault((running.device, running.width, running.size), {})[name] = running
+        else:
+            yield name, running.result()
+    for (_, width, size), sketches in alike.items():
+        together = max(1, most_numbers // (width * size))
+        while sketches:
+            batch = {name: sketches.pop(name) for name in list(sketches)[:together]}
+            for name, spectrum in zip(batch, spectra(list(batch.values()))):
+                yield name, spectrum.keep(size)
 
 
 def finite_energy(running: CovarianceAccumulator | CovarianceSketch) -> float:

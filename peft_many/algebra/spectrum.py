@@ -22,8 +22,8 @@ OVERSAMPLING = 0.25
 class Spectrum:
     """The leading eigenvalues and eigen-directions of a covariance, and the energy of all others together."""
 
-    values: Tensor  # (k,), float64, falling
-    directions: Tensor  # (k, in), float64, orthonormal rows
+    values: Tensor  # (k,), float64, falling, on the CPU, where it is decided what is kept
+    directions: Tensor  # (k, in), float64, orthonormal rows, wherever they were found
     rest: float  # the sum of all other eigenvalues
 
     @property
@@ -52,8 +52,8 @@ class Spectrum:
             kept -= 1  # below the mean of those after it: a sketch underestimates its last directions
         remainder = self.remainder(kept)
         scale = (self.values[:kept] - remainder).clamp(min=0.0).sqrt()
-        factor = (scale[:, None] * self.directions[:kept]).to(dtype)
-        return LowRankCovariance(remainder=remainder, factor=factor.contiguous())
+        factor = (scale.to(self.directions.device)[:, None] * self.directions[:kept]).to(dtype)
+        return LowRankCovariance(remainder=remainder, factor=factor.contiguous(), is_orthogonal=True)
 
     def rank_of_energy(self, energy: float) -> int:
         """The smallest `k` with `σ_1 + … + σ_k ≥ energy · tr C`; one more than are known if these do not suffice."""
@@ -76,21 +76,19 @@ class Spectrum:
         values = torch.cat([self.values, self.values.new_tensor([self.remainder(followed)])])
         counts = torch.ones(followed + 1, dtype=torch.float64)
         counts[-1] = others
-        readings = [counts * _reading(delta, self) for delta in deltas] or [counts]
-        for kept in range(followed):
-            remainder = self.remainder(kept)
-            tail = values[kept:]
-            larger = torch.maximum(tail, tail.new_tensor(remainder))
-            share = (tail - remainder).square() / torch.clamp(larger, min=1e-300)
-            lost = [(read[kept:] * share).sum() / (read * values).sum().clamp(min=1e-300) for read in readings]
-            if max(lost).item() <= error**2:
-                return kept
-        return followed
+        readings = [_reading(delta, self) for delta in deltas]
+        reading = counts * torch.stack(readings).cpu() if readings else counts[None]
+        # Row `k` is for keeping the first `k`: what each further direction then loses.
+        remainders = torch.tensor([self.remainder(kept) for kept in range(followed)], dtype=torch.float64)[:, None]
+        shares = (values - remainders).square() / torch.maximum(values, remainders).clamp(min=1e-300)
+        lost = shares.triu() @ reading.T / (reading @ values).clamp(min=1e-300)
+        within = (lost.amax(dim=1) <= error**2).nonzero()
+        return int(within[0]) if len(within) else followed
 
 
 def _reading(delta: LowRankDelta, spectrum: Spectrum) -> Tensor:
     """`‖ΔW v_i‖²` for each direction and the mean of all others, and the same again for tasks yet unknown."""
-    A, B = delta.A.double().cpu(), delta.B.double().cpu()
+    A, B = (half.to(spectrum.directions) for half in (delta.A, delta.B))
     gram = B.T @ B
     seen = A @ spectrum.directions.T
     own = ((gram @ seen) * seen).sum(0)
@@ -104,20 +102,33 @@ def eigen_directions(covariance: Covariance) -> Spectrum:
     """The eigendecomposition in float64: in the span of the factor if it has fewer rows than columns, else whole."""
     if covariance.rank < covariance.width:
         rows = covariance.factor_rows()
-        values, mixing = torch.linalg.eigh(rows @ rows.T)
-        values, mixing = _falling(values, mixing, covariance.width)
+        if isinstance(covariance, LowRankCovariance) and covariance.is_orthogonal:  # nothing is left to find
+            norms = torch.linalg.vector_norm(rows, dim=1)
+            values, directions = norms.square(), rows / norms[:, None]
+        else:
+            values, directions = decomposed(rows)
+        values = _without_rounding(values.cpu(), covariance.width)
         seen = int((values > 0).sum().item())
-        values, directions = values[:seen], mixing.T[:seen] @ rows / values[:seen, None].sqrt()
-        return Spectrum(values + covariance.remainder, directions, covariance.remainder * (covariance.width - seen))
+        rest = covariance.remainder * (covariance.width - seen)
+        return Spectrum(values[:seen] + covariance.remainder, directions[:seen], rest)
     values, vectors = torch.linalg.eigh(covariance.dense())
-    values, vectors = _falling(values, vectors, covariance.width)
-    return Spectrum(values, vectors.T, 0.0)
+    return Spectrum(_without_rounding(values.flip(0).cpu(), covariance.width), vectors.flip(1).T, 0.0)
 
 
-def _falling(values: Tensor, vectors: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    values, vectors = values.flip(0), vectors.flip(1)
+def decomposed(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, falling, and eigen-directions of `Zᵀ Z` by rows `Z`, or a batch of them, `(…, k, in)` with `k ≤ in`.
+
+    As they are rounded: values of zero may be negative, and then have no direction.
+    """
+    values, mixing = torch.linalg.eigh(rows @ rows.mT)
+    values, mixing = values.flip(-1), mixing.flip(-1)
+    lengths = values.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    return values, (mixing / lengths[..., None, :]).mT @ rows
+
+
+def _without_rounding(values: Tensor, width: int) -> Tensor:
     # Below what float64 resolves beside the largest, an eigenvalue is rounding, and may even be negative.
-    return torch.where(values > width * torch.finfo(torch.float64).eps * values[:1], values, 0.0), vectors
+    return torch.where(values > width * torch.finfo(torch.float64).eps * values[:1], values, 0.0)
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,8 @@ class Truncation:
     def apply(self, covariance: Covariance, deltas: Sequence[LowRankDelta] = ()) -> Covariance:
         """The covariance `Sᵀ S + ρ I` with the directions that are worth it, or the one given if all are kept.
 
-        An `error_budget` needs the task's deltas of the layers with this input.
+        Computed where the covariance is; what is cut is given back on the CPU. An `error_budget` needs the task's deltas of the
+        layers with this input.
         """
         if self.most is None:
             return covariance
@@ -168,4 +180,5 @@ class Truncation:
         else:
             kept = spectrum.rank_within(deltas, self.error_budget)
         truncated = spectrum.keep(min(kept, self.most))
-        return truncated.in_half_precision() if self.dtype == torch.float16 else truncated.in_eight_bits()
+        stored = truncated.in_half_precision() if self.dtype == torch.float16 else truncated.in_eight_bits()
+        return stored.on(torch.device("cpu"))

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftWarning
 from torch import nn
 from tqdm.auto import tqdm
@@ -33,6 +31,7 @@ from .inputs import CovarianceHooks
 from .measurable import (
     adapter_to_measure,
     base_of,
+    further_layers,
     is_sharded,
     projector_shapes,
     unmoved_projectors,
@@ -167,7 +166,7 @@ def collect_statistics(
         return measuring.truncation.apply(covariance, deltas)
 
     seen = gather_images(processes.together(measuring.images.result), processes)
-    gathered = gather_inputs(processes.together(measuring.inputs.result), kept, processes)
+    gathered = gather_inputs(processes.together(measuring.inputs.result), kept, processes, device_of(peft_model))
     config = peft_model.peft_config[measuring.adapter_name]
     task = TaskStatistics(
         name=getattr(config, "task_name", None),
@@ -263,25 +262,12 @@ def _input_hooks(
     """The hooks for the adapted layers and those asked for; the others are watched for shared inputs."""
     parts = parts_of(base)
     linears = {name: base.get_submodule(name) for name in language_model_linears(base, parts)}
-    measured = {**layers, **{name: linears[name] for name in _further_layers(linears, also_measure)}}
+    measured = {**layers, **{name: linears[name] for name in further_layers(linears, also_measure)}}
     bystanders = {name: layer for name, layer in linears.items() if name not in measured}
     visual = tuple(f"{name}." for name in [*(parts.towers if parts is not None else ()), *projectors])
     unmasked = {name for name in measured if name.startswith(visual)}
     tokens = TokenRows(measured, base, unmasked, text_encoder(base))
     return CovarianceHooks(measured, bystanders, tokens, size, share)
-
-
-def _further_layers(names: Iterable[str], also_measure: Sequence[str] | str | None) -> set[str]:
-    """The layers that `also_measure` asks for, with the meaning of PEFT's `target_modules`."""
-    if also_measure is None:
-        return set()
-    if also_measure == "all-linear":
-        return set(names)
-    wanted = LoraConfig(target_modules=also_measure if isinstance(also_measure, str) else list(also_measure))
-    found = {name for name in names if check_target_module_exists(wanted, name)}
-    if not found:
-        raise ValueError(f"`also_measure={also_measure!r}` matches no linear layer of the language model.")
-    return found
 
 
 def _projectors(base: nn.Module, config: Any) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
 from ..algebra.covariance import Covariance
+from ..algebra.devices import float64_device
 from ..algebra.spectrum import Truncation
 from ..algebra.spread import centred
 from ..files.processes import Processes
@@ -19,14 +21,17 @@ SPREAD = Truncation(rank=256, energy=1.0)
 
 
 def gather_inputs(
-    found: MeasuredInputs, finish: Callable[[Covariance, list[str]], Covariance], processes: Processes
+    found: MeasuredInputs,
+    finish: Callable[[Covariance, list[str]], Covariance],
+    processes: Processes,
+    device: torch.device | str = "cpu",
 ) -> MeasuredInputs:
     """The inputs over all processes, one at a time, so that no process holds the others' all at once.
 
     Layers share an input if they did in every process where a token reached them. Where an input was sketched, each
     process followed directions of its own; the sum is as accurate as the least accurate part. `finish` makes the
-    covariance to keep out of the sum and the layers' names. All processes get the same, with layers in the order of
-    `found`.
+    covariance to keep out of the sum and the layers' names, where a single process measured it, and else on the
+    `device`. All processes get the same, with layers in the order of `found`.
     """
     seen_here = {name: key if found.inputs[key].tokens else None for name, key in found.input_of.items()}
     everyone = processes.every(lambda: seen_here)
@@ -38,8 +43,11 @@ def gather_inputs(
 
     def gathered(names: list[str]) -> InputStatistics:
         own = next((found.inputs[found.input_of[name]] for name in names if name in found.input_of), None)
+        if processes.count > 1:  # others have no use for this one's devices
+            own = own and replace(own, covariance=own.covariance.on(torch.device("cpu")))
         total = added_inputs([part for part in processes.every(lambda: own) if part is not None])
-        return InputStatistics(processes.together(lambda: finish(total.covariance, names)), total.tokens)
+        summed = total.covariance if processes.count == 1 else total.covariance.on(float64_device(device))
+        return InputStatistics(processes.together(lambda: finish(summed, names)), total.tokens)
 
     inputs = {names[0]: gathered(names) for names in groups.values()}
     input_of = {name: names[0] for names in groups.values() for name in names}

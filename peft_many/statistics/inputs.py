@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..algebra.sketch import CovarianceAccumulator, CovarianceSketch, running_covariance
+from ..algebra.sketch import CovarianceAccumulator, CovarianceSketch, finished, running_covariance
 from ..algebra.sums import mean_covariance
 from ..algebra.total import not_finite
 from ..families.linears import features_of_linear
@@ -153,12 +153,10 @@ class CovarianceHooks:
             raise RuntimeError(f"The input of '{worthless}' holds NaN or Inf; its covariance would be worthless.")
 
     def result(self) -> MeasuredInputs:
-        """What was measured of every layer that has a sum."""
+        """What was measured of every layer that has a sum; sketches stay on their devices."""
         self.check()
-        sums: dict[str, InputStatistics] = {}
-        for name in list(self._sums):  # each is let go before the next is finished: they are large
-            running = self._sums.pop(name)
-            sums[name] = InputStatistics(running.result(), running.tokens)
+        tokens = {name: running.tokens for name, running in self._sums.items()}
+        sums = {name: InputStatistics(found, tokens[name]) for name, found in finished(self._sums)}
         inputs: dict[str, InputStatistics] = {}
         input_of: dict[str, str] = {}
         id_of: dict[tuple[str, ...], str] = {}
@@ -194,5 +192,5 @@ def added_inputs(parts: list[InputStatistics]) -> InputStatistics:
     """One input that was measured in parts; at least one."""
     if len(parts) == 1:
         return parts[0]
-    counts = [part.tokens for part in parts]
-    return InputStatistics(mean_covariance([part.covariance for part in parts], counts), sum(counts))
+    counts, place = [part.tokens for part in parts], parts[0].covariance.device
+    return InputStatistics(mean_covariance([part.covariance.on(place) for part in parts], counts), sum(counts))

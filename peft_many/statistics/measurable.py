@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device, extract_model_from_parallel
-from peft import get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper, PeftWarning
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
@@ -220,3 +220,16 @@ def _warn_of_drift(base: nn.Module) -> None:
             PeftWarning,
             stacklevel=6,
         )
+
+
+def further_layers(names: Iterable[str], also_measure: Sequence[str] | str | None) -> set[str]:
+    """The layers that `also_measure` asks for, with the meaning of PEFT's `target_modules`."""
+    if also_measure is None:
+        return set()
+    if also_measure == "all-linear":
+        return set(names)
+    wanted = LoraConfig(target_modules=also_measure if isinstance(also_measure, str) else list(also_measure))
+    found = {name for name in names if check_target_module_exists(wanted, name)}
+    if not found:
+        raise ValueError(f"`also_measure={also_measure!r}` matches no linear layer of the language model.")
+    return found
