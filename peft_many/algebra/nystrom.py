@@ -23,7 +23,10 @@ def nystrom_spectra(test: Sequence[Tensor], moved: Tensor, core: Tensor, energy:
     Float32 rounding of the sums may make `QᵀQ` negative in its smallest directions. The sketch of `C + s I` with a
     small shift `s`, which is taken off again, is definite.
     """
-    shift, step = torch.zeros_like(energy), torch.finfo(torch.float32).eps * torch.linalg.vector_norm(moved, dim=(1, 2))
+    shift, step = (
+        torch.zeros_like(energy),
+        torch.finfo(torch.float32).eps * torch.linalg.vector_norm(moved, dim=(1, 2)),
+    )
     for _ in range(_TRIES):
         shift = shift + step
         core.diagonal(dim1=1, dim2=2).add_(step[:, None])

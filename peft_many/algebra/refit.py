@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .lpm import LowRankDelta
+from .reduction import nearest_of_rank
 from .scatter import SingularMergeError
 
 
@@ -19,7 +20,7 @@ class LayerRefit:
     task model's output less the base layer's output for `x̂` it also makes up for what earlier layers changed. The
     ridge `λ ≥ 0` pulls towards the tasks' own deltas, as in LPM.
 
-    All sums are float64, of shape `in × in` and `out × in`.
+    All sums are float64, of shape `in × in` and `out × in`, on a device that has to know it.
     """
 
     def __init__(self, out: int, width: int, ridge: float, device: torch.device | str = "cpu") -> None:
@@ -30,10 +31,11 @@ class LayerRefit:
     def add(self, inputs: Tensor, targets: Tensor, own: LowRankDelta, weight: float = 1.0) -> None:
         """Add one task: `x̂`, shape `(tokens, in)`, `d`, shape `(tokens, out)`, its `ΔW_t`, and `w_t`.
 
-        There has to be a token. NaN or Inf among them is a `FloatingPointError`.
+        Parts of its tokens may be added one by one, each with its share of `w_t`. There has to be a token. NaN or Inf
+        among them is a `FloatingPointError`.
         """
         x, d = (rows.to(self._moments) for rows in (inputs, targets))
-        if not (x.isfinite().all() and d.isfinite().all()):
+        if not (x.isfinite().all() & d.isfinite().all()):
             raise FloatingPointError("inputs or targets hold NaN or Inf")
         moments = x.T @ x / len(x)
         pull = self.ridge * moments.diagonal().mean()
@@ -43,17 +45,18 @@ class LayerRefit:
         self._targets += weight * (d.T @ x / len(x) + pull * B @ A)
 
     def solve(self, rank: int) -> LowRankDelta:
-        """The best delta of at most this rank under the objective, float64, on the CPU.
+        """The best delta of at most this rank under the objective, float64, on the device.
 
-        With `R = L Lᵀ` and `N` the targets, `N R⁻¹ L = N L⁻ᵀ`, whose truncated SVD `U S Vᵀ` gives `B = U S` and
-        `A = Vᵀ L⁻¹` (reduced-rank regression; Izenman 1975).
+        With `R = L Lᵀ` and `N` the targets, it is `W L⁻¹` with `W` the matrix of that rank that is nearest to
+        `N R⁻¹ L = N L⁻ᵀ` (reduced-rank regression; Izenman 1975).
         """
         root, info = torch.linalg.cholesky_ex(self._moments)
         if info.item() != 0:
             raise SingularMergeError("the inputs span too few directions; a larger ridge helps")
         whitened = torch.linalg.solve_triangular(root, self._targets.T, upper=False).T
-        U, S, Vh = torch.linalg.svd(whitened, full_matrices=False)
-        kept = min(rank, len(S))
-        A = torch.linalg.solve_triangular(root.T, Vh[:kept].T, upper=True).T
-        half = S[:kept].sqrt()  # shared out, so that both factors keep their digits in half precision
-        return LowRankDelta(A=(half[:, None] * A).cpu(), B=(U[:, :kept] * half).cpu())
+        A, B = nearest_of_rank(whitened, min(rank, *whitened.shape))
+        # Singular values are shared out, so that both factors keep their digits in half precision.
+        lengths = A.norm(dim=1), B.norm(dim=0)  # one of them 1
+        share = torch.where(lengths[0] > 0, (lengths[1] / lengths[0]).sqrt(), 0.0)
+        A = torch.linalg.solve_triangular(root.T, (share[:, None] * A).T, upper=True).T
+        return LowRankDelta(A=A, B=torch.where(share > 0, B / share, 0.0))

@@ -116,7 +116,7 @@ def eigen_directions(covariance: Covariance) -> Spectrum:
 
 
 def decomposed(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, falling, and eigen-directions of `Zᵀ Z` by rows `Z`, or a batch of them, `(…, k, in)` with `k ≤ in`.
+    """Eigenvalues, falling, and eigen-directions of `Zᵀ Z` by rows `Z`, or a batch of them, `(…, k, in)`, `k ≤ in`.
 
     As they are rounded: values of zero may be negative, and then have no direction.
     """
@@ -169,8 +169,8 @@ class Truncation:
     def apply(self, covariance: Covariance, deltas: Sequence[LowRankDelta] = ()) -> Covariance:
         """The covariance `Sᵀ S + ρ I` with the directions that are worth it, or the one given if all are kept.
 
-        Computed where the covariance is; what is cut is given back on the CPU. An `error_budget` needs the task's deltas of the
-        layers with this input.
+        Computed where the covariance is; what is cut is given back on the CPU. An `error_budget` needs the task's
+        deltas of the layers with this input.
         """
         if self.most is None:
             return covariance

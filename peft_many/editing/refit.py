@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..algebra.devices import float64_device
 from ..algebra.lpm import LowRankDelta
 from ..algebra.refit import LayerRefit
 from ..algebra.scatter import SingularMergeError
@@ -26,8 +26,10 @@ from ..statistics.forward import batch_size, check_batches, device_of, forward, 
 from ..statistics.tokens import masks_of
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import lora_layers
+from .lora_pair import LoraPair, put_back
 
 DEFAULT_REFIT_RIDGE = 1e-4
+_TOKENS = 8192  # whose inputs and outputs are in float64 at once
 
 
 def refit_merge(
@@ -51,8 +53,9 @@ def refit_merge(
     - `targets="outputs"`: to what comes out of the layer when the task's own adapter is in place, which also makes up
       for what earlier layers changed. The result is brought to the rank by reduced-rank regression.
 
-    Each distinct layer input takes two passes over all samples, up to that layer. Projectors and routing stay as they
-    are, and the statistics too, so that the refitted merge can still be merged further, from its tasks' own deltas.
+    Each distinct layer input takes two passes over all samples, up to that layer, and is fitted on the layer's own
+    device. Projectors and routing stay as they are, and the statistics too, so that the refitted merge can still be
+    merged further, from its tasks' own deltas.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -95,9 +98,9 @@ def refit_merge(
     tasks = {task.name or "": task for task in statistics.tasks}
     _check_calibration(tasks, calibration)
     layers: dict[str, Any] = dict(lora_layers(model.get_base_model(), name))
-    pairs = {path: _Pair(layer, name) for path, layer in layers.items()}
+    pairs = {path: LoraPair(layer, name) for path, layer in layers.items()}
     own = {task: _own_deltas(statistics, t, pairs) for t, task in enumerate(tasks)}
-    with _put_back(pairs.values(), after_errors_only=True), in_inference(model, name):
+    with put_back(pairs.values(), after_errors_only=True), in_inference(model, name):
         samples = {task: _samples(calibration[task], max_samples, task, device_of(model)) for task in tasks}
         weights = {task: measured.weight for task, measured in tasks.items()}
 
@@ -123,7 +126,7 @@ class _Refit:
     """What refitting one group of layers after another needs."""
 
     layers: Mapping[str, Any]  # the LoRA layers, by path
-    pairs: Mapping[str, _Pair]  # their weights, which are written
+    pairs: Mapping[str, LoraPair]  # their weights, which are written
     own: Mapping[str, Mapping[str, LowRankDelta]]  # by task and layer, the task's own deltas
     weights: Mapping[str, float]  # `w_t` by task
     samples: Mapping[str, list[Any]]  # batches by task
@@ -135,7 +138,10 @@ class _Refit:
     def group(self, group: Sequence[str]) -> None:
         """Refit layers that share an input."""
         width = self.pairs[group[0]].A.shape[1]
-        fits = {path: LayerRefit(self.pairs[path].B.shape[0], width, self.ridge) for path in group}
+        fits = {
+            path: LayerRefit(len(self.pairs[path].B), width, self.ridge, float64_device(self.pairs[path].A.device))
+            for path in group
+        }
         for task, weight in self.weights.items():
             trained = [path for path in group if path in self.own[task]]
             if weight == 0 or not trained:
@@ -143,10 +149,12 @@ class _Refit:
             wanted = self._with_own_deltas(task, group) if self.by_outputs else None
             seen = self._observed(task, group)
             for path in trained:
-                own = self.own[task][path]
-                x, d = _example(path, task, seen, wanted, self.layers[path], own)
+                own, x = self.own[task][path], seen.inputs(path)
+                y = None if wanted is None else wanted.outputs(path)
+                _check_tokens(path, task, x, y)
                 try:
-                    fits[path].add(x, d, own, weight)
+                    for rows, delta in _examples(x, y, self.layers[path], own):
+                        fits[path].add(rows, delta, own, weight * len(rows) / len(x))
                 except FloatingPointError:
                     raise RuntimeError(f"On '{task}', what passes through '{path}' holds NaN or Inf.") from None
         for path, fit in fits.items():
@@ -158,7 +166,7 @@ class _Refit:
 
     def _with_own_deltas(self, task: str, group: Sequence[str]) -> LayerCapture:
         """What the layers see and give where the task's own adapter is in place everywhere."""
-        with _put_back(self.pairs.values()):
+        with put_back(self.pairs.values()):
             for path, pair in self.pairs.items():
                 pair.set(self.own[task].get(path, pair.nothing()))
             return self._observed(task, group)
@@ -175,58 +183,25 @@ class _Refit:
         return capture
 
 
-class _Pair:
-    """One layer's LoRA weights, which are written in place."""
-
-    def __init__(self, layer: Any, adapter_name: str) -> None:
-        self.A: Tensor = layer.lora_A[adapter_name].weight.data
-        self.B: Tensor = layer.lora_B[adapter_name].weight.data
-        self.scaling: float = layer.scaling[adapter_name]
-
-    def nothing(self) -> LowRankDelta:
-        """A delta of rank 0, for a task that did not train the layer."""
-        return LowRankDelta(A=self.A[:0], B=self.B[:, :0])
-
-    def set(self, delta: LowRankDelta) -> None:
-        """Take a delta of at most this rank; the rest is zero."""
-        rank = len(delta.A)
-        for weight in (self.A, self.B):
-            weight.zero_()
-        self.A[:rank] = (delta.A / self.scaling).to(self.A)
-        self.B[:, :rank] = delta.B.to(self.B)
-
-
-@contextlib.contextmanager
-def _put_back(pairs: Collection[_Pair], after_errors_only: bool = False) -> Iterator[None]:
-    """The weights are afterwards as before; with `after_errors_only` they stay as they are if the block ends well."""
-    before = [(pair, pair.A.clone(), pair.B.clone()) for pair in pairs]
-    ended_well = False
-    try:
-        yield
-        ended_well = True
-    finally:
-        if not (ended_well and after_errors_only):
-            for pair, A, B in before:
-                pair.A.copy_(A)
-                pair.B.copy_(B)
-
-
-def _example(
-    path: str, task: str, seen: LayerCapture, wanted: LayerCapture | None, layer: Any, own: LowRankDelta
-) -> tuple[Tensor, Tensor]:
-    """Inputs in the merge, and what the layer's delta should make of them."""
-    x = seen.inputs(path)
+def _check_tokens(path: str, task: str, x: Tensor, y: Tensor | None) -> None:
     if len(x) == 0:
         raise RuntimeError(f"No token of '{task}' reached '{path}', so it cannot be refitted; more samples may help.")
-    if wanted is None:
-        return x, x.double() @ own.A.double().T.to(x.device) @ own.B.double().T.to(x.device)
-    y = wanted.outputs(path)
-    if len(y) != len(x):
+    if y is not None and len(y) != len(x):
         raise RuntimeError(
             f"'{path}' saw {len(x)} tokens of '{task}' in the merge and {len(y)} with the task's own adapter, so "
             "outputs cannot be compared; `targets='deltas'` does not need them."
         )
-    return x, y.double() - layer.get_base_layer()(x).double()
+
+
+def _examples(x: Tensor, y: Tensor | None, layer: Any, own: LowRankDelta) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs in the merge and what the layer's delta should make of them, in float64, for some tokens at a time."""
+    for start in range(0, len(x), _TOKENS):
+        part = x[start : start + _TOKENS]
+        rows = part.to(float64_device(x.device), torch.float64)
+        if y is None:
+            yield rows, rows @ own.A.to(rows).T @ own.B.to(rows).T
+        else:
+            yield rows, y[start : start + _TOKENS].to(rows) - layer.get_base_layer()(part).to(rows)
 
 
 def _merge_to_refit(model: Any) -> tuple[str, MAnyConfig, MergeRecord, AdapterStatistics]:
@@ -276,14 +251,14 @@ def _samples(batches: Iterable[Any], most: int | None, task: str, device: torch.
     return found
 
 
-def _own_deltas(statistics: AdapterStatistics, t: int, pairs: Mapping[str, _Pair]) -> dict[str, LowRankDelta]:
+def _own_deltas(statistics: AdapterStatistics, t: int, pairs: Mapping[str, LoraPair]) -> dict[str, LowRankDelta]:
     """A task's own deltas by layer, on the CPU, apart from the weights that are written."""
     deltas = {path: statistics.own_delta(t, path, pairs[path].B.cpu()) for path in statistics.tasks[t].lora_A}
     return {path: LowRankDelta(A=delta.A, B=delta.B.clone()) for path, delta in deltas.items()}
 
 
 def _rewritten(
-    statistics: AdapterStatistics, own: Mapping[str, Mapping[str, LowRankDelta]], pairs: Mapping[str, _Pair]
+    statistics: AdapterStatistics, own: Mapping[str, Mapping[str, LowRankDelta]], pairs: Mapping[str, LoraPair]
 ) -> AdapterStatistics:
     """The statistics of the refitted merge: no block of its weights is a task's any more."""
     prints = {path: weight_fingerprint(pair.scaling * pair.A.cpu(), pair.B.cpu()) for path, pair in pairs.items()}

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.gpu.launches import launches
 from peft_many.algebra.lpm import LowRankDelta
 from peft_many.algebra.refit import LayerRefit
 from peft_many.algebra.scatter import SingularMergeError
@@ -98,3 +99,28 @@ def test_too_few_tokens_without_a_ridge_are_an_error():
     problem.add(torch.ones(1, 5), torch.ones(1, 2), own)
     with pytest.raises(SingularMergeError, match="larger ridge"):
         problem.solve(1)
+
+
+def test_tokens_may_be_added_in_parts():
+    tasks = make_tasks(3)
+    targets = observed(3, tasks)
+    whole, parts = refit(tasks, targets, 1e-2), LayerRefit(7, 12, 1e-2)
+    for task, wanted in zip(tasks, targets):
+        for x, d in zip(task.inputs.split(9), wanted.split(9)):
+            parts.add(x, d, task.delta, task.weight * len(x) / len(task.inputs))
+    assert relative_error(parts.solve(3).dense(), whole.solve(3).dense()) < 1e-9
+
+
+def test_a_rank_that_the_targets_do_not_reach_is_filled_up_with_zeros():
+    task = make_tasks(0, tasks=1)[0]
+    found = refit([task], [torch.zeros(len(task.inputs), 7).double()], 0.0).solve(4)
+    assert found.A.isfinite().all()
+    assert not found.dense().any()
+
+
+def test_the_host_waits_once_for_each_part_and_once_to_solve():
+    """To see that numbers are finite, and that the sum can be factored."""
+    task, problem = make_tasks(0, tasks=1)[0], LayerRefit(7, 12, 1e-2)
+    wanted = observed(0, [task])[0]
+    assert launches(lambda: problem.add(task.inputs, wanted, task.delta)).waits.total() == 1
+    assert launches(lambda: problem.solve(3)).waits.total() == 1
