@@ -23,10 +23,8 @@ def nystrom_spectra(test: Sequence[Tensor], moved: Tensor, core: Tensor, energy:
     Float32 rounding of the sums may make `QᵀQ` negative in its smallest directions. The sketch of `C + s I` with a
     small shift `s`, which is taken off again, is definite.
     """
-    shift, step = (
-        torch.zeros_like(energy),
-        torch.finfo(torch.float32).eps * torch.linalg.vector_norm(moved, dim=(1, 2)),
-    )
+    rounding = torch.finfo(torch.float32).eps
+    shift, step = torch.zeros_like(energy), rounding * torch.linalg.vector_norm(moved, dim=(1, 2))
     for _ in range(_TRIES):
         shift = shift + step
         core.diagonal(dim1=1, dim2=2).add_(step[:, None])
@@ -34,7 +32,8 @@ def nystrom_spectra(test: Sequence[Tensor], moved: Tensor, core: Tensor, energy:
             one.addcmul_(own.to(one), more)
         root, info = torch.linalg.cholesky_ex(core)
         failed = info != 0
-        root = torch.where(failed[:, None, None], torch.eye(core.shape[1]).to(root), root)  # `eigh` takes no NaN
+        harmless = torch.eye(core.shape[1], dtype=core.dtype, device=core.device)
+        root = torch.where(failed[:, None, None], harmless, root)  # `eigh` takes no NaN
         values, directions = decomposed(torch.linalg.solve_triangular(root, moved.mT, upper=False))
         values = (values - shift[:, None]).clamp(min=0.0)
         rest = (energy - values.sum(1)).clamp(min=0.0)

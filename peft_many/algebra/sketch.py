@@ -19,6 +19,8 @@ from .total import Total
 # On a CPU, features that are multiplied at a time, and tokens: so much of an input is copied in another dtype at once.
 _BLOCK = 2048
 _TOKENS = 4096
+# In the `Y` of sketches that a GPU finishes together.
+MOST_NUMBERS = 2**25
 
 
 def running_covariance(
@@ -159,7 +161,7 @@ def spectra(sketches: Sequence[CovarianceSketch]) -> list[Spectrum]:
 
 
 def finished(
-    sums: dict[str, CovarianceAccumulator | CovarianceSketch], most_numbers: int = 2**25
+    sums: dict[str, CovarianceAccumulator | CovarianceSketch], most_numbers: int = MOST_NUMBERS
 ) -> Iterator[tuple[str, Covariance]]:
     """The results of running sums by name, in any order; `sums` is emptied on the way, for they are large.
 
