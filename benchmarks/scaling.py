@@ -15,8 +15,8 @@ from peft_many.algebra.sketch import MOST_NUMBERS
 from peft_many.algebra.spectrum import Truncation
 from peft_many.editing.pooling import DEFAULT_POOL_RANK
 
-# What was measured for six tasks of LLaVA-1.5-7B's size: docs/results/merge.json and collection.json on two cores of an
-# AMD EPYC; one NVIDIA H200 on 2026-11-27, when merging and finishing still went through the CPU.
+# What was measured for six tasks of LLaVA-1.5-7B's size: docs/results/merge.json and collection.json on two cores of
+# an AMD EPYC; one NVIDIA H200 on 2026-11-27, before what this package does there was made for it.
 TWO_CORES_MERGE = 52.3  # seconds, from disk to disk
 TWO_CORES_FORWARD = 0.482 * 32 / 704  # seconds a token, bfloat16
 H200_MERGE = 11.0
@@ -184,14 +184,17 @@ def growth_rows(sizes: Sizes, tasks: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128
 
 
 def gigabytes(count: float) -> str:
+    """Bytes to be read."""
     return f"{count / 1e9:.3g} GB"
 
 
 def tera(flops: float) -> str:
+    """Arithmetic to be read."""
     return f"{flops / 1e12:.3g} Tflop" if flops < 1e15 else f"{flops / 1e15:.3g} Pflop"
 
 
 def seconds(count: float) -> str:
+    """Time to be read."""
     if count < 100:
         return f"{count:.2g} s"
     return f"{count / 60:.0f} min" if count < 2 * 3600 else f"{count / 3600:.0f} h"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from .covariance import Covariance
 from .devices import numbers_of
 from .lpm import LowRankDelta, MergedDelta
 from .scatter import slices, symmetric
-from .spectrum import eigen_directions
 
 
 def output_norm(delta: LowRankDelta, covariance: Covariance) -> float:
@@ -41,6 +41,12 @@ def residual_shares(energies: Sequence[float]) -> list[float]:
     """The [`relative_residuals`] of the numbers in [`output_energies`]."""
     pairs = zip(energies[::2], energies[1::2])
     return [(lost / whole) ** 0.5 if whole > 0 else math.nan for lost, whole in pairs]
+
+
+def residuals_of(energies: Tensor) -> Tensor:
+    """The [`relative_residuals`] of [`output_energies`], `(T,)`, where these are: nothing waits for them."""
+    lost, whole = energies.unbind(1)
+    return torch.where(whole > 0, (lost / whole).sqrt(), torch.nan)
 
 
 def output_energies(merged: MergedDelta, tasks: Sequence[tuple[LowRankDelta, Covariance | None]]) -> Tensor:
@@ -76,25 +82,43 @@ def _energy(gram: Tensor, moment: Tensor) -> Tensor:
     return (gram * moment).sum().clamp(min=0.0)
 
 
-def effective_rank_of_outputs(delta: LowRankDelta, covariance: Covariance) -> float:
-    """How many directions a delta's outputs `ΔW x` spread over: `effective_rank` of the energies in `ΔW C ΔWᵀ`."""
-    A, upper = delta.A.double(), torch.linalg.qr(delta.B.double()).R
-    return effective_rank(torch.linalg.eigvalsh(upper @ (A @ covariance.product(A).T) @ upper.T))
+def effective_ranks_of_outputs(deltas: Sequence[LowRankDelta], moments: Sequence[Tensor]) -> Tensor:
+    """How many directions the outputs `ΔW_t x` of each delta spread over, by the `moments` `A_t C_t A_tᵀ`, `(T,)`.
+
+    `effective_rank` of the energies in `ΔW C ΔWᵀ`.
+    """
+    uppers = [torch.linalg.qr(delta.B.double()).R for delta in deltas]
+    return effective_rank(_eigenvalues([upper @ moment @ upper.T for upper, moment in zip(uppers, moments)]))
 
 
-def effective_rank_of_inputs(covariance: Covariance) -> float:
-    """How many directions a layer's inputs spread over: `effective_rank` of the eigenvalues of `C`."""
-    spectrum = eigen_directions(covariance)
-    known, width = spectrum.directions.shape
-    others = torch.full((width - known,), spectrum.remainder(known), dtype=torch.float64)
-    return effective_rank(torch.cat([spectrum.values, others]))
+def effective_ranks_of_inputs(covariances: Sequence[Covariance]) -> Tensor:
+    """How many directions a layer's inputs spread over: `effective_rank` of the eigenvalues of each `C_t`, `(T,)`."""
+    width, grams = covariances[0].width, []
+    for covariance in covariances:
+        if covariance.rank < width:
+            rows = covariance.factor_rows()
+            grams.append(rows @ rows.T)
+        else:
+            grams.append(replace(covariance, remainder=0.0).dense())
+    seen = _eigenvalues(grams)
+    every = torch.nn.functional.pad(seen, (0, width - seen.shape[1]))
+    remainders = torch.tensor([one.remainder for one in covariances], dtype=torch.float64).to(seen.device)
+    return effective_rank(every.clamp(min=0.0) + remainders[:, None])
 
 
-def effective_rank(energies: Tensor) -> float:
+def _eigenvalues(matrices: Sequence[Tensor]) -> Tensor:
+    """Those of several symmetric matrices at once, `(n, k)`, with zeros for what smaller ones have less."""
+    size = max(len(matrix) for matrix in matrices)
+    padded = [torch.nn.functional.pad(matrix, (0, size - len(matrix)) * 2) for matrix in matrices]
+    return torch.linalg.eigvalsh(torch.stack(padded))
+
+
+def effective_rank(energies: Tensor) -> Tensor:
     """The exponential of the entropy of the energies' shares (Roy and Vetterli 2007); between 1 and their number.
 
-    Energies may be negative by rounding; without any, 0.
+    Of each row of energies, which may be negative by rounding; without any, 0.
     """
     energies = energies.double().clamp(min=0.0)
-    total = energies.sum()
-    return torch.special.entr(energies / total).sum().exp().item() if total > 0 else 0.0
+    total = energies.sum(-1, keepdim=True)
+    shares = energies / torch.where(total > 0, total, 1.0)
+    return torch.where(total[..., 0] > 0, torch.special.entr(shares).sum(-1).exp(), 0.0)

@@ -38,6 +38,7 @@ def report(
     conflicts: Annotated[
         bool, typer.Option("--conflicts/--no-conflicts", help="Find the tasks that contradict each other.")
     ] = True,
+    device: a.Device = None,
     quiet: a.Quiet = False,
 ) -> None:
     """Say what a merge costs each task, layer by layer, before any evaluation: an HTML page, a PNG and JSON.
@@ -48,7 +49,7 @@ def report(
 
     peft-many report me/merged --output merged-report --no-conflicts [dim]# in half the time[/dim]
     """
-    found = merge_report(merge, conflicts=conflicts, progress=not quiet)
+    found = merge_report(merge, conflicts=conflicts, device=device or "cpu", progress=not quiet)
     page = save_report(found, output)
     show_report(found)
     typer.echo(f"The report: {page}")

@@ -13,8 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..algebra.covariance import Covariance
-from ..algebra.lpm import LeastSquaresMerge, LowRankDelta
-from ..algebra.residual import effective_rank_of_inputs, effective_rank_of_outputs, relative_residual
+from ..algebra.devices import moved
+from ..algebra.lpm import LeastSquaresMerge, LowRankDelta, MergedDelta
+from ..algebra.residual import (
+    effective_ranks_of_inputs,
+    effective_ranks_of_outputs,
+    output_energies,
+    residuals_of,
+)
 from ..algebra.routing import task_weights
 from ..algebra.spread import gaussian_draws, shared_metric
 from ..files.statistics import TaskStatistics
@@ -102,46 +108,52 @@ def report_on(
     own: Callable[[int, str], LowRankDelta],
     *,
     conflicts: bool = True,
+    device: torch.device | None = None,
     progress: bool = True,
 ) -> MergeReport:
     """Make the report of a merge from the deltas, scaling included, of its layers.
 
-    `merged` gives the merged delta of a layer, on the CPU, and `own` that of a task, by its place, if it trained the
-    layer. With `conflicts` the tasks are merged in pairs too, which takes about as long as merging all.
+    `merged` gives the merged delta of a layer, and `own` that of a task, by its place, if it trained the layer. All
+    is computed in float64 on the `device`, by default the CPU; a GPU is read once, but for the pairs. With `conflicts`
+    the tasks are merged in pairs too, which takes about as long as merging all.
     """
+    device = device or torch.device("cpu")
     shape, places = (len(layers), len(tasks)), {layer: place for place, layer in enumerate(layers)}
-    residuals, output_ranks, input_ranks = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(3))
-    pairs = torch.full((len(layers), len(tasks), len(tasks)), torch.nan, dtype=torch.float64)
+
+    def unknown(*shape: int) -> Tensor:  # filled where the numbers are made, and read once, at the end
+        return torch.full(shape, torch.nan, dtype=torch.float64, device=device)
+
+    residuals, output_ranks, input_ranks, pairs = (*(unknown(*shape) for _ in range(3)), unknown(*shape, len(tasks)))
     weight_bytes = 0
     with tqdm(total=len(layers), desc="Reporting", unit="layer", disable=not progress) as bar:
         for group in group_by_input(layers, tasks):
-            covariances = _covariances(group[0], tasks)
-            for t, covariance in covariances.items():
-                input_ranks[[places[layer] for layer in group], t] = effective_rank_of_inputs(covariance)
+            covariances = _covariances(group[0], tasks, device)
+            ranks = effective_ranks_of_inputs(list(covariances.values())) if covariances else ()
             trained: dict[str, dict[int, LowRankDelta]] = {}
             for layer in group:
                 whole, row = merged(layer), places[layer]
                 weight_bytes += whole.A.nbytes + whole.B.nbytes
-                trained[layer] = {t: own(t, layer) for t in covariances if layer in tasks[t].lora_A}
-                for t, delta in trained[layer].items():
-                    residuals[row, t] = relative_residual(whole, delta, covariances[t])
-                    output_ranks[row, t] = effective_rank_of_outputs(delta, covariances[t])
+                trained[layer] = {t: _on(device, own(t, layer)) for t in covariances if layer in tasks[t].lora_A}
+                for t, rank in zip(covariances, ranks):
+                    input_ranks[row, t] = rank
+                for t, residual, rank in _costs(_on(device, whole), trained[layer], covariances):
+                    residuals[row, t], output_ranks[row, t] = residual, rank
                 bar.update()
             for s, t in itertools.combinations(covariances, 2) if conflicts else ():
                 both = {s: covariances[s], t: covariances[t]}
-                for layer, one, two in _losses(trained, both, merge.options.ridge):
-                    pairs[places[layer], s, t], pairs[places[layer], t, s] = one, two
+                for layer, one, lost in _losses(trained, both, merge.options.ridge, device):
+                    pairs[places[layer], one, t if one == s else s] = lost
     confusion = {
-        projector: _confusion(merge.options, routed.names, projector, tasks)
+        projector: _confusion(merge.options, routed.names, projector, tasks, device)
         for projector, routed in merge.routing.items()
     }
     return MergeReport(
         tasks=[task.name or "" for task in tasks],
         layers=list(layers),
-        residuals=residuals,
-        conflicts=pairs.nanmean(0) if conflicts else None,
-        output_ranks=output_ranks,
-        input_ranks=input_ranks,
+        residuals=residuals.cpu(),
+        conflicts=pairs.nanmean(0).cpu() if conflicts else None,
+        output_ranks=output_ranks.cpu(),
+        input_ranks=input_ranks.cpu(),
         confusion=confusion,
         routed={name: routed.names for name, routed in merge.routing.items()},
         weight_bytes=weight_bytes,
@@ -149,50 +161,73 @@ def report_on(
     )
 
 
-def _covariances(layer: str, tasks: Sequence[TaskStatistics]) -> dict[int, Covariance]:
+def _covariances(layer: str, tasks: Sequence[TaskStatistics], device: torch.device) -> dict[int, Covariance]:
     """Those of the layer's input, by the places of the tasks that saw tokens there."""
     found = {}
     for t, task in enumerate(tasks):
         covariance = task.covariance_of(layer)
         if covariance is not None:
+            covariance = covariance.on(device)
             check_covariance(covariance, f"'{task.name}': the covariance of '{layer}'")
             if task.tokens_of(layer) > 0:
                 found[t] = covariance
     return found
 
 
+def _on(device: torch.device, delta: LowRankDelta) -> LowRankDelta:
+    return LowRankDelta(A=moved(delta.A, device), B=moved(delta.B, device))
+
+
+def _costs(
+    whole: LowRankDelta, own: Mapping[int, LowRankDelta], covariances: Mapping[int, Covariance]
+) -> Iterable[tuple[int, Tensor, Tensor]]:
+    """By task that trained a layer, its residual and the effective rank of its outputs."""
+    if not own:
+        return ()
+    rank, exact = len(whole.A), whole.A.double()
+    moments = [covariances[t].moment(torch.cat([exact, delta.A.double()])) for t, delta in own.items()]
+    merged = MergedDelta(A=whole.A, B=whole.B, stacked=False, moments=moments)
+    residuals = residuals_of(output_energies(merged, [(delta, covariances[t]) for t, delta in own.items()]))
+    ranks = effective_ranks_of_outputs(list(own.values()), [moment[rank:, rank:] for moment in moments])
+    return zip(own, residuals, ranks)
+
+
 def _losses(
-    trained: Mapping[str, Mapping[int, LowRankDelta]], covariances: Mapping[int, Covariance], ridge: float | None
-) -> Iterable[tuple[str, float, float]]:
-    """By layer, what each of two tasks loses in a merge of the two, with equal weights."""
-    problem = LeastSquaresMerge() if ridge is None else LeastSquaresMerge(ridge)
+    trained: Mapping[str, Mapping[int, LowRankDelta]],
+    covariances: Mapping[int, Covariance],
+    ridge: float | None,
+    device: torch.device,
+) -> Iterable[tuple[str, int, Tensor]]:
+    """By layer and task that trained it, what each of two tasks loses in a merge of the two, with equal weights."""
+    problem = LeastSquaresMerge(device=device) if ridge is None else LeastSquaresMerge(ridge, device)
     for t, covariance in covariances.items():
         problem.add(covariance, {layer: deltas[t] for layer, deltas in trained.items() if t in deltas})
     both = problem.solve(dtype=torch.float32) if any(t in own for own in trained.values() for t in covariances) else {}
     for layer, delta in both.items():
-        one, two = (
-            relative_residual(delta, trained[layer][t], covariance) if t in trained[layer] else torch.nan
-            for t, covariance in covariances.items()
-        )
-        yield layer, one, two
+        own = [t for t in covariances if t in trained[layer]]
+        lost = residuals_of(output_energies(delta, [(trained[layer][t], covariances[t]) for t in own]))
+        yield from zip(itertools.repeat(layer), own, lost)
 
 
-def _confusion(options: MergeOptions, names: Sequence[str], projector: str, tasks: Sequence[TaskStatistics]) -> Tensor:
+def _confusion(
+    options: MergeOptions, names: Sequence[str], projector: str, tasks: Sequence[TaskStatistics], device: torch.device
+) -> Tensor:
     """Where images of each task would be sent, `(routed, routed)`, from images drawn as they were measured."""
     known = {task.name: task for task in tasks}
     routed = [known[name].projectors[projector] for name in names]
     assert options.temperature is not None
-    prototypes = torch.stack([seen.prototype.float() for seen in routed])
+    prototypes = torch.stack([seen.prototype.float() for seen in routed]).to(device)
     metric = None
     if options.router == "gaussian":
         spread = [seen for seen in routed if seen.spread is not None]
-        metric = shared_metric([seen.spread for seen in spread if seen.spread], [seen.images for seen in spread])
+        spreads = [seen.spread.on(device) for seen in spread if seen.spread]
+        metric = shared_metric(spreads, [seen.images for seen in spread])
     generator = torch.Generator().manual_seed(0)
     rows = []
     for seen, prototype in zip(routed, prototypes):
         images = prototype[None]  # all that is known of tasks measured on one image
         if seen.spread is not None:
-            images = prototype + gaussian_draws(seen.spread, DRAWN_IMAGES, generator).float()
+            images = prototype + gaussian_draws(seen.spread, DRAWN_IMAGES, generator).float().to(device)
         weights = task_weights(images, prototypes, metric, options.temperature, options.top_k, options.abstain_above)
         rows.append(weights.mean(0))
-    return torch.stack(rows).double()
+    return torch.stack(rows).double().cpu()

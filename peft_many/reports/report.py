@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from typing_extensions import Unpack
@@ -18,6 +19,7 @@ from ..files.adapter import read_adapter
 from ..files.atomic import replace_file
 from ..files.statistics import AdapterStatistics
 from ..hub.sources import HubArguments, find_adapter
+from ..merging.arguments import usable_device
 from ..merging.prepare import AdapterPath
 from ..records import merge_of
 from ..tuner.layers import lora_layers
@@ -28,7 +30,12 @@ __all__ = ["MergeReport", "merge_report", "save_report"]
 
 @without_autocast()
 def merge_report(
-    merge: AdapterPath | PeftModel, *, conflicts: bool = True, progress: bool = True, **hub: Unpack[HubArguments]
+    merge: AdapterPath | PeftModel,
+    *,
+    conflicts: bool = True,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    **hub: Unpack[HubArguments],
 ) -> MergeReport:
     """What merging costs each task, layer by layer, before any evaluation; no base model is loaded.
 
@@ -38,6 +45,7 @@ def merge_report(
         conflicts (`bool`, defaults to `True`):
             Whether to merge the tasks in pairs too, to find those that contradict each other; that takes about as long
             as the merge itself.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute, in float64.
         progress (`bool`, defaults to `True`):
             Show a progress bar.
         **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
@@ -46,7 +54,7 @@ def merge_report(
         [`MergeReport`]: Residuals, conflicts, effective ranks, where images go, and sizes.
 
     Raises:
-        ValueError: The adapter is no merge.
+        ValueError: The adapter is no merge, or the device cannot be used.
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
 
     Example:
@@ -59,8 +67,9 @@ def merge_report(
         {'clevr': '0...', 'iconqa': '0...'}
         ```
     """
+    place = usable_device(device)
     if isinstance(merge, PeftModel):
-        return _of_model(merge, conflicts, progress)
+        return _of_model(merge, conflicts, place, progress)
     source = find_adapter(merge, **hub)
     adapter = read_adapter(source)
     if adapter.merge is None:
@@ -82,11 +91,12 @@ def merge_report(
         merged,
         own,
         conflicts=conflicts,
+        device=place,
         progress=progress,
     )
 
 
-def _of_model(model: PeftModel, conflicts: bool, progress: bool) -> MergeReport:
+def _of_model(model: PeftModel, conflicts: bool, device: torch.device, progress: bool) -> MergeReport:
     name = model.active_adapter
     config = model.peft_config[name]
     merge = merge_of(config)
@@ -98,16 +108,17 @@ def _of_model(model: PeftModel, conflicts: bool, progress: bool) -> MergeReport:
     statistics = config.statistics
 
     def columns(path: str) -> Tensor:
-        return layers[path].lora_B[name].weight.detach().cpu()
+        return layers[path].lora_B[name].weight.detach()
 
     def merged(path: str) -> LowRankDelta:
-        A = layers[path].lora_A[name].weight.detach().cpu()
-        return LowRankDelta(A=layers[path].scaling[name] * A, B=columns(path))
+        return LowRankDelta(A=layers[path].scaling[name] * layers[path].lora_A[name].weight.detach(), B=columns(path))
 
     def own(t: int, path: str) -> LowRankDelta:
         return statistics.own_delta(t, path, columns(path))
 
-    return report_on(merge, statistics.tasks, list(layers), merged, own, conflicts=conflicts, progress=progress)
+    return report_on(
+        merge, statistics.tasks, list(layers), merged, own, conflicts=conflicts, device=device, progress=progress
+    )
 
 
 def save_report(report: MergeReport, output_dir: str | os.PathLike[str]) -> Path:

@@ -8,16 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_many.algebra.covariance import LowRankCovariance
-from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
+from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta, MergedDelta
 from peft_many.algebra.residual import (
     effective_rank,
-    effective_rank_of_inputs,
-    effective_rank_of_outputs,
+    effective_ranks_of_inputs,
+    effective_ranks_of_outputs,
+    output_energies,
     output_norm,
     relative_residual,
     relative_residuals,
+    residuals_of,
 )
 from tests.algebra.problems import make_tasks, seeds, truncate
+from tests.fake_gpu import fake_gpu
 
 
 @given(seeds)
@@ -90,12 +93,12 @@ def test_truncated_covariances_count_their_remainder(seed, energy):
 @given(st.integers(1, 20), st.floats(1e-6, 1e6))
 def test_effective_rank_counts_equal_energies(count, size):
     energies = torch.cat([torch.full((count,), size), torch.zeros(3)])
-    assert effective_rank(energies) == pytest.approx(count)
+    assert effective_rank(energies).item() == pytest.approx(count)
 
 
 @given(st.lists(st.floats(0.0, 1e3), min_size=1, max_size=30))
 def test_effective_rank_is_between_one_and_the_number_of_energies(values):
-    found = effective_rank(torch.tensor(values, dtype=torch.float64))
+    found = effective_rank(torch.tensor(values, dtype=torch.float64)).item()
     if sum(values) > 0:
         assert 1 - 1e-9 <= found <= sum(value > 0 for value in values) * (1 + 1e-9)
     else:
@@ -106,11 +109,42 @@ def test_effective_rank_is_between_one_and_the_number_of_energies(values):
 def test_effective_ranks_are_those_of_the_spectra(seed):
     task = make_tasks(seed)[0]
     outputs = torch.linalg.eigvalsh(task.delta.dense() @ task.covariance.dense() @ task.delta.dense().T)
-    assert effective_rank_of_outputs(task.delta, task.covariance) == pytest.approx(effective_rank(outputs), rel=1e-4)
+    moment = task.covariance.moment(task.delta.A)
+    found = effective_ranks_of_outputs([task.delta], [moment]).item()
+    assert found == pytest.approx(effective_rank(outputs).item(), rel=1e-4)
     inputs = torch.linalg.eigvalsh(task.covariance.dense())
-    assert effective_rank_of_inputs(task.covariance) == pytest.approx(effective_rank(inputs), rel=1e-6)
+    assert effective_ranks_of_inputs([task.covariance]).item() == pytest.approx(
+        effective_rank(inputs).item(), rel=1e-6
+    )
 
 
 def test_the_remainder_spreads_over_all_directions():
     covariance = LowRankCovariance(remainder=2.0, factor=torch.zeros(1, 9))
-    assert effective_rank_of_inputs(covariance) == pytest.approx(9)
+    assert effective_ranks_of_inputs([covariance]).item() == pytest.approx(9)
+
+
+def test_effective_ranks_of_tasks_together_are_those_of_each():
+    """Of statistics and adapters of several ranks."""
+    tasks = make_tasks(0)
+    covariances = [tasks[0].covariance, truncate(tasks[1].covariance, 0.9), truncate(tasks[2].covariance, 0.5)]
+    alone = torch.cat([effective_ranks_of_inputs([one]) for one in covariances])
+    torch.testing.assert_close(effective_ranks_of_inputs(covariances), alone)
+    deltas = [task.delta for task in tasks]
+    moments = [one.moment(delta.A) for one, delta in zip(covariances, deltas)]
+    alone = torch.cat([effective_ranks_of_outputs([one], [moment]) for one, moment in zip(deltas, moments)])
+    torch.testing.assert_close(effective_ranks_of_outputs(deltas, moments), alone)
+
+
+def test_on_a_gpu_nothing_waits_for_what_merging_costs():
+    def on_gpu(*shape, dtype=torch.float32):
+        return torch.ones(shape, dtype=dtype, device="cuda:0")
+
+    with fake_gpu() as counted:
+        covariances = [LowRankCovariance(1.0, on_gpu(rank, 12), scale=2.0) for rank in (3, 5)]
+        deltas = [LowRankDelta(A=on_gpu(rank, 12), B=on_gpu(7, rank)) for rank in (2, 3)]
+        whole = MergedDelta(A=on_gpu(5, 12), B=on_gpu(7, 5))
+        residuals = residuals_of(output_energies(whole, list(zip(deltas, covariances))))
+        moments = [one.moment(delta.A) for one, delta in zip(covariances, deltas)]
+        ranks = effective_ranks_of_inputs(covariances), effective_ranks_of_outputs(deltas, moments)
+        assert {found.device.type for found in (residuals, *ranks)} == {"cuda"}
+    assert not counted.waits

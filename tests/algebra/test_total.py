@@ -13,7 +13,9 @@ def without_float64(*shape):
 
 
 def test_two_parts_in_float32_are_nearly_as_exact_as_float64():
-    parts = torch.randn(2000, 5, 3, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-3.0, 2)[:, None]
+    parts = (
+        torch.randn(2000, 5, 3, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-3.0, 2)[:, None]
+    )
     expected = parts.double().sum(0)
     for total, error in ((Total(5, 3, device=torch.device("cpu")), 1e-15), (without_float64(5, 3), 1e-12)):
         for part in parts:
