@@ -43,7 +43,7 @@ def not_finite(numbers: Mapping[str, Tensor]) -> str | None:
     by_device: dict[torch.device, list[str]] = {}
     for name, number in numbers.items():
         by_device.setdefault(number.device, []).append(name)
-    wrong = set()
+    wrong: set[str] = set()
     for names in by_device.values():
         finite = torch.stack([numbers[name] for name in names]).isfinite().tolist()
         wrong.update(name for name, is_finite in zip(names, finite) if not is_finite)
