@@ -67,9 +67,11 @@ def collect_statistics(
     32 to 128 samples are enough. Layers that read the same tensor (q, k and v) share one covariance. Each is kept as
     its leading eigen-directions and an even remainder, as `rank`, `energy` or `error_budget` say.
 
-    Memory: an input of width `d` takes about `2 · 1.25 · rank · d` numbers while it is measured, or `d²` if it is no
-    wider than `1.25 · rank`; saved, up to `rank · d` in `dtype`. Time: beside the forward passes, two matrix products
-    of `tokens × d × 1.25 · rank` for each input.
+    Memory beside the model's: with `s = 1.25 · rank`, `10 · s · d` bytes for an input of width `d` in bfloat16 and
+    `12 · s · d` in other dtypes, or `8 · d²` if it is no wider than `s`; 2.4 GB for a 7B model in bfloat16. For one
+    input at a time, up to `30 · s · d` bytes more and a copy of its tokens (float16: in float32; whole covariances: of
+    4096 or `d` of them, in float64). Saved, up to `rank · d` in `dtype`. Time: beside the forward passes, two matrix
+    products of `tokens × d × s` for each input.
 
     The model is afterwards as it was, also if the pass fails: training modes, active adapter, hooks, gradients and
     random states. Under `accelerate launch` each process measures its share of the data; all must make this call, and

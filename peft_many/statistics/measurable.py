@@ -1,4 +1,4 @@
-"""Which adapter of a model is to be measured, whether it can be, and what its weights are while it is."""
+"""Which adapter and layers of a model are to be measured, whether they can be, and what the weights are meanwhile."""
 
 from __future__ import annotations
 

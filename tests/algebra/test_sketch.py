@@ -107,6 +107,14 @@ def test_nothing_of_the_size_of_the_covariance_is_held():
     assert sum(rows.numel() for rows in waiting._first) <= 2 * 512 * 16
 
 
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 10), (torch.float32, 12), (torch.float16, 12)])
+def test_memory_is_what_is_said(dtype, factor):
+    size, width = 16, 512
+    sums = sketched(inputs(0, tokens=400, width=width).to(dtype), size)._sums
+    held = [sums.test, *(total.sum for total in (sums.moved, sums.core, sums.energy))]
+    assert sum(part.nbytes for part in held) == factor * size * width + 8 * size**2 + 8
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_any_floating_dtype_is_summed_up_alike(dtype):
     rows = inputs(2).to(dtype)

@@ -17,13 +17,13 @@ def test_two_parts_in_float32_are_nearly_as_exact_as_float64():
         torch.randn(2000, 5, 3, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-3.0, 2)[:, None]
     )
     expected = parts.double().sum(0)
-    for total, error in ((Total(5, 3, device=torch.device("cpu")), 1e-15), (without_float64(5, 3), 1e-12)):
+    for total, bound in ((Total(5, 3, device=torch.device("cpu")), 1e-15), (without_float64(5, 3), 1e-12)):
         for part in parts:
             total.add(part[:2])
             total.add(part[2:], start=2)
         scale = parts.double().abs().sum(0)
         assert total.value().dtype == torch.float64
-        assert ((total.value() - expected).abs() / scale).max() < error
+        assert ((total.value() - expected).abs() / scale).max() < bound
     naive = torch.zeros(5, 3)
     for part in parts:
         naive += part
