@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -141,12 +142,12 @@ class Truncation:
     dtype: torch.dtype = torch.float16  # or int8
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.energy <= 1.0:
-            raise ValueError(f"`energy` is a share, in (0, 1], but it is {self.energy}.")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"`rank` must be at least 1, but it is {self.rank}.")
-        if self.error_budget is not None and not self.error_budget > 0:
-            raise ValueError(f"`error_budget` must be positive, but it is {self.error_budget}.")
+        if not (isinstance(self.energy, Real) and 0.0 < self.energy <= 1.0):
+            raise ValueError(f"`energy` is a share, in (0, 1], but it is {self.energy!r}.")
+        if self.rank is not None and not (isinstance(self.rank, Integral) and self.rank >= 1):
+            raise ValueError(f"`rank` must be at least 1, and a whole number, but it is {self.rank!r}.")
+        if self.error_budget is not None and not (isinstance(self.error_budget, Real) and self.error_budget > 0):
+            raise ValueError(f"`error_budget` must be positive, but it is {self.error_budget!r}.")
         if self.dtype not in (torch.float16, torch.int8):
             raise ValueError(f"`dtype` must be torch.float16 or torch.int8, but it is {self.dtype}.")
         if self.most is None and self.dtype == torch.int8:

@@ -59,33 +59,34 @@ class StoredPair:
     scaling: float
 
     def shape(self, half: str) -> tuple[int, ...]:
-        return self.weights.shape(self._key(half))
+        return self.weights.shape(self.key(half))
 
     def read(self) -> LowRankDelta:
         return checked(self.start(CPU))
 
     def start(self, device: torch.device, block: slice = slice(None)) -> Reading:
         """Read the pair, or a block of it: rows of `A` and the columns of `B`. What moves is what is stored."""
-        A = moved(self.weights[self._key("A")][block], device)
-        B = moved(self.weights[self._key("B")][:, block], device)
+        A = moved(self.weights[self.key("A")][block], device)
+        B = moved(self.weights[self.key("B")][:, block], device)
 
         def check(totals: Sequence[Sequence[float]]) -> None:
             for half, (total,) in zip("AB", totals):
-                check_total(total, f"{self.weights.path}: tensor '{self._key(half)}'")
+                check_total(total, f"{self.weights.path}: tensor '{self.key(half)}'")
 
         return Reading(LowRankDelta(A=self._scaled(A), B=B.float()), [total_of(A), total_of(B)], check)
 
     def rows(self) -> Tensor:
-        return self._scaled(self.weights[self._key("A")])
+        return self._scaled(self.weights[self.key("A")])
 
     def columns(self) -> Tensor:
-        return self.weights[self._key("B")].float()
+        return self.weights[self.key("B")].float()
 
     def _scaled(self, A: Tensor) -> Tensor:
         # Rounded to float32 here, so that a task taken from a merge, where it is stored so, is the same to the bit.
         return (self.scaling * A.double()).float()
 
-    def _key(self, half: str) -> str:
+    def key(self, half: str) -> str:
+        """What one of the two is called in the file."""
         return f"{KEY_PREFIX}{self.module}.lora_{half}.weight"
 
 
@@ -99,7 +100,9 @@ def delta_of_adapter(pair: StoredPair, measured: TaskStatistics, name: str) -> S
             stored.check(numbers)
             check_as_measured(measured, pair.module, numbers[-1], name)
 
-        fingerprint = fingerprint_there(stored.delta.A, stored.delta.B)
+        # Of a delta that is scaled to nothing, as it was before: zeros have no direction.
+        A = stored.delta.A if pair.scaling else moved(pair.weights[pair.key("A")], device)
+        fingerprint = fingerprint_there(A, stored.delta.B)
         return Reading(stored.delta, [*stored.numbers, fingerprint], check)
 
     rank, width = pair.shape("A")

@@ -31,18 +31,18 @@ from ..files.statistics import STATISTICS_NAME, AdapterStatistics
 ADAPTER_FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, STATISTICS_NAME]
 # What to say of errors of the Hub; the first that fits, as some are kinds of others.
 _WHAT_IS_WRONG: dict[type[Exception], str] = {
-    HFValidationError: "There is no folder '{entry}', and it is no Hub repository id either.",
+    HFValidationError: "There is no folder {entry}, and it is no Hub repository id either.",
     RevisionNotFoundError: "The Hub repository '{repo_id}' has no revision '{revision}'.",
     GatedRepoError: "The Hub repository '{repo_id}' is gated: ask for access on its page, and pass `token`.",
     RepositoryNotFoundError: (
-        "There is no folder '{entry}' and no Hub repository '{repo_id}' (or it is private; pass `token`)."
+        "There is no folder {entry} and no Hub repository '{repo_id}' (or it is private; pass `token`)."
     ),
     LocalEntryNotFoundError: (
-        "There is no folder '{entry}', and the Hub cannot be reached for '{repo_id}', which is not in the cache."
+        "There is no folder {entry}, and the Hub cannot be reached for '{repo_id}', which is not in the cache."
     ),
-    HfHubHTTPError: "The Hub did not give '{entry}': {error}",
+    HfHubHTTPError: "The Hub did not give {entry}: {error}",
     # A connection that breaks off, or a file that comes short.
-    httpx.HTTPError: "The connection to the Hub broke off while '{entry}' was downloaded ({error}); try again.",
+    httpx.HTTPError: "The connection to the Hub broke off while {entry} was downloaded ({error}); try again.",
 }
 
 
@@ -138,6 +138,8 @@ def find_adapter(entry: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> 
         return AdapterSource(folder=path, name=str(entry))
     if path.is_file():
         raise AdapterNotFoundError(f"There is no folder '{entry}', but a file; give its folder, '{path.parent}'.")
+    if "://" in str(entry):
+        raise AdapterNotFoundError(f"{str(entry)!r} is an address; give a folder, or a Hub id such as 'me/adapter'.")
     repo_id, _, revision = str(entry).partition("@")
     try:
         folder = snapshot_download(
@@ -148,7 +150,7 @@ def find_adapter(entry: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> 
         )
     except tuple(_WHAT_IS_WRONG) as error:
         reason = next(reason for kind, reason in _WHAT_IS_WRONG.items() if isinstance(error, kind))
-        said = reason.format(entry=entry, repo_id=repo_id, revision=revision, error=first_line(error))
+        said = reason.format(entry=repr(str(entry)), repo_id=repo_id, revision=revision, error=first_line(error))
         raise AdapterNotFoundError(said) from None
     return AdapterSource(folder=Path(folder), name=repo_id, revision=Path(folder).name)
 

@@ -32,6 +32,8 @@ def check_arguments(entries: Any, weights: Any, without: Any, task_names: Any) -
             )
         if len(given) != len(entries):
             raise ValueError(f"`{name}` has {len(given)} entries for {len(entries)} adapters.")
+        if isinstance(entries, (set, frozenset)) or isinstance(given, (set, frozenset)):
+            raise ValueError(f"`{name}` goes with a list of adapters, entry by entry; a set has no order.")
     for given in () if task_names is None else task_names:
         if given is not None and not isinstance(given, str) and not _are_names(given):
             raise ValueError(f"`task_names` holds names, and for a merge a list of them, but one is {_shown(given)}.")
@@ -49,8 +51,10 @@ def output_folder(output_dir: Any) -> Path:
     return Path(output_dir).expanduser()
 
 
-def usable_device(device: str | torch.device) -> torch.device:
+def usable_device(device: str | int | torch.device) -> torch.device:
     """Where to compute: the device, tried out before anything is read, or the CPU in place of one without float64."""
+    if not isinstance(device, (str, int, torch.device)):
+        raise ValueError(f"`device` must be a device or its name, but it is {_shown(device)}.")
     try:
         chosen = float64_device(device)
         for tried in (torch.device(device), chosen):

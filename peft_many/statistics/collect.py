@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +33,7 @@ from .measurable import (
     base_of,
     further_layers,
     is_sharded,
-    projector_shapes,
-    unmoved_projectors,
+    projectors_now,
     unwrapped,
     weights_of,
 )
@@ -170,6 +169,9 @@ def collect_statistics(
     seen = gather_images(processes.together(measuring.images.result), processes)
     gathered = gather_inputs(processes.together(measuring.inputs.result), kept, processes, device_of(peft_model))
     config = peft_model.peft_config[measuring.adapter_name]
+    shapes, unmoved = processes.together(
+        lambda: projectors_now(measuring.base, measuring.adapter_name, list(measuring.images.projectors), seen)
+    )
     task = TaskStatistics(
         name=getattr(config, "task_name", None),
         samples=samples,
@@ -178,8 +180,8 @@ def collect_statistics(
         projectors=seen,
         fingerprints=weights.fingerprints,
         shapes=weights.shapes,
-        projector_shapes=projector_shapes(measuring.base, measuring.adapter_name, list(measuring.images.projectors)),
-        unmoved_projectors=processes.together(lambda: measuring.unmoved_projectors(seen)),
+        projector_shapes=shapes,
+        unmoved_projectors=unmoved,
     )
     _warn_of_unseen(task)
     statistics = AdapterStatistics((task,))
@@ -228,11 +230,6 @@ class _Measuring:
                 forward(self.model, send_to_device(batch, device_of(self.model)), forward_fn)
 
             return run_together(self._checked(dataloader), max_samples, processes, run, bar.update, self.sharded)
-
-    def unmoved_projectors(self, seen: Collection[str]) -> dict[str, list[float]]:
-        """See [`unmoved_projectors`]; of those that no image was seen at."""
-        unseen = [name for name in self.images.projectors if name not in seen]
-        return unmoved_projectors(self.base, self.adapter_name, unseen)
 
     def _checked(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, if nothing was wrong with what was measured of those before."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -120,8 +121,8 @@ def check_batches(batches: Any, max_samples: int | None, forward_fn: Any = None)
     """Refuse what is no collection of batches, a single one say, and what cannot be called, with a `ValueError`."""
     if forward_fn is not None and not callable(forward_fn):
         raise ValueError(f"`forward_fn` must be a function of the model and a batch, not {forward_fn!r}.")
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"`max_samples` must be at least 1, but it is {max_samples}.")
+    if max_samples is not None and not (isinstance(max_samples, Integral) and max_samples >= 1):
+        raise ValueError(f"`max_samples` must be a whole number of at least 1, but it is {max_samples!r}.")
     if isinstance(batches, (str, os.PathLike, Mapping, Tensor, nn.Module)) or not (
         hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,6 +87,14 @@ def _weights_of(model: Any, adapter_name: str, layers: Mapping[str, Any]) -> Ada
     return AdapterWeights(prints, shapes=shapes)
 
 
+def projectors_now(
+    base: nn.Module, adapter_name: str, projectors: Sequence[str], seen: Collection[str]
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[str, list[float]]]:
+    """`projector_shapes`, and `unmoved_projectors` of those that no image was seen at."""
+    unseen = [name for name in projectors if name not in seen]
+    return projector_shapes(base, adapter_name, projectors), unmoved_projectors(base, adapter_name, unseen)
+
+
 def unmoved_projectors(base: nn.Module, adapter_name: str, unseen: Sequence[str]) -> dict[str, list[float]]:
     """Fingerprints of the adapter's copies, among projectors that saw no image, that are still the base model's.
 
@@ -102,7 +110,7 @@ def unmoved_projectors(base: nn.Module, adapter_name: str, unseen: Sequence[str]
                 "be told: its weights are not here. Merging will take it for trained, and refuse to route images to "
                 "it. Measure with the whole model in memory.",
                 PeftWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         elif all(torch.equal(tensor, original[key].to(tensor)) for key, tensor in own.items()):
             found[name] = state_fingerprint(own)
@@ -111,7 +119,7 @@ def unmoved_projectors(base: nn.Module, adapter_name: str, unseen: Sequence[str]
                 f"The adapter trained the projector '{name}', but no image passed while measuring, so that images "
                 "cannot be routed to it in a merge. Measure on samples with images.",
                 PeftWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
     return found
 
@@ -193,8 +201,8 @@ def adapter_to_measure(model: Any, adapter_name: str | None) -> str:
         if len(active) != 1:
             raise ValueError(f"Exactly one adapter is measured at a time, but {active} are active; give adapter_name.")
         adapter_name = active[0]
-    if adapter_name not in configs:
-        raise ValueError(f"There is no adapter '{adapter_name}'; the model has {sorted(configs)}.")
+    if not isinstance(adapter_name, str) or adapter_name not in configs:
+        raise ValueError(f"There is no adapter {adapter_name!r}; the model has {sorted(configs)}.")
     config = configs[adapter_name]
     if isinstance(config, MAnyConfig) and config.is_merge:
         raise ValueError(f"Adapter '{adapter_name}' is a merge; it carries the statistics of its tasks already.")

@@ -92,6 +92,27 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda a, b, w, m, o: by_files([Path(a, "adapter_model.safetensors")], o),
         "There is no folder .*, but a file; give its folder, '.*a'",
     ),
+    "an address": (
+        lambda a, b, w, m, o: by_files([a, "https://huggingface.co/me/b"], o),
+        "'https://huggingface.co/me/b' is an address; give a folder, or a Hub id",
+    ),
+    "a line with its end": (lambda a, b, w, m, o: by_files([f"{a}\n"], o), r"There is no folder '.*a\\n'"),
+    "weights of a set": (lambda a, b, w, m, o: by_files({a, b}, o, weights=[1, 2]), "a set has no order"),
+    "no device": (lambda a, b, w, m, o: by_files([a, b], o, device=None), "`device` must be .*, but it is None"),
+    "samples as text": (
+        lambda a, b, w, m, o: collect_statistics(w, [BATCH], max_samples="256"),
+        "`max_samples` must be a whole number of at least 1, but it is '256'",
+    ),
+    "a rank as text": (
+        lambda a, b, w, m, o: collect_statistics(w, [BATCH], rank="8"),
+        "`rank` must be at least 1, and a whole number, but it is '8'",
+    ),
+    "a broken rank": (lambda a, b, w, m, o: collect_statistics(w, [BATCH], rank=2.5), "but it is 2.5"),
+    "energy as text": (lambda a, b, w, m, o: collect_statistics(w, [BATCH], energy="all"), "but it is 'all'"),
+    "a list of adapters to measure": (
+        lambda a, b, w, m, o: collect_statistics(w, [BATCH], adapter_name=["default"]),
+        r"There is no adapter \['default'\]; the model has",
+    ),
     "planning with a model": (lambda a, b, w, m, o: plan_merge([w], progress=False), "one is a PeftModel"),
     "checkpoints": (
         lambda a, b, w, m, o: by_files([Path(a, "..", "run"), b], o),

@@ -282,6 +282,15 @@ def test_merging_one_adapter_gives_its_outputs(shelf, name, family):
     assert distance(logits(base(family), family), expected) > 1e-2
 
 
+def test_an_adapter_that_is_scaled_to_nothing_adds_nothing(shelf, tmp_path):
+    """It was not trained further: what is left of its weights has no direction."""
+    nothing = make(tmp_path / "nothing", "llama", 8, lora_alpha=0, task_name="nothing")
+    alone = merge(tmp_path, nothing.folder, name="alone")
+    assert all(not delta.any() for delta in merged_deltas(alone).values())
+    assert_optimal(merge(tmp_path, shelf("llama a").folder, nothing.folder), [shelf("llama a"), nothing])
+    merge(tmp_path, alone, shelf("llama a").folder, name="further")
+
+
 def test_order_changes_no_byte(shelf, tmp_path):
     names = ["c", "lora", "only q"]
     weights = {"c": 0.3, "lora": 1.7, "only q": 1.0}
