@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -187,12 +188,26 @@ def match_projectors(model: nn.Module, wanted: list[str]) -> list[str]:
                 f"`projector_modules` names '{suffix}', but no module of {type(model).__name__} ends with that name."
             )
         found += [name for name in matches if name not in found]
+    check_ends(model, found)
     wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     for outer in [*found, *wrapped]:
         inner = next((name for name in found if name.startswith(f"{outer}.")), None)
         if inner is not None:
             raise ValueError(f"`projector_modules` names '{inner}', which is a part of the projector '{outer}'.")
     return found
+
+
+def check_ends(model: nn.Module, projectors: Sequence[str]) -> None:
+    """Refuse projectors that PEFT cannot tell from other modules: it compares the ends of names, within words too."""
+    names = [name for name, _ in model.named_modules()]
+    for projector in projectors:
+        other = next((name for name in names if name.endswith(projector) and name not in projectors), None)
+        if other is not None:
+            raise ValueError(
+                f"The projector '{projector}' cannot be told from '{other}' by PEFT, which compares the ends of names "
+                "and would train both. Give the projector's attribute another name, or pass `projector_modules=[]` to "
+                "leave it as it is."
+            )
 
 
 def language_model_linears(model: nn.Module, parts: Parts | None = None) -> list[str]:

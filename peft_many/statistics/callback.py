@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .collect import collect_statistics
-from .forward import batch_size, check_batches, state_kept
+from .forward import batch_size, check_batch, check_batches, state_kept
 
 
 class MAnyCallback(TrainerCallback):
@@ -73,6 +74,10 @@ class MAnyCallback(TrainerCallback):
             raise ValueError("`MAnyCallback` found no dataloader to measure on; pass one.")
         if self.dataloader is not None:
             check_batches(self.dataloader, None, self.options.get("forward_fn"))
+            if self.options.get("forward_fn") is None and hasattr(self.dataloader, "__getitem__"):
+                with state_kept(model):  # of a data set in a loader's place, whose rows may be drawn at random
+                    for row in itertools.islice(self.dataloader, 1):
+                        check_batch(row)
         _rehearse(model, self.options)
         self._forget()
         if self.dataloader is None and self.options.get("forward_fn") is None:

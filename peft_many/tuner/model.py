@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..families.parts import match_projectors, parts_of
+from ..families.parts import check_ends, match_projectors, parts_of
 from ..files.errors import MalformedAdapterError
 from ..files.patterns import check_patterns
 from ..files.statistics import AdapterStatistics
@@ -118,6 +118,7 @@ class MAnyModel(LoraModel):
                     f"No projector was found in {type(model).__name__}: {parts.doubt} "
                     "Name it by `projector_modules`, or pass `projector_modules=[]` to adapt the language model only."
                 )
+            check_ends(model, projectors)
         else:
             projectors = match_projectors(model, config.projector_modules)
         config.projector_modules = projectors

@@ -319,6 +319,22 @@ def test_modules_that_are_trained_whole_hold_no_layers_of_the_language_model() -
     assert "model.layers.0.mlp.up_proj" in found
 
 
+def test_a_projector_that_peft_takes_other_modules_for_is_refused() -> None:
+    """It would train them whole, or fail at those that have a LoRA: "q_proj" ends as "proj" does."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj, self.q_proj, self.mlp = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.layers = nn.ModuleList([nn.ModuleDict({"mlp": nn.Linear(3, 3)})])
+
+    config = MAnyConfig(r=2, target_modules=["q_proj"], projector_modules=["proj"])
+    with pytest.raises(ValueError, match=r"'proj' cannot be told from 'q_proj' by PEFT.*`projector_modules=\[\]`"):
+        get_peft_model(Plain(), config)
+    both = get_peft_model(Plain(), MAnyConfig(r=2, target_modules=["q_proj"], projector_modules=["mlp"]))
+    assert both.peft_config["default"].projector_modules == ["mlp", "layers.0.mlp"]
+
+
 def test_a_plain_module_must_say_its_targets() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:

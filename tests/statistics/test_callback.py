@@ -70,6 +70,8 @@ def is_clean(model):
         ({"max_sample": 3}, "max_sample"),
         ({"dataloader": {"input_ids": torch.ones(2, 3)}}, "put a single batch into a list"),
         ({"dataloader": "default"}, "this is a str"),
+        ({"dataloader": ["hello"]}, "A batch is what the model is called with.*type str"),
+        ({"dataloader": [[{"prompt": "hello"}]]}, "type list, of dict"),
         ({"forward_fn": 3}, "forward_fn"),
         ({"also_measure": ["nope"]}, "matches no linear layer"),
     ],
@@ -80,6 +82,15 @@ def test_mistakes_are_found_before_the_first_step(model, tmp_path, options, said
         trainer.train()
     assert trainer.state.global_step == 0
     assert is_clean(model)
+
+
+def test_a_data_set_in_the_place_of_a_loader_is_found_before_the_first_step(model, tmp_path):
+    rows = Samples(model)
+    rows.rows = [{"input_ids": row["input_ids"][0]} for row in rows.rows]
+    trainer = trainer_of(model, tmp_path, MAnyCallback(rows))
+    with pytest.raises(ValueError, match="type dict, a single row"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize(
