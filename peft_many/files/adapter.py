@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..records import MergeRecord, Operation, Origin, PoolRecord, merge_of
 from .base_tensors import split_base_tensors
 from .card import data_sets_of
-from .errors import AdapterFileError, UnmergeableAdapterError, unusable_config
+from .errors import UnmergeableAdapterError, unusable_config
 from .lora_pairs import lora_pairs
 from .mergeable import check_mergeable, layers_in_file
 from .peft_deltas import deltas_by_peft
@@ -178,8 +178,6 @@ def read_config(source: AdapterSource) -> PeftConfig:
         # As `PeftConfig.from_pretrained` does, but for the statistics that it would look for and read
         fields = PeftConfig.from_json_file(str(source.folder / CONFIG_NAME))
         config: PeftConfig = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**fields))
-    except AdapterFileError:
-        raise
     except (*NONSENSE_ERRORS, ValueError) as error:
         # ValueError covers broken JSON and the messages of configs, which are written for people.
         reason = f"{error} is unknown" if isinstance(error, KeyError) else str(error).rstrip(".")

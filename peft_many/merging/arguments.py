@@ -51,7 +51,7 @@ def output_folder(output_dir: Any) -> Path:
     return Path(output_dir).expanduser()
 
 
-def usable_device(device: str | int | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
     """Where to compute: the device, tried out before anything is read, or the CPU in place of one without float64."""
     if not isinstance(device, (str, int, torch.device)):
         raise ValueError(f"`device` must be a device or its name, but it is {_shown(device)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -28,15 +28,8 @@ from .forward import check_batches, device_of, forward, in_inference, run_togeth
 from .gathering import gather_images, gather_inputs
 from .images import PrototypeHooks
 from .inputs import CovarianceHooks
-from .measurable import (
-    adapter_to_measure,
-    base_of,
-    further_layers,
-    is_sharded,
-    projectors_now,
-    unwrapped,
-    weights_of,
-)
+from .measurable import adapter_to_measure, base_of, further_layers, is_sharded, unwrapped, weights_of
+from .projectors import projector_shapes, unmoved_projectors
 from .tokens import TokenRows
 
 
@@ -169,9 +162,6 @@ def collect_statistics(
     seen = gather_images(processes.together(measuring.images.result), processes)
     gathered = gather_inputs(processes.together(measuring.inputs.result), kept, processes, device_of(peft_model))
     config = peft_model.peft_config[measuring.adapter_name]
-    shapes, unmoved = processes.together(
-        lambda: projectors_now(measuring.base, measuring.adapter_name, list(measuring.images.projectors), seen)
-    )
     task = TaskStatistics(
         name=getattr(config, "task_name", None),
         samples=samples,
@@ -180,8 +170,7 @@ def collect_statistics(
         projectors=seen,
         fingerprints=weights.fingerprints,
         shapes=weights.shapes,
-        projector_shapes=shapes,
-        unmoved_projectors=unmoved,
+        **processes.together(lambda: measuring.projectors_now(seen)),
     )
     _warn_of_unseen(task)
     statistics = AdapterStatistics((task,))
@@ -230,6 +219,15 @@ class _Measuring:
                 forward(self.model, send_to_device(batch, device_of(self.model)), forward_fn)
 
             return run_together(self._checked(dataloader), max_samples, processes, run, bar.update, self.sharded)
+
+    def projectors_now(self, seen: Collection[str]) -> dict[str, Any]:
+        """What statistics say of the adapter's copies of projectors; `seen` are those that images reached."""
+        projectors = list(self.images.projectors)
+        unseen = [name for name in projectors if name not in seen]
+        return {
+            "projector_shapes": projector_shapes(self.base, self.adapter_name, projectors),
+            "unmoved_projectors": unmoved_projectors(self.base, self.adapter_name, unseen),
+        }
 
     def _checked(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, if nothing was wrong with what was measured of those before."""

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from accelerate.utils import align_module_device, extract_model_from_parallel
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils import ModulesToSaveWrapper, PeftWarning
+from peft.utils import PeftWarning
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from ..algebra.lpm import LowRankDelta
 from ..families.linears import features_of_linear
-from ..files.fingerprints import state_fingerprint, weight_fingerprint
+from ..files.fingerprints import weight_fingerprint
 from ..files.peft_methods import is_plain_lora
 from ..files.tensor_keys import KEY_PREFIX, fingerprint_of, tensor_keys
 from ..tuner.batch_norms import drifting_batch_norms
@@ -72,7 +70,7 @@ def _weights_of(model: Any, adapter_name: str, layers: Mapping[str, Any]) -> Ada
     # Under the names that they will have in the file.
     saved: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {
-        key if key.startswith("base_model.") else f"{KEY_PREFIX}{key}": _whole(value) for key, value in saved.items()
+        key if key.startswith("base_model.") else f"{KEY_PREFIX}{key}": whole(value) for key, value in saved.items()
     }
     away = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
     if away is not None:
@@ -87,81 +85,12 @@ def _weights_of(model: Any, adapter_name: str, layers: Mapping[str, Any]) -> Ada
     return AdapterWeights(prints, shapes=shapes)
 
 
-def projectors_now(
-    base: nn.Module, adapter_name: str, projectors: Sequence[str], seen: Collection[str]
-) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[str, list[float]]]:
-    """`projector_shapes`, and `unmoved_projectors` of those that no image was seen at."""
-    unseen = [name for name in projectors if name not in seen]
-    return projector_shapes(base, adapter_name, projectors), unmoved_projectors(base, adapter_name, unseen)
-
-
-def unmoved_projectors(base: nn.Module, adapter_name: str, unseen: Sequence[str]) -> dict[str, list[float]]:
-    """Fingerprints of the adapter's copies, among projectors that saw no image, that are still the base model's.
-
-    Of others, which were trained on images, there is a warning.
-    """
-    found: dict[str, list[float]] = {}
-    for name, pair in _copies(base, adapter_name, unseen).items():
-        own, original = _states_of(pair)
-        known = all(not tensor.is_meta and tensor.numel() for tensor in (*own.values(), *original.values()))
-        if not known:
-            warnings.warn(
-                f"No image passed while measuring, and whether the adapter's projector '{name}' was trained cannot "
-                "be told: its weights are not here. Merging will take it for trained, and refuse to route images to "
-                "it. Measure with the whole model in memory.",
-                PeftWarning,
-                stacklevel=4,
-            )
-        elif all(torch.equal(tensor, original[key].to(tensor)) for key, tensor in own.items()):
-            found[name] = state_fingerprint(own)
-        else:
-            warnings.warn(
-                f"The adapter trained the projector '{name}', but no image passed while measuring, so that images "
-                "cannot be routed to it in a merge. Measure on samples with images.",
-                PeftWarning,
-                stacklevel=4,
-            )
-    return found
-
-
-def projector_shapes(
-    base: nn.Module, adapter_name: str, projectors: Sequence[str]
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    """By projector that the adapter has a copy of, the shapes of the copy's tensors; of sharded ones, the whole's."""
-    return {
-        name: {
-            key: tuple(getattr(tensor, "ds_shape", tensor.shape))
-            for key, tensor in copied.state_dict(keep_vars=True).items()
-        }
-        for name, (copied, _) in _copies(base, adapter_name, projectors).items()
-    }
-
-
-def _copies(base: nn.Module, adapter_name: str, names: Sequence[str]) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """The modules among these that the adapter has a copy of: that, and the base model's own."""
-    wrappers: dict[str, Any] = {name: base.get_submodule(name) for name in names}
-    return {
-        name: (wrapper.modules_to_save[adapter_name], wrapper.original_module)
-        for name, wrapper in wrappers.items()
-        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
-    }
-
-
-def _states_of(modules: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
-    """Modules' state dicts, gathered if they are sharded, and brought here if Accelerate has offloaded them."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    with gather_params_ctx(parameters, modifier_rank=None), ExitStack() as here:
-        for part in (part for module in modules for part in module.modules()):
-            here.enter_context(align_module_device(part))
-        return [{key: _whole(tensor) for key, tensor in module.state_dict().items()} for module in modules]
-
-
 def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
     """A layer's LoRA weights as they are now."""
     parts = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     with align_module_device(parts[0]), align_module_device(parts[1]):  # where Accelerate has offloaded them
         A, B = (part.weight.detach() for part in parts)
-    A, B = _whole(A), _whole(B)
+    A, B = whole(A), whole(B)
     if A.dim() != 2 or B.dim() != 2 or 0 in (A.numel(), B.numel()):
         raise RuntimeError(
             f"The LoRA weights of '{name}' are sharded over processes (their shapes here are {tuple(A.shape)} and "
@@ -171,7 +100,7 @@ def _delta_of(name: str, layer: Any, adapter_name: str) -> LowRankDelta:
     return LowRankDelta(A=A, B=B)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that FSDP2 has cut into shards."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole

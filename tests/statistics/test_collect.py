@@ -23,7 +23,8 @@ from peft_many.algebra.sketch import CovarianceAccumulator
 from peft_many.families.parts import find_projectors
 from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics
 from peft_many.routing.watching import IMAGE_METHODS
-from peft_many.statistics.measurable import projector_shapes, unmoved_projectors, weights_of
+from peft_many.statistics.measurable import weights_of
+from peft_many.statistics.projectors import projector_shapes, unmoved_projectors
 from peft_many.tuner.layers import adapted_layers, lora_layers
 from tests import tiny
 from tests.adapters import covariances
@@ -729,7 +730,8 @@ def zero_3(monkeypatch) -> Callable[[list[nn.Parameter]], None]:
                 parameter.data, parameter.ds_id = torch.empty(0), 1
 
         take()
-        monkeypatch.setattr("peft_many.statistics.measurable.gather_params_ctx", gathered)
+        for place in ("measurable", "projectors"):
+            monkeypatch.setattr(f"peft_many.statistics.{place}.gather_params_ctx", gathered)
 
     return partition
 
