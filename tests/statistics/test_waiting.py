@@ -39,7 +39,7 @@ class Layers(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         attended = self.q(hidden) + self.k(hidden) + self.v(hidden)
-        output: Tensor = self.down(self.up(attended))
+        output: Tensor = self.down(self.up(attended).to(self.down.weight.device))
         return output
 
 
@@ -93,6 +93,19 @@ def test_a_gpu_is_not_waited_for(dtype: torch.dtype, padded: bool, size: int | N
     assert not counted.waits
     for running in hooks._sums.values():
         assert running.energy.device.type == "cuda"
+
+
+def test_each_input_is_summed_up_where_it_is() -> None:
+    """As with a `device_map` over a GPU and the CPU: no kernel gets tensors of both."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, hidden = Layers(torch.float32, "cuda"), torch.zeros(ROWS, LENGTH, WIDTH, device="cuda")
+        model.down = Linear(WIDER, WIDTH)
+    with measuring(model, SIZE) as hooks:
+        hooks.begin_batch(masks(padded=True))
+        assert not hooks.tokens.masks["attention_mask"].all_tokens
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model(hidden)
+    assert [running.energy.device.type for running in hooks._sums.values()] == ["cuda", "cuda", "cpu"]
 
 
 def test_a_gpu_sums_up_bfloat16_without_a_copy() -> None:
