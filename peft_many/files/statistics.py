@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from ..algebra.covariance import Covariance
 from ..algebra.lpm import LowRankDelta
 from .atomic import replace_file
 from .errors import StatisticsError
+from .planned_tensors import Planned, TensorPlan, plans_of
 from .stored_covariance import check_covariance, read_covariance, read_tensor
-from .tensor_file import TensorFile, TensorFileWriter, lay_out, open_tensors
+from .tensor_file import TensorFile, open_tensors
 
 STATISTICS_NAME = "adapter_statistics.safetensors"
 FORMAT_VERSION = 1
+COVARIANCE = "covariance"  # in the keys of tensors
 
 
 @dataclass(frozen=True)
@@ -131,24 +133,22 @@ class AdapterStatistics:
         B = self.tasks[t].lora_B[module] if columns is None else merged_B[:, columns]
         return LowRankDelta(A=self.tasks[t].lora_A[module].float(), B=B.float())
 
-    def save(self, folder: str | os.PathLike[str], *, sources: Iterable[TensorFile] = ()) -> None:
+    def save(self, folder: str | os.PathLike[str], *, sources: Collection[TensorFile] = ()) -> None:
         """Write the file into an existing folder, whole or not at all.
 
         After each task the memory of `sources` is given back, the files that its tensors are mapped from.
         """
-        header = {"version": FORMAT_VERSION, "tasks": [_header_of(task) for task in self.tasks]}
-        announced: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for t, task in enumerate(self.tasks):
-            announced |= {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in _tensors_of(t, task)}
+        plan = self.plan()
         with replace_file(Path(folder) / STATISTICS_NAME) as temporary:
-            # One entry only: safetensors writes several in an order that changes from file to file.
-            lay_out(temporary, announced, {"peft_many": json.dumps(header)})
-            with TensorFileWriter(temporary) as writer:
-                for t, task in enumerate(self.tasks):
-                    for key, tensor in _tensors_of(t, task):
-                        writer.write(key, tensor)
-                    for source in sources:
-                        source.release()
+            plan.lay_out(temporary)
+            plan.write(temporary, sources)
+
+    def plan(self) -> TensorPlan:
+        """What the file will hold, a part for each task."""
+        header = {"version": FORMAT_VERSION, "tasks": [_header_of(task) for task in self.tasks]}
+        # One entry only: safetensors writes several in an order that changes from file to file.
+        metadata = {"peft_many": json.dumps(header)}
+        return TensorPlan(metadata, [dict(_tensors_of(t, task)) for t, task in enumerate(self.tasks)])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AdapterStatistics:
@@ -190,17 +190,17 @@ def _header_of(task: TaskStatistics) -> dict[str, Any]:
     }
 
 
-def _tensors_of(t: int, task: TaskStatistics) -> Iterator[tuple[str, Tensor]]:
-    """What the file holds of a task, by key; each is read when its turn comes."""
-    covariances = {f"covariance.{key}": measured.covariance for key, measured in task.inputs.items()}
+def _tensors_of(t: int, task: TaskStatistics) -> Iterator[tuple[str, Planned]]:
+    """What the file holds of a task, by key."""
+    covariances = {f"{COVARIANCE}.{key}": measured.covariance for key, measured in task.inputs.items()}
     covariances |= {f"spread.{name}": seen.spread for name, seen in task.projectors.items() if seen.spread}
     for key, covariance in covariances.items():
         for part, tensor in covariance.tensors().items():
-            yield f"{t}.{key}.{part}", tensor
+            yield f"{t}.{key}.{part}", Planned.of(tensor)
     for name, seen in task.projectors.items():
-        yield f"{t}.prototype.{name}", seen.prototype
-    yield from ((f"{t}.lora_A.{name}", tensor) for name, tensor in task.lora_A.items())
-    yield from ((f"{t}.lora_B.{name}", tensor) for name, tensor in task.lora_B.items())
+        yield f"{t}.prototype.{name}", Planned.of(seen.prototype)
+    yield from ((f"{t}.lora_A.{name}", plan) for name, plan in plans_of(task.lora_A))
+    yield from ((f"{t}.lora_B.{name}", plan) for name, plan in plans_of(task.lora_B))
 
 
 def _read_tasks(file: TensorFile) -> Iterator[TaskStatistics]:
@@ -225,7 +225,7 @@ def _read_tasks(file: TensorFile) -> Iterator[TaskStatistics]:
 
 def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics:
     inputs = {
-        key: InputStatistics(read_covariance(file, f"{t}.covariance.{key}", about), int(about["tokens"]))
+        key: InputStatistics(read_covariance(file, f"{t}.{COVARIANCE}.{key}", about), int(about["tokens"]))
         for key, about in task["inputs"].items()
     }
     for layer, key in task["input_of"].items():

@@ -192,8 +192,24 @@ def lay_out(
         end = position + dtype.itemsize * math.prod(shape)
         header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = _header_text(header)
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + position)
+
+
+def set_metadata(path: Path, metadata: Mapping[str, str]) -> bool:
+    """Replace the metadata of a safetensors file in its header's place; says whether there was room."""
+    with open(path, "r+b") as file:
+        header, start, _ = _read_header(file)
+        text = _header_text({"__metadata__": dict(metadata), **header})
+        if len(text) > start - 8:
+            return False
+        file.seek(8)
+        file.write(text.ljust(start - 8))
+    return True
+
+
+def _header_text(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

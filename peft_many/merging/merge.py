@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .arguments import output_folder, usable_device
 from .base_model import check_fits_model, untouched_on_failure
 from .group import LayerRecord, MergedGroup, mean_residuals, merge_groups
 from .merged_config import merged_config
-from .merged_statistics import merged_statistics
+from .merged_statistics import merged_statistics, statistics_copied_meanwhile
 from .offloaded import check_dispatched, is_offloaded, load_on_offloaded
 from .prepare import AdapterPath, PreparedMerge, TaskNames, prepare_merge
 from .selection import TaskWeights
@@ -230,13 +231,20 @@ def merge_adapter_files(
 
     processes = all_processes("merge_adapter_files") if across_processes else ALONE
     prepared = processes.together(prepare)
-    with shared_folder(output, replaced, processes) as folder:
+    with shared_folder(output, replaced, processes) as folder, contextlib.ExitStack() as meanwhile:
         weights_file = folder / SAFETENSORS_WEIGHTS_NAME
-        processes.in_one(lambda: lay_out(weights_file, prepared.tensors(), {"format": "pt"}))
+        complete_statistics: list[Callable[[Mapping[str, LayerRecord]], None]] = []
+
+        def begin() -> None:
+            lay_out(weights_file, prepared.tensors(), {"format": "pt"})
+            complete_statistics.append(meanwhile.enter_context(statistics_copied_meanwhile(prepared, folder)))
+
+        processes.in_one(begin)
         groups = processes.share(prepared.groups, prepared.cost_of)
         everyones = processes.every(lambda: _merge_into_file(prepared, groups, weights_file, computing, progress))
         records = {layer: record for found in everyones for layer, record in found.items()}
         processes.in_one(lambda: _complete(prepared, records, folder, output / CARD_NAME))
+        processes.in_one(lambda: complete_statistics[0](records))
     return output
 
 
@@ -257,11 +265,10 @@ def _merge_into_file(
 
 
 def _complete(prepared: PreparedMerge, records: dict[str, LayerRecord], folder: Path, card: Path) -> None:
-    """Write all of a merge but its layers; what is not ours in the card that is replaced stays."""
+    """Write all of a merge but its layers and statistics; what is not ours in the card that is replaced stays."""
     with TensorFileWriter(folder / SAFETENSORS_WEIGHTS_NAME) as writer:
         for name, tensor in prepared.whole_tensors.items():
             writer.write(f"{KEY_PREFIX}{name}", tensor)
     if card.is_file():
         shutil.copyfile(card, folder / CARD_NAME)
     merged_config(prepared, prepared.record(mean_residuals(records))).save_pretrained(folder)
-    merged_statistics(prepared, records).save(folder, sources=prepared.files)

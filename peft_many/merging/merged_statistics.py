@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
-from torch import Tensor
+import torch
 
-from ..files.statistics import AdapterStatistics
+from ..files.planned_tensors import Planned, PlannedTensors, written_meanwhile
+from ..files.statistics import COVARIANCE, STATISTICS_NAME, AdapterStatistics
+from ..files.stored_delta import StoredDelta
 from .group import LayerRecord
 from .prepare import PreparedMerge
+
+# Room for a fingerprint in a file's header, before it is known: what floats take there at most.
+_WIDEST_FINGERPRINT = [-2.2250738585072014e-308] * 9
 
 
 def merged_statistics(
@@ -18,8 +25,10 @@ def merged_statistics(
     """Each task's statistics with its deltas, which are read now (`in_memory`) or each time they are asked for."""
     measured = []
     for task in prepared.tasks:
-        A = _Reading({module: delta.rows for module, delta in task.deltas.items()})
-        B = _Reading({module: delta.columns for module, delta in task.deltas.items() if not layers[module].stacked})
+        A = PlannedTensors({module: _rows(delta) for module, delta in task.deltas.items()})
+        B = PlannedTensors(
+            {module: _columns(delta) for module, delta in task.deltas.items() if not layers[module].stacked}
+        )
         measured.append(
             replace(
                 task.statistics,
@@ -33,17 +42,26 @@ def merged_statistics(
     return AdapterStatistics(tuple(measured))
 
 
-class _Reading(Mapping[str, Tensor]):
-    """Tensors that are read each time they are asked for, so that no two of them need be in memory."""
+@contextlib.contextmanager
+def statistics_copied_meanwhile(
+    prepared: PreparedMerge, folder: Path
+) -> Iterator[Callable[[Mapping[str, LayerRecord]], None]]:
+    """Copy the tasks' covariances into a merge's statistics file, its largest part, while the block merges.
 
-    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
-        self.readers = readers
+    The block gets what completes the file, which is told what is recorded of the layers. What the file will be is
+    guessed before: that all layers have the tasks' `B` side by side.
+    """
+    unknown = LayerRecord(True, {task.name: _WIDEST_FINGERPRINT for task in prepared.tasks}, {})
+    guess = merged_statistics(prepared, dict.fromkeys(prepared.layers, unknown)).plan()
+    with written_meanwhile(
+        guess, folder / STATISTICS_NAME, prepared.files, lambda key: key.split(".")[1] == COVARIANCE
+    ) as complete:
+        yield lambda records: complete(merged_statistics(prepared, records).plan())
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.readers[name]()
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.readers)
+def _rows(delta: StoredDelta) -> Planned:
+    return Planned(torch.float32, (delta.rank, delta.shape[1]), delta.rows)
 
-    def __len__(self) -> int:
-        return len(self.readers)
+
+def _columns(delta: StoredDelta) -> Planned:
+    return Planned(torch.float32, (delta.shape[0], delta.rank), delta.columns)

@@ -230,7 +230,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         path.write_bytes(before[:100])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_many.files.statistics.lay_out", half)
+    monkeypatch.setattr("peft_many.files.planned_tensors.lay_out", half)
     with pytest.raises(KeyboardInterrupt):
         merged().save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [STATISTICS_NAME]

@@ -32,7 +32,7 @@ def test_an_interrupted_save(good, tmp_path, monkeypatch, step, error):
         "lay_out": "peft_many.merging.merge.lay_out",
         "write": "peft_many.merging.merge.TensorFileWriter.write",
         "card": "peft_many.tuner.config.update_card",
-        "statistics": "peft_many.files.statistics.lay_out",
+        "statistics": "peft_many.files.planned_tensors.lay_out",
         "config": "peft_many.tuner.config.MAnyConfig.save_pretrained",
         "rename": "peft_many.files.atomic.os.replace",
         "solve": "peft_many.algebra.lpm.LeastSquaresMerge.solve",

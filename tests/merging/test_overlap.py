@@ -6,11 +6,15 @@ import contextlib
 import gc
 import threading
 import weakref
+from collections import deque
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from peft_many import merge_adapter_files, merge_adapter_sequence
+from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics
 from peft_many.files.tensor_file import TensorFileWriter
 from peft_many.merging import group, reading
 from peft_many.merging.overlap import overlapped
@@ -76,9 +80,8 @@ def test_errors_come_out_as_they_are_and_end_everything(where, error, ahead):
 
     before = threading.active_count()
     done = overlapped(range(50), step("read"), step("work"), step("write"), ahead)
-    with pytest.raises(error) as caught, contextlib.closing(done):  # noqa: PT012
-        for item in done:
-            step("caller")(item)
+    with pytest.raises(error) as caught, contextlib.closing(done):
+        deque(map(step("caller"), done))
     assert caught.value is failure
     assert threading.active_count() == before
     assert max(item for _, item in begun) <= 4 + 2 * ahead + 1
@@ -140,3 +143,32 @@ def test_a_device_without_float64_gives_the_merge_of_the_cpu(tasks, tmp_path, mo
     for device in ("cpu", "meta"):
         merge_adapter_files(tasks, tmp_path / device, device=device, progress=False)
     assert files(tmp_path / "cpu") == files(tmp_path / "meta")
+
+
+@pytest.mark.parametrize("layers", ["side by side", "otherwise"])
+def test_statistics_that_were_copied_while_merging_are_those_saved_at_the_end(tasks, tmp_path, layers):
+    """Also where the guess about the layers was wrong: a rank leaves no tasks' blocks."""
+    merge_adapter_files(tasks, tmp_path / "merged", progress=False, rank=None if layers == "side by side" else 3)
+    found = AdapterStatistics.load(tmp_path / "merged" / STATISTICS_NAME)
+    assert bool(found.tasks[0].lora_B) == (layers == "otherwise")
+    found.save(tmp_path)
+    one, two = (load_file(folder / STATISTICS_NAME) for folder in (tmp_path, tmp_path / "merged"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    again = AdapterStatistics.load(tmp_path / STATISTICS_NAME)
+    assert [task.fingerprints for task in again.tasks] == [task.fingerprints for task in found.tasks]
+    assert max(map(max, found.tasks[0].fingerprints.values())) > 0
+
+
+def test_an_error_in_copying_statistics_leaves_nothing(tasks, tmp_path, monkeypatch):
+    real = TensorFileWriter.write
+
+    def fail(writer, key, tensor):
+        if ".covariance." in key:
+            raise OSError(28, "No space left on device")
+        real(writer, key, tensor)
+
+    monkeypatch.setattr(TensorFileWriter, "write", fail)
+    with pytest.raises(OSError, match="No space"):
+        merge_adapter_files(tasks, tmp_path / "merged", progress=False)
+    assert list(tmp_path.iterdir()) == []
