@@ -79,7 +79,8 @@ def merge_adapter_sequence(
         task_names (`Sequence[str]`, *optional*):
             Names of the tasks, where the adapters do not say or clash; `None` entries keep the adapter's own, and a
             merge takes a list, in the order of its config's `tasks`.
-        device (`str` or `torch.device`, defaults to `"cpu"`): Where to compute; it must know float64.
+        device (`str` or `torch.device`, defaults to `"cpu"`):
+            Where to compute. One without float64 (Apple's `"mps"`) leaves the computing to the CPU, to the same bits.
         low_cpu_mem_usage (`bool`, defaults to `False`):
             Create the adapter's weights on the meta device before they are filled.
         token (`str` or `bool`, *optional*): As in [`~huggingface_hub.snapshot_download`], like the next two.
@@ -174,8 +175,9 @@ def merge_adapter_files(
 ) -> Path:
     """Merge task adapters into a new adapter folder, without loading any base model.
 
-    The folder is written whole or not at all, and loads with `PeftModel.from_pretrained(base, folder)`. One group of
-    layers that share an input is in memory at a time, whatever the depth of the model.
+    The folder is written whole or not at all, and loads with `PeftModel.from_pretrained(base, folder)`. Groups of
+    layers that share an input are read, merged and written at the same time: in memory are at most three on a CPU and
+    seven on a GPU, whatever the depth of the model, each of them about as large as in the files ([`merge_groups`]).
 
     The arguments are those of [`merge_adapter_sequence`], and:
 
