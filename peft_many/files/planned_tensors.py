@@ -62,6 +62,7 @@ class TensorPlan:
     """What is to be in a safetensors file: its metadata, and tensors by key in the parts in which they are written."""
 
     metadata: Mapping[str, str]
+    widest: Mapping[str, str]  # metadata that take more room, so that all of this shape could take these's place
     parts: Sequence[Mapping[str, Planned]]
 
     @property
@@ -69,7 +70,8 @@ class TensorPlan:
         return {key: (plan.dtype, plan.shape) for part in self.parts for key, plan in part.items()}
 
     def lay_out(self, path: Path) -> None:
-        lay_out(path, self.announced, self.metadata)
+        lay_out(path, self.announced, self.widest)
+        set_metadata(path, self.metadata)
 
     def write(
         self, path: Path, sources: Collection[TensorFile], wanted: Callable[[str], bool] = lambda key: True
@@ -93,8 +95,8 @@ def written_meanwhile(
 ) -> Iterator[Callable[[TensorPlan], None]]:
     """Write the early tensors of a plan in a thread while the block runs, which gets what completes the file.
 
-    That is told the final plan, whose metadata take the place of the first ones. If they do not fit in there, or the
-    tensors are others after all, the file is written anew. It must lie where an error removes it.
+    That is told the final plan, whose metadata take the place of the first ones. If the tensors are others after all,
+    the file is written anew. It must lie where an error removes it.
     """
     stopped = threading.Event()
 
@@ -107,8 +109,10 @@ def written_meanwhile(
 
         def complete(final: TensorPlan) -> None:
             copying.result()
-            as_planned = final.announced == plan.announced and set_metadata(path, final.metadata)
-            if not as_planned:
+            as_planned = (final.announced, final.widest) == (plan.announced, plan.widest)
+            if as_planned:
+                set_metadata(path, final.metadata)
+            else:
                 final.lay_out(path)
             final.write(path, sources, lambda key: not (as_planned and early(key)))
 

@@ -6,8 +6,8 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +144,9 @@ class AdapterStatistics:
             plan.write(temporary, sources)
 
     def plan(self) -> TensorPlan:
-        """What the file will hold, a part for each task."""
-        header = {"version": FORMAT_VERSION, "tasks": [_header_of(task) for task in self.tasks]}
-        # One entry only: safetensors writes several in an order that changes from file to file.
-        metadata = {"peft_many": json.dumps(header)}
-        return TensorPlan(metadata, [dict(_tensors_of(t, task)) for t, task in enumerate(self.tasks)])
+        """What the file will hold, a part for each task. How long its header is does not depend on fingerprints."""
+        parts = [dict(_tensors_of(t, task)) for t, task in enumerate(self.tasks)]
+        return TensorPlan(_metadata_of(self.tasks), _metadata_of([_widest(task) for task in self.tasks]), parts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AdapterStatistics:
@@ -166,6 +164,17 @@ def open_statistics(path: str | os.PathLike[str]) -> TensorFile:
         return open_tensors(Path(path), StatisticsError)
     except FileNotFoundError:
         raise StatisticsError(f"{path} does not exist.") from None
+
+
+def _metadata_of(tasks: Sequence[TaskStatistics]) -> dict[str, str]:
+    # One entry only: safetensors writes several in an order that changes from file to file.
+    return {"peft_many": json.dumps({"version": FORMAT_VERSION, "tasks": [_header_of(task) for task in tasks]})}
+
+
+def _widest(task: TaskStatistics) -> TaskStatistics:
+    """With fingerprints that take the most room."""
+    longest = -2.2250738585072014e-308
+    return replace(task, fingerprints={name: [longest] * len(known) for name, known in task.fingerprints.items()})
 
 
 def _header_of(task: TaskStatistics) -> dict[str, Any]:

@@ -199,16 +199,15 @@ def lay_out(
         file.truncate(8 + len(text) + position)
 
 
-def set_metadata(path: Path, metadata: Mapping[str, str]) -> bool:
-    """Replace the metadata of a safetensors file in its header's place; says whether there was room."""
+def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Put other metadata, no longer ones, in the place of a safetensors file's; spaces fill the header up."""
     with open(path, "r+b") as file:
         header, start, _ = _read_header(file)
         text = _header_text({"__metadata__": dict(metadata), **header})
         if len(text) > start - 8:
-            return False
+            raise ValueError(f"{len(text)} bytes of metadata do not fit into {path}.")
         file.seek(8)
         file.write(text.ljust(start - 8))
-    return True
 
 
 def _header_text(header: Mapping[str, Any]) -> bytes:

@@ -52,22 +52,27 @@ def output_folder(output_dir: Any) -> Path:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Where to compute: the device, tried out before anything is read, or the CPU in place of one without float64."""
+    """Where to compute: the device, tried out before anything is read, or the CPU in place of one without float64.
+
+    With its number, where it has one: the GPU that is meant without is another matter in each thread.
+    """
     if not isinstance(device, (str, int, torch.device)):
         raise ValueError(f"`device` must be a device or its name, but it is {_shown(device)}.")
     try:
-        chosen = float64_device(device)
-        for tried in (torch.device(device), chosen):
-            answers(tried, torch.float64 if tried == chosen else torch.float32)
+        asked, computing = torch.device(device), float64_device(device)
+        if computing != asked:
+            answers(asked, torch.float32)
+        return answers(computing, torch.float64)
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"`device` {str(device)!r} cannot compute in float64 here: {reason}") from None
-    return chosen
 
 
-def answers(device: torch.device, dtype: torch.dtype) -> None:
+def answers(device: torch.device, dtype: torch.dtype) -> torch.device:
     """Fail as PyTorch does where a device is not here, or does not know a dtype."""
-    torch.zeros(1, dtype=dtype, device=device).item()
+    found = torch.zeros(1, dtype=dtype, device=device)
+    found.item()
+    return found.device
 
 
 def _is_list(given: Any) -> bool:

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import torch
 
+from ..files.fingerprints import NO_FINGERPRINT
 from ..files.planned_tensors import Planned, PlannedTensors, written_meanwhile
 from ..files.statistics import COVARIANCE, STATISTICS_NAME, AdapterStatistics
 from ..files.stored_delta import StoredDelta
 from .group import LayerRecord
 from .prepare import PreparedMerge
-
-# Room for a fingerprint in a file's header, before it is known: what floats take there at most.
-_WIDEST_FINGERPRINT = [-2.2250738585072014e-308] * 9
 
 
 def merged_statistics(
@@ -48,15 +46,25 @@ def statistics_copied_meanwhile(
 ) -> Iterator[Callable[[Mapping[str, LayerRecord]], None]]:
     """Copy the tasks' covariances into a merge's statistics file, its largest part, while the block merges.
 
-    The block gets what completes the file, which is told what is recorded of the layers. What the file will be is
-    guessed before: that all layers have the tasks' `B` side by side.
+    The block gets what completes the file, which is told what is recorded of the layers. Which of them will have the
+    tasks' `B` side by side, and the file no `B` of theirs, is guessed before; only LPM's can be.
     """
-    unknown = LayerRecord(True, {task.name: _WIDEST_FINGERPRINT for task in prepared.tasks}, {})
-    guess = merged_statistics(prepared, dict.fromkeys(prepared.layers, unknown)).plan()
+    prints = {task.name: list(NO_FINGERPRINT) for task in prepared.tasks}
+    guess = {layer: LayerRecord(_keeps_blocks(prepared, layer), prints, {}) for layer in prepared.layers}
+    by_lpm = prepared.options.merge_method is None
     with written_meanwhile(
-        guess, folder / STATISTICS_NAME, prepared.files, lambda key: key.split(".")[1] == COVARIANCE
+        merged_statistics(prepared, guess).plan(),
+        folder / STATISTICS_NAME,
+        prepared.files,
+        lambda key: by_lpm and key.split(".")[1] == COVARIANCE,
     ) as complete:
         yield lambda records: complete(merged_statistics(prepared, records).plan())
+
+
+def _keeps_blocks(prepared: PreparedMerge, layer: str) -> bool:
+    """Whether LPM gives the tasks' `B` back, but where large blocks cancel."""
+    whole = prepared.rank_of(layer) == sum(prepared.ranks_of(layer))
+    return whole and prepared.options.dtype == torch.float32
 
 
 def _rows(delta: StoredDelta) -> Planned:

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from peft_many import merge_adapter_files, merge_adapter_sequence
+from peft_many.files import planned_tensors
 from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics
-from peft_many.files.tensor_file import TensorFileWriter
-from peft_many.merging import group, reading
+from peft_many.files.tensor_file import TensorFileWriter, lay_out
+from peft_many.merging import group, merged_statistics, reading
 from peft_many.merging.overlap import overlapped
 from tests.adapters import base, files, make
 
@@ -139,16 +140,25 @@ def test_an_error_in_the_middle_leaves_nothing(tasks, tmp_path, monkeypatch, ste
 def test_a_device_without_float64_gives_the_merge_of_the_cpu(tasks, tmp_path, monkeypatch):
     """As Apple's "mps", for which "meta" stands in."""
     monkeypatch.setattr("peft_many.algebra.devices.WITHOUT_FLOAT64", ("meta",))
-    monkeypatch.setattr("peft_many.merging.arguments.answers", lambda device, dtype: None)
+    monkeypatch.setattr("peft_many.merging.arguments.answers", lambda device, dtype: device)
     for device in ("cpu", "meta"):
         merge_adapter_files(tasks, tmp_path / device, device=device, progress=False)
     assert files(tmp_path / "cpu") == files(tmp_path / "meta")
 
 
+@pytest.mark.parametrize("guessed", [True, False])
 @pytest.mark.parametrize("layers", ["side by side", "otherwise"])
-def test_statistics_that_were_copied_while_merging_are_those_saved_at_the_end(tasks, tmp_path, layers):
-    """Also where the guess about the layers was wrong: a rank leaves no tasks' blocks."""
+def test_statistics_that_were_copied_while_merging_are_those_saved_at_the_end(
+    tasks, tmp_path, monkeypatch, layers, guessed
+):
+    """Also where the guess about the layers was wrong. A rank leaves no tasks' blocks."""
+    if not guessed:
+        real = merged_statistics._keeps_blocks
+        monkeypatch.setattr(merged_statistics, "_keeps_blocks", lambda *of: not real(*of))
+    laid_out = []
+    monkeypatch.setattr(planned_tensors, "lay_out", lambda *of: laid_out.append(1) or lay_out(*of))
     merge_adapter_files(tasks, tmp_path / "merged", progress=False, rank=None if layers == "side by side" else 3)
+    assert len(laid_out) == (1 if guessed else 2)
     found = AdapterStatistics.load(tmp_path / "merged" / STATISTICS_NAME)
     assert bool(found.tasks[0].lora_B) == (layers == "otherwise")
     found.save(tmp_path)
