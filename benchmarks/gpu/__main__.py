@@ -1,9 +1,9 @@
 """`python -m benchmarks.gpu`: is a merge on a GPU what it is on a CPU, and what does it cost there?
 
 Correctness first, on small models in every dtype; then costs, at LLaVA-1.5-7B's size with random weights, six
-tasks. All that is found is written at once to gpu.json. A step that fails is noted there with its traceback, and the others
-go on; the exit status is 1 then, and where a result was wrong. `--tiny` does the same in miniature, on a CPU too: its
-times say nothing, and what needs CUDA is skipped and says so.
+tasks. All that is found is written at once to gpu.json. A step that fails is noted there with its traceback, and the
+others go on; the exit status is 1 then, and where a result was wrong. `--tiny` does the same in miniature, on a CPU
+too: its times say nothing, and what needs CUDA is skipped and says so.
 """
 
 from __future__ import annotations

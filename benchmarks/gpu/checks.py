@@ -23,7 +23,8 @@ ROUNDED = 2e-3
 def deltas(folder: Path, among: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
     """By layer `B A` of an adapter's file, float64; of those layers whose names have one of these parts."""
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        layers = [key for key in file.keys() if key.endswith(".lora_A.weight") and any(part in key for part in among)]
+        pairs = [key for key in file.keys() if key.endswith(".lora_A.weight")]  # noqa: SIM118  # it is no mapping
+        layers = [key for key in pairs if any(part in key for part in among)]
         get = file.get_tensor
         return {A: get(A.replace("lora_A", "lora_B")).double() @ get(A).double() for A in layers}
 
@@ -80,9 +81,8 @@ def autocast(lab: Lab, record: Record) -> None:
                 model = checked.merged(name, checked.base())
                 found = logits(model, checked.mixed())
             record.check(f"{name}, {short(dtype)}", found, checked.expected[name], TOLERANCES[dtype])
-            record.check(
-                f"{name}, merged in {short(dtype)}", logits(model, checked.mixed()), checked.expected[name], 1e-4
-            )
+            outside = logits(model, checked.mixed())
+            record.check(f"{name}, merged in {short(dtype)}", outside, checked.expected[name], 1e-4)
 
 
 STEPS = (

@@ -51,9 +51,7 @@ GOALS = (
     Goal("collecting over the same forward passes, a batch", _COLLECTING, "over forward passes", 1.03, 1.10),
     Goal("finishing the statistics of a task", _COLLECTING, "finishing", 0.5, 1.0, "s"),
     Goal("memory that collecting adds", _COLLECTING, "memory added", 3.0, 4.0, "GiB", GIB),
-    Goal(
-        "kernels for a measured input and batch", _COLLECTING, "kernels for an input and batch", None, 12, "", 1, True
-    ),
+    Goal("kernels for an input and batch", _COLLECTING, "kernels for an input and batch", None, 12, "", counted=True),
     Goal("merging six adapters, from disk to disk", "merging at full size", "merge", 3.0, 4.0, "s"),
     Goal("forward pass of a merge over one adapter's", _CALLING, "forward, merge over one adapter", 1.05, 1.08),
     Goal("the same, gated", _CALLING, "forward, gated over one adapter", 1.02, 1.06),
@@ -61,14 +59,7 @@ GOALS = (
     Goal("the same, gated", _CALLING, "generate, gated over one adapter", 1.0, 1.05),
     Goal("a training step over PEFT LoRA's", "training", "over PEFT LoRA", 1.0, 1.02),
     Goal(
-        "compiled graphs of a merge beyond PEFT LoRA's",
-        "compiled",
-        "plain, graphs beyond PEFT LoRA's",
-        0,
-        0,
-        "",
-        1,
-        True,
+        "a merge's graphs beyond PEFT LoRA's", "compiled", "plain, graphs beyond PEFT LoRA's", 0, 0, "", counted=True
     ),
 )
 
@@ -79,10 +70,8 @@ def table_of_steps(records: Mapping[str, Record]) -> Table:
     for heading in ("off by", "at most", "seconds"):
         table.add_column(heading, justify="right")
     for name, record in records.items():
-        nearest = max(record.checks.items(), key=lambda item: _share(item[1]), default=None)
-        found = (
-            ("", "", "") if nearest is None else (nearest[0], *(f"{nearest[1][key]:.2g}" for key in ("off", "most")))
-        )
+        what, nearest = max(record.checks.items(), key=lambda item: _share(item[1]), default=("", None))
+        found = (what, *("" if nearest is None else f"{nearest[key]:.2g}" for key in ("off", "most")))
         table.add_row(name, record.status, *found, f"{record.seconds:.1f}")
     return table
 

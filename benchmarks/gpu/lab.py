@@ -19,7 +19,7 @@ from .meters import Meter
 from .model import Batch, batch, build, copied, mixed_batch, save_adapter
 from .sizes import CHECKED, Sizes
 
-CPU = torch.device("cpu")
+CPU, FLOAT = torch.device("cpu"), torch.float32
 CHECKED_TASKS, CHECKED_R, STRENGTH = 3, 8, 0.1
 # How far a result may be off, relative to the CPU's in float32, in a model of this dtype.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -43,19 +43,15 @@ class Checked:
     device: torch.device
     scratch: Path
 
-    def base(
-        self, device: torch.device | None = None, dtype: torch.dtype = torch.float32, **options: Any
-    ) -> nn.Module:
+    def base(self, device: torch.device | None = None, dtype: torch.dtype = FLOAT, **options: Any) -> nn.Module:
         """A fresh copy of the base model; on the device that is checked, if no other is named."""
-        return copied(self._original, CHECKED, device or self.device, dtype, **options)
+        return copied(self._original, build(CHECKED, device or self.device, dtype, **options))
 
     @cached_property
     def _original(self) -> nn.Module:
         return build(CHECKED, CPU, torch.float32)
 
-    def batches(
-        self, task: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-    ) -> list[Batch]:
+    def batches(self, task: int, device: torch.device | None = None, dtype: torch.dtype = FLOAT) -> list[Batch]:
         """Two batches of a task."""
         return [batch(CHECKED, device or self.device, dtype, task, seed) for seed in range(2)]
 
@@ -72,7 +68,7 @@ class Checked:
         device = self.device if device is None else device
         return merge_adapter_sequence(base, self.folders, device=device, progress=False, **MERGES[merge])
 
-    def mixed(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Batch:
+    def mixed(self, device: torch.device | None = None, dtype: torch.dtype = FLOAT) -> Batch:
         """A batch with images of all tasks."""
         return mixed_batch(CHECKED, device or self.device, dtype, CHECKED_TASKS)
 
@@ -118,7 +114,7 @@ class Lab:
 
     @contextmanager
     def base(self) -> Iterator[nn.Module]:
-        """The base model of the costs. Who takes it gives it back without adapters; after a failure it is made anew."""
+        """The base model of the costs, to be given back without adapters; after a failure it is made anew."""
         model = build(self.sizes.model, self.device, self.sizes.dtype) if self._base is None else self._base
         self._base = None
         yield model

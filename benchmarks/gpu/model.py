@@ -25,13 +25,10 @@ def build(sizes: ModelSizes, device: torch.device, dtype: torch.dtype, **options
         return AutoModelForImageTextToText.from_config(sizes.config(), dtype=dtype, **options).eval()
 
 
-def copied(
-    original: nn.Module, sizes: ModelSizes, device: torch.device, dtype: torch.dtype, **options: Any
-) -> nn.Module:
-    """The same weights on another device or in another dtype. `to(dtype)` would round what rotary embeddings keep."""
-    model = build(sizes, device, dtype, **options)
-    model.load_state_dict(original.state_dict())
-    return model
+def copied(original: nn.Module, copy: nn.Module) -> nn.Module:
+    """A model with the weights of another. `to(dtype)` of that one would round what rotary embeddings keep."""
+    copy.load_state_dict(original.state_dict())
+    return copy
 
 
 def batch(sizes: ModelSizes, device: torch.device, dtype: torch.dtype, task: int, seed: int = 0) -> Batch:

@@ -27,7 +27,7 @@ NEW_TOKENS = 8
 
 
 def attention(lab: Lab, record: Record) -> None:
-    """Merges, and what is measured, by all attention kernels that are here; without a mask, which flash cannot have."""
+    """Merges, and what is measured, by all attention kernels there are; without a mask, which flash cannot have."""
     checked = lab.checked
     dtype = torch.bfloat16 if lab.meter.is_cuda else torch.float32
     given = _without_mask(checked.batches(0)[0])
