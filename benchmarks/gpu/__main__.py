@@ -24,7 +24,7 @@ from transformers.utils import logging
 from ..common import console, machine
 from . import checks, costs, paths, processes, training
 from .goals import GOALS, table_of_goals, table_of_steps
-from .lab import Lab
+from .lab import Lab, in_full_precision
 from .meters import Meter
 from .sizes import FULL, TINY, Sizes
 from .steps import Run, Step
@@ -58,7 +58,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def all_steps(cuda: bool) -> list[Step]:
     """In their order."""
     of_processes = [*processes.STEPS, *(processes.ATTEMPTS if cuda else ())]
-    return [*checks.STEPS, *paths.STEPS, *of_processes, *costs.STEPS, *training.STEPS]
+    return [*checks.STEPS, *paths.STEPS, *of_processes, *costs.STEPS, *training.STEPS, *costs.COMPARISONS]
 
 
 def about(device: torch.device, sizes: Sizes, budget: float) -> dict[str, Any]:
@@ -77,8 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # In float32 the vision tower's convolution would be off by more than the checks allow.
-    torch.backends.cudnn.allow_tf32 = False
+    in_full_precision()
     faulthandler.dump_traceback_later(given.budget + HUNG, exit=True)
     device = given.device
     if device.type == "cuda":

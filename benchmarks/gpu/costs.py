@@ -121,7 +121,7 @@ def merging_on_cpu(lab: Lab, record: Record) -> None:
 
 
 def peft_svd(lab: Lab, record: Record) -> None:
-    """PEFT's `svd` on one layer of each shape, times how many there are."""
+    """PEFT's `svd` on one layer of each shape, times how many there are; only of what is used."""
     total = 0.0
     with lab.base() as base:
         for kind, count in SHAPES.items():
@@ -133,7 +133,7 @@ def peft_svd(lab: Lab, record: Record) -> None:
                 model.add_adapter(name, config)
             weights = [1.0] * len(names)
             seconds = lab.meter.seconds(
-                lambda: model.add_weighted_adapter(names, weights, "merged", combination_type="svd")  # noqa: B023
+                lambda: model.add_weighted_adapter(names, weights, "merged", "svd", svd_full_matrices=False)  # noqa: B023
             )
             record.number(kind, seconds)
             total += seconds * count * lab.sizes.model.text["num_hidden_layers"]
@@ -189,6 +189,5 @@ STEPS = (
     Step("other adapters", others, 60),
     Step("merging at full size", merging, 50),
     Step("calling", calling, 60),
-    Step("PEFT's svd", peft_svd, 20),
-    Step("merging on the CPU", merging_on_cpu, 40),
 )
+COMPARISONS = (Step("PEFT's svd", peft_svd, 30), Step("merging on the CPU", merging_on_cpu, 40))

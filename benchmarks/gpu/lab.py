@@ -31,6 +31,11 @@ MERGES: dict[str, dict[str, Any]] = {
 }
 
 
+def in_full_precision() -> None:
+    """Compute float32 convolutions, as the vision tower's, without TF32: it is off by more than the checks allow."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def short(dtype: torch.dtype) -> str:
     """`float32` of `torch.float32`."""
     return str(dtype).removeprefix("torch.")

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from peft_many import collect_statistics, merge_adapter_files
 
 from .checks import deltas
-from .lab import Checked, Lab, covariances
+from .lab import Checked, Lab, covariances, in_full_precision
 from .model import Batch
 from .paths import adapter_to_train, gradients
 from .steps import Record, Step
@@ -127,6 +127,7 @@ def _run(work: Work, rank: int, backend: str, device: str, folder: Path, place: 
         torch.set_num_threads(1)
     else:
         torch.cuda.set_device(device)
+    in_full_precision()
     try:
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=60))
         found = work(rank, int(place["WORLD_SIZE"]), device, folder)
