@@ -7,13 +7,17 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 # What CI runs of PEFT's own tests; `python tests/peft_suite/run.py` runs all parts that concern LoRA.
 PEFT_PARTS := test_config test_custom_models test_decoder_models test_lora_variants test_low_level_api
 
-.PHONY: demo bench test peft-suite lint rooms types docs build clean
+.PHONY: demo bench gpu test peft-suite lint rooms types docs build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.mini_ucit --quick
+
+# Needs a GPU; `.venv/bin/python -m benchmarks.gpu --tiny` does the same in miniature without one.
+gpu: $(VENV)/.gpu
+	$(BIN)/python -m benchmarks.gpu
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto
@@ -46,10 +50,15 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PIP) --editable ".[demo]"
 	touch $@
 
+$(VENV)/.gpu: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable ".[demo,test,lint,docs,build]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info many-demo many-bench
+	rm -rf $(VENV) build dist site *.egg-info many-demo many-bench many-gpu

@@ -79,7 +79,8 @@ def _count_collecting(lab: Lab, record: Record, model: PeftModel, batches: list[
     record.number("waits for a batch", three["waits"] - two["waits"] - alone["waits"])
     if lab.meter.is_cuda:
         two, three = (lab.meter.profiled(lambda count=count: collect(count)) for count in (2, 3))
-        record.number("CUDA's calls for a batch", {name: three[name] - two[name] for name in three})
+        if two is not None and three is not None:
+            record.number("CUDA's calls for a batch", {name: three[name] - two[name] for name in three})
 
 
 def others(lab: Lab, record: Record) -> None:

@@ -54,20 +54,21 @@ class Meter:
         return min(found)
 
     def peak(self, call: Callable[[], Any]) -> int:
-        """The most bytes in use on the device at once while the call runs; CUDA only."""
+        """The most bytes that the call adds to those in use on the device, at once; CUDA only."""
         self.free()
         torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
         call()
         self.wait()
-        return torch.cuda.max_memory_allocated(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
 
     def counted(self, call: Callable[[], Any]) -> dict[str, int]:
         """Kernels and waits that PyTorch's dispatcher sees, on any device."""
         found = launches(call)
         return {"kernels": found.kernels.total(), "waits": found.waits.total()}
 
-    def profiled(self, call: Callable[[], Any]) -> dict[str, int]:
-        """Kernels, graphs and waits that CUDA's runtime sees. All zero where the profiler may not look."""
+    def profiled(self, call: Callable[[], Any]) -> dict[str, int] | None:
+        """Kernels, graphs and waits that CUDA's runtime sees; `None` where the profiler may not look."""
         self.wait()  # no wait of this method's own counts
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
             call()
@@ -76,7 +77,8 @@ class Meter:
         def total(names: tuple[str, ...]) -> int:
             return sum(count for key, count in rows if key.startswith(names))
 
-        return {"launches": total(_LAUNCH), "graphs": total(_GRAPH), "waits": total(_WAIT)}
+        seen = {"launches": total(_LAUNCH), "graphs": total(_GRAPH), "waits": total(_WAIT)}
+        return seen if any(seen.values()) else None
 
 
 @dataclass
