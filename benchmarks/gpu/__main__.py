@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
+    elif given.tiny:
+        torch.set_num_threads(1)  # several would wait for each other more than compute
     sizes, meter, show = (TINY if given.tiny else FULL), Meter(device), console()
     path = given.output / "gpu.json"
     run = Run(path, about(device, sizes, given.budget), given.budget, _tell, meter.free, sizes.is_tiny)
