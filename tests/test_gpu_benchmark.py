@@ -34,7 +34,8 @@ def miniature(tmp_path_factory) -> dict:
 @pytest.mark.slow
 def test_every_step_is_done(miniature):
     assert list(miniature["steps"]) == [step.name for step in all_steps(False)]
-    assert {step["status"] for step in miniature["steps"].values()} == {"done"}
+    undone = {name: step["why"] for name, step in miniature["steps"].items() if step["status"] != "done"}
+    assert undone == {"compiled by inductor": "needs CUDA"}
     for name in ("merging", "statistics", "outputs", "autocast", "attention", "generating", "offloaded", "FSDP2"):
         assert miniature["steps"][name]["checks"]
 
@@ -42,7 +43,7 @@ def test_every_step_is_done(miniature):
 @pytest.mark.slow
 def test_what_needs_cuda_is_said(miniature):
     parts = {part for step in miniature["steps"].values() for part in step.get("skipped", {})}
-    assert parts == {"flash_attention_2", "inductor", "CUDA graphs", "as transformers compiles", "memory added"}
+    assert parts == {"flash_attention_2", "CUDA graphs", "memory added"}
     told = {why for step in miniature["steps"].values() for why in step.get("skipped", {}).values()}
     assert all(why.startswith("needs CUDA") for why in told)
 

@@ -58,7 +58,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def all_steps(cuda: bool) -> list[Step]:
     """In their order."""
     of_processes = [*processes.STEPS, *(processes.ATTEMPTS if cuda else ())]
-    return [*checks.STEPS, *paths.STEPS, *of_processes, *costs.STEPS, *training.STEPS, *costs.COMPARISONS]
+    return [*checks.STEPS, *paths.STEPS, *of_processes, *costs.STEPS, *training.STEPS, *costs.COMPARISONS, *paths.LAST]
 
 
 def about(device: torch.device, sizes: Sizes, budget: float) -> dict[str, Any]:

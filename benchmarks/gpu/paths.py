@@ -19,7 +19,7 @@ from peft_many import collect_statistics
 
 from .lab import CHECKED_R, CPU, MERGES, STRENGTH, TOLERANCES, Checked, Lab, covariances, logits
 from .model import Batch, adapted, with_labels
-from .steps import Record, Step
+from .steps import Record, SkippedError, Step
 
 LANGUAGE_MODEL = r"model\.language_model\..*_proj"
 PROJECTOR = "model.multi_modal_projector"
@@ -74,11 +74,6 @@ def compiled(lab: Lab, record: Record) -> None:
             extra = len(graphs) - record.numbers["PEFT LoRA, graphs"]["count"]
             record.number(f"{name}, further graphs", extra)
             record.check(name, found, checked.expected[name], TOLERANCES[torch.float32])
-    if (reason := _no_inductor(lab)) is not None:
-        record.skip("inductor", reason)
-        return
-    for name, model in merges.items():
-        record.check(f"{name}, inductor", _compiled(model, given, "inductor"), checked.expected[name], 1e-3)
 
 
 def _compiled(model: nn.Module, given: Batch, backend: Any) -> Tensor:
@@ -93,34 +88,49 @@ def _compiled(model: nn.Module, given: Batch, backend: Any) -> Tensor:
 def generating(lab: Lab, record: Record) -> None:
     """Tokens of `generate`: on the device, with a static cache, and decoded by CUDA graphs."""
     checked, given = lab.checked, lab.checked.mixed()
-    backend = "cudagraphs" if lab.meter.is_cuda else "eager"
-    graphs = {f"static cache, {backend}": CompileConfig(backend=backend, mode="default")}
     if not lab.meter.is_cuda:
         record.skip("CUDA graphs", "needs CUDA")
-    if (reason := _no_inductor(lab)) is None:
-        graphs["static cache, as transformers compiles"] = CompileConfig()
-    else:
-        record.skip("as transformers compiles", reason)
-    for config in graphs.values():
-        config._compile_all_devices = True
+    backend = "cudagraphs" if lab.meter.is_cuda else "eager"
     for name in ("plain", "gated"):
         expected = _generated(checked.merged(name, checked.base(CPU), CPU), checked.mixed(CPU))
         merged = checked.merged(name, checked.base())
         record.check(name, _generated(merged, given), expected, 0.0)
-        static = {"cache_implementation": "static"}
-        found = _generated(merged, given, **static, disable_compile=True)
+        found = _generated(merged, given, cache_implementation="static", disable_compile=True)
         record.check(f"{name}, static cache", found, expected, 0.0)
-        for way, config in graphs.items():
-            torch._dynamo.reset()
+        config = CompileConfig(backend=backend, mode="default")
+        _generate_compiled(lab, record, f"{name}, {backend}", merged, config, expected)
 
-            def call(model: nn.Module = merged, config: CompileConfig = config) -> Tensor:
-                return _generated(model, given, cache_implementation="static", compile_config=config)
 
-            for turn in ("first", "again"):  # the first records, the second replays
-                record.check(f"{name}, {way}, {turn}", call(), expected, 0.0)
-            if lab.meter.is_cuda:
-                record.number(f"{name}, {way}", lab.meter.profiled(call))
+def _generate_compiled(
+    lab: Lab, record: Record, name: str, merged: PeftModel, config: CompileConfig, expected: Tensor
+) -> None:
+    """Twice, since the first may record a graph that the second replays; then how many graphs were launched."""
+    config._compile_all_devices = True
     torch._dynamo.reset()
+
+    def call() -> Tensor:
+        return _generated(merged, lab.checked.mixed(), cache_implementation="static", compile_config=config)
+
+    for turn in ("first", "again"):
+        record.check(f"{name}, {turn}", call(), expected, 0.0)
+    if lab.meter.is_cuda:
+        record.number(name, lab.meter.profiled(call))
+    torch._dynamo.reset()
+
+
+def by_inductor(lab: Lab, record: Record) -> None:
+    """The same by PyTorch's own compiler, as transformers compiles by default; this takes long."""
+    if not lab.meter.is_cuda:
+        raise SkippedError("needs CUDA")
+    compilers = filter(None, (os.environ.get("CC"), "gcc", "clang", "cc"))
+    if not any(map(shutil.which, compilers)) or importlib.util.find_spec("triton") is None:
+        raise SkippedError("needs Triton and a C compiler")
+    checked = lab.checked
+    for name in ("plain", "gated"):
+        merged = checked.merged(name, checked.base())
+        record.check(name, _compiled(merged, checked.mixed(), "inductor"), checked.expected[name], 1e-3)
+        expected = _generated(checked.merged(name, checked.base(CPU), CPU), checked.mixed(CPU))
+        _generate_compiled(lab, record, f"{name}, generating", merged, CompileConfig(), expected)
 
 
 def offloaded(lab: Lab, record: Record) -> None:
@@ -182,20 +192,11 @@ def _generated(model: Any, given: Batch, **options: Any) -> Tensor:
     return model.generate(**given, **tokens, **options)[:, -NEW_TOKENS:]
 
 
-def _no_inductor(lab: Lab) -> str | None:
-    """Why PyTorch's own compiler cannot be tried, if so."""
-    if not lab.meter.is_cuda:
-        return "needs CUDA"
-    compilers = filter(None, (os.environ.get("CC"), "gcc", "clang", "cc"))
-    if not any(map(shutil.which, compilers)) or importlib.util.find_spec("triton") is None:
-        return "needs Triton and a C compiler"
-    return None
-
-
 STEPS = (
     Step("attention", attention, 15),
-    Step("compiled", compiled, 60),
-    Step("generating", generating, 60),
+    Step("compiled", compiled, 30),
+    Step("generating", generating, 40),
     Step("offloaded", offloaded, 15),
     Step("checkpointed", checkpointed, 5),
 )
+LAST = (Step("compiled by inductor", by_inductor, 80),)
