@@ -26,6 +26,7 @@ from ..statistics.forward import batch_size, check_batches, device_of, forward, 
 from ..statistics.tokens import masks_of
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import lora_layers
+from ..tuner.merged_linear import exact_weights
 from .lora_pair import LoraPair, put_back
 
 DEFAULT_REFIT_RIDGE = 1e-4
@@ -98,9 +99,11 @@ def refit_merge(
     tasks = {task.name or "": task for task in statistics.tasks}
     _check_calibration(tasks, calibration)
     layers: dict[str, Any] = dict(lora_layers(model.get_base_model(), name))
+    exact = contextlib.ExitStack()
+    exact.enter_context(exact_weights(model.get_base_model(), name, config))
     pairs = {path: LoraPair(layer, name) for path, layer in layers.items()}
     own = {task: _own_deltas(statistics, t, pairs) for t, task in enumerate(tasks)}
-    with put_back(pairs.values(), after_errors_only=True), in_inference(model, name):
+    with exact, put_back(pairs.values(), after_errors_only=True), in_inference(model, name):
         samples = {task: _samples(calibration[task], max_samples, task, device_of(model)) for task in tasks}
         weights = {task: measured.weight for task, measured in tasks.items()}
 

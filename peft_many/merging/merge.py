@@ -26,6 +26,7 @@ from ..hub.sources import ADAPTER_FILES
 from ..records import MergeOptions
 from ..records.options import takes_merge_options
 from ..tuner.adapter_names import trouble_with
+from ..tuner.merged_linear import round_merge
 from .arguments import output_folder, usable_device
 from .base_model import check_fits_model, untouched_on_failure
 from .group import LayerRecord, MergedGroup, mean_residuals, merge_groups
@@ -151,6 +152,7 @@ def merge_adapter_sequence(
     with untouched_on_failure(model):
         merged_model = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         set_peft_model_state_dict(merged_model, tensors, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        round_merge(model, adapter_name, config)
     return merged_model.eval()
 
 

@@ -23,6 +23,7 @@ from ..merging.arguments import usable_device
 from ..merging.prepare import AdapterPath
 from ..records import merge_of
 from ..tuner.layers import lora_layers
+from ..tuner.merged_linear import exact_weight
 from .costs import MergeReport, report_on
 
 __all__ = ["MergeReport", "merge_report", "save_report"]
@@ -108,10 +109,11 @@ def _of_model(model: PeftModel, conflicts: bool, device: torch.device, progress:
     statistics = config.statistics
 
     def columns(path: str) -> Tensor:
-        return layers[path].lora_B[name].weight.detach()
+        return exact_weight(layers[path].lora_B[name])
 
     def merged(path: str) -> LowRankDelta:
-        return LowRankDelta(A=layers[path].scaling[name] * layers[path].lora_A[name].weight.detach(), B=columns(path))
+        A = exact_weight(layers[path].lora_A[name])
+        return LowRankDelta(A=layers[path].scaling[name] * A, B=columns(path))
 
     def own(t: int, path: str) -> LowRankDelta:
         return statistics.own_delta(t, path, columns(path))

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from ..records import MergeRecord
 from ..routing.gates import current_gates
+from .layers import lora_layers
+from .merged_linear import MergedLinear
 
 
-class GatedLinear(nn.Linear):
+class GatedLinear(MergedLinear):
     """`h = (1 − c) A* x + c α_t A_t x` for each row of the batch, with `c α_t` repeated `r_t` times; `B` follows.
 
     It takes the place of `lora_A`, whose `weight` is `A*`, so that it serves LoRA layers of all kinds, quantised ones
@@ -18,8 +22,7 @@ class GatedLinear(nn.Linear):
     """
 
     def __init__(self, lora_A: nn.Linear, adapter_name: str, ranks: Sequence[int]) -> None:
-        super().__init__(lora_A.in_features, lora_A.out_features, bias=False, device="meta")
-        self.weight = lora_A.weight
+        super().__init__(lora_A)
         self.task_weight = nn.Parameter(torch.zeros_like(lora_A.weight), requires_grad=lora_A.weight.requires_grad)
         self.adapter_name = adapter_name
         self.ranks = tuple(ranks)
@@ -35,3 +38,15 @@ class GatedLinear(nn.Linear):
         if of_merged is None:
             return own
         return super().forward(input) * of_merged.reshape(-1, *between, 1) + own
+
+
+def gate_layers(model: nn.Module, adapter_name: str, merge: MergeRecord) -> None:
+    """Give the LoRA layers of a gated merge the place for the tasks' own `A_t`."""
+    for name, layer in lora_layers(model, adapter_name).items():
+        ranks = merge.task_rank_pattern.get(get_pattern_key(merge.task_rank_pattern, name), merge.task_ranks)
+        if ranks is None or sum(ranks) != layer.r[adapter_name]:
+            raise ValueError(
+                f"The adapter's config has `gate_lora`, but its `task_ranks` {ranks} do not make up the rank "
+                f"{layer.r[adapter_name]} of '{name}'. Only merging writes these."
+            )
+        layer.lora_A[adapter_name] = GatedLinear(layer.lora_A[adapter_name], adapter_name, ranks)

@@ -15,7 +15,6 @@ from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraModel
 from peft.utils import PeftWarning
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,10 +30,11 @@ from ..routing.watching import unwatch_calls, watch_calls
 from .adapter_names import trouble_with
 from .batch_norms import keep_running_statistics, release_running_statistics
 from .config import MAnyConfig
-from .gated_linear import GatedLinear
-from .layers import hang_on_layers, lora_layers
+from .gated_linear import gate_layers
+from .layers import hang_on_layers
 from .loaded_keys import check_projectors_are_there, require_known, with_current_keys
 from .mergeable import warn_if_unmergeable
+from .merged_linear import exact_weights, restore_merge, round_merge, use_merged_linears
 from .projector import Mixing, ProjectorMixture, ProjectorWrapper
 from .targets import default_targets, update_expert_names
 
@@ -99,7 +99,9 @@ class MAnyModel(LoraModel):
                 ) from error
             merge = config.merge
             if merge is not None and merge.options.gate_lora:
-                _gate_layers(model, adapter_name, merge)
+                gate_layers(model, adapter_name, merge)
+            if merge is not None:
+                use_merged_linears(model, adapter_name)
             rollback.pop_all()
         keep_running_statistics(model)
         if merge is not None and merge.routing:
@@ -170,8 +172,10 @@ class MAnyModel(LoraModel):
         return others | super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        restore_merge(self.model, adapter_name)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
+            round_merge(self.model, adapter_name, self.peft_config[adapter_name])
             for module in self.model.modules():
                 if isinstance(module, ProjectorWrapper) and adapter_name in module.modules_to_save:
                     module.to_float32(adapter_name)
@@ -200,6 +204,13 @@ class MAnyModel(LoraModel):
         if not self.peft_config:
             release_running_statistics(self.model.modules())
 
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """See [`~peft.LoraModel`]; of merges it takes the exact weights."""
+        with ExitStack() as exact:
+            for name in self.peft_config.keys() & set(adapters):
+                exact.enter_context(exact_weights(self.model, name, self.peft_config[name]))
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights; see [`~peft.LoraModel`]. Of a gated merge it folds the merged LoRA."""
         _warn_of_folding(self, adapter_names)
@@ -214,6 +225,8 @@ class MAnyModel(LoraModel):
     ) -> nn.Module:
         if merge:
             _warn_of_folding(self, adapter_names)
+            for name in adapter_names or self.active_adapters:
+                restore_merge(self.model, name)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         release_running_statistics(model.modules())
         if any(isinstance(module, ProjectorMixture) for module in model.modules()):
@@ -270,18 +283,6 @@ def _projector_keys(model: nn.Module, adapter_name: str, config: MAnyConfig) -> 
         name: [f"{KEY_PREFIX}{name}.{key}" for key in wrapper.modules_to_save[adapter_name].state_dict()]
         for name, wrapper in wrappers.items()
     }
-
-
-def _gate_layers(model: nn.Module, adapter_name: str, merge: MergeRecord) -> None:
-    """Give the LoRA layers of a gated merge the place for the tasks' own `A_t`."""
-    for name, layer in lora_layers(model, adapter_name).items():
-        ranks = merge.task_rank_pattern.get(get_pattern_key(merge.task_rank_pattern, name), merge.task_ranks)
-        if ranks is None or sum(ranks) != layer.r[adapter_name]:
-            raise ValueError(
-                f"The adapter's config has `gate_lora`, but its `task_ranks` {ranks} do not make up the rank "
-                f"{layer.r[adapter_name]} of '{name}'. Only merging writes these."
-            )
-        layer.lora_A[adapter_name] = GatedLinear(layer.lora_A[adapter_name], adapter_name, ranks)
 
 
 def _mixing(merge: MergeRecord | None, projector: str, adapter_name: str) -> Mixing | None:
