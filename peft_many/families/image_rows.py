@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from ..algebra.routing import pool_segments
+from ..algebra.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,14 @@ class ImageRows:
             rows = features.reshape(entries, features.shape[self.leading : -1].numel(), width)
             if self.real is None or self.real.dim() == 1:
                 rows = rows.mean(1, dtype=torch.float32)
-        if self.real is None:
-            counts = torch.bincount(self._owners(len(rows)), minlength=len(self.lengths))
+        if self.real is not None:
+            places = self.real.flatten().nonzero()[:, 0]  # with the mask itself a GPU would have to be waited for
+            rows, counts = rows.flatten(0, -2)[on_device(places, rows.device)], self._real_counts(self.real)
+        elif len(rows) == len(self.lengths):
+            return rows.float()
         else:
-            real = self.real.reshape(-1).nonzero()[:, 0]  # on the CPU, or a GPU would have to be waited for
-            rows = rows.flatten(0, self.real.dim() - 1).index_select(0, real.to(rows.device, non_blocking=True))
-            counts = self._real_counts(self.real)
-        return pool_segments(rows, counts.to(rows.device, non_blocking=True))
+            counts = torch.bincount(self._owners(len(rows)), minlength=len(self.lengths))
+        return pool_segments(rows, on_device(counts, rows.device))
 
     @property
     def real_images(self) -> Tensor:
@@ -93,7 +95,7 @@ class ImageRows:
         if images.all():
             return args, kwargs
         features, *further = (*args, *kwargs.values())
-        rows = self._rows_of(images, features.shape[self._row_dimension]).to(features.device)
+        rows = on_device(self._rows_of(images, features.shape[self._row_dimension]), features.device)
         values = [features.index_select(self._row_dimension, rows)]
         values += [value if _concerns_all_images(value) else _entries(value, images) for value in further]
         return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :]))
@@ -101,7 +103,8 @@ class ImageRows:
     def add_weighted(self, mixed: Any, outputs: Any, weights: Tensor, images: Tensor) -> Any:
         """Add a projector's `outputs` for some of the images, times their weights, to what is mixed for all of them.
 
-        `mixed`, float32, is changed in place; `None` begins with zeros. `weights` are those of all images, float32.
+        `mixed`, float32, is changed in place; `None` begins with zeros. `weights` are those of all images, float32, on
+        the CPU.
         Outputs may be lists, tuples and model outputs of tensors if the projector was called with all images.
         """
         if outputs is None:
@@ -124,11 +127,11 @@ class ImageRows:
                 f"{tuple(part.shape)}, which does not say what belongs to which image: images of "
                 f"{self.lengths.tolist()} patches should have rows of the output in the same proportion."
             )
-        return mixed.index_add_(dimension, rows.to(part.device), part)
+        return mixed.index_add_(dimension, on_device(rows, part.device), part)
 
     def _add_structure(self, mixed: Any, outputs: Any, weights: Tensor, images: Tensor) -> Any:
         """`add_weighted` for an output that is no tensor: each part by itself."""
-        by_part = weights if self.parts is None else weights.repeat_interleave(self.parts.to(weights.device))
+        by_part = weights if self.parts is None else weights.repeat_interleave(self.parts)
         if self.flat and isinstance(outputs, (list, tuple)) and len(outputs) == len(by_part):
             parts: list[Any] = [weight * part.float() for weight, part in zip(by_part, outputs)]
             return type(outputs)(parts if mixed is None else [old.add_(new) for old, new in zip(mixed, parts)])
@@ -142,7 +145,7 @@ class ImageRows:
     def _spread(self, weights: Tensor, outputs: Tensor) -> Tensor:
         """One weight for each image, `(images,)`, brought to a shape that multiplies the projector's `outputs`."""
         leading = outputs.shape[:-1] if self.flat else outputs.shape[: self.leading]
-        weights = weights[self._owners(leading.numel()).to(weights.device)]
+        weights = on_device(weights[self._owners(leading.numel())], outputs.device)
         return weights.reshape((*leading, *[1] * (outputs.dim() - len(leading))))
 
     @property
@@ -198,5 +201,5 @@ def _has_entry_per_image(value: Any, features: Tensor, images: int) -> bool:
 def _entries(value: Any, images: Tensor) -> Any:
     """The entries of some of the images, of a tensor, list or tuple with one for each image."""
     if isinstance(value, Tensor):
-        return value[images.nonzero()[:, 0].to(value.device)]
+        return value[on_device(images.nonzero()[:, 0], value.device)]
     return type(value)(itertools.compress(value, images.tolist()))

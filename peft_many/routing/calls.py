@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -98,12 +100,31 @@ class ImageCall(Call):
 running: ContextVar[Call | None] = ContextVar("peft_many_running_call", default=None)
 
 
+class _AskedFor(threading.local):
+    """What compiled layers asked for in the running call, so that those that follow need not."""
+
+    def __init__(self) -> None:
+        self.gates: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+
+asked_for = _AskedFor()
+
+
+def run_on(call: Call | None) -> Call | None:
+    """Go on with a call in this thread; what was running so far."""
+    before = running.get()
+    running.set(call)
+    asked_for.gates.clear()
+    return before
+
+
 def current_image_call() -> ImageCall | None:
     """The image method that is running in this thread."""
     call = running.get()
     return None if call is None else call.images
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A module's `forward` begins. Those that were interrupted (Ctrl-C, which runs no hook) are forgotten."""
     watch_replica(module)
@@ -116,9 +137,10 @@ def begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         before = call.generation.noted if call.generation is not None else None
         known = before.all_row_weights() if before is not None else {}
         call.noted = NotedImages(module, arguments, known or remembered(arguments.get("past_key_values")))
-    running.set(call)
+    run_on(call)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def end_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """A module's `forward` has ended. What is known of its rows is left where the next decoding step finds it."""
     call = running.get()
@@ -126,7 +148,7 @@ def end_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = call.outer
     if call is None or call.kind != "forward":
         return
-    running.set(call.outer)
+    run_on(call.outer)
     if call.noted is None or output is None:  # a part of another call, or one that failed
         return
     known = call.noted.all_row_weights()

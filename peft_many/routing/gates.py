@@ -5,6 +5,7 @@ The routed projector notes the task weights of its images in the running call; t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..families.image_rows import ImageRows
-from .calls import running
+from .calls import asked_for, running
 from .noted_images import ImageWeights
 from .row_weights import Gates, cached_length, repeats_of_rows, warn_of_merged
 
@@ -27,7 +28,7 @@ class GateTarget:
 
 
 def note_images(target: GateTarget, weights: Tensor, rows: ImageRows) -> None:
-    """Note the routing weights of a projector's images, `(images, routed tasks)`, float32, in the running call."""
+    """Note the routing weights of a projector's images in the running call: `(images, routed tasks)`, on the CPU."""
     if not rows.real_images.any():
         return
     running_call = running.get()
@@ -54,6 +55,19 @@ def current_gates(adapter_name: str, ranks: tuple[int, ...], x: Tensor) -> Gates
 
     Its input `x` has shape `(rows, …, in)` or `(rows · tokens, in)`, and task `t` has the rank `ranks[t]` in it.
     """
+    if not torch.compiler.is_compiling():
+        return _gates(adapter_name, ranks, x.shape, x.dtype, x.device)
+    # A graph is for all images, and its layers share what they multiply by, as few operations wait for Python as can.
+    key = (adapter_name, ranks, x.dim() > 2, x.dtype, x.device)
+    known = asked_for.gates.get(key)
+    if known is None or len(known[0]) != len(x):
+        known = asked_for.gates[key] = _gates_in_graph(adapter_name, ranks, x.shape, x.dtype, x.device)
+    return known
+
+
+def _gates(
+    adapter_name: str, ranks: Sequence[int], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Gates | None:
     running_call = running.get()
     if running_call is None or running_call.images is not None:  # what the vision tower sees are images, not rows
         return None
@@ -63,5 +77,34 @@ def current_gates(adapter_name: str, ranks: tuple[int, ...], x: Tensor) -> Gates
     weights = call.noted.row_weights(adapter_name)
     if weights is None:
         return None
-    repeats = repeats_of_rows(x, len(weights.images), call.arguments)
-    return None if repeats is None else weights.gates(ranks, repeats, x)
+    repeats = repeats_of_rows(shape, len(weights.images), call.arguments)
+    return None if repeats is None else weights.gates(tuple(ranks), repeats, dtype, device)
+
+
+# An operation of a graph, which looks at the running call whenever the graph runs. It stands apart from CUDA graphs,
+# which would replay what it gave at first, and neither is its result known beforehand nor can it be had again in a
+# backward pass.
+_TAGS = tuple(getattr(torch.Tag, name, None) for name in ("nondeterministic_seeded", "cudagraph_unsafe"))
+
+
+@torch.library.custom_op("peft_many::gates", mutates_args=(), tags=[tag for tag in _TAGS if tag is not None])
+def _gates_in_graph(
+    adapter_name: str, ranks: Sequence[int], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """As `_gates`, of tensors that are there in any case and are the graph's to change."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("This version of torch would put a gate into a CUDA graph; compile without CUDA graphs.")
+    found = _gates(adapter_name, ranks, shape, dtype, device)
+    merged, own = (None, None) if found is None else found
+    rows, rank = shape[0], sum(ranks)
+    if own is None:
+        return torch.ones(rows, 1, dtype=dtype, device=device), torch.zeros(rows, rank, dtype=dtype, device=device)
+    return torch.zeros(rows, 1, dtype=dtype, device=device) if merged is None else merged.clone(), own.clone()
+
+
+@_gates_in_graph.register_fake  # type: ignore[untyped-decorator]
+def _(
+    adapter_name: str, ranks: Sequence[int], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    rows, rank = shape[0], sum(ranks)
+    return torch.empty(rows, 1, dtype=dtype, device=device), torch.empty(rows, rank, dtype=dtype, device=device)

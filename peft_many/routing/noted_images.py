@@ -28,7 +28,7 @@ class ImageMethod:
 class ImageWeights:
     """The task weights of the images that a projector was called with."""
 
-    weights: Tensor  # (images, tasks), float32
+    weights: Tensor  # (images, tasks), float32, on the CPU
     rows: ImageRows  # how the projector's input was shared out among them
     method: ImageMethod | None  # the `get_image_features` in which it was called
     start: int  # how many tokens the cache held then
@@ -36,7 +36,7 @@ class ImageWeights:
     def by_row(self, model: nn.Module, arguments: Mapping[str, Any]) -> RowWeights | None:
         """The weights of a batch's rows; `None`, with a warning, where it cannot be told which images are whose."""
         real = self.rows.real_images
-        images, weights = int(real.sum()), self.weights[real.to(self.weights.device)]
+        images, weights = int(real.sum()), self.weights[real]
         placeholders = self._placeholders(model, arguments)
         if placeholders is not None:
             batch, rows = len(placeholders), rows_of_images(self._tokens(placeholders, real), placeholders)
@@ -46,7 +46,6 @@ class ImageWeights:
         if rows is None:
             warn_of_merged(f"it cannot be told which of {images} images belong to which of {batch} rows")
             return None
-        rows = rows.to(weights.device)
         return RowWeights(
             weights.new_zeros(batch, weights.shape[1]).index_add(0, rows, weights),
             weights.new_zeros(batch).index_add(0, rows, weights.new_ones(images)),
@@ -68,8 +67,9 @@ class ImageWeights:
         modality = self.method.modality if self.method is not None else "image"
         for token in (*placeholder_tokens(model, modality), PICTURE_INDEX):
             found = _which_are(token, model, arguments)
-            if found is not None and found.any():
-                return found.sum(dim=1).cpu()
+            counts = None if found is None else found.sum(dim=1).cpu()
+            if counts is not None and counts.any():
+                return counts
         return None
 
 

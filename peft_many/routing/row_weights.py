@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ..algebra.gating import confidence, gates
+from ..algebra.transfer import on_device
 from .watched import WatchedMethod, watch
 
 # The attribute of a cache object that holds the task weights of its rows, by adapter. Copies of a cache take it along.
@@ -31,7 +32,7 @@ Gates = tuple[Tensor | None, Tensor]
 
 
 class RowWeights:
-    """The task weights of a batch's rows, each the mean over the row's images."""
+    """The task weights of a batch's rows, each the mean over the row's images; on the CPU, which decides by them."""
 
     def __init__(self, sums: Tensor, images: Tensor, start: int) -> None:
         self.sums = sums  # over the images of each row, `(rows, tasks)`, float32
@@ -43,22 +44,22 @@ class RowWeights:
         """Of both their images. Where one has several rows to each of the other's, as with beams, these share them."""
         few, many = sorted((self, other), key=lambda one: len(one.images))
         repeats = len(many.images) // len(few.images)
-        sums, images = (part.repeat_interleave(repeats, dim=0).to(many.sums.device) for part in (few.sums, few.images))
+        sums, images = (part.repeat_interleave(repeats, dim=0) for part in (few.sums, few.images))
         return RowWeights(many.sums + sums, many.images + images, max(self.start, other.start))
 
     def taken(self, rows: Tensor) -> RowWeights:
         """Of some rows, by their places or a mask, in this order."""
-        places = torch.arange(len(self.images))[rows.cpu()].to(self.images.device)
-        return RowWeights(self.sums[places], self.images[places], self.start)
+        rows = rows.cpu()
+        return RowWeights(self.sums[rows], self.images[rows], self.start)
 
-    def gates(self, ranks: tuple[int, ...], repeats: int, like: Tensor) -> Gates | None:
+    def gates(self, ranks: tuple[int, ...], repeats: int, dtype: torch.dtype, device: torch.device) -> Gates | None:
         """The gates of a layer that sees each row `repeats` times; `None` if every row gets the merged delta."""
         if self._open_rows == 0:
             return None
-        key = (ranks, repeats, like.device, like.dtype)
+        key = (ranks, repeats, dtype, device)
         if key not in self._gates:
             merged, own = (
-                gate.to(like.device, like.dtype).repeat_interleave(repeats, dim=0)
+                on_device(gate.to(dtype).repeat_interleave(repeats, dim=0), device)
                 for gate in gates(self._weights, self._trust, ranks)
             )
             self._gates[key] = (None if self._open_rows == len(self.images) else merged, own)
@@ -74,7 +75,7 @@ class RowWeights:
 
     @functools.cached_property
     def _open_rows(self) -> int:
-        return int(self._trust.sum())  # a GPU has to be asked for it, so only once; `confidence` is 0 or 1
+        return int(self._trust.sum())  # `confidence` is 0 or 1
 
 
 def remember(cache: Cache, known: Mapping[str, RowWeights]) -> None:
@@ -115,17 +116,18 @@ def _rows_of(cache: Any) -> int | None:
     return next((len(tensor) for tensor in keys if isinstance(tensor, Tensor)), None)
 
 
-def repeats_of_rows(x: Tensor, rows: int, arguments: Mapping[str, Any]) -> int | None:
-    """How many rows of a layer's input `x` belong to each row of the batch; `None`, with a warning, if it is unclear.
+def repeats_of_rows(shape: Sequence[int], rows: int, arguments: Mapping[str, Any]) -> int | None:
+    """How many rows of a layer's input belong to each row of the batch; `None`, with a warning, if it is unclear.
 
     Rows of the batch may be repeated in the input, as with beams, and its tokens may lie in one dimension with them.
     Other inputs of two dimensions, such as the tokens that a router sent to an expert, could be anybody's.
     """
-    told = x.dim() > 2 or any(len(x) in (shape[0], shape[:2].numel()) for shape in shapes_of_batch(arguments))
-    if len(x) % rows or not told:
-        warn_of_merged(f"a layer's input of shape {tuple(x.shape)} does not say what belongs to which of {rows} rows")
+    length = shape[0]
+    told = len(shape) > 2 or any(length in (of[0], of[:2].numel()) for of in shapes_of_batch(arguments))
+    if length % rows or not told:
+        warn_of_merged(f"a layer's input of shape {tuple(shape)} does not say what belongs to which of {rows} rows")
         return None
-    return len(x) // rows
+    return length // rows
 
 
 def warn_of_merged(why: str) -> None:

@@ -7,13 +7,14 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..families.family import family_of
 from ..families.parts import reads_images
 from ..families.prompts import token_ids
-from .calls import Call, ImageCall, begin_forward, current_image_call, end_forward, running
+from .calls import Call, ImageCall, begin_forward, current_image_call, end_forward, run_on, running
 from .noted_images import ImageMethod, NotedImages
 from .row_weights import cached_length, remembered
 from .watched import WatchedMethod, arguments_of, unwatch, watch
@@ -78,12 +79,11 @@ class _WatchedGenerate(WatchedMethod):
         cache = arguments.get("past_key_values")
         _keep_new_ids(arguments, cached_length(cache))
         noted = NotedImages(self.module, arguments, remembered(cache))
-        call = Call("generate", weakref.ref(self.module), arguments, running.get(), noted)
-        token = running.set(call)
+        before = run_on(Call("generate", weakref.ref(self.module), arguments, running.get(), noted))
         try:
             return self.own_method()(*args, **kwargs)
         finally:
-            running.reset(token)
+            run_on(before)
 
 
 def _keep_new_ids(arguments: dict[str, Any], read: int) -> None:
@@ -96,17 +96,17 @@ def _keep_new_ids(arguments: dict[str, Any], read: int) -> None:
 class _WatchedImages(WatchedMethod):
     """Does what an image method does, as a call."""
 
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outer = current_image_call()
         # Some families pass the frames of videos through `get_image_features`.
         is_video = "video" in self.name or (outer is not None and outer.told.modality == "video")
         arguments, told = arguments_of(self.own_method(), args, kwargs), ImageMethod("video" if is_video else "image")
-        call = ImageCall("images", weakref.ref(self.module), arguments, running.get(), told=told)
-        token = running.set(call)
+        before = run_on(ImageCall("images", weakref.ref(self.module), arguments, running.get(), told=told))
         try:
             output = self.own_method()(*args, **kwargs)
         finally:
-            running.reset(token)
+            run_on(before)
         told.tokens = _token_counts(output)
         return output
 

@@ -1,4 +1,4 @@
-"""The LoRA factors of a merge: they compute in the base model's half precision, and are saved as exact as they were."""
+"""The LoRA factors of a merge: they compute in the base model's half precision, and are saved as they were."""
 
 from __future__ import annotations
 

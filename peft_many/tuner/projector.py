@@ -67,6 +67,8 @@ class ProjectorMixture(nn.Module):
         """Stands in for the projector, with its arguments; tasks without a projector of their own use `self.base`."""
         return self.mix(self.base, *args, **kwargs)
 
+    # Data choose the experts, which is no matter for a graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def mix(self, base: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
         """The mixed output for the projector's arguments; the first one holds the vision features."""
         of_tasks = [self.experts[f"task_{t}"] if trained else base for t, trained in enumerate(self.trained)]
@@ -89,18 +91,19 @@ class ProjectorMixture(nn.Module):
         return self._mix_images(rows, _sums_by_expert(by_task, experts, of_tasks), experts, args, kwargs)
 
     def _decide(self, rows: ImageRows, features: Tensor) -> Tensor:
-        """The tasks' weights for each image; of images that were seen as a whole already, those of then."""
+        """The tasks' weights for each image, on the host, which has to know the experts: the one wait for a GPU.
+
+        Of images that were seen as a whole already, those of then.
+        """
         call = current_image_call()
         if rows.continues:
             assert call is not None
             return call.decided[self]
-        by_task = self.task_weights(rows.pool(features))
+        by_task = self.task_weights(rows.pool(features)).cpu()
         if call is not None:
             call.decided[self] = by_task
         return by_task
 
-    # Data choose the expert, which torch 2.8 cannot put in a graph.
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def _mix_images(
         self,
         rows: ImageRows,
@@ -110,7 +113,7 @@ class ProjectorMixture(nn.Module):
         kwargs: dict[str, Any],
     ) -> Any:
         """`Σ_e α_e(image) P_e(v)` over the experts that have a weight for an image, `(images, experts)`."""
-        carried = (weights != 0).cpu()  # NaN counts, so that broken features stay broken
+        carried = weights != 0  # NaN counts, so that broken features stay broken
         busy = carried.any(dim=0).nonzero()[:, 0].tolist()
         if len(busy) < 2:  # none if there are no images
             return _call(experts[busy[0] if busy else 0], *args, **kwargs)
@@ -162,7 +165,7 @@ def _sums_by_expert(weights: Tensor, experts: list[nn.Module | None], of_tasks: 
     """What each expert's output counts for each image, `(images, experts)`: the sum over the tasks it serves."""
     if len(experts) == len(of_tasks):
         return weights
-    places = torch.tensor([experts.index(expert) for expert in of_tasks], device=weights.device)
+    places = torch.tensor([experts.index(expert) for expert in of_tasks])
     return weights.new_zeros(len(weights), len(experts)).index_add_(1, places, weights)
 
 
