@@ -23,8 +23,8 @@ class MergedLinear(nn.Linear):
     """A `lora_A` or `lora_B` of a merge, whose weights may be rounded for computing.
 
     A merge's rank is that of all its tasks together, and its products in float32 would cost a GPU a fifth of the whole
-    model's. The exact weights wait in main memory: state dicts hold them, and `.float()` brings them back. Where the
-    rounded ones were changed since, the changed ones count.
+    model's. The exact weights wait in main memory, also where it is cast from outside: state dicts hold them, and
+    `.float()` brings them back. Where the rounded ones were changed since, the changed ones count.
     """
 
     def __init__(self, factor: nn.Linear) -> None:
@@ -44,7 +44,7 @@ class MergedLinear(nn.Linear):
         """Compute with the exact weights again."""
         for name in self._exact:
             parameter = getattr(self, name)
-            parameter.data = self.exact(name).to(parameter.device)
+            parameter.data = self.exact(name).to(parameter.device, torch.float32)
         self._exact, self.rounded_to = {}, None
 
     def exact(self, name: str = "weight") -> Tensor:
@@ -70,12 +70,18 @@ class MergedLinear(nn.Linear):
             self.round_to(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MergedLinear:
+        before = {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
-        if self.weight.dtype != self.rounded_to and not self.weight.is_meta:  # `.float()`, `.double()`
-            for name in self._exact:
-                parameter = getattr(self, name)
-                parameter.data = self.exact(name).to(parameter)
-            self._exact, self.rounded_to = {}, None
+        dtype = self.weight.dtype
+        if self.weight.is_meta or dtype == self.rounded_to:
+            return self
+        if self.rounded_to is None and dtype in _HALVES and before["weight"].dtype == torch.float32:
+            self._exact = {name: tensor.cpu() for name, tensor in before.items() if not tensor.is_meta}
+            self.rounded_to = dtype if self._exact else None
+        elif self.rounded_to is not None:
+            device = self.weight.device
+            self.restore()
+            self.to(device, dtype)
         return self
 
 
@@ -103,6 +109,7 @@ def round_merge(model: nn.Module, adapter_name: str, config: PeftConfig) -> None
     merge = merge_of(config)
     if merge is None or len(merge.tasks) < 2 or not config.inference_mode:
         return
+    restore_merge(model, adapter_name)
     suited, verdicts = [], []
     for layer in lora_layers(model, adapter_name).values():
         dtype, pair = _dtype_of_base(layer), _pair(layer, adapter_name)

@@ -172,7 +172,7 @@ class MAnyModel(LoraModel):
         return others | super().subtract_mutated_init(output_state_dict, adapter_name, kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        restore_merge(self.model, adapter_name)
+        restore_merge(self.model, adapter_name)  # or else what PEFT casts is what was rounded
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             round_merge(self.model, adapter_name, self.peft_config[adapter_name])
