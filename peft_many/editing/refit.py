@@ -99,8 +99,7 @@ def refit_merge(
     tasks = {task.name or "": task for task in statistics.tasks}
     _check_calibration(tasks, calibration)
     layers: dict[str, Any] = dict(lora_layers(model.get_base_model(), name))
-    exact = contextlib.ExitStack()
-    exact.enter_context(exact_weights(model.get_base_model(), name, config))
+    exact = exact_weights(model.get_base_model(), name, config)
     pairs = {path: LoraPair(layer, name) for path, layer in layers.items()}
     own = {task: _own_deltas(statistics, t, pairs) for t, task in enumerate(tasks)}
     with exact, put_back(pairs.values(), after_errors_only=True), in_inference(model, name):
@@ -116,11 +115,10 @@ def refit_merge(
             refit.group(group)
     config.statistics = _rewritten(statistics, own, pairs)
     # What merging costs each task was told of the deltas before.
-    done = operation(REFIT, list(tasks), {"targets": targets, "ridge": ridge, "rank": rank})
     config.merge = replace(
         merge,
         tasks=[replace(task, interference=None) for task in merge.tasks],
-        operations=[*merge.operations, done],
+        operations=[*merge.operations, operation(REFIT, [*tasks], {"targets": targets, "ridge": ridge, "rank": rank})],
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -133,15 +132,12 @@ def restore_merge(model: nn.Module, adapter_name: str) -> bool:
     return bool(rounded)
 
 
-@contextlib.contextmanager
-def exact_weights(model: nn.Module, adapter_name: str, config: PeftConfig) -> Iterator[None]:
-    """Within the block the weights of a merge are exact, to be read and changed."""
-    was_rounded = restore_merge(model, adapter_name)
-    try:
-        yield
-    finally:
-        if was_rounded:
-            round_merge(model, adapter_name, config)
+def exact_weights(model: nn.Module, adapter_name: str, config: PeftConfig) -> ExitStack:
+    """Make the weights of a merge exact, to be read and changed, until what is returned closes."""
+    rounding = ExitStack()
+    if restore_merge(model, adapter_name):
+        rounding.callback(round_merge, model, adapter_name, config)
+    return rounding
 
 
 def _factors(model: nn.Module, adapter_name: str) -> list[tuple[nn.ModuleDict, nn.Module]]:

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from peft_many import merge_adapter_files
+from peft_many import merge_adapter_files, refit_merge
 from peft_many.algebra.half_precision import loses_little
 from peft_many.tuner.merged_linear import MergedLinear
 from tests import tiny
@@ -142,8 +142,28 @@ def test_layers_whose_blocks_cancel_stay_float32(dtype: torch.dtype) -> None:
     A, B = torch.randn(8, 64, generator=generator), torch.randn(64, 8, generator=generator)
     assert loses_little(A, B, dtype)
     large = torch.randn(8, 64, generator=generator)
-    stacked = torch.cat([A, 10 * large, -10 * large]), torch.cat([B, B, B + 0.01 * torch.randn(64, 8, generator=generator)], dim=1)
+    stacked = (
+        torch.cat([A, 10 * large, -10 * large]),
+        torch.cat([B, B, B + 0.01 * torch.randn(64, 8, generator=generator)], dim=1),
+    )
     assert not loses_little(*stacked, dtype)
     assert not loses_little(A, torch.zeros_like(B), dtype), "still to be loaded"
     assert not loses_little(1e5 * A, 1e-5 * B, torch.float16), "beyond its range"
     assert loses_little(1e5 * A, 1e-5 * B, torch.bfloat16)
+
+
+def test_a_refit_is_of_the_exact_weights() -> None:
+    merged = making.merge("llava", tasks=2, dtype=torch.bfloat16)
+    batches = [list(making.task_batches(merged, "llava", style)) for style in making.STYLES[:2]]
+    refit_merge(merged, {f"task-{t}": data for t, data in enumerate(batches)}, targets="deltas", progress=False)
+    assert dtypes(merged) == {torch.bfloat16}
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in lora(state(merged)).values())
+
+
+def test_a_combination_is_of_the_exact_weights(folder: Path) -> None:
+    found = []
+    for trainable in (False, True):
+        model = load(folder, is_trainable=trainable)
+        model.add_weighted_adapter(["default"], [0.5], "scaled", combination_type="linear")
+        found.append({name: part["scaled"].weight for name, part in model.named_modules() if name.endswith("lora_B")})
+    assert_same(*found)
