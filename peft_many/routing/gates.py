@@ -102,7 +102,7 @@ def _gates_in_graph(
     return torch.zeros(rows, 1, dtype=dtype, device=device) if merged is None else merged.clone(), own.clone()
 
 
-@_gates_in_graph.register_fake  # type: ignore[untyped-decorator]
+@_gates_in_graph.register_fake
 def _(
     adapter_name: str, ranks: Sequence[int], shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -84,10 +84,9 @@ class MergedLinear(nn.Linear):
         return self
 
 
-def exact_weight(factor: nn.Module) -> Tensor:
+def exact_weight(factor: nn.Linear) -> Tensor:
     """The weight of a `lora_A` or `lora_B` on the CPU, as it is saved."""
-    weight: Tensor = factor.exact() if isinstance(factor, MergedLinear) else factor.weight.detach()
-    return weight.cpu()
+    return (factor.exact() if isinstance(factor, MergedLinear) else factor.weight.detach()).cpu()
 
 
 def use_merged_linears(model: nn.Module, adapter_name: str) -> None:
