@@ -53,14 +53,14 @@ class PretendedGPU(Launches):
             with torch.utils._python_dispatch._disable_current_modes():
                 return tensor.detach().clone()
 
-        def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+        def moved(tensor: Tensor, device: torch.device) -> Tensor:
             with torch.utils._python_dispatch._disable_current_modes():
                 return self.put(tensor.clone())
 
         with monkeypatch.context() as patch, self:
             patch.setattr(Tensor, "cpu", cpu)
             for module in (image_rows, row_weights):
-                patch.setattr(module, "on_device", on_device)
+                patch.setattr(module, "moved", moved)
             yield self
 
 

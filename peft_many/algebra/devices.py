@@ -35,7 +35,8 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     if is_on(tensor, device):
         return tensor
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        # Pinning has no gradient. Small tensors are read at once where they are not pinned.
+        return (tensor if tensor.requires_grad else tensor.pin_memory()).to(device, non_blocking=True)
     return tensor.to(device)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from ..algebra.devices import moved
 from ..algebra.routing import pool_segments
-from ..algebra.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class ImageRows:
                 rows = rows.mean(1, dtype=torch.float32)
         if self.real is not None:
             places = self.real.flatten().nonzero()[:, 0]  # with the mask itself a GPU would have to be waited for
-            rows, counts = rows.flatten(0, -2)[on_device(places, rows.device)], self._real_counts(self.real)
+            rows, counts = rows.flatten(0, -2)[moved(places, rows.device)], self._real_counts(self.real)
         elif len(rows) == len(self.lengths):
             return rows.float()
         else:
             counts = torch.bincount(self._owners(len(rows)), minlength=len(self.lengths))
-        return pool_segments(rows, on_device(counts, rows.device))
+        return pool_segments(rows, moved(counts, rows.device))
 
     @property
     def real_images(self) -> Tensor:
@@ -95,7 +95,7 @@ class ImageRows:
         if images.all():
             return args, kwargs
         features, *further = (*args, *kwargs.values())
-        rows = on_device(self._rows_of(images, features.shape[self._row_dimension]), features.device)
+        rows = moved(self._rows_of(images, features.shape[self._row_dimension]), features.device)
         values = [features.index_select(self._row_dimension, rows)]
         values += [value if _concerns_all_images(value) else _entries(value, images) for value in further]
         return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :]))
@@ -127,7 +127,7 @@ class ImageRows:
                 f"{tuple(part.shape)}, which does not say what belongs to which image: images of "
                 f"{self.lengths.tolist()} patches should have rows of the output in the same proportion."
             )
-        return mixed.index_add_(dimension, on_device(rows, part.device), part)
+        return mixed.index_add_(dimension, moved(rows, part.device), part)
 
     def _add_structure(self, mixed: Any, outputs: Any, weights: Tensor, images: Tensor) -> Any:
         """`add_weighted` for an output that is no tensor: each part by itself."""
@@ -145,7 +145,7 @@ class ImageRows:
     def _spread(self, weights: Tensor, outputs: Tensor) -> Tensor:
         """One weight for each image, `(images,)`, brought to a shape that multiplies the projector's `outputs`."""
         leading = outputs.shape[:-1] if self.flat else outputs.shape[: self.leading]
-        weights = on_device(weights[self._owners(leading.numel())], outputs.device)
+        weights = moved(weights[self._owners(leading.numel())], outputs.device)
         return weights.reshape((*leading, *[1] * (outputs.dim() - len(leading))))
 
     @property
@@ -201,5 +201,5 @@ def _has_entry_per_image(value: Any, features: Tensor, images: int) -> bool:
 def _entries(value: Any, images: Tensor) -> Any:
     """The entries of some of the images, of a tensor, list or tuple with one for each image."""
     if isinstance(value, Tensor):
-        return value[on_device(images.nonzero()[:, 0], value.device)]
+        return value[moved(images.nonzero()[:, 0], value.device)]
     return type(value)(itertools.compress(value, images.tolist()))

@@ -12,8 +12,8 @@ from peft.utils import PeftWarning
 from torch import Tensor
 from transformers import Cache
 
+from ..algebra.devices import moved
 from ..algebra.gating import confidence, gates
-from ..algebra.transfer import on_device
 from .watched import WatchedMethod, watch
 
 # The attribute of a cache object that holds the task weights of its rows, by adapter. Copies of a cache take it along.
@@ -59,7 +59,7 @@ class RowWeights:
         key = (ranks, repeats, dtype, device)
         if key not in self._gates:
             merged, own = (
-                on_device(gate.to(dtype).repeat_interleave(repeats, dim=0), device)
+                moved(gate.to(dtype).repeat_interleave(repeats, dim=0), device)
                 for gate in gates(self._weights, self._trust, ranks)
             )
             self._gates[key] = (None if self._open_rows == len(self.images) else merged, own)

@@ -85,8 +85,8 @@ class MergedLinear(nn.Linear):
 
 
 def exact_weight(factor: nn.Linear) -> Tensor:
-    """The weight of a `lora_A` or `lora_B` on the CPU, as it is saved."""
-    return (factor.exact() if isinstance(factor, MergedLinear) else factor.weight.detach()).cpu()
+    """The weight of a `lora_A` or `lora_B`, as it is saved."""
+    return factor.exact().to(factor.weight.device) if isinstance(factor, MergedLinear) else factor.weight.detach()
 
 
 def use_merged_linears(model: nn.Module, adapter_name: str) -> None:
