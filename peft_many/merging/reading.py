@@ -28,7 +28,7 @@ class GroupInputs:
 
 
 def read_group(prepared: PreparedMerge, layers: Sequence[str], device: torch.device) -> GroupInputs:
-    """Read a group. A GPU is waited for once, for all numbers by which inputs are checked."""
+    """Read a group. A GPU is waited for twice: for the numbers by which deltas are checked, and for the traces."""
     method = prepared.options.merge_method
     needs_covariances = method is None or method.needs_covariances
     measured = [task.statistics.covariance_of(layers[0]) for task in prepared.tasks]
