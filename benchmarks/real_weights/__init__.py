@@ -1,1 +1,1 @@
-"""Merging on weights that were really pre-trained and pictures that nobody here drew: `python -m benchmarks.real_weights`."""
+"""Weights that were really pre-trained, pictures that nobody here drew: `python -m benchmarks.real_weights`."""

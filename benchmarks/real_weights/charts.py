@@ -104,7 +104,9 @@ def _level(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:
 @lru_cache
 def _series(cache: Path, table: Table) -> dict[str, list[float]]:
     text = member(DATA, f"package/data/{table.file}", cache).read_text(encoding="utf-8-sig")
-    rows: list[dict[str, Any]] = json.loads(text) if table.file.endswith("json") else list(csv.DictReader(io.StringIO(text)))
+    rows: list[dict[str, Any]] = (
+        json.loads(text) if table.file.endswith("json") else list(csv.DictReader(io.StringIO(text)))
+    )
     found: dict[str, list[float]] = {}
     for row in rows:
         if row[table.value] not in (None, ""):

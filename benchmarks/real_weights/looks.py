@@ -57,12 +57,14 @@ def place(rng: np.random.Generator, picture: Image.Image, drawing: Image.Image, 
 
 
 def photographed(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
-    """As a camera might have it: other light and colours, a little out of focus or grainy, cut at the edges, as JPEG."""
+    """As a camera might have it: other light and colours, a little out of focus, grainy, or cut at the edges."""
     for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         picture = kind(picture).enhance(rng.uniform(0.75, 1.25))
     if rng.random() < 0.5:
         edge = rng.uniform(0, 0.06 * SIDE, size=4)
-        picture = picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR, (edge[0], edge[1], SIDE - edge[2], SIDE - edge[3]))
+        picture = picture.resize(
+            (SIDE, SIDE), Image.Resampling.BILINEAR, (edge[0], edge[1], SIDE - edge[2], SIDE - edge[3])
+        )
     if rng.random() < 0.25:
         picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
     if rng.random() < 0.25:

@@ -2,7 +2,7 @@
 
 A row is a conversation in the format of chat templates, where images are paths or in a list beside the messages,
 
-    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "..."}]},
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "?"}]},
                   {"role": "assistant", "content": "..."}]}
 
 or LLaVA's (`{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}`),
@@ -113,6 +113,10 @@ def row_of(image: str, question: str, answer: str) -> dict[str, Any]:
     asked = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     said = [{"type": "text", "text": answer}]
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+
+
+def _file(folder: Path, split: str) -> Path | None:
+    return next((path for ending in ("jsonl", "json") if (path := folder / f"{split}.{ending}").is_file()), None)
 
 
 def _examples_of(row: dict[str, Any], path: Path) -> Iterator[Example]:

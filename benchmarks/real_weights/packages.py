@@ -1,4 +1,4 @@
-"""What package registries carry that the benchmark is built from: weights and pictures, by version, hash and licence."""
+"""What the benchmark takes from package registries: weights and pictures, by version, hash and licence."""
 
 from __future__ import annotations
 

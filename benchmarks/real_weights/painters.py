@@ -125,7 +125,11 @@ def _related(
     placed = names if relation in ("above", "to the left of") else names[::-1]
     for name, box in zip(placed, halves):
         looks.place(rng, picture, drawings.thing(style(rng, split), name), box)
-    return looks.photographed(rng, picture), {"things": [word(name) for name in names], "relation": relation, "count": 1}
+    return looks.photographed(rng, picture), {
+        "things": [word(name) for name in names],
+        "relation": relation,
+        "count": 1,
+    }
 
 
 def _round(flag: Image.Image) -> Image.Image:

@@ -66,7 +66,9 @@ def _solid(rng: np.random.Generator, shape: str, colour: np.ndarray, outlined: b
         for step in range(0 if outlined else 12):
             shade = deep + (1 - deep) * step / 11
             inset = 2.6 * step
-            draw.ellipse((15 + inset * 0.7, 19 + inset * 0.6, 81 - inset * 1.3, 87 - inset * 1.4), fill=_scaled(colour, shade))
+            draw.ellipse(
+                (15 + inset * 0.7, 19 + inset * 0.6, 81 - inset * 1.3, 87 - inset * 1.4), fill=_scaled(colour, shade)
+            )
         if outlined:
             draw.ellipse((28, 28, 44, 44), fill=light)
     return canvas

