@@ -61,4 +61,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info many-demo many-bench many-gpu
+	rm -rf $(VENV) build dist site *.egg-info many-demo many-bench many-gpu many-real

@@ -1,7 +1,7 @@
 """Puts a language model and a vision tower together to a vision-language model, in transformers' own classes.
 
-`AutoModelForImageTextToText.from_pretrained` and `AutoProcessor.from_pretrained` load what is written here. Between the
-two lies a projector with random weights, which `alignment` trains.
+`AutoModelForImageTextToText.from_pretrained` and `AutoProcessor.from_pretrained` load what is written here. Between
+the two lies a projector with random weights, which `run.Bench` aligns.
 """
 
 from __future__ import annotations

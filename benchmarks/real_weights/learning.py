@@ -86,7 +86,8 @@ def learn(
     """Train what requires a gradient.
 
     Args:
-        model (`nn.Module`): Is changed; its frozen weights may be in bfloat16.
+        model (`nn.Module`): Is changed; its frozen weights may be in bfloat16. `Trainer` goes on with a model that has
+            an adapter, or that is saved under its own names of weights, as FastVLM is, but LLaVA is not.
         collator ([`ChatCollator`]): Makes the batches.
         examples (`Sequence[Example]`): Shuffled anew in each round.
         schedule ([`Schedule`]): How long and how fast.

@@ -1,12 +1,12 @@
 """Tasks as files: `<data>/<task>/train.jsonl` and `test.jsonl`, in the formats that people have.
 
-A row is a conversation in the format of chat templates, where images are paths or in a list beside the messages,
+A row is a conversation in the format of chat templates, where images are paths, or in a list `images` beside it,
 
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "?"}]},
                   {"role": "assistant", "content": "..."}]}
 
-or LLaVA's (`{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}`),
-or a test question of LLaVA's benchmarks (`{"image": "a.jpg", "text": "...", "answer": "..."}`). Files are JSON lists
+or LLaVA's (`{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n?"}, {"from": "gpt", ...}]}`), or
+a test question of LLaVA's benchmarks (`{"image": "a.jpg", "text": "...", "answer": "..."}`). Files are JSON lists
 (`.json`) or JSON lines (`.jsonl`). A row without an image is a question in words.
 """
 
@@ -97,7 +97,7 @@ def read_examples(path: Path, limit: int | None = None) -> list[Example]:
     for number, row in enumerate(rows[:limit]):
         try:
             examples += _examples_of(row, path)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise ValueError(f"'{path}', row {number}, is in no format that is known: {error!r}.") from error
     return examples
 
@@ -120,41 +120,35 @@ def _file(folder: Path, split: str) -> Path | None:
 
 
 def _examples_of(row: dict[str, Any], path: Path) -> Iterator[Example]:
-    images = [_image(name, path) for name in _beside(row)]
+    named = row.get("images", row.get("image"))
+    beside = [] if named is None else [named] if isinstance(named, str) else list(named)
+    turns = [(message["role"], _parts(message["content"])) for message in _messages(row)]
+    if beside and not any(part["type"] == "image" for _, parts in turns for part in parts):
+        first = next(parts for role, parts in turns if role == "user")
+        first[:0] = [{"type": "image"} for _ in beside]
     before: list[Message] = []
-    used = 0
-    for message in _messages(row, len(images)):
-        parts = _parts(message["content"])
-        if message["role"] == "assistant":
-            if used < len(images) and not before:
+    images: list[Path] = []
+    for role, parts in turns:
+        if role == "assistant":
+            if not before:
                 raise ValueError("the conversation begins with the assistant")
-            yield Example(tuple(before), "".join(part["text"] for part in parts).strip(), tuple(images[:used]))
+            answer = "".join(part["text"] for part in parts).strip()
+            yield Example(tuple(before), answer, tuple(images))
         for part in parts:
             if part["type"] == "image":
-                if "image" in part:
-                    images.insert(used, _image(part.pop("image"), path))
-                used += 1
-        before.append({"role": message["role"], "content": parts})
-    if used != len(images):
-        raise ValueError(f"{len(images)} images, but places for {used}")
+                own = part.pop("image", None) or part.pop("path", None)
+                images.append(_image(own or beside.pop(0), path))
+        before.append({"role": role, "content": parts})
+    if beside:
+        raise ValueError(f"there is no place for the image '{beside[0]}'")
 
 
-def _beside(row: dict[str, Any]) -> list[str]:
-    """The images that a row names beside its messages."""
-    named = row.get("images", row.get("image"))
-    return [] if named is None else [named] if isinstance(named, str) else list(named)
-
-
-def _messages(row: dict[str, Any], images: int) -> list[Message]:
+def _messages(row: dict[str, Any]) -> list[Message]:
     if "messages" in row:
         return row["messages"]
     if "conversations" in row:
-        turns = [{"role": _ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
-    else:
-        turns = [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": str(row["answer"])}]
-    if not any(IMAGE_MARK in turn["content"] for turn in turns):
-        turns[0]["content"] = IMAGE_MARK * images + turns[0]["content"]
-    return turns
+        return [{"role": _ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+    return [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": str(row["answer"])}]
 
 
 def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:

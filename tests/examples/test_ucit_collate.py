@@ -59,11 +59,11 @@ def test_questions_are_what_training_showed_before_the_answer(family):
 
 def test_llava_is_asked_as_it_was_trained():
     collator = collate.Collator(toy.processor("llava"), "llava")
-    assert collator._prompt("What ?") == (
+    assert collator._prompt({"question": "What ?"}) == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. USER: <image>\nWhat ? ASSISTANT:"
     )
-    assert collator._with_answer(collator._prompt("What ?"), "red").endswith("What ? ASSISTANT: red</s>")
+    assert collator._with_answer(collator._prompt({"question": "What ?"}), "red").endswith("What ? ASSISTANT: red</s>")
 
 
 def test_images_are_padded_to_squares_where_they_would_be_cropped():

@@ -1,0 +1,316 @@
+"""The benchmark on real weights, without any of them: tiny models, painted stand-ins, and archives made here."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from PIL import Image
+from torch import nn
+from transformers import TrainingArguments
+from typer.testing import CliRunner
+
+from benchmarks.real_weights import drawings, fetching, run
+from benchmarks.real_weights.__main__ import app
+from benchmarks.real_weights.batches import ChatCollator, Rows
+from benchmarks.real_weights.charts import Table
+from benchmarks.real_weights.learning import IGNORED, AnswerTrainer, Schedule, learn
+from benchmarks.real_weights.messages import find_tasks, read_examples
+from benchmarks.real_weights.packages import PICTURES, WEIGHTS, Package
+from benchmarks.real_weights.pictures import paint_tasks
+from benchmarks.real_weights.tasks import CAPTIONS, SHARING, TASKS
+from benchmarks.real_weights.things import COUNTRIES, GROUP_OF
+from peft_many import MAnyConfig
+from tests import tiny
+from tests.examples import toy
+
+# --- Packages --------------------------------------------------------------------------------------------------------
+
+
+def tarball(path: Path, files: dict[str, str]) -> Package:
+    """An archive as npm packs it, and the package that it is."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in files.items():
+            content = text.encode()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Package("npm", "@scope/icons", "1.0.0", "MIT", "icons", digest)
+
+
+def test_what_is_fetched_is_checked_and_kept(tmp_path, monkeypatch):
+    package = tarball(tmp_path / "made.tgz", {"package/icons.json": "{}"})
+    asked = []
+
+    def give(wanted, folder):
+        asked.append(wanted)
+        target = folder / "given.tgz"
+        target.write_bytes((tmp_path / "made.tgz").read_bytes())
+        return target
+
+    monkeypatch.setattr(fetching, "_from_npm", give)
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        fetching.fetch([package], cache)
+    assert asked == [package]
+    assert fetching.member(package, "package/icons.json", cache).read_text() == "{}"
+    with pytest.raises(ValueError, match="the registry gives another file"):
+        fetching.fetch([replace(package, sha256="0" * 64)], cache)
+    assert len([path for path in cache.iterdir() if path.suffix == ".tgz"]) == 1, "nothing wrong is kept"
+
+
+def test_without_npm_the_registry_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("NPM_CONFIG_REGISTRY", "npm_config_registry"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RuntimeError, match="NPM_CONFIG_REGISTRY"):
+        fetching._npm_registry()
+    (tmp_path / ".npmrc").write_text("audit = false\nregistry = https://registry.example/\n")
+    assert fetching._npm_registry() == "https://registry.example/"
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", "https://other.example")
+    assert fetching._npm_registry() == "https://other.example"
+
+
+def test_every_package_says_what_it_is():
+    for package in (*WEIGHTS, *PICTURES):
+        assert len(package.sha256) == 64
+        assert package.licence
+        assert package.about
+    listed = CliRunner().invoke(app, ["--licences"])
+    assert listed.exit_code == 0
+    assert listed.output.count("\n") == len((*WEIGHTS, *PICTURES))
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Packages without a drawing in them: names as they are there, and squares in place of what they draw."""
+    icons = {name: {"body": ""} for name in (*GROUP_OF, "abacus", "anvil", "arch", "axe", "barn", "bow")}
+    countries = [
+        {"code": code, "name": code.upper(), "capital": f"{code} city", "continent": "Asia", "iso": True}
+        for code in COUNTRIES
+    ]
+    barley = [{"variety": f"v{i % 3}", "yield": 10 + (7 * i) % 23} for i in range(60)]
+    files = {
+        "country.json": countries,
+        "metadata.json": {"categories": {name: [*GROUP_OF] for name in drawings._GROUPS}},
+    }
+
+    def member(package, name, cache):
+        content = files.get(Path(name).name, barley)
+        return toy.write(Path(cache) / "files" / Path(name).name, content)
+
+    monkeypatch.setattr(drawings, "member", member)
+    monkeypatch.setattr("benchmarks.real_weights.charts.member", member)
+    table = Table("barley.json", "variety", "yield")
+    monkeypatch.setattr("benchmarks.real_weights.charts._TABLES", dict.fromkeys(("train", "test"), (table,)))
+    monkeypatch.setattr(drawings, "_icon_set", lambda package, cache: {"icons": icons})
+    monkeypatch.setattr(drawings, "_icon", lambda *_: Image.new("RGBA", (40, 40), (200, 30, 60, 255)))
+    monkeypatch.setattr(drawings, "_rendered", lambda svg: Image.new("RGBA", (40, 30), (20, 30, 160, 255)))
+    photographs = (Image.new("RGB", (300, 260), (90, 120, 60)),)
+    monkeypatch.setattr("benchmarks.real_weights.looks.photographs", lambda split: photographs)
+
+
+def test_tasks_are_painted_once_and_alike_for_a_seed(stand_ins, tmp_path):
+    every, counts = [*TASKS, *SHARING, CAPTIONS], {"train": 6, "test": 3}
+    for folder in ("one", "two"):
+        paint_tasks(tmp_path / folder, every, tmp_path / "cache", counts)
+    tasks = find_tasks(tmp_path / "one")
+    assert [task.name for task in tasks] == [task.name for task in every]
+    for task, again in zip(tasks, find_tasks(tmp_path / "two")):
+        for split, count in counts.items():
+            examples, others = task.examples(split), again.examples(split)
+            assert len(examples) == count
+            assert [e.answer for e in examples] == [e.answer for e in others]
+            assert all(e.answer for e in examples)
+            for example, other in zip(examples, others):
+                assert example.images[0].read_bytes() == other.images[0].read_bytes()
+                with Image.open(example.images[0]) as image:
+                    assert image.size == (224, 224)
+    objects, sentences = (
+        find_tasks(tmp_path / "one", [name])[0].examples("test") for name in ("objects", "sentences")
+    )
+    for one, other in zip(objects, sentences):
+        assert (one.images, one.question) == (other.images, other.question)
+        assert one.answer in other.answer
+    written = (tmp_path / "one" / "tasks.json").stat().st_mtime_ns, (tmp_path / "one" / "objects").stat().st_mtime_ns
+    paint_tasks(tmp_path / "one", every[:1], tmp_path / "cache", counts)
+    assert (tmp_path / "one" / "objects").stat().st_mtime_ns == written[1]
+
+
+def test_questions_have_the_answers_that_the_pictures_have():
+    by_name = {task.name: task for task in (*TASKS, *SHARING, CAPTIONS)}
+    rng = np.random.default_rng(0)
+    solids = {"solids": [("red", "cube"), ("red", "sphere"), ("blue", "cube")]}
+    for _ in range(20):
+        question, answer = by_name["arithmetic"].ask(solids, rng)
+        left = {"cubes": "1", "spheres": "2", "red": "1", "blue": "2"}
+        assert answer == next(value for name, value in left.items() if f"all {name}" in question)
+        question, letter = by_name["icons"].ask({"count": 3, "most": 6}, rng)
+        assert f"{letter}. 3" in question
+        assert len({*question.split()[-5::2]}) == 3
+    scene = {"things": ["owl", "glasses"], "relation": "above", "count": 1}
+    assert by_name["scenes"].ask(scene, rng)[1] == "an owl above glasses"
+    assert by_name["neighbours"].ask(scene, rng) == ("What is the owl above?", "glasses")
+
+
+# --- Tasks as files --------------------------------------------------------------------------------------------------
+
+
+def test_all_formats_are_read(tmp_path):
+    for name in ("a.png", "datasets/b.png"):
+        toy.save_image(tmp_path / name, "red")
+    parts = [{"type": "image", "image": "a.png", "text": None}, {"type": "text", "text": "What?", "image": None}]
+    said = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
+    turns = [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "red"}]
+    rows = [
+        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "red"}]},
+        {
+            "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}],
+            "images": ["a.png"],
+        },
+        {
+            "image": "b.png",
+            "conversations": [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "red"}],
+        },
+        {"question_id": 3, "image": "b.png", "text": "What?", "answer": "red"},
+        {"messages": said},
+    ]
+    path = tmp_path / "task" / "train.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = read_examples(path)
+    assert [example.question for example in found] == ["What?"] * 5
+    assert [example.answer for example in found] == ["red"] * 5
+    assert [len(example.images) for example in found] == [1, 1, 1, 1, 0]
+    assert [part["type"] for part in found[2].messages[0]["content"]] == ["text", "image"]
+    turns = [("human", "<image>\nWhat?"), ("gpt", "red"), ("human", "And?"), ("gpt", "no")]
+    long = {"image": "b.png", "conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
+    one, two = read_examples(toy.write(tmp_path / "task" / "test.json", [long]))
+    assert (one.answer, len(one.messages), two.answer, len(two.messages)) == ("red", 1, "no", 3)
+    assert two.images == one.images
+    assert [task.name for task in find_tasks(tmp_path)] == ["task"]
+
+
+@pytest.mark.parametrize(
+    ("row", "error", "match"),
+    [
+        ({"image": "none.png", "text": "What?", "answer": "red"}, FileNotFoundError, "none.png"),
+        ({"question": "What?"}, ValueError, "row 0"),
+        ({"image": ["a.png", "a.png"], "text": "<image>?", "answer": "x"}, ValueError, "no place for the image"),
+        ({"text": "<image>?", "answer": "x"}, ValueError, "row 0"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, row, error, match):
+    toy.save_image(tmp_path / "task" / "a.png", "red")
+    with pytest.raises(error, match=match):
+        read_examples(toy.write(tmp_path / "task" / "train.json", [row]))
+    with pytest.raises(FileNotFoundError, match="no train and test file"):
+        find_tasks(tmp_path, ["task"])
+
+
+# --- Learning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("real")
+    toy.save_base(folder / "base")
+    toy.add_task(folder / "data", "colours", ["red", "blue", "green", "blue"] * 3)
+    toy.add_task(folder / "data", "others", ["grey"] * 8)
+    return folder
+
+
+def trainer_of(place, tmp_path, model):
+    collator = ChatCollator(toy.processor("llava"), "llava")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], remove_unused_columns=False)
+    rows = Rows(find_tasks(place / "data")[0].examples("train"))
+    return AnswerTrainer(model, arguments), collator.training([rows[i] for i in range(4)])
+
+
+def test_the_loss_is_the_models_own(place, tmp_path):
+    model = tiny.build("llava")
+    trainer, batch = trainer_of(place, tmp_path, model)
+    assert (batch["labels"] == IGNORED).any()
+    torch.testing.assert_close(trainer.compute_loss(model, batch), model(**batch).loss)
+
+    class Plain(nn.Module):
+        """A model that computes all logits."""
+
+        def forward(self, **inputs):
+            return model(**inputs)
+
+    torch.testing.assert_close(trainer.compute_loss(Plain(), batch), model(**batch).loss)
+
+
+def test_frozen_means_stay_in_training(place, tmp_path):
+    model = tiny.build("llava")
+    model.add_module("norm", nn.BatchNorm2d(3))
+    trainer, batch = trainer_of(place, tmp_path, model)
+    model.train()
+    trainer.compute_loss(model, batch)
+    assert model.training
+    assert not model.norm.training
+
+
+def test_training_goes_on_where_it_stopped(place, tmp_path, monkeypatch):
+    examples = find_tasks(place / "data")[0].examples("train")
+    collator = ChatCollator(toy.processor("llava"), "llava")
+    schedule = Schedule(steps=6, batch_size=4, learning_rate=1e-2, at_once=2, save_steps=2)
+
+    def trained(folder, break_at=None):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny.build("llava"), MAnyConfig(r=2, task_name="colours"))
+        steps = []
+
+        def counted(self, *args, **kwargs):
+            if len(steps) == break_at:
+                raise KeyboardInterrupt
+            steps.append(1)
+            return original(self, *args, **kwargs)
+
+        original = AnswerTrainer.compute_loss
+        with monkeypatch.context() as patch:
+            patch.setattr(AnswerTrainer, "compute_loss", counted)
+            learn(model, collator, examples, schedule, folder, seed=0, label="learning")
+        return get_peft_model_state_dict(model), len(steps)
+
+    whole, passes = trained(tmp_path / "whole")
+    assert passes == 12
+    assert not (tmp_path / "whole").exists(), "the state is of no use afterwards"
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "broken", break_at=9)
+    resumed, rest = trained(tmp_path / "broken")
+    assert rest == 4, "two steps of two passes were left"
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor)
+
+
+def test_one_command_takes_any_model_and_any_tasks(place, tmp_path, monkeypatch):
+    options = ["--output", str(tmp_path), "--model", str(place / "base"), "--data", str(place / "data")]
+    options += ["--steps", "2", "--batch-size", "4", "--tests", "4"]
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "seed0" / run.RESULTS_NAME).read_text())
+    assert list(results) == ["alone/colours", "alone/others"]
+    for name, stage in results.items():
+        assert 0 <= stage["result"]["accuracy"] <= 100
+        assert stage["result"]["losses"]
+        assert (tmp_path / "seed0" / name / "adapter_statistics.safetensors").exists()
+    monkeypatch.setattr(run, "learn", None)
+    again = CliRunner().invoke(app, options)
+    assert again.exit_code == 0, again.output
+    wrong = CliRunner().invoke(app, [*options, "--task", "nothing"])
+    assert wrong.exit_code == 2
+    assert "nothing" in wrong.output
