@@ -5,8 +5,8 @@ A row is a conversation in the format of chat templates, where images are paths,
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "?"}]},
                   {"role": "assistant", "content": "..."}]}
 
-or LLaVA's (`{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n?"}, {"from": "gpt", ...}]}`), or
-a test question of LLaVA's benchmarks (`{"image": "a.jpg", "text": "...", "answer": "..."}`). Files are JSON lists
+or LLaVA's (`{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n?"}, {"from": "gpt", ...}]}`),
+or a test question of LLaVA's benchmarks (`{"image": "a.jpg", "text": "...", "answer": "..."}`). Files are JSON lists
 (`.json`) or JSON lines (`.jsonl`). A row without an image is a question in words.
 """
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from peft_many import MAnyConfig, collect_statistics
 from peft_many.files.atomic import new_folder, replace_file
 
+from .alignment import align
 from .batches import ChatCollator, training_batches
 from .checkpoint import build_checkpoint
 from .fetching import default_cache, fetch
@@ -135,12 +136,7 @@ class Bench:
         found: dict[str, Any] = {"schedule": asdict(schedule)}
         if not (output / "base").exists():
             model, collator = load(str(output / "parts"))
-            model.requires_grad_(False)
-            projector = model.model.multi_modal_projector
-            projector.float().requires_grad_(True)
-            examples = task.examples("train")
-            found["losses"] = learn(model, collator, examples, schedule, output / "aligning", 0, "aligning")
-            projector.to(torch.bfloat16)
+            found["losses"] = align(model, collator, task.examples("train"), schedule, output / "aligning")
             with new_folder(output / "base") as partial:
                 model.save_pretrained(partial)
                 collator.processor.save_pretrained(partial)

@@ -8,6 +8,7 @@ import json
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from benchmarks.real_weights import drawings, fetching, run
 from benchmarks.real_weights.__main__ import app
+from benchmarks.real_weights.alignment import say_words
 from benchmarks.real_weights.batches import ChatCollator, Rows
 from benchmarks.real_weights.charts import Table
 from benchmarks.real_weights.learning import IGNORED, AnswerTrainer, Schedule, learn
@@ -295,6 +297,41 @@ def test_training_goes_on_where_it_stopped(place, tmp_path, monkeypatch):
     assert rest == 4, "two steps of two passes were left"
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor)
+
+
+class Seeing(nn.Module):
+    """What `say_words` needs of a model: a projector from colours to the width of the words."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.multi_modal_projector = nn.Linear(3, 32)
+        self.words = nn.Embedding(words, 32)
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+
+    def get_image_features(self, pixel_values):
+        return SimpleNamespace(last_hidden_state=nn.functional.adaptive_avg_pool2d(pixel_values, 2))
+
+    def get_input_embeddings(self):
+        return self.words
+
+
+def test_a_projector_learns_the_rare_words_of_captions(tmp_path):
+    colours = ("red", "blue", "green", "grey")
+    toy.add_task(tmp_path, "captions", [f"{colour} image" for colour in colours] * 16)
+    examples = find_tasks(tmp_path)[0].examples("train")
+    collator = ChatCollator(toy.processor("llava"), "llava")
+    torch.manual_seed(0)
+    model = Seeing(words=tiny.VOCABULARY)
+    shares = say_words(model, collator, examples, rounds=300)
+    assert shares[-1] < 0.2 < shares[0]
+    tokenizer, rows = collator.processor.tokenizer, Rows(examples)
+    said = []
+    for i in range(len(colours)):
+        pixels = collator.processor.image_processor(rows[i]["images"], return_tensors="pt")["pixel_values"]
+        token = model.model.multi_modal_projector(model.get_image_features(pixels).last_hidden_state[0, :, 0, 0])
+        said.append(tokenizer.decode(int(torch.cdist(token[None], model.words.weight).argmin())))
+    assert said == list(colours), "not 'image', which all captions have"
 
 
 def test_one_command_takes_any_model_and_any_tasks(place, tmp_path, monkeypatch):
