@@ -87,7 +87,8 @@ def _features(model: Any, collator: ChatCollator, examples: Sequence[Example]) -
     for start in tqdm(range(0, len(rows), _AT_ONCE), desc="looking at pictures", leave=False):
         pictures = [rows[i]["images"][0] for i in range(start, min(start + _AT_ONCE, len(rows)))]
         pixels = collator.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        seen = model.get_image_features(pixel_values=pixels.to(model.device, model.dtype)).last_hidden_state
+        with torch.autocast(model.device.type, torch.bfloat16):  # the projector, which it calls too, is in float32
+            seen = model.get_image_features(pixel_values=pixels.to(model.device)).last_hidden_state
         found.append(seen.flatten(2).transpose(1, 2).to("cpu", torch.bfloat16))
     return torch.cat(found)
 
