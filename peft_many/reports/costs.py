@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..algebra.covariance import Covariance
+from ..algebra.covariance import Covariance, know_traces
 from ..algebra.devices import moved
 from ..algebra.lpm import LeastSquaresMerge, LowRankDelta, MergedDelta
 from ..algebra.residual import (
@@ -163,15 +163,12 @@ def report_on(
 
 def _covariances(layer: str, tasks: Sequence[TaskStatistics], device: torch.device) -> dict[int, Covariance]:
     """Those of the layer's input, by the places of the tasks that saw tokens there."""
-    found = {}
-    for t, task in enumerate(tasks):
-        covariance = task.covariance_of(layer)
-        if covariance is not None:
-            covariance = covariance.on(device)
-            check_covariance(covariance, f"'{task.name}': the covariance of '{layer}'")
-            if task.tokens_of(layer) > 0:
-                found[t] = covariance
-    return found
+    stored = {t: task.covariance_of(layer) for t, task in enumerate(tasks)}
+    found = {t: covariance.on(device) for t, covariance in stored.items() if covariance is not None}
+    know_traces(list(found.values()))  # which the checks would ask for one by one
+    for t, covariance in found.items():
+        check_covariance(covariance, f"'{tasks[t].name}': the covariance of '{layer}'")
+    return {t: covariance for t, covariance in found.items() if tasks[t].tokens_of(layer) > 0}
 
 
 def _on(device: torch.device, delta: LowRankDelta) -> LowRankDelta:
