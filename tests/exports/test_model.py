@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from benchmarks.mini_ucit.parts import with_parts
 from peft_many import export_lora, export_model, merge_adapter_files
 from peft_many.files.errors import UnmergeableAdapterError
+from peft_many.files.statistics import AdapterStatistics
 from tests import new_process
 from tests.adapters import PROJECTOR, STATISTICS, WEIGHTS, base, distance, files, logits, make
 from tests.exports.shelf import Shelf, text_logits
@@ -171,6 +173,8 @@ def test_a_projector_of_another_size(shelf, tmp_path):
     stored = load_file(folder / WEIGHTS)
     key = next(key for key in stored if key.endswith("linear_1.weight"))
     save_file({**stored, key: stored[key][:, 1:].contiguous()}, folder / WEIGHTS)
+    measured = AdapterStatistics.load(folder / STATISTICS).tasks[0]
+    AdapterStatistics((replace(measured, projector_shapes={}),)).save(folder)  # or it would be seen to be damaged
     with pytest.raises(UnmergeableAdapterError, match=r"does not fit this LlavaFor.*another base model.*linear_1"):
         export_model(folder, tmp_path / "model", base_model=shelf.base)
     assert not (tmp_path / "model").exists()
