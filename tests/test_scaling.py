@@ -61,7 +61,7 @@ def test_collecting_holds_what_the_formula_says(monkeypatch):
     finish = inputs.finished
 
     def counted(sums: dict[str, CovarianceSketch]) -> Any:
-        held.append(sum(tensor.nbytes for one in sums.values() for tensor in tensors_in(one._sums)))
+        held.append(sum(tensor.nbytes for one in sums.values() for tensor in tensors_in(one.sums)))
         return finish(sums)
 
     monkeypatch.setattr(inputs, "finished", counted)

@@ -92,8 +92,8 @@ class CovarianceSketch:
     def __init__(self, width: int, size: int, device: torch.device | str = "cpu") -> None:
         self.width, self.size, self.device = width, size, torch.device(device)
         self.tokens = 0
-        self._first: list[Tensor] = []
-        self._sums: _Sums | None = None  # once there are more tokens than are kept
+        self.first: list[Tensor] = []
+        self.sums: _Sums | None = None  # once there are more tokens than are kept
 
     @property
     def energy(self) -> Tensor:
@@ -101,10 +101,10 @@ class CovarianceSketch:
 
         Not finite if an input was not, or had entries near 1e18.
         """
-        if self._sums is not None:
-            return self._sums.energy.sum.squeeze(0)
+        if self.sums is not None:
+            return self.sums.energy.sum.squeeze(0)
         total = Total(1, device=self.device)
-        for rows in self._first:
+        for rows in self.first:
             total.add(_energy(rows.float()))
         return total.sum.squeeze(0)
 
@@ -113,13 +113,13 @@ class CovarianceSketch:
         """Add rows as in a [`CovarianceAccumulator`]."""
         rows = inputs.detach().to(self.device)
         self.tokens += len(rows)
-        if self._sums is None:
+        if self.sums is None:
             if self.tokens < 2 * self.size:
-                self._first.append(rows.clone())
+                self.first.append(rows.clone())
                 return
-            rows, self._first = torch.cat([*self._first, rows]) if self._first else rows, []
-            self._sums = _Sums(_test_matrix(rows, self.size))
-        self._sums.add(rows)
+            rows, self.first = torch.cat([*self.first, rows]) if self.first else rows, []
+            self.sums = _Sums(_test_matrix(rows, self.size))
+        self.sums.add(rows)
 
     def result(self) -> LowRankCovariance:
         """The mean of `x xᵀ` over all rows so far: up to `size` directions, and the rest of the trace.
@@ -139,15 +139,15 @@ class CovarianceSketch:
     @property
     def is_full(self) -> bool:
         """Whether there were more tokens than are kept as they are."""
-        return self._sums is not None
+        return self.sums is not None
 
 
 def spectra(sketches: Sequence[CovarianceSketch]) -> list[Spectrum]:
     """The spectra of several sketches of one shape and device, computed together; or of one."""
-    home, sums = float64_device(sketches[0].device), [one._sums for one in sketches if one._sums is not None]
+    home, sums = float64_device(sketches[0].device), [one.sums for one in sketches if one.sums is not None]
     if not sums:
         (sketch,) = sketches
-        parts = [rows.to(home, torch.float64) for rows in (torch.empty(0, sketch.width), *sketch._first)]
+        parts = [rows.to(home, torch.float64) for rows in (torch.empty(0, sketch.width), *sketch.first)]
         factor = torch.cat(parts) / max(sketch.tokens, 1) ** 0.5
         return [eigen_directions(LowRankCovariance(remainder=0.0, factor=factor))]
     width, size = sums[0].test.shape

@@ -119,7 +119,7 @@ def test_the_same_data_gives_the_same_bits():
 def on_gpu(sketch: CovarianceSketch) -> CovarianceSketch:
     """The sketch with its sums on a GPU."""
     sketch.device = torch.device("cuda:0")
-    sums = sketch._sums
+    sums = sketch.sums
     sums.test = torch.empty(sums.test.shape, device="cuda:0")
     for total in (sums.moved, sums.core, sums.energy):
         total.sum = torch.empty(total.sum.shape, dtype=torch.float64, device="cuda:0")

@@ -99,18 +99,18 @@ def test_a_batch_that_spans_less_than_the_sketch_leaves_room_for_later_ones():
 
 def test_nothing_of_the_size_of_the_covariance_is_held():
     sketch = sketched(inputs(0, tokens=400, width=512), 16)
-    parts = [*vars(sketch).values(), *vars(sketch._sums).values()]
+    parts = [*vars(sketch).values(), *vars(sketch.sums).values()]
     held = [part.sum if isinstance(part, Total) else part for part in parts if isinstance(part, (torch.Tensor, Total))]
     assert len(held) == 4
     assert all(value.numel() <= 512 * 16 for value in held)
     waiting = sketched(inputs(0, tokens=31, width=512), 16)
-    assert sum(rows.numel() for rows in waiting._first) <= 2 * 512 * 16
+    assert sum(rows.numel() for rows in waiting.first) <= 2 * 512 * 16
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 10), (torch.float32, 12), (torch.float16, 12)])
 def test_memory_is_what_is_said(dtype, factor):
     size, width = 16, 512
-    sums = sketched(inputs(0, tokens=400, width=width).to(dtype), size)._sums
+    sums = sketched(inputs(0, tokens=400, width=width).to(dtype), size).sums
     held = [sums.test, *(total.sum for total in (sums.moved, sums.core, sums.energy))]
     assert sum(part.nbytes for part in held) == factor * size * width + 8 * size**2 + 8
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -453,6 +454,10 @@ def test_projectors_of_other_shapes_have_no_mean(shelf, tmp_path):
     tensors = load_file(other.folder / WEIGHTS)
     key = f"base_model.model.{PROJECTOR}.linear_2.bias"
     save_file({**tensors, key: tensors[key][1:].clone()}, other.folder / WEIGHTS)
+    with pytest.raises(UnmergeableAdapterError, match=r"linear_2.bias.*was of shape \(32,\) when it was measured"):
+        merge(tmp_path / "merged", [shelf("a"), other], method="average", projectors="mean")
+    measured = AdapterStatistics.load(other.folder / STATISTICS).tasks[0]
+    AdapterStatistics((replace(measured, projector_shapes={}),)).save(other.folder)
     with pytest.raises(UnmergeableAdapterError, match=r"linear_2.bias.*different base models"):
         merge(tmp_path / "merged", [shelf("a"), other], method="average", projectors="mean")
 
