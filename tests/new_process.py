@@ -8,11 +8,13 @@ starts, or on environment variables that libraries read when they are imported, 
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import multiprocessing
 import multiprocessing.context
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -60,7 +62,13 @@ class NewProcess:
         self._process.join(timeout)
 
     def end(self) -> subprocess.CompletedProcess[str]:
-        """Kill it if it still runs; what it said, and its exit status, minus the number of a signal that ended it."""
+        """Kill it if it still runs; what it said, and its exit status, minus the number of a signal that ended it.
+
+        One that still runs says where it is first, as `faulthandler` does.
+        """
+        if self._process.is_alive() and self._process.pid is not None:
+            os.kill(self._process.pid, signal.SIGABRT)
+            self._process.join(5)
         self._process.kill()
         self._process.join()
         status = self._process.exitcode
@@ -102,6 +110,7 @@ def _run(program: str | Path, arguments: list[str], cwd: str, environment: dict[
         os.dup2(file, number)
         os.close(file)
     sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w", closefd=False), line_buffering=True) for n in (1, 2))
+    faulthandler.enable()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

@@ -23,7 +23,7 @@ def test_a_process_that_dies_ends_the_other(tmp_path, what):
     first.wait(200)
     died, left = second.end(), first.end()
     assert "dying" in died.stdout
-    assert left.returncode not in (0, -9), left.stderr[-3000:]
+    assert left.returncode > 0, left.stderr[-3000:]  # else it was killed by us
     assert "done" not in left.stdout
     assert "Error" in left.stderr
     assert time.monotonic() - start < 180
