@@ -260,9 +260,16 @@ for _ in range(times):
     if child == 0:
         remove_task(folder, "b", progress=False)
         os._exit(0)
-    time.sleep(random.uniform(0, 1.5 * takes))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    started, ended, alive = time.perf_counter(), 0, random.uniform(0, 1.5 * takes)
+    while not ended and time.perf_counter() - started < alive:
+        time.sleep(0.002)
+        ended, _ = os.waitpid(child, os.WNOHANG)
+    if ended:  # the machine may be busier than it was, or less
+        takes = time.perf_counter() - started
+    else:
+        takes *= 1.1
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     found = files(folder)
     assert found in (old, new), sorted(found)
     seen.add(found == new)
