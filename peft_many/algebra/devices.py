@@ -46,12 +46,16 @@ def fetched(tensor: Tensor) -> Tensor:
 
 
 def numbers_of(tensors: Sequence[Tensor]) -> list[list[float]]:
-    """The entries of each tensor, as float64: one wait for all of them, and for what their GPU did before."""
-    if not tensors:
-        return []
-    whole = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors]).tolist()
-    ends, parts = 0, []
-    for tensor in tensors:
-        parts.append(whole[ends : ends + tensor.numel()])
-        ends += tensor.numel()
-    return parts
+    """The entries of each tensor, in float64 where that is known: one wait for each device, and what it did before."""
+    places: dict[torch.device, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault(tensor.device, []).append(place)
+    found: list[list[float]] = [[] for _ in tensors]
+    for device, there in places.items():
+        dtype = torch.float64 if float64_device(device) == device else torch.float32
+        whole = torch.cat([tensors[place].detach().reshape(-1).to(dtype) for place in there]).tolist()
+        end = 0
+        for place in there:
+            start, end = end, end + tensors[place].numel()
+            found[place] = whole[start:end]
+    return found

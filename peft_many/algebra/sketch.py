@@ -200,10 +200,6 @@ class _Sums:
         self.core = Total(test.shape[1], test.shape[1], device=test.device)
         self.energy = Total(1, device=test.device)
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`Ω`, `Y` and `QᵀQ`."""
-        return self.test, self.moved.value(), self.core.value()
-
     def add(self, rows: Tensor) -> None:
         """Add the products and the energy of some rows.
 

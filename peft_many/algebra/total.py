@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from .devices import float64_device
+from .devices import float64_device, numbers_of
 
 
 class Total:
@@ -40,11 +41,5 @@ class Total:
 
 def not_finite(numbers: Mapping[str, Tensor]) -> str | None:
     """The name of the first number that is NaN or Inf; they are read together, once from each device."""
-    by_device: dict[torch.device, list[str]] = {}
-    for name, number in numbers.items():
-        by_device.setdefault(number.device, []).append(name)
-    wrong: set[str] = set()
-    for names in by_device.values():
-        finite = torch.stack([numbers[name] for name in names]).isfinite().tolist()
-        wrong.update(name for name, is_finite in zip(names, finite) if not is_finite)
-    return next((name for name in numbers if name in wrong), None)
+    known = zip(numbers, numbers_of(list(numbers.values())))
+    return next((name for name, (number,) in known if not math.isfinite(number)), None)

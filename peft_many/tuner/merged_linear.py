@@ -10,6 +10,7 @@ from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..algebra.devices import numbers_of
 from ..algebra.half_precision import loses_little
 from ..algebra.precision import without_autocast
 from ..records import merge_of
@@ -117,7 +118,7 @@ def round_merge(model: nn.Module, adapter_name: str, config: PeftConfig) -> None
         verdict = torch.stack([loses_little(weight, B.weight, dtype) for weight in A.parameters(recurse=False)]).all()
         suited.append((pair, dtype))
         verdicts.append(verdict)
-    for (pair, dtype), is_little in zip(suited, _on_the_host(verdicts)):
+    for (pair, dtype), (is_little,) in zip(suited, numbers_of(verdicts)):
         for factor in pair if is_little else ():
             factor.round_to(dtype)
 
@@ -162,9 +163,3 @@ def _dtype_of_base(layer: LoraLayer) -> torch.dtype | None:
     if isinstance(weight, Tensor) and weight.is_floating_point():
         return weight.dtype
     return getattr(base, "compute_dtype", None)
-
-
-def _on_the_host(scalars: list[Tensor]) -> list[bool]:
-    devices = {scalar.device: [s for s in scalars if s.device == scalar.device] for scalar in scalars}
-    known = {device: iter(torch.stack(those).tolist()) for device, those in devices.items()}
-    return [next(known[scalar.device]) for scalar in scalars]
