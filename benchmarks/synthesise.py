@@ -33,7 +33,7 @@ from peft_many.files.fingerprints import weight_fingerprint
 from peft_many.files.statistics import (
     STATISTICS_NAME,
     AdapterStatistics,
-    ImageStatistics,
+    FeatureStatistics,
     InputStatistics,
     TaskStatistics,
 )
@@ -126,7 +126,7 @@ def _write_task(many: Path, lora: Path, sizes: Sizes, t: int) -> None:
         samples=256,
         inputs=dict(_inputs(sizes, generator)),
         input_of={module: group[0] for group in sizes.groups() for module in group},
-        projectors={PROJECTOR: ImageStatistics(torch.randn(sizes.image_width, generator=generator), None, 256)},
+        projectors={PROJECTOR: FeatureStatistics(torch.randn(sizes.image_width, generator=generator), None, 256)},
         fingerprints=fingerprints,
     )
     weights |= {f"{KEY_PREFIX}{PROJECTOR}.{key}": tensor for key, tensor in _projector(sizes, generator).items()}

@@ -62,12 +62,39 @@ def gaussian_weights(
     what is negligible, as in [`routing_weights`]. Images whose nearest prototype is at `d_t² / d` above
     `abstain_above` are like no task's, and all their weights are zero; the tasks' own images are at 1, on average.
     """
+    scores = gaussian_scores(features, prototypes, metric, temperature, abstain_above)
+    strange = torch.isneginf(scores).all(dim=-1, keepdim=True)
+    return _softmax(scores.masked_fill(strange, 0.0), top_k).masked_fill(strange, 0.0)
+
+
+def gaussian_scores(
+    features: Tensor,
+    prototypes: Tensor,
+    metric: FeatureMetric,
+    temperature: float,
+    abstain_above: float | None = None,
+) -> Tensor:
+    """The log-likelihoods `−d_t² / 2τ` of [`gaussian_weights`], `(rows, tasks)`; `-inf` in rows like no task's."""
     distances = metric.squared_distances(features.float(), prototypes.float())
-    weights = _softmax(-distances / (2 * temperature), top_k)
-    if abstain_above is not None:
-        strange = distances.amin(dim=-1, keepdim=True) > abstain_above * features.shape[-1]
-        weights = weights.masked_fill(strange, 0.0)
-    return weights
+    scores = -distances / (2 * temperature)
+    if abstain_above is None:
+        return scores
+    strange = distances.amin(dim=-1, keepdim=True) > abstain_above * features.shape[-1]
+    return scores.masked_fill(strange, -torch.inf)
+
+
+def joint_weights(scores: Tensor, image_weights: Tensor | None) -> Tensor:
+    """The tasks' weights of rows by their instructions' `scores` and, if there are any, their images' weights.
+
+    `α_t ∝ exp(s_t) (α_t(images) + ε)`, shapes `(rows, tasks)`. Images are believed up to `1 / ε`, as no weight below
+    that is told from zero: they decide among tasks that ask the same, and instructions among those that show the same.
+    Rows that are like no task's, by either, are zero.
+    """
+    strange = torch.isneginf(scores).all(dim=-1, keepdim=True)
+    if image_weights is not None:
+        strange = strange | (image_weights == 0).all(dim=-1, keepdim=True)
+        scores = scores + (image_weights + NEGLIGIBLE_WEIGHT).log()
+    return _softmax(scores.masked_fill(strange, 0.0), None).masked_fill(strange, 0.0)
 
 
 def _softmax(logits: Tensor, top_k: int | None) -> Tensor:

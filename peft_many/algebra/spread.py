@@ -54,12 +54,14 @@ def gaussian_draws(covariance: Covariance, count: int, generator: torch.Generato
     return drawn + normal(covariance.rank) @ covariance.factor_rows()
 
 
-def shared_metric(spreads: Sequence[Covariance], images: Sequence[int], rank: int = 256) -> FeatureMetric:
+def shared_metric(
+    spreads: Sequence[Covariance], images: Sequence[int], rank: int = 256, least: float = 0.0
+) -> FeatureMetric:
     """The metric of the tasks' common covariance about their own means, shrunk for the number of images it is from.
 
     Shrinkage towards a multiple of the identity is the oracle approximating one (OAS; Chen, Wiesel, Eldar, Hero 2010,
     arXiv 0907.4698, equation 23), which knows only the covariance and the number of samples. In float64. Beyond `rank`
-    directions, all share their mean variance.
+    directions, all share their mean variance. `least` is added to all of them.
     """
     spectrum = eigen_directions(mean_covariance(spreads, images)).leading(rank)
     values, width = spectrum.values, spectrum.directions.shape[1]
@@ -67,9 +69,9 @@ def shared_metric(spreads: Sequence[Covariance], images: Sequence[int], rank: in
     squared = values.square().sum().item() + (width - len(values)) * level**2
     trace, mean = spectrum.trace, spectrum.trace / width
     if mean == 0.0:  # every image of a task has the same features
-        return FeatureMetric(spectrum.directions[:0], torch.ones(1, dtype=torch.float64))
+        return FeatureMetric(spectrum.directions[:0], torch.full((1,), least or 1.0, dtype=torch.float64))
     gap = squared - trace * mean
     share = ((1 - 2 / width) * squared + trace**2) / ((sum(images) + 1 - 2 / width) * gap) if gap > 0 else 1.0
     share = min(1.0, share)
     variances = torch.cat([values, values.new_tensor([level])])
-    return FeatureMetric(spectrum.directions, (1 - share) * variances + share * mean)
+    return FeatureMetric(spectrum.directions, (1 - share) * variances + share * mean + least)

@@ -21,7 +21,7 @@ from ..files.adapter import TaskAdapter
 from ..files.atomic import new_folder
 from ..files.fingerprints import weight_fingerprint
 from ..files.projectors import shapes_of, tensors_inside
-from ..files.statistics import AdapterStatistics, ImageStatistics, InputStatistics, TaskStatistics
+from ..files.statistics import AdapterStatistics, FeatureStatistics, InputStatistics, TaskStatistics
 from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import HubArguments
 from ..merging.arguments import output_folder, usable_device
@@ -127,6 +127,7 @@ def pool_adapters(
         inputs=inputs,
         input_of=input_of,
         projectors=_pooled_images(prepared.tasks, truncation),
+        instructions=_pooled_features([task.statistics.instructions for task in prepared.tasks], truncation),
         fingerprints=fingerprints,
         projector_shapes={
             name: shapes_of(tensors_inside(prepared.projector_tensors, f"{name}.")) for name in prepared.averaged
@@ -164,18 +165,27 @@ def _pooled_input(tasks: Sequence[TaskAdapter], module: str, truncation: Truncat
     return InputStatistics(truncation.apply(added_covariances(known)), tokens)
 
 
-def _pooled_images(tasks: Sequence[TaskAdapter], truncation: Truncation) -> dict[str, ImageStatistics]:
-    """All images together, by projector; a spread only where all tasks have one."""
-    pooled = {}
-    for projector in dict.fromkeys(name for task in tasks for name in task.statistics.projectors):
-        seen = [task.statistics.projectors[projector] for task in tasks if projector in task.statistics.projectors]
-        images = sum(one.images for one in seen)
-        means = torch.stack([one.prototype.double() for one in seen])
-        shares = torch.tensor([one.images / images for one in seen], dtype=torch.float64)
-        spread, spreads = None, [one.spread for one in seen if one.spread is not None]
-        if len(spreads) == len(seen):
-            within = added_covariances(list(zip(shares.tolist(), spreads)))
-            between = LowRankCovariance(remainder=0.0, factor=shares.sqrt()[:, None] * (means - shares @ means))
-            spread = truncation.apply(added_covariances([(1.0, within), (1.0, between)]))
-        pooled[projector] = ImageStatistics((shares @ means).float(), spread, images)
-    return pooled
+def _pooled_images(tasks: Sequence[TaskAdapter], truncation: Truncation) -> dict[str, FeatureStatistics]:
+    """All images together, by projector."""
+    seen: dict[str, list[FeatureStatistics | None]] = {}
+    for task in tasks:
+        for projector, one in task.statistics.projectors.items():
+            seen.setdefault(projector, []).append(one)
+    pooled = {projector: _pooled_features(ones, truncation) for projector, ones in seen.items()}
+    return {projector: one for projector, one in pooled.items() if one is not None}
+
+
+def _pooled_features(seen: Sequence[FeatureStatistics | None], truncation: Truncation) -> FeatureStatistics | None:
+    """Those of all tasks together, if all have some; a spread only where all have one."""
+    known = [one for one in seen if one is not None]
+    if not known or len(known) < len(seen):
+        return None
+    count = sum(one.count for one in known)
+    means = torch.stack([one.prototype.double() for one in known])
+    shares = torch.tensor([one.count / count for one in known], dtype=torch.float64)
+    spread, spreads = None, [one.spread for one in known if one.spread is not None]
+    if len(spreads) == len(known):
+        within = added_covariances(list(zip(shares.tolist(), spreads)))
+        between = LowRankCovariance(remainder=0.0, factor=shares.sqrt()[:, None] * (means - shares @ means))
+        spread = truncation.apply(added_covariances([(1.0, within), (1.0, between)]))
+    return FeatureStatistics((shares @ means).float(), spread, count)

@@ -140,7 +140,8 @@ def load_routed_model(
 
 def without_gate(merge: MergeRecord) -> MergeRecord:
     """The record of the same merge without `gate_lora`; the routing stays."""
-    return replace(merge, options=replace(merge.options, gate_lora=False), task_ranks=None, task_rank_pattern={})
+    options = replace(merge.options, gate_lora=False, gate_by=None)
+    return replace(merge, options=options, instructions=None, task_ranks=None, task_rank_pattern={})
 
 
 def _save_projectors(adapter: Adapter, merge: MergeRecord, folder: Path) -> None:

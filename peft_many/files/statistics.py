@@ -25,6 +25,7 @@ from .tensor_file import TensorFile, open_tensors
 STATISTICS_NAME = "adapter_statistics.safetensors"
 FORMAT_VERSION = 1
 COVARIANCE = "covariance"  # in the keys of tensors
+INSTRUCTIONS = "instructions"
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class InputStatistics:
 
 
 @dataclass(frozen=True)
-class ImageStatistics:
-    """What was measured of a task's images where they arrive at one projector."""
+class FeatureStatistics:
+    """What was measured of a task's images where they arrive at one projector, or of its instructions."""
 
-    prototype: Tensor  # mean over images of the mean-pooled projector input, shape (d,), float32
-    spread: Covariance | None  # of these features about the prototype, if of two or more images
-    images: int
+    prototype: Tensor  # mean over images of the mean-pooled projector input, or of instructions; shape (d,), float32
+    spread: Covariance | None  # of these features about the prototype, if of two or more
+    count: int  # images or instructions
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class TaskStatistics:
         samples (`int`): Rows of batches.
         inputs (`Mapping[str, InputStatistics]`): Each by the path of the first layer that reads it.
         input_of (`Mapping[str, str]`): By the path of a layer in the base model, the key in `inputs` of what it reads.
-        projectors (`Mapping[str, ImageStatistics]`): By the path of the projector.
+        projectors (`Mapping[str, FeatureStatistics]`): Of the images, by the path of the projector.
+        instructions ([`FeatureStatistics`], *optional*): Of what is asked, if token ids told.
         fingerprints (`Mapping[str, Sequence[float]]`):
             By layer, the `weight_fingerprint` of the weights that were measured (or merged): it tells whether they
             were trained further.
@@ -72,7 +74,8 @@ class TaskStatistics:
     samples: int
     inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
     input_of: Mapping[str, str] = field(default_factory=dict)
-    projectors: Mapping[str, ImageStatistics] = field(default_factory=dict)
+    projectors: Mapping[str, FeatureStatistics] = field(default_factory=dict)
+    instructions: FeatureStatistics | None = None
     fingerprints: Mapping[str, Sequence[float]] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     projector_shapes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
@@ -84,7 +87,7 @@ class TaskStatistics:
     @property
     def images(self) -> int:
         """Images that were seen."""
-        return max((seen.images for seen in self.projectors.values()), default=0)
+        return max((seen.count for seen in self.projectors.values()), default=0)
 
     @property
     def is_measured(self) -> bool:
@@ -184,10 +187,8 @@ def _header_of(task: TaskStatistics) -> dict[str, Any]:
         "samples": task.samples,
         "inputs": {key: {"tokens": one.tokens, **one.covariance.numbers()} for key, one in task.inputs.items()},
         "input_of": dict(task.input_of),
-        "projectors": {
-            name: {"images": seen.images, "spread": seen.spread and seen.spread.numbers()}
-            for name, seen in task.projectors.items()
-        },
+        "projectors": {name: _about(seen) for name, seen in task.projectors.items()},
+        "instructions": task.instructions and _about(task.instructions),
         "shapes": {name: list(shape) for name, shape in task.shapes.items()},
         "projector_shapes": {
             name: {key: list(shape) for key, shape in shapes.items()} for name, shapes in task.projector_shapes.items()
@@ -199,14 +200,25 @@ def _header_of(task: TaskStatistics) -> dict[str, Any]:
     }
 
 
+def _about(seen: FeatureStatistics) -> dict[str, Any]:
+    return {"count": seen.count, "spread": seen.spread and seen.spread.numbers()}
+
+
+def _features_of(task: TaskStatistics) -> dict[str, FeatureStatistics]:
+    """The statistics of features, by the ends of their keys."""
+    words = {} if task.instructions is None else {INSTRUCTIONS: task.instructions}
+    return {**{f"projector.{name}": seen for name, seen in task.projectors.items()}, **words}
+
+
 def _tensors_of(t: int, task: TaskStatistics) -> Iterator[tuple[str, Planned]]:
     """What the file holds of a task, by key."""
     covariances = {f"{COVARIANCE}.{key}": measured.covariance for key, measured in task.inputs.items()}
-    covariances |= {f"spread.{name}": seen.spread for name, seen in task.projectors.items() if seen.spread}
+    features = _features_of(task)
+    covariances |= {f"spread.{name}": seen.spread for name, seen in features.items() if seen.spread}
     for key, covariance in covariances.items():
         for part, tensor in covariance.tensors().items():
             yield f"{t}.{key}.{part}", Planned.of(tensor)
-    for name, seen in task.projectors.items():
+    for name, seen in features.items():
         yield f"{t}.prototype.{name}", Planned.of(seen.prototype)
     yield from ((f"{t}.lora_A.{name}", plan) for name, plan in plans_of(task.lora_A))
     yield from ((f"{t}.lora_B.{name}", plan) for name, plan in plans_of(task.lora_B))
@@ -249,7 +261,10 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         samples=int(task["samples"]),
         inputs=inputs,
         input_of=dict(task["input_of"]),
-        projectors={name: _read_images(file, t, name, about) for name, about in task["projectors"].items()},
+        projectors={
+            name: _read_features(file, t, f"projector.{name}", about) for name, about in task["projectors"].items()
+        },
+        instructions=_read_features(file, t, INSTRUCTIONS, words) if (words := task.get("instructions")) else None,
         fingerprints=_read_fingerprints(task["fingerprints"]),
         unmoved_projectors=_read_fingerprints(task.get("unmoved_projectors", {})),
         shapes={name: (int(out), int(width)) for name, (out, width) in task["shapes"].items()},
@@ -266,15 +281,15 @@ def _read_fingerprints(content: dict[str, Any]) -> dict[str, list[float]]:
     return {name: [float(value) for value in fingerprint] for name, fingerprint in content.items()}
 
 
-def _read_images(file: TensorFile, t: int, name: str, about: dict[str, Any]) -> ImageStatistics:
-    prototype = read_tensor(file, f"{t}.prototype.{name}", 1)
+def _read_features(file: TensorFile, t: int, name: str, about: dict[str, Any]) -> FeatureStatistics:
+    prototype, count = read_tensor(file, f"{t}.prototype.{name}", 1), int(about["count"])
     if not torch.isfinite(prototype).all():
         raise StatisticsError(f"{file.path}: tensor '{t}.prototype.{name}' holds NaN or Inf.")
     if about["spread"] is None:
-        return ImageStatistics(prototype, None, int(about["images"]))
+        return FeatureStatistics(prototype, None, count)
     spread = read_covariance(file, f"{t}.spread.{name}", about["spread"])
-    where = f"the spread of the images at '{name}'"
+    where = f"the spread '{t}.spread.{name}'"
     if spread.width != len(prototype):
-        raise StatisticsError(f"{file.path}: {where} has width {spread.width}, and their prototype {len(prototype)}.")
+        raise StatisticsError(f"{file.path}: {where} has width {spread.width}, and its prototype {len(prototype)}.")
     check_covariance(spread, f"{file.path}: {where}")
-    return ImageStatistics(prototype, spread, int(about["images"]))
+    return FeatureStatistics(prototype, spread, count)

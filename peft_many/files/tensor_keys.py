@@ -13,6 +13,7 @@ from .upstream import prefix_of
 
 KEY_PREFIX = "base_model.model."  # PEFT's, of every tensor that belongs to a module of the base model
 TASK_WEIGHT = "lora_A.task_weight"  # of a layer of a merge with `gate_lora`: the tasks' own `A_t`, stacked
+INSTRUCTION_ROUTER = "instruction_routers"  # what merges with `gate_by` of instructions compare these with
 # Of tensors that are not whole; what to do about it.
 SHARDED = (
     "the file was saved from weights that are sharded over processes (DeepSpeed ZeRO-3, FSDP): save it again from "
@@ -38,6 +39,8 @@ def tensor_keys(config: PeftConfig, keys: Iterable[str]) -> TensorKeys:
     found = TensorKeys({}, [], [])
     for key in sorted(keys):
         layer = key.removeprefix(KEY_PREFIX).rpartition(f".{prefix_of(config)}")[0]
+        if key.startswith(f"{KEY_PREFIX}{INSTRUCTION_ROUTER}."):
+            continue  # made anew by each merge, of the tasks' statistics
         if not key.startswith(KEY_PREFIX):
             found.shared.append(key)
         elif layer:

@@ -8,11 +8,12 @@ from typing import Any, TypedDict
 
 from peft import PeftConfig
 
-from ..records import RoutedProjector, merge_of
+from ..records import RoutedInstructions, RoutedProjector, merge_of
 from ..records.checking import check_types, nonsense
 from .errors import unusable_config
 from .peft_methods import RANKS, name_of
 from .tensor_file import TensorFile
+from .tensor_keys import INSTRUCTION_ROUTER
 
 # Up to here a config is taken at its word: a LoRA of this rank is smaller than the base model's layers.
 UNBACKED_RANK = 512
@@ -101,24 +102,18 @@ def check_backed(config: Any, weights: TensorFile | None, source: str) -> None:
     if tokens > max(UNBACKED_RANK, *(shape[0] for key, shape in shapes.items() if "trainable_tokens" in key), 0):
         raise unusable_config(source, f"it trains {tokens} tokens, but its weights hold fewer")
     merge = merge_of(config)
-    for projector, routed in merge.routing.items() if merge is not None else ():
+    if merge is None:
+        return
+    for projector, routed in merge.routing.items():
         _check_routing(projector, routed, shapes, source)
+    if merge.instructions is not None:
+        _check_router(INSTRUCTION_ROUTER, len(merge.instructions.tasks), merge.instructions, shapes, source)
 
 
 def _check_routing(
     projector: str, routed: RoutedProjector, shapes: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    ends = f".{projector}.prototypes"
-    inside = next((key.removesuffix("prototypes") for key in shapes if f".{key}".endswith(ends)), None)
-    expected: dict[str, tuple[int, ...]] = {"prototypes": (len(routed.tasks), routed.width)}
-    if routed.directions is not None:
-        expected |= {"directions": (routed.directions, routed.width), "variances": (routed.directions + 1,)}
-    for name, shape in expected.items():
-        found = None if inside is None else shapes.get(f"{inside}{name}")
-        if found != shape:
-            raise unusable_config(
-                source, f"it routes '{projector}' by {name} of shape {shape}, but its weights have {found or 'none'}"
-            )
+    inside = _check_router(projector, len(routed.tasks), routed, shapes, source)
     experts: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
         if key.startswith(f"{inside}experts."):
@@ -128,3 +123,25 @@ def _check_routing(
     for t, task in enumerate(routed.tasks):
         if task.trained and (not like or experts.get(f"task_{t}") != like):
             raise unusable_config(source, f"its weights lack a tensor of '{projector}' of the task '{task.name}'")
+
+
+def _check_router(
+    name: str,
+    tasks: int,
+    routed: RoutedProjector | RoutedInstructions,
+    shapes: Mapping[str, tuple[int, ...]],
+    source: str,
+) -> str:
+    """How the keys of a router's tensors begin, if these are as large as the config says."""
+    ends = f".{name}.prototypes"
+    inside = next((key.removesuffix("prototypes") for key in shapes if f".{key}".endswith(ends)), "")
+    expected: dict[str, tuple[int, ...]] = {"prototypes": (tasks, routed.width)}
+    if routed.directions is not None:
+        expected |= {"directions": (routed.directions, routed.width), "variances": (routed.directions + 1,)}
+    for part, shape in expected.items():
+        found = shapes.get(f"{inside}{part}") if inside else None
+        if found != shape:
+            raise unusable_config(
+                source, f"it routes '{name}' by {part} of shape {shape}, but its weights have {found or 'none'}"
+            )
+    return inside

@@ -22,13 +22,14 @@ from ..files.statistics import TaskStatistics
 from ..files.tensor_file import TensorFile
 from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT
 from ..hub.sources import find_adapter
-from ..records import MergeOptions, MergeRecord, Operation, RoutedProjector, TaskRecord
-from ..records.options import ROUTED
+from ..records import MergeOptions, MergeRecord, Operation, RoutedInstructions, RoutedProjector, TaskRecord
+from ..records.options import IMAGES, ROUTED
 from .arguments import check_arguments
 from .base_tensors import check_base_tensors, common_base_tensors, keys_beside
 from .checks import check_measured, check_same_shape, check_tasks, check_whole_projectors
 from .mean_projectors import average_projectors
 from .operations import operations_of
+from .routed_instructions import route_instructions
 from .routed_projectors import route_projectors
 from .same_base import check_same_base
 from .selection import TaskWeights, select_tasks
@@ -46,8 +47,10 @@ class PreparedMerge:
     groups: Sequence[Sequence[str]]  # the layers that share their input in every task; one problem to solve each
     options: MergeOptions  # with nothing left open
     routing: dict[str, RoutedProjector]
+    instructions: RoutedInstructions | None
     averaged: dict[str, list[str]]  # by averaged projector, the tasks in the mean
     projector_tensors: dict[str, Tensor]  # experts and prototypes, on disk until they are used; or means
+    instruction_tensors: dict[str, Tensor]  # the router of instructions
     base_tensors: dict[str, Tensor]  # those of the base model that lie beside the adapters, and will beside the merge
     operations: list[Operation]  # what was done to make the adapters, and this merge
 
@@ -93,7 +96,7 @@ class PreparedMerge:
     @property
     def whole_tensors(self) -> dict[str, Tensor]:
         """What the weights file holds beside the merged LoRA, by key without PEFT's prefix."""
-        return {**self.projector_tensors, **self.base_tensors}
+        return {**self.projector_tensors, **self.instruction_tensors, **self.base_tensors}
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of everything in the merge's weights file."""
@@ -117,6 +120,7 @@ class PreparedMerge:
             tasks=[_task_record(task, (interference or {}).get(task.name)) for task in self.tasks],
             operations=self.operations,
             routing=self.routing,
+            instructions=self.instructions,
             averaged_projectors=self.averaged,
             task_ranks=usual,
             task_rank_pattern={layer.replace(".", r"\."): of for layer, of in blocks.items() if of != usual},
@@ -165,14 +169,15 @@ def prepare_merge(
     routing: dict[str, RoutedProjector] = {}
     averaged: dict[str, list[str]] = {}
     if options.projectors == ROUTED:
-        routing, tensors = route_projectors(tasks, str(options.router), untrained_too=bool(options.gate_lora))
+        routing, tensors = route_projectors(tasks, str(options.router), untrained_too=options.gates_by_images)
     else:
         averaged, tensors = average_projectors(tasks)
-    if options.gate_lora and not routing:
+    if options.gate_lora and options.gate_by == IMAGES and not routing:
         raise UnmergeableAdapterError(
             "`gate_lora` goes by the tasks' visual prototypes, but none of the adapters has one: no image passed "
-            "while their statistics were collected."
+            "while their statistics were collected. Pass `gate_by='instructions'`."
         )
+    instructions, asked = route_instructions(tasks) if options.gates_by_instructions else (None, {})
     check_whole_projectors(tasks, [*routing, *averaged])
     groups = _shared_inputs(tasks)
     check_same_base(adapters, same_base, base is not None, hub.get("cache_dir"))
@@ -181,7 +186,9 @@ def prepare_merge(
         check_base_tensors(base_tensors, base)
     beside = keys_beside(base_tensors, [layer for group in groups for layer in group])
     operations = operations_of(everything, without, options)
-    return PreparedMerge(adapters, tasks, groups, options, routing, averaged, tensors, beside, operations)
+    return PreparedMerge(
+        adapters, tasks, groups, options, routing, instructions, averaged, tensors, asked, beside, operations
+    )
 
 
 def _shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:

@@ -41,7 +41,7 @@ def route_projectors(
         directions = None
         tensors[f"{projector}.prototypes"] = torch.stack(prototypes)
         if router == "gaussian":
-            images = [task.statistics.projectors[projector].images for task in routed]
+            images = [task.statistics.projectors[projector].count for task in routed]
             metric = shared_metric([_spread(task, projector) for task in routed], images)
             directions = len(metric.directions)
             tensors[f"{projector}.directions"] = metric.directions.float().contiguous()

@@ -17,6 +17,7 @@ from .values import DTYPES, count, dtype, flag, not_negative, number, one_of, po
 
 ROUTERS = {"cosine": 0.02, "gaussian": 1.0}  # with their default temperatures
 ROUTED, MEAN = "routed", "mean"
+IMAGES, INSTRUCTIONS, BOTH = "images", "instructions", "both"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -74,9 +75,12 @@ class MergeOptions:
             The largest rank of a merged layer. By default the sum of the tasks' ranks, which is the exact optimum;
             with less, each layer gets the best delta of that rank under the same objective.
         gate_lora (`bool`, *optional*):
-            Whether a row's images also choose among the tasks' own LoRA deltas. Rows without images, and those whose
-            images resemble no single task, get the merged delta. Needs `method="lpm"` and routed projectors. `False`
-            by default.
+            Whether each row of a batch chooses among the tasks' own LoRA deltas. Rows that resemble no single task get
+            the merged delta. Needs `method="lpm"` and routed projectors. `False` by default, but with `gate_by`.
+        gate_by (`str`, *optional*):
+            What it goes by: the row's `"images"`, which is the default, its `"instructions"`, by the base model's
+            embeddings of their tokens, or `"both"`, for tasks on the same pictures and tasks without any. Needs
+            adapters whose instructions were measured.
         dtype (`torch.dtype`, defaults to `torch.float32`):
             What the merged LoRA weights are stored in: float32, bfloat16 or float16. Half precision halves the file
             and rounds the merged deltas by about 2e-3 of their size in bfloat16 and 3e-4 in float16.
@@ -128,7 +132,16 @@ class MergeOptions:
     )
     rank: int | None = _option("The largest rank of a merged layer.", count, shown="Σ r")
     gate_lora: bool | None = _option(
-        "Let images choose the LoRA too.", flag, of=(LPM, ROUTED), inherited=True, otherwise=False
+        "Let each input choose the LoRA too.", flag, of=(LPM, ROUTED), inherited=True, otherwise=False
+    )
+    gate_by: str | None = _option(
+        "What it chooses by.",
+        one_of,
+        of=(LPM, ROUTED),
+        inherited="gate_lora",
+        otherwise=lambda options: IMAGES if options.gate_lora else None,
+        shown="images",
+        choices=(IMAGES, INSTRUCTIONS, BOTH),
     )
     dtype: torch.dtype = _option("Of the merged weights.", dtype, default=torch.float32, choices=tuple(DTYPES))  # noqa: RUF009
 
@@ -149,11 +162,25 @@ class MergeOptions:
                 raise ValueError(f"`{name}` is an option of routed projectors, not of `projectors='{MEAN}'`.")
         if self.abstain_above is not None and self.router not in (None, "gaussian"):
             raise ValueError("`abstain_above` is a distance of `router='gaussian'`; cosines know none.")
+        if self.gate_by is not None and self.gate_lora is False:
+            raise ValueError("`gate_by` says what `gate_lora` goes by, which is False; leave one of them out.")
+        if self.gate_by is not None:
+            object.__setattr__(self, "gate_lora", True)
         if self.gate_lora and self.rank is not None:
             raise ValueError(
                 "`gate_lora` keeps every task's block of each layer, so a `rank` cannot be given; pass "
                 "`gate_lora=False` or leave `rank` out."
             )
+
+    @property
+    def gates_by_images(self) -> bool:
+        """Whether images choose among the tasks' LoRAs."""
+        return bool(self.gate_lora) and self.gate_by != INSTRUCTIONS
+
+    @property
+    def gates_by_instructions(self) -> bool:
+        """Whether instructions choose among the tasks' LoRAs."""
+        return self.gate_by in (INSTRUCTIONS, BOTH)
 
     @property
     def merge_method(self) -> MergeMethod | None:

@@ -45,6 +45,8 @@ def _from_json(kind: Any, value: Any) -> Any:
     """A value from JSON, of the type that its field is declared with."""
     if kind is MergeOptions:
         return MergeOptions.read(value, foreign=True)
+    if value is not None and _is_record(typing.get_args(kind)[:1] and typing.get_args(kind)[0]):
+        kind = typing.get_args(kind)[0] if type(None) in typing.get_args(kind) else kind
     inner: Any = (typing.get_args(kind) or (None,))[-1]  # what a list or dict holds
     if _is_record(inner) and isinstance(value, dict):
         return {key: _from_json(inner, one) for key, one in value.items()}
@@ -190,6 +192,26 @@ class RoutedProjector(_Record):
 
 
 @dataclass(frozen=True)
+class RoutedInstructions(_Record):
+    """What must be known of the router of instructions before its tensors are loaded.
+
+    Args:
+        width (`int`): Features of a prototype.
+        tasks (`list[str]`): The names of the tasks, in the order of the prototypes.
+        directions (`int`): How many directions its metric has.
+    """
+
+    width: int
+    tasks: list[str]
+    directions: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width < 1 or self.directions < 0:
+            raise ValueError(f"a router of instructions cannot have the width {self.width}")
+
+
+@dataclass(frozen=True)
 class MergeRecord(_Record):
     """What a merge was made of and how: `MAnyConfig.merge`, and `"merge"` in `adapter_config.json`.
 
@@ -198,6 +220,7 @@ class MergeRecord(_Record):
         tasks (`list[TaskRecord]`): The tasks that it was made of.
         operations (`list[Operation]`): What was done to make it, in its order.
         routing (`dict[str, RoutedProjector]`): The routed projectors.
+        instructions ([`RoutedInstructions`], *optional*): The router of instructions, if gates go by these.
         averaged_projectors (`dict[str, list[str]]`): With `projectors="mean"`, by projector the tasks in the mean.
         task_ranks (`list[int]`, *optional*): With `gate_lora`, the rank of each task's block in a layer.
         task_rank_pattern (`dict[str, list[int]]`): The layers where it is another, as in `rank_pattern`.
@@ -207,6 +230,7 @@ class MergeRecord(_Record):
     tasks: list[TaskRecord]
     operations: list[Operation] = field(default_factory=list)
     routing: dict[str, RoutedProjector] = field(default_factory=dict)
+    instructions: RoutedInstructions | None = None
     averaged_projectors: dict[str, list[str]] = field(default_factory=dict)
     task_ranks: list[int] | None = None
     task_rank_pattern: dict[str, list[int]] = field(default_factory=dict)
@@ -219,11 +243,16 @@ class MergeRecord(_Record):
         for projector, routed in self.routing.items():
             if not routed.tasks or not set(routed.names) <= set(names) or len(set(routed.names)) < len(routed.names):
                 raise ValueError(f"the tasks that `routing` gives for '{projector}' are not its `tasks`")
+        asked = [] if self.instructions is None else self.instructions.tasks
+        if not set(asked) <= set(names) or len(set(asked)) < len(asked):
+            raise ValueError("the tasks that `instructions` gives are not its `tasks`")
         for ranks in (*self.task_rank_pattern.values(), *([self.task_ranks] if self.task_ranks else [])):
             if len(ranks) != len(names) or min(ranks, default=0) < 0:
                 raise ValueError(f"`task_ranks` cannot be {ranks!r:.80} with {len(names)} tasks")
         if self.options.gate_lora and self.task_ranks is None:
             raise ValueError("it has `gate_lora`, but no `task_ranks`")
+        if self.options.gates_by_instructions != (self.instructions is not None):
+            raise ValueError("`gate_by` and its `instructions` contradict each other")
         if self.routing and None in (self.options.router, self.options.temperature):
             raise ValueError("it routes projectors, but lacks a router or a temperature")
 

@@ -218,7 +218,7 @@ def _confusion(
     if options.router == "gaussian":
         spread = [seen for seen in routed if seen.spread is not None]
         spreads = [seen.spread.on(device) for seen in spread if seen.spread]
-        metric = shared_metric(spreads, [seen.images for seen in spread])
+        metric = shared_metric(spreads, [seen.count for seen in spread])
     generator = torch.Generator().manual_seed(0)
     rows = []
     for seen, prototype in zip(routed, prototypes):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..families.projector_call import ProjectorCall, features_of
-from .noted_images import ImageMethod, NotedImages
-from .row_weights import remember, remembered
+from .noted import ImageMethod, Noted
+from .row_weights import cached_length, remember, remembered
 from .watched import arguments_of, watch_replica
 
 
@@ -33,7 +33,7 @@ class Call:
     owner_ref: weakref.ref[nn.Module]  # the module that was called
     arguments: Mapping[str, Any]  # by name
     outer: Call | None  # the call that it was made in
-    noted: NotedImages | None = None  # of a call that is its own `of_batch`: what was noted of its images
+    noted: Noted | None = None  # of a call that is its own `of_batch`: what was noted of its images
 
     def __post_init__(self) -> None:
         outer = self.outer
@@ -136,7 +136,9 @@ def begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         # In `generate` the images are encoded before the first forward pass, in rows without beams.
         before = call.generation.noted if call.generation is not None else None
         known = before.all_row_weights() if before is not None else {}
-        call.noted = NotedImages(module, arguments, known or remembered(arguments.get("past_key_values")))
+        cache = arguments.get("past_key_values")
+        is_asked = call.generation is None and not cached_length(cache)
+        call.noted = Noted(module, arguments, known or remembered(cache), is_asked)
     run_on(call)
 
 
@@ -153,7 +155,7 @@ def end_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         return
     known = call.noted.all_row_weights()
     if call.noted.any_images and call.generation is not None:
-        call.generation.noted = NotedImages(module, call.generation.arguments, known)
+        call.generation.noted = Noted(module, call.generation.arguments, known)
     in_tuple = output if isinstance(output, tuple) else ()
     values = (getattr(output, "past_key_values", None), *in_tuple, call.arguments.get("past_key_values"))
     cache = next((value for value in values if isinstance(value, Cache)), None)

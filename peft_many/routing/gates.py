@@ -1,21 +1,21 @@
-"""From the images of a call to the LoRA layers that run in it, for merges with `gate_lora`.
+"""From the images and instructions of a call to the LoRA layers that run in it, for merges with `gate_lora`.
 
-The routed projector notes the task weights of its images in the running call; the LoRA layers ask for their gates.
+The routed projector notes the task weights of its images in the running call; the LoRA layers ask for their gates, and
+the first of them has the instructions read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..families.image_rows import ImageRows
 from .calls import asked_for, running
-from .noted_images import ImageWeights
-from .row_weights import Gates, cached_length, repeats_of_rows, warn_of_merged
+from .noted import ImageWeights
+from .row_weights import Gates, cached_length, refuse_checkpointing, repeats_of_rows, warn_of_merged
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,7 @@ def note_images(target: GateTarget, weights: Tensor, rows: ImageRows) -> None:
     if running_call is None or call is None or call.noted is None:
         warn_of_merged("images were encoded outside of the model's `forward` and `generate`")
         return
-    # Checkpointing runs layers again when the call is over.
-    model: Any = call.owner
-    if torch.is_grad_enabled() and model.training and getattr(model, "is_gradient_checkpointing", False):
-        raise RuntimeError(
-            f"The adapter '{target.adapter_name}' is a merge with `gate_lora`, which does not go with gradient "
-            "checkpointing. Call `model.eval()` or `model.gradient_checkpointing_disable()`."
-        )
+    refuse_checkpointing(call.owner, target.adapter_name)
     all_tasks = weights.new_zeros(len(weights), target.tasks)
     all_tasks[:, list(target.columns)] = weights
     told = running_call.images.told if running_call.images is not None else None

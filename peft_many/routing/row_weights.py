@@ -14,6 +14,7 @@ from transformers import Cache
 
 from ..algebra.devices import moved
 from ..algebra.gating import confidence, gates
+from ..algebra.routing import joint_weights
 from .watched import WatchedMethod, watch
 
 # The attribute of a cache object that holds the task weights of its rows, by adapter. Copies of a cache take it along.
@@ -32,25 +33,34 @@ Gates = tuple[Tensor | None, Tensor]
 
 
 class RowWeights:
-    """The task weights of a batch's rows, each the mean over the row's images; on the CPU, which decides by them."""
+    """The task weights of a batch's rows, by the mean over their images and by their instructions; on the CPU."""
 
-    def __init__(self, sums: Tensor, images: Tensor, start: int) -> None:
+    def __init__(self, sums: Tensor, images: Tensor, start: int, scores: Tensor | None = None) -> None:
         self.sums = sums  # over the images of each row, `(rows, tasks)`, float32
         self.images = images  # how many these are, `(rows,)`, float32
-        self.start = start  # how many tokens the cache held when the last of the images came
+        self.start = start  # how many tokens the cache held when the last of the images or instructions came
+        self.scores = scores  # of the tasks by the last instruction of each row, `(rows, tasks)`, if it was read
         self._gates: dict[tuple[Any, ...], Gates] = {}
 
     def plus(self, other: RowWeights) -> RowWeights:
-        """Of both their images. Where one has several rows to each of the other's, as with beams, these share them."""
-        few, many = sorted((self, other), key=lambda one: len(one.images))
-        repeats = len(many.images) // len(few.images)
-        sums, images = (part.repeat_interleave(repeats, dim=0) for part in (few.sums, few.images))
-        return RowWeights(many.sums + sums, many.images + images, max(self.start, other.start))
+        """Of both their images, and of the other's instructions, if it has any.
+
+        Where one has several rows to each of the other's, as with beams, these share them.
+        """
+        rows = max(len(self.images), len(other.images))
+        one, two = (part.repeated(rows // len(part.images)) for part in (self, other))
+        scores = one.scores if two.scores is None else two.scores
+        return RowWeights(one.sums + two.sums, one.images + two.images, max(self.start, other.start), scores)
+
+    def repeated(self, repeats: int) -> RowWeights:
+        """Of rows that follow one another several times."""
+        return self.taken(torch.arange(len(self.images)).repeat_interleave(repeats))
 
     def taken(self, rows: Tensor) -> RowWeights:
         """Of some rows, by their places or a mask, in this order."""
         rows = rows.cpu()
-        return RowWeights(self.sums[rows], self.images[rows], self.start)
+        scores = None if self.scores is None else self.scores[rows]
+        return RowWeights(self.sums[rows], self.images[rows], self.start, scores)
 
     def gates(self, ranks: tuple[int, ...], repeats: int, dtype: torch.dtype, device: torch.device) -> Gates | None:
         """The gates of a layer that sees each row `repeats` times; `None` if every row gets the merged delta."""
@@ -67,7 +77,9 @@ class RowWeights:
 
     @functools.cached_property
     def _weights(self) -> Tensor:
-        return self.sums / self.images.clamp(min=1)[:, None]
+        means, seen = self.sums / self.images.clamp(min=1)[:, None], self.images[:, None] > 0
+        # Where no image was seen, all tasks are as likely.
+        return means if self.scores is None else joint_weights(self.scores, torch.where(seen, means, 1.0))
 
     @functools.cached_property
     def _trust(self) -> Tensor:
@@ -131,8 +143,17 @@ def repeats_of_rows(shape: Sequence[int], rows: int, arguments: Mapping[str, Any
 
 
 def warn_of_merged(why: str) -> None:
-    """Warn that rows with images get the merged LoRA although the adapter is gated."""
+    """Warn that rows get the merged LoRA although the adapter is gated."""
     warnings.warn(f"The merged LoRA is used, not that of the images' tasks: {why}.", PeftWarning, stacklevel=3)
+
+
+def refuse_checkpointing(model: Any, adapter_name: str) -> None:
+    """Raise where layers would be run again when the call, and what is known of its rows, is over."""
+    if torch.is_grad_enabled() and model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise RuntimeError(
+            f"The adapter '{adapter_name}' is a merge with `gate_lora`, which does not go with gradient "
+            "checkpointing. Call `model.eval()` or `model.gradient_checkpointing_disable()`."
+        )
 
 
 def shapes_of_batch(arguments: Mapping[str, Any]) -> list[torch.Size]:

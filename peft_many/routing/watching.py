@@ -15,7 +15,7 @@ from ..families.family import family_of
 from ..families.parts import reads_images
 from ..families.prompts import token_ids
 from .calls import Call, ImageCall, begin_forward, current_image_call, end_forward, run_on, running
-from .noted_images import ImageMethod, NotedImages
+from .noted import ImageMethod, Noted
 from .row_weights import cached_length, remembered
 from .watched import WatchedMethod, arguments_of, unwatch, watch
 
@@ -78,7 +78,9 @@ class _WatchedGenerate(WatchedMethod):
         arguments = arguments_of(self.own_method(), args, kwargs)
         cache = arguments.get("past_key_values")
         _keep_new_ids(arguments, cached_length(cache))
-        noted = NotedImages(self.module, arguments, remembered(cache))
+        ids = token_ids(arguments)
+        goes_on = cached_length(cache) > 0 and ids is not None and ids.shape[1] == 1  # with its own last token
+        noted = Noted(self.module, arguments, remembered(cache), has_instructions=not goes_on)
         before = run_on(Call("generate", weakref.ref(self.module), arguments, running.get(), noted))
         try:
             return self.own_method()(*args, **kwargs)

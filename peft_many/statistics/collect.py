@@ -24,10 +24,12 @@ from ..routing.watching import watching_calls
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers, hang_on_layers
 from ..tuner.registration import give_statistics
+from .features import SPREAD_OF_INSTRUCTIONS, gather_features
 from .forward import check_batches, device_of, forward, in_inference, run_together
-from .gathering import gather_images, gather_inputs
+from .gathering import gather_inputs
 from .images import PrototypeHooks
 from .inputs import CovarianceHooks
+from .instructions import InstructionHook
 from .measurable import adapter_to_measure, base_of, further_layers, is_sharded, unwrapped, weights_of
 from .projectors import projector_shapes, unmoved_projectors
 from .tokens import TokenRows
@@ -51,9 +53,10 @@ def collect_statistics(
 ) -> AdapterStatistics:
     """Measure what merging needs to know about a trained adapter, on samples of its task.
 
-    Runs the model forwards, without gradients and with the adapter active, and records two things: for every input of
-    the adapted layers the covariance `C = E[x xᵀ]` over tokens, padding left out; and for every multimodal projector
-    the mean and covariance of the image features that reach it. From then on `layer.covariance[adapter_name]` holds
+    Runs the model forwards, without gradients and with the adapter active, and records three things: for every input
+    of the adapted layers the covariance `C = E[x xᵀ]` over tokens, padding left out; for every multimodal projector
+    the mean and covariance of the image features that reach it; and those of the instructions, by the base model's
+    embeddings of the tokens before the first answer in `labels`. From then on `layer.covariance[adapter_name]` holds
     the covariances, and `save_pretrained` and `push_to_hub` write all of it to `adapter_statistics.safetensors`.
 
     32 to 128 samples are enough. Layers that read the same tensor (q, k and v) share one covariance. Each is kept as
@@ -147,7 +150,8 @@ def collect_statistics(
         layers, projectors = adapted_layers(base, name), _projectors(base, config)
         inputs = _input_hooks(base, layers, also_measure, projectors, truncation.followed, share_inputs)
         images = PrototypeHooks({path: base.get_submodule(path) for path in projectors})
-        return _Measuring(peft_model, base, name, layers, sharded, truncation, inputs, images)
+        asked = InstructionHook(base)
+        return _Measuring(peft_model, base, name, layers, sharded, truncation, inputs, images, asked)
 
     measuring = processes.together(prepare)
     weights = processes.together(lambda: weights_of(peft_model, measuring.adapter_name, measuring.layers))
@@ -159,7 +163,8 @@ def collect_statistics(
         deltas = [weights.deltas[name] for name in names if name in weights.deltas]
         return measuring.truncation.apply(covariance, deltas)
 
-    seen = gather_images(processes.together(measuring.images.result), processes)
+    seen = gather_features(processes.together(measuring.images.result), processes)
+    asked = gather_features(processes.together(measuring.asked.result), processes, SPREAD_OF_INSTRUCTIONS)
     gathered = gather_inputs(processes.together(measuring.inputs.result), kept, processes, device_of(peft_model))
     config = peft_model.peft_config[measuring.adapter_name]
     task = TaskStatistics(
@@ -168,6 +173,7 @@ def collect_statistics(
         inputs=gathered.inputs,
         input_of=gathered.input_of,
         projectors=seen,
+        instructions=next(iter(asked.values()), None),
         fingerprints=weights.fingerprints,
         shapes=weights.shapes,
         **processes.together(lambda: measuring.projectors_now(seen)),
@@ -191,6 +197,7 @@ class _Measuring:
     truncation: Truncation
     inputs: CovarianceHooks
     images: PrototypeHooks
+    asked: InstructionHook
 
     def run(
         self,
@@ -208,7 +215,7 @@ class _Measuring:
             disable=not progress or processes.index > 0,
         )
         with bar, in_inference(self.model, self.adapter_name), watching_calls(self.base), ExitStack() as hooks:
-            for hook in (self.images, self.inputs):
+            for hook in (self.images, self.inputs, self.asked):
                 hooks.enter_context(hook)
 
             def run(batch: Any, counts: bool) -> None:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from ..algebra.covariance import Covariance
 from ..algebra.devices import float64_device
-from ..algebra.spectrum import Truncation
-from ..algebra.spread import centred
 from ..files.processes import Processes
-from ..files.statistics import ImageStatistics, InputStatistics
-from .images import PooledFeatures
+from ..files.statistics import InputStatistics
 from .inputs import MeasuredInputs, added_inputs
-
-# How much is kept of the spread of a task's images.
-SPREAD = Truncation(rank=256, energy=1.0)
 
 
 def gather_inputs(
@@ -52,16 +46,3 @@ def gather_inputs(
     inputs = {names[0]: gathered(names) for names in groups.values()}
     input_of = {name: names[0] for names in groups.values() for name in names}
     return MeasuredInputs(inputs, {name: input_of[name] for name in known})
-
-
-def gather_images(found: Mapping[str, PooledFeatures], processes: Processes) -> dict[str, ImageStatistics]:
-    """The images of all processes together, by projector."""
-    everyone = processes.every(lambda: dict(found))
-    gathered = {}
-    for name in dict.fromkeys(name for one in everyone for name in one):
-        parts = [one[name] for one in everyone if name in one]
-        images = sum(part.images for part in parts)
-        prototype = (torch.stack([part.total for part in parts]).sum(0) / images).float()
-        rows = torch.cat([kept for part in parts for kept in part.kept])
-        gathered[name] = ImageStatistics(prototype, SPREAD.apply(centred(rows)) if len(rows) > 1 else None, images)
-    return gathered

@@ -4,41 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..algebra.devices import float64_device
 from ..algebra.total import not_finite
 from ..families.image_layouts import image_rows_of
 from ..families.projector_call import features_of
 from ..routing.calls import current_image_call, projector_call
-
-# Images of a task whose features are kept, to see how they differ among themselves; the prototype is of all.
-MOST_KEPT_IMAGES = 1024
-
-
-@dataclass
-class PooledFeatures:
-    """The pooled features of the images that reached one projector."""
-
-    total: Tensor  # their sum, (d,), float64
-    images: int = 0
-    kept: list[Tensor] = field(default_factory=list)  # the first `MOST_KEPT_IMAGES`, in parts of (n, d), float32
-
-    def add(self, pooled: Tensor) -> None:
-        """Add rows of shape `(n, d)`."""
-        pooled = pooled.to(self.total.device)
-        self.total = self.total + pooled.sum(0, dtype=torch.float64)
-        self.kept.append(pooled[: max(0, MOST_KEPT_IMAGES - self.images)].float())
-        self.images += len(pooled)
-
-    def on_cpu(self) -> PooledFeatures:
-        """The same on the CPU."""
-        return PooledFeatures(self.total.cpu(), self.images, [part.cpu() for part in self.kept])
+from .features import PooledFeatures
 
 
 class PrototypeHooks:
@@ -83,6 +58,5 @@ class PrototypeHooks:
             real = rows.real_images.nonzero()[:, 0]
             pooled = pooled.index_select(0, real.to(pooled.device, non_blocking=True))
         if name not in self._found:
-            nothing = torch.zeros(pooled.shape[-1], dtype=torch.float64, device=float64_device(pooled.device))
-            self._found[name] = PooledFeatures(nothing)
+            self._found[name] = PooledFeatures.none_of(pooled)
         self._found[name].add(pooled)

@@ -26,11 +26,13 @@ from ..files.tensor_keys import KEY_PREFIX
 from ..files.untrusted import NONSENSE_ERRORS
 from ..records import MergeRecord, merge_of
 from ..routing.gates import GateTarget
+from ..routing.instructions import ROUTERS
 from ..routing.watching import unwatch_calls, watch_calls
 from .adapter_names import trouble_with
 from .batch_norms import keep_running_statistics, release_running_statistics
 from .config import MAnyConfig
 from .gated_linear import gate_layers
+from .instruction_routers import forget_instructions, named_for, route_instructions
 from .layers import hang_on_layers
 from .loaded_keys import check_projectors_are_there, require_known, with_current_keys
 from .mergeable import warn_if_unmergeable
@@ -102,9 +104,10 @@ class MAnyModel(LoraModel):
                 gate_layers(model, adapter_name, merge)
             if merge is not None:
                 use_merged_linears(model, adapter_name)
+                route_instructions(model, adapter_name, merge)
             rollback.pop_all()
         keep_running_statistics(model)
-        if merge is not None and merge.routing:
+        if merge is not None and _watches(merge):
             watch_calls(model)
         if isinstance(config.statistics, AdapterStatistics):
             hang_on_layers(model, adapter_name, config.statistics)
@@ -161,8 +164,28 @@ class MAnyModel(LoraModel):
             adapter_name=adapter_name,
             state_dict=with_current_keys(state_dict, model, adapter_name),
         )
+        remapped = {named_for(key, adapter_name): tensor for key, tensor in remapped.items()}
         require_known(remapped, model, adapter_name)  # PEFT ignores other keys, which leaves an adapter untrained
         return remapped
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=state_dict,
+            unwanted_adapter_names=unwanted_adapter_names,
+        )
+        own = f"{ROUTERS}.{adapter_name}."
+        return found | {key: tensor for key, tensor in state_dict.items() if own in key}
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, torch.Tensor], adapter_name: str, kwargs: Any = None
@@ -199,7 +222,8 @@ class MAnyModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """See [`~peft.LoraModel`]."""
         super().delete_adapter(adapter_name)
-        if not any(config.merge is not None and config.merge.routing for config in self.peft_config.values()):
+        forget_instructions(self.model, adapter_name)
+        if not any(config.merge is not None and _watches(config.merge) for config in self.peft_config.values()):
             unwatch_calls(self.model.modules())
         if not self.peft_config:
             release_running_statistics(self.model.modules())
@@ -229,6 +253,7 @@ class MAnyModel(LoraModel):
                 restore_merge(self.model, name)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         release_running_statistics(model.modules())
+        forget_instructions(model)
         if any(isinstance(module, ProjectorMixture) for module in model.modules()):
             # The model keeps routing, but its class knows nothing of a mixture: saved and loaded as what it calls
             # itself, it would come back with a randomly initialised projector.
@@ -239,12 +264,17 @@ class MAnyModel(LoraModel):
         return model
 
 
+def _watches(merge: MergeRecord) -> bool:
+    """Whether a merge has to know of calls which rows and images belong together."""
+    return bool(merge.routing) or merge.instructions is not None
+
+
 def _warn_of_folding(tuner: MAnyModel, adapter_names: list[str] | None) -> None:
     for name in adapter_names or tuner.active_adapters:
         merge = merge_of(tuner.peft_config.get(name))
         if merge is not None and merge.options.gate_lora:
             warnings.warn(
-                f"The adapter '{name}' is a merge with `gate_lora`. What is chosen for each image cannot be "
+                f"The adapter '{name}' is a merge with `gate_lora`. What is chosen for each input cannot be "
                 "folded into the base model: it will use the merged LoRA for all inputs.",
                 PeftWarning,
                 stacklevel=3,
@@ -290,6 +320,6 @@ def _mixing(merge: MergeRecord | None, projector: str, adapter_name: str) -> Mix
     if merge is None or projector not in merge.routing:
         return None
     routed, gate = merge.routing[projector], None
-    if merge.options.gate_lora:
+    if merge.options.gates_by_images:
         gate = GateTarget(adapter_name, tuple(merge.names.index(name) for name in routed.names), len(merge.tasks))
     return functools.partial(ProjectorMixture, routed=routed, options=merge.options, gate=gate)

@@ -14,31 +14,27 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ..algebra.routing import task_weights
-from ..algebra.spread import FeatureMetric
 from ..families.image_layouts import image_rows_of
 from ..families.image_rows import ImageRows
 from ..families.projector_call import features_of
 from ..records import MergeOptions, RoutedProjector
 from ..routing.calls import current_image_call, projector_call
 from ..routing.gates import GateTarget, note_images
+from ..routing.task_router import TaskRouter
 
 
-class ProjectorMixture(nn.Module):
+class ProjectorMixture(TaskRouter):
     """CPM: mixes the outputs of the task projectors, `Σ_t α_t(image) P_t(v)`, weights by visual prototypes.
 
-    The weights are computed in float32 from mean-pooled features of each image; what they are computed with stays
-    float32 whatever dtype the model is cast to. Each projector sees only the images that it has a weight for, all in
-    one call.
+    The weights are computed in float32 from mean-pooled features of each image. Each projector sees only the images
+    that it has a weight for, all in one call.
     """
-
-    prototypes: Tensor
-    directions: Tensor
-    variances: Tensor
 
     def __init__(
         self, template: nn.Module, routed: RoutedProjector, options: MergeOptions, gate: GateTarget | None = None
     ) -> None:
-        super().__init__()
+        device = next((parameter.device for parameter in template.parameters()), torch.device("cpu"))
+        super().__init__(len(routed.tasks), routed.width, routed.directions, device)
         assert options.temperature is not None
         self.trained = [task.trained for task in routed.tasks]
         self.temperature = options.temperature
@@ -53,13 +49,6 @@ class ProjectorMixture(nn.Module):
                 if trained
             }
         )
-        device = next((parameter.device for parameter in template.parameters()), torch.device("cpu"))
-        like = torch.ones(0, dtype=torch.float32, device=device)
-        self.register_buffer("prototypes", like.new_zeros(len(routed.tasks), routed.width))
-        self.is_gaussian = routed.directions is not None
-        if routed.directions is not None:
-            self.register_buffer("directions", like.new_zeros(routed.directions, routed.width))
-            self.register_buffer("variances", like.new_ones(routed.directions + 1))
         self.base: nn.Module | None = None
         self._returns_tensor = True  # until seen
 
@@ -137,17 +126,7 @@ class ProjectorMixture(nn.Module):
     def task_weights(self, pooled: Tensor) -> Tensor:
         """What each task counts for each image, `(images, tasks)`, float32; all zero where none is resembled."""
         prototypes = self.prototypes.to(pooled.device)
-        metric = FeatureMetric(self.directions, self.variances) if self.is_gaussian else None
-        return task_weights(pooled, prototypes, metric, self.temperature, self.top_k, self.abstain_above)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ProjectorMixture:
-        # `.half()` and `.to(dtype)` are meant for weights; rounded prototypes would route differently.
-        before: dict[str, Any] = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, after in self.named_buffers(recurse=False):
-            # Of `to_empty` there is nothing to keep.
-            self._buffers[name] = after.float() if before[name].is_meta else before[name].to(after.device)
-        return self
+        return task_weights(pooled, prototypes, self.metric, self.temperature, self.top_k, self.abstain_above)
 
     def __getattr__(self, name: str) -> Any:
         try:

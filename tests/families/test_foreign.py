@@ -82,7 +82,7 @@ def task_folder(kind: str, task: int, folder: Path) -> Path:
     words = int(inputs["attention_mask"].sum()) if kind == "internvl" else 2 * 6 + 4 + foreign.PATCHES * 3
     assert {statistics.tasks[0].tokens_of(name) for name in statistics.tasks[0].input_of} == {words}
     (seen,) = statistics.tasks[0].projectors.values()
-    assert seen.images == 2  # two tiles are one image, and what a row without an image brings is none
+    assert seen.count == 2  # two tiles are one image, and what a row without an image brings is none
     model.save_pretrained(str(folder))
     return folder
 
@@ -195,7 +195,7 @@ def test_a_model_inside_of_a_module_of_ones_own_keeps_its_parts_and_images() -> 
     for kind in ("internvl", "llava"):
         model = get_peft_model(foreign.Wrapper(build(kind)), MAnyConfig(r=2))
         (seen,) = collect_statistics(model, [(batch(kind, ROWS),)], progress=False).tasks[0].projectors.values()
-        assert seen.images == 3
+        assert seen.count == 3
 
 
 def refused(model: nn.Module, message: str, **config: Any) -> None:

@@ -22,7 +22,7 @@ from peft_many.files.statistics import (
     FORMAT_VERSION,
     STATISTICS_NAME,
     AdapterStatistics,
-    ImageStatistics,
+    FeatureStatistics,
     InputStatistics,
     TaskStatistics,
 )
@@ -54,8 +54,8 @@ def task(seed: int = 0, **changes) -> TaskStatistics:
         },
         "input_of": {"a.q": "a.q", "a.k": "a.q", "b.down": "b.down", "c.o": "c.o"},
         "projectors": {
-            "projector": ImageStatistics(torch.arange(float(WIDTH)) / 3, factored(seed + 2), 4),
-            "projector.2": ImageStatistics(torch.tensor([1e-30]), None, 1),
+            "projector": FeatureStatistics(torch.arange(float(WIDTH)) / 3, factored(seed + 2), 4),
+            "projector.2": FeatureStatistics(torch.tensor([1e-30]), None, 1),
         },
         "projector_shapes": {"projector": {"norm.count": (), "weight": (3, WIDTH)}},
         "fingerprints": {"a.q": [0.1 + 0.2], "c.o": [math.pi, -1.0]},
@@ -88,7 +88,7 @@ def assert_same(one: AdapterStatistics, two: AdapterStatistics) -> None:
             assert measured.tokens == second.inputs[key].tokens
             assert_same_covariance(measured.covariance, second.inputs[key].covariance)
         for name, seen in first.projectors.items():
-            assert seen.images == second.projectors[name].images
+            assert seen.count == second.projectors[name].count
             assert same_bits(seen.prototype, second.projectors[name].prototype)
             assert_same_covariance(seen.spread, second.projectors[name].spread)
         for mapping in ("lora_A", "lora_B"):

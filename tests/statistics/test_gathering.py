@@ -14,8 +14,8 @@ from peft_many.algebra.covariance import Covariance, LowRankCovariance
 from peft_many.algebra.sketch import CovarianceAccumulator, CovarianceSketch
 from peft_many.files.processes import ALONE, Processes
 from peft_many.files.statistics import InputStatistics
-from peft_many.statistics.gathering import gather_images, gather_inputs
-from peft_many.statistics.images import MOST_KEPT_IMAGES, PooledFeatures
+from peft_many.statistics.features import MOST_KEPT, PooledFeatures, gather_features
+from peft_many.statistics.gathering import gather_inputs
 from peft_many.statistics.inputs import MeasuredInputs
 from tests.algebra.problems import relative_error, seeds
 from tests.files.test_processes import in_processes
@@ -233,22 +233,22 @@ def seen(**features: Tensor) -> dict[str, PooledFeatures]:
 
 def test_alone_a_prototype_is_the_mean():
     features = rows(0, 7)
-    found = gather_images(seen(projector=features), ALONE)["projector"]
-    assert found.images == 7
+    found = gather_features(seen(projector=features), ALONE)["projector"]
+    assert found.count == 7
     assert found.prototype.dtype == torch.float32
     torch.testing.assert_close(found.prototype, features.double().mean(0).float(), atol=0, rtol=0)
     assert relative_error(found.spread.dense(), torch.cov(features.double().T)) < 1e-2
-    assert gather_images({}, ALONE) == {}
+    assert gather_features({}, ALONE) == {}
 
 
 @given(seeds, st.lists(st.integers(1, 9), min_size=2, max_size=3))
 def test_images_are_those_of_all_processes(seed, shares):
     features = rows(seed, sum(shares))
     parts = [seen(projector=part) for part in features.split(shares)]
-    expected = gather_images(seen(projector=features), ALONE)["projector"]
-    for result in in_processes(len(parts), lambda all_: gather_images(parts[all_.index], all_)):
+    expected = gather_features(seen(projector=features), ALONE)["projector"]
+    for result in in_processes(len(parts), lambda all_: gather_features(parts[all_.index], all_)):
         found = result["projector"]
-        assert found.images == sum(shares)
+        assert found.count == sum(shares)
         torch.testing.assert_close(found.prototype, features.double().mean(0).float(), atol=1e-6, rtol=1e-6)
         assert torch.equal(found.spread.factor, expected.spread.factor)
 
@@ -256,21 +256,21 @@ def test_images_are_those_of_all_processes(seed, shares):
 def test_a_projector_that_only_one_process_reached():
     here, there = rows(0, 2), rows(1, 3, 4)
     parts = [seen(one=here), seen(one=rows(2, 4), two=there), {}]
-    for found in in_processes(3, lambda all_: gather_images(parts[all_.index], all_)):
+    for found in in_processes(3, lambda all_: gather_features(parts[all_.index], all_)):
         assert list(found) == ["one", "two"]
-        assert [found[name].images for name in found] == [6, 3]
+        assert [found[name].count for name in found] == [6, 3]
         torch.testing.assert_close(found["two"].prototype, there.mean(0))
         torch.testing.assert_close(found["one"].prototype, torch.cat([here, rows(2, 4)]).mean(0))
 
 
 def test_a_single_image_has_no_spread():
-    assert gather_images(seen(projector=rows(0, 1)), ALONE)["projector"].spread is None
+    assert gather_features(seen(projector=rows(0, 1)), ALONE)["projector"].spread is None
 
 
 def test_features_are_kept_of_a_bounded_number_of_images():
-    features = rows(0, MOST_KEPT_IMAGES + 5, 2)
+    features = rows(0, MOST_KEPT + 5, 2)
     found = seen(projector=features)
-    assert sum(len(part) for part in found["projector"].kept) == MOST_KEPT_IMAGES
-    gathered_ = gather_images(found, ALONE)["projector"]
-    assert gathered_.images == MOST_KEPT_IMAGES + 5
+    assert sum(len(part) for part in found["projector"].kept) == MOST_KEPT
+    gathered_ = gather_features(found, ALONE)["projector"]
+    assert gathered_.count == MOST_KEPT + 5
     torch.testing.assert_close(gathered_.prototype, features.mean(0))

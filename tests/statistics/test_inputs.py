@@ -334,7 +334,7 @@ def test_prototypes_are_means_over_images_not_over_batches() -> None:
     found = hooks.result()
     assert set(found) == {"projector"}
     pooled = found["projector"]
-    assert pooled.images == 4
+    assert pooled.count == 4
     torch.testing.assert_close(pooled.total / 4, torch.cat(batches).double().mean((0, 1)), atol=1e-7, rtol=1e-6)
     assert not layer._forward_pre_hooks
 

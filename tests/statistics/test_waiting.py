@@ -129,4 +129,4 @@ def test_images_are_pooled_without_waiting(monkeypatch: pytest.MonkeyPatch, padd
     assert not counted.waits.keys() & {"_to_copy", "copy_"}
     pooling = hooks._found["projector"]
     assert pooling.total.device.type == "meta"
-    assert pooling.images == 2 * (ROWS - padded)
+    assert pooling.count == 2 * (ROWS - padded)

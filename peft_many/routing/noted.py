@@ -1,4 +1,4 @@
-"""The images that were encoded in a call, and which rows of its batch they stand in."""
+"""What was noted in a call: the images that were encoded, which rows of its batch they stand in, and what is asked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..algebra.gating import rows_of_images
 from ..families.image_rows import ImageRows
 from ..families.prompts import PICTURE_INDEX, placeholder_tokens, token_ids
-from .row_weights import RowWeights, shapes_of_batch, warn_of_merged
+from .instructions import InstructionRouter, features_of_instructions, router_of, routers_of
+from .row_weights import RowWeights, cached_length, refuse_checkpointing, shapes_of_batch, warn_of_merged
 
 
 @dataclass(eq=False)
@@ -84,11 +85,21 @@ def _which_are(token: int, model: Any, arguments: Mapping[str, Any]) -> Tensor |
     return (embedded == placeholder.to(embedded)).all(dim=-1)
 
 
-class NotedImages:
-    """What is known in a call of the task weights of its batch's rows, by adapter; `before` is from earlier images."""
+class Noted:
+    """What is known in a call of the task weights of its batch's rows, by adapter; `before` is from earlier calls.
 
-    def __init__(self, model: nn.Module, arguments: Mapping[str, Any], before: Mapping[str, RowWeights]) -> None:
+    `has_instructions` says whether the call's token ids are what is asked, and not a step of answering it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: Mapping[str, Any],
+        before: Mapping[str, RowWeights],
+        has_instructions: bool = False,
+    ) -> None:
         self._model = weakref.ref(model)
+        self._has_instructions = has_instructions
         self._arguments = arguments
         self._before = before
         self._images: dict[str, list[ImageWeights]] = {}
@@ -103,7 +114,7 @@ class NotedImages:
         self._known.pop(adapter_name, None)
 
     def row_weights(self, adapter_name: str) -> RowWeights | None:
-        """The task weights of the batch's rows; `None` where no row had an image so far, or it cannot be told."""
+        """The task weights of the batch's rows; `None` where nothing tells so far."""
         model = self._model()
         if adapter_name not in self._known and model is not None:
             found = self._before.get(adapter_name)
@@ -112,7 +123,12 @@ class NotedImages:
                 if rows is None:
                     found = None
                     break
-                found = rows if found is None else rows.plus(found)
+                found = rows if found is None else found.plus(rows)
+            router = router_of(model, adapter_name) if self._has_instructions else None
+            if router is not None:
+                refuse_checkpointing(model, adapter_name)
+                asked = _by_instructions(model, self._arguments, router)
+                found = asked if found is None or asked is None else found.plus(asked)
             self._known[adapter_name] = found
         return self._known.get(adapter_name)
 
@@ -123,5 +139,18 @@ class NotedImages:
 
     def all_row_weights(self) -> dict[str, RowWeights]:
         """Those of every adapter of which they are known."""
-        found = {name: self.row_weights(name) for name in (*self._before, *self._images)}
+        asked = routers_of(self._model()) if self._has_instructions else ()
+        found = {name: self.row_weights(name) for name in (*self._before, *self._images, *asked)}
         return {name: weights for name, weights in found.items() if weights is not None}
+
+
+def _by_instructions(model: nn.Module, arguments: Mapping[str, Any], router: InstructionRouter) -> RowWeights | None:
+    """What a batch's instructions say of its rows; `None`, with a warning, where they cannot be read."""
+    read = features_of_instructions(model, arguments)
+    if read is None or read[0].is_packed:
+        several = "rows hold several samples" if read else "the model was not called with token ids"
+        warn_of_merged(f"its instructions cannot be read, since {several}")
+        return None
+    scores = router.scores(read[1])
+    start = cached_length(arguments.get("past_key_values"))
+    return RowWeights(torch.zeros_like(scores), scores.new_zeros(len(scores)), start, scores)

@@ -1,0 +1,75 @@
+"""Which tokens of a batch are the words of its instructions: no image, no padding, no answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .prompts import placeholder_tokens, token_ids
+
+_NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """The instructions of a batch."""
+
+    ids: Tensor  # (instructions, length), int64
+    kept: Tensor  # which of them are words, the same shape, bool
+    are_told: bool  # whether labels told them from answers
+    is_packed: bool  # whether a row of the batch holds several of them
+
+
+def instructions_of(model: Any, arguments: Mapping[str, Any]) -> Instructions | None:
+    """The instructions among a model's arguments, a row for each; `None` if there are no token ids.
+
+    An instruction ends where the labels have its first answer. Rows into which several samples are packed, by position
+    ids that begin anew, are cut.
+    """
+    ids = token_ids(arguments)
+    if ids is None:
+        return None
+    kept = _no_padding(ids, arguments, model) & (ids >= 0)
+    for token in {*placeholder_tokens(model, "image"), *placeholder_tokens(model, "video")}:
+        kept &= ids != token
+    labels = arguments.get("labels")
+    told = isinstance(labels, Tensor) and labels.shape == ids.shape
+    answered = labels.to(ids.device) != _NO_LABEL if told else torch.zeros_like(kept)
+    cuts = _cuts(ids, arguments)
+    if cuts is not None:
+        ids, kept, answered = (_cut(part, cuts) for part in (ids, kept, answered))
+    asked = kept & (answered.cumsum(1) == 0)
+    # Where everything is an answer, as for models that are trained on plain text, all of it may be an instruction.
+    kept = torch.where(asked.any(1, keepdim=True), asked, kept)
+    return Instructions(ids.masked_fill(~kept, 0), kept, told, cuts is not None)
+
+
+def _no_padding(ids: Tensor, arguments: Mapping[str, Any], model: Any) -> Tensor:
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == len(ids) and mask.shape[1] >= ids.shape[1]:
+        return mask[:, mask.shape[1] - ids.shape[1] :].to(ids.device) != 0  # it may be of cached tokens too
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    padding, end = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    ends = end if isinstance(end, list) else [end]
+    return ids != padding if padding is not None and padding not in ends else torch.ones_like(ids, dtype=torch.bool)
+
+
+def _cuts(ids: Tensor, arguments: Mapping[str, Any]) -> list[list[int]] | None:
+    """The lengths of the samples that are packed into each row; `None` where each row is one."""
+    places, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    if not isinstance(places, Tensor) or places.shape != ids.shape or mask is not None:
+        return None
+    begins = torch.nn.functional.pad(places[:, 1:] <= places[:, :-1], (1, 0), value=True)
+    starts = [[*row.nonzero()[:, 0].tolist(), ids.shape[1]] for row in begins.cpu()]
+    return [[b - a for a, b in pairwise(row)] for row in starts] if any(len(row) > 2 for row in starts) else None
+
+
+def _cut(part: Tensor, lengths: list[list[int]]) -> Tensor:
+    return pad_sequence([piece for row, sizes in zip(part, lengths) for piece in row.split(sizes)], batch_first=True)

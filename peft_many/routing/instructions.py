@@ -1,0 +1,103 @@
+"""Which tasks a batch's instructions are like: the router for merges with `gate_by` of instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..algebra.instructions import instruction_features
+from ..algebra.routing import gaussian_scores
+from ..families.instructions import Instructions, instructions_of
+from ..files.tensor_keys import INSTRUCTION_ROUTER
+from .task_router import TaskRouter
+
+# The attribute of a base model with a router for each adapter that has one.
+ROUTERS = INSTRUCTION_ROUTER
+# Numbers of `instruction_features` in one step: of long batches some rows after the others.
+_AT_ONCE = 1 << 26
+
+
+class InstructionRouter(TaskRouter):
+    """Compares instructions with the tasks' by a Mahalanobis distance.
+
+    Args:
+        tasks (`int`): Of the merge.
+        columns (`Sequence[int]`): The place among them of each task that is compared with.
+        width (`int`): Features of a prototype.
+        directions (`int`): How many directions the metric has.
+        abstain_above (`float`, *optional*): From which mean squared distance on a row is like no task's.
+        uses_images (`bool`): Whether a row's images count too.
+        device (`torch.device`): Where the buffers are.
+    """
+
+    def __init__(
+        self,
+        tasks: int,
+        columns: Sequence[int],
+        width: int,
+        directions: int,
+        abstain_above: float | None,
+        uses_images: bool,
+        device: torch.device,
+    ) -> None:
+        super().__init__(len(columns), width, directions, device)
+        self.tasks = tasks
+        self.columns = list(columns)
+        self.abstain_above = abstain_above
+        self.uses_images = uses_images
+
+    def scores(self, features: Tensor) -> Tensor:
+        """How well each task explains a row's instruction, log-likelihoods up to a constant of the row.
+
+        From `instruction_features`, `(rows, 2 d)`, to `(rows, tasks)`, float32, on the CPU, which decides by them;
+        `-inf` for tasks that are not compared with, and in rows that are like no task's.
+        """
+        metric = self.metric
+        assert metric is not None
+        found = gaussian_scores(features, self.prototypes.to(features.device), metric, 1.0, self.abstain_above).cpu()
+        return found.new_full((len(found), self.tasks), -torch.inf).index_copy(1, torch.tensor(self.columns), found)
+
+
+def router_of(model: nn.Module | None, adapter_name: str) -> InstructionRouter | None:
+    """The router of an adapter of a base model."""
+    routers: Any = getattr(model, ROUTERS, None)
+    return routers[adapter_name] if routers is not None and adapter_name in routers else None
+
+
+def routers_of(model: nn.Module | None) -> list[str]:
+    """The adapters of a base model that have a router."""
+    return list(getattr(model, ROUTERS, None) or ())
+
+
+@torch.no_grad()
+def features_of_instructions(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[Instructions, Tensor] | None:
+    """The instructions in a call of a base model, and their `instruction_features`; `None` if they cannot be read.
+
+    They are the base model's own, whatever adapter is active.
+    """
+    found, embed = instructions_of(model, arguments), _embedding(model)
+    if found is None or embed is None:
+        return None
+    rows, length = found.ids.shape
+    width = getattr(embed, "embedding_dim", 4096)
+    parts: list[Tensor] = []
+    step = max(1, _AT_ONCE // max(1, length * width))
+    for start in range(0, rows, step):
+        some = slice(start, start + step)
+        parts.append(instruction_features(embed(found.ids[some]), found.kept[some]))
+    return (found, torch.cat(parts)) if parts else None
+
+
+def _embedding(model: Any) -> Any:
+    """The base model's own token embedding."""
+    if not callable(getattr(model, "get_input_embeddings", None)):
+        return None
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, AuxiliaryTrainingWrapper):
+        return embedding.original_module
+    return embedding.get_base_layer() if isinstance(embedding, BaseTunerLayer) else embedding

@@ -1,0 +1,60 @@
+"""The hook that reads a task's instructions where the model is called."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft.utils import PeftWarning
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..algebra.total import not_finite
+from ..routing.instructions import features_of_instructions
+from ..routing.row_weights import cached_length
+from ..routing.watched import arguments_of
+from .features import PooledFeatures
+
+_NAME = "instructions"
+
+
+class InstructionHook:
+    """Sums up `instruction_features` of the calls of a base model while the `with` block runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._found: dict[str, PooledFeatures] = {}
+        self._handle: RemovableHandle | None = None
+        self._has_warned = False
+
+    def __enter__(self) -> InstructionHook:
+        self._handle = self.model.register_forward_pre_hook(self._read, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def result(self) -> dict[str, PooledFeatures]:
+        """What was seen, under one name; nothing if no call had token ids."""
+        if not_finite({name: found.total.sum() for name, found in self._found.items()}) is not None:
+            raise RuntimeError("The base model's token embeddings hold NaN or Inf.")
+        return {name: found.on_cpu() for name, found in self._found.items()}
+
+    def _read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = arguments_of(model.forward, args, kwargs)
+        if cached_length(arguments.get("past_key_values")):
+            return  # a step of answering
+        read = features_of_instructions(model, arguments)
+        if read is None:
+            return
+        instructions, features = read
+        if not instructions.are_told and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "The batches have no `labels`, so that instructions cannot be told from answers: gates of a merge "
+                "that go by instructions will look at both.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        self._found.setdefault(_NAME, PooledFeatures.none_of(features)).add(features)
