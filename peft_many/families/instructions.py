@@ -39,8 +39,9 @@ def instructions_of(model: Any, arguments: Mapping[str, Any]) -> Instructions | 
     for token in {*placeholder_tokens(model, "image"), *placeholder_tokens(model, "video")}:
         kept &= ids != token
     labels = arguments.get("labels")
-    told = isinstance(labels, Tensor) and labels.shape == ids.shape
-    answered = labels.to(ids.device) != _NO_LABEL if told else torch.zeros_like(kept)
+    answered, told = torch.zeros_like(kept), False
+    if isinstance(labels, Tensor) and labels.shape == ids.shape:
+        answered, told = labels.to(ids.device) != _NO_LABEL, True
     cuts = _cuts(ids, arguments)
     if cuts is not None:
         ids, kept, answered = (_cut(part, cuts) for part in (ids, kept, answered))

@@ -25,7 +25,7 @@ from .tensor_file import TensorFile, open_tensors
 STATISTICS_NAME = "adapter_statistics.safetensors"
 FORMAT_VERSION = 1
 COVARIANCE = "covariance"  # in the keys of tensors
-INSTRUCTIONS = "instructions"
+INSTRUCTIONS = "(instructions)"  # in the place of a projector's path, which no module is called by
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _about(seen: FeatureStatistics) -> dict[str, Any]:
 def _features_of(task: TaskStatistics) -> dict[str, FeatureStatistics]:
     """The statistics of features, by the ends of their keys."""
     words = {} if task.instructions is None else {INSTRUCTIONS: task.instructions}
-    return {**{f"projector.{name}": seen for name, seen in task.projectors.items()}, **words}
+    return {**task.projectors, **words}
 
 
 def _tensors_of(t: int, task: TaskStatistics) -> Iterator[tuple[str, Planned]]:
@@ -261,9 +261,7 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         samples=int(task["samples"]),
         inputs=inputs,
         input_of=dict(task["input_of"]),
-        projectors={
-            name: _read_features(file, t, f"projector.{name}", about) for name, about in task["projectors"].items()
-        },
+        projectors={name: _read_features(file, t, name, about) for name, about in task["projectors"].items()},
         instructions=_read_features(file, t, INSTRUCTIONS, words) if (words := task.get("instructions")) else None,
         fingerprints=_read_fingerprints(task["fingerprints"]),
         unmoved_projectors=_read_fingerprints(task.get("unmoved_projectors", {})),
@@ -288,8 +286,8 @@ def _read_features(file: TensorFile, t: int, name: str, about: dict[str, Any]) -
     if about["spread"] is None:
         return FeatureStatistics(prototype, None, count)
     spread = read_covariance(file, f"{t}.spread.{name}", about["spread"])
-    where = f"the spread '{t}.spread.{name}'"
+    where = "the spread of the instructions" if name == INSTRUCTIONS else f"the spread of the images at '{name}'"
     if spread.width != len(prototype):
-        raise StatisticsError(f"{file.path}: {where} has width {spread.width}, and its prototype {len(prototype)}.")
+        raise StatisticsError(f"{file.path}: {where} has width {spread.width}, and their prototype {len(prototype)}.")
     check_covariance(spread, f"{file.path}: {where}")
     return FeatureStatistics(prototype, spread, count)

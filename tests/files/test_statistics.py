@@ -57,6 +57,7 @@ def task(seed: int = 0, **changes) -> TaskStatistics:
             "projector": FeatureStatistics(torch.arange(float(WIDTH)) / 3, factored(seed + 2), 4),
             "projector.2": FeatureStatistics(torch.tensor([1e-30]), None, 1),
         },
+        "instructions": FeatureStatistics(torch.arange(float(WIDTH)) / 7, factored(seed + 3), 5),
         "projector_shapes": {"projector": {"norm.count": (), "weight": (3, WIDTH)}},
         "fingerprints": {"a.q": [0.1 + 0.2], "c.o": [math.pi, -1.0]},
     }
@@ -87,10 +88,11 @@ def assert_same(one: AdapterStatistics, two: AdapterStatistics) -> None:
         for key, measured in first.inputs.items():
             assert measured.tokens == second.inputs[key].tokens
             assert_same_covariance(measured.covariance, second.inputs[key].covariance)
-        for name, seen in first.projectors.items():
-            assert seen.count == second.projectors[name].count
-            assert same_bits(seen.prototype, second.projectors[name].prototype)
-            assert_same_covariance(seen.spread, second.projectors[name].spread)
+        pairs = [(seen, second.projectors[name]) for name, seen in first.projectors.items()]
+        for seen, other in [*pairs, (first.instructions, second.instructions)]:
+            assert seen.count == other.count
+            assert same_bits(seen.prototype, other.prototype)
+            assert_same_covariance(seen.spread, other.spread)
         for mapping in ("lora_A", "lora_B"):
             ours, theirs = getattr(first, mapping), getattr(second, mapping)
             assert all(same_bits(ours[name], theirs[name]) for name in ours)
@@ -351,7 +353,7 @@ def test_a_prototype_that_is_not_finite(path, bad):
         lambda header: header["tasks"][0].update(lora_A=1.5),
         lambda header: header["tasks"][0].update(projectors=[1.5]),
         lambda header: header["tasks"][0]["projectors"].update(projector=1.5),
-        lambda header: header["tasks"][0]["projectors"]["projector"].update(images=None),
+        lambda header: header["tasks"][0]["projectors"]["projector"].update(count=None),
         lambda header: header["tasks"][0].update(weight=None),
         lambda header: header.update(tasks=7),
         lambda header: header.update(tasks=["x"]),
