@@ -72,6 +72,7 @@ def test_a_merge_and_what_was_removed_from_it(shelf, tmp_path):
         "router": "gaussian",
         "temperature": 1.0,
         "gate_lora": True,
+        "gate_by": "images",
         "dtype": "float32",
     }
     assert found.routing == {PROJECTOR: ["a", "b"]}
