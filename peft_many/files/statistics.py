@@ -187,8 +187,8 @@ def _header_of(task: TaskStatistics) -> dict[str, Any]:
         "samples": task.samples,
         "inputs": {key: {"tokens": one.tokens, **one.covariance.numbers()} for key, one in task.inputs.items()},
         "input_of": dict(task.input_of),
-        "projectors": {name: _about(seen) for name, seen in task.projectors.items()},
-        "instructions": task.instructions and _about(task.instructions),
+        "projectors": {name: _about(seen, "images") for name, seen in task.projectors.items()},
+        "instructions": task.instructions and _about(task.instructions, "count"),
         "shapes": {name: list(shape) for name, shape in task.shapes.items()},
         "projector_shapes": {
             name: {key: list(shape) for key, shape in shapes.items()} for name, shapes in task.projector_shapes.items()
@@ -200,8 +200,8 @@ def _header_of(task: TaskStatistics) -> dict[str, Any]:
     }
 
 
-def _about(seen: FeatureStatistics) -> dict[str, Any]:
-    return {"count": seen.count, "spread": seen.spread and seen.spread.numbers()}
+def _about(seen: FeatureStatistics, counted: str) -> dict[str, Any]:
+    return {counted: seen.count, "spread": seen.spread and seen.spread.numbers()}
 
 
 def _features_of(task: TaskStatistics) -> dict[str, FeatureStatistics]:
@@ -261,8 +261,8 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         samples=int(task["samples"]),
         inputs=inputs,
         input_of=dict(task["input_of"]),
-        projectors={name: _read_features(file, t, name, about) for name, about in task["projectors"].items()},
-        instructions=_read_features(file, t, INSTRUCTIONS, words) if (words := task.get("instructions")) else None,
+        projectors={name: _read_features(file, t, name, one, "images") for name, one in task["projectors"].items()},
+        instructions=_read_features(file, t, INSTRUCTIONS, asked, "count") if (asked := task.get("instructions")) else None,
         fingerprints=_read_fingerprints(task["fingerprints"]),
         unmoved_projectors=_read_fingerprints(task.get("unmoved_projectors", {})),
         shapes={name: (int(out), int(width)) for name, (out, width) in task["shapes"].items()},
@@ -279,8 +279,8 @@ def _read_fingerprints(content: dict[str, Any]) -> dict[str, list[float]]:
     return {name: [float(value) for value in fingerprint] for name, fingerprint in content.items()}
 
 
-def _read_features(file: TensorFile, t: int, name: str, about: dict[str, Any]) -> FeatureStatistics:
-    prototype, count = read_tensor(file, f"{t}.prototype.{name}", 1), int(about["count"])
+def _read_features(file: TensorFile, t: int, name: str, about: dict[str, Any], counted: str) -> FeatureStatistics:
+    prototype, count = read_tensor(file, f"{t}.prototype.{name}", 1), int(about[counted])
     if not torch.isfinite(prototype).all():
         raise StatisticsError(f"{file.path}: tensor '{t}.prototype.{name}' holds NaN or Inf.")
     if about["spread"] is None:

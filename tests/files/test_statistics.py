@@ -20,6 +20,7 @@ from peft_many.algebra.spectrum import Truncation
 from peft_many.files.errors import StatisticsError
 from peft_many.files.statistics import (
     FORMAT_VERSION,
+    INSTRUCTIONS,
     STATISTICS_NAME,
     AdapterStatistics,
     FeatureStatistics,
@@ -353,7 +354,9 @@ def test_a_prototype_that_is_not_finite(path, bad):
         lambda header: header["tasks"][0].update(lora_A=1.5),
         lambda header: header["tasks"][0].update(projectors=[1.5]),
         lambda header: header["tasks"][0]["projectors"].update(projector=1.5),
-        lambda header: header["tasks"][0]["projectors"]["projector"].update(count=None),
+        lambda header: header["tasks"][0]["projectors"]["projector"].update(images=None),
+        lambda header: header["tasks"][0].update(instructions=[1.5]),
+        lambda header: header["tasks"][0]["instructions"].update(count=None),
         lambda header: header["tasks"][0].update(weight=None),
         lambda header: header.update(tasks=7),
         lambda header: header.update(tasks=["x"]),
@@ -366,6 +369,18 @@ def test_a_damaged_header(path, damage):
     assert_refused(path, f"not a statistics file of format {FORMAT_VERSION}")
 
 
+def test_a_file_of_before_instructions_were_measured(path):
+    header = header_of(path)
+    before = AdapterStatistics.load(path)
+    for one in header["tasks"]:
+        del one["instructions"]
+        assert all(set(about) == {"images", "spread"} for about in one["projectors"].values())
+    rewrite(path, header=header)
+    found = AdapterStatistics.load(path)
+    assert [one.instructions for one in found.tasks] == [None] * len(before.tasks)
+    assert [one.images for one in found.tasks] == [one.images for one in before.tasks]
+
+
 def test_a_layer_that_reads_an_input_that_is_not_there(path):
     header = header_of(path)
     header["tasks"][0]["input_of"]["a.k"] = "elsewhere"
@@ -376,6 +391,8 @@ def test_a_layer_that_reads_an_input_that_is_not_there(path):
 def test_a_spread_of_another_width_than_its_prototype(path):
     rewrite(path, {"0.prototype.projector": torch.zeros(5)})
     assert_refused(path, "spread of the images at 'projector' has width 12, and their prototype 5")
+    rewrite(path, {"0.prototype.projector": torch.zeros(12), f"0.prototype.{INSTRUCTIONS}": torch.zeros(5)})
+    assert_refused(path, "spread of the instructions has width 12, and their prototype 5")
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, "-inf"])
