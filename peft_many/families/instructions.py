@@ -22,7 +22,7 @@ class Instructions:
 
     ids: Tensor  # (instructions, length), int64
     kept: Tensor  # which of them are words, the same shape, bool
-    are_told: bool  # whether labels told them from answers
+    told: Tensor  # whether labels told each from its answer, (instructions,), bool
     is_packed: bool  # whether a row of the batch holds several of them
 
 
@@ -33,22 +33,39 @@ def instructions_of(model: Any, arguments: Mapping[str, Any]) -> Instructions | 
     ids that begin anew, are cut.
     """
     ids = token_ids(arguments)
-    if ids is None:
+    if ids is None or not ids.numel():
         return None
     kept = _no_padding(ids, arguments, model) & (ids >= 0)
     for token in {*placeholder_tokens(model, "image"), *placeholder_tokens(model, "video")}:
         kept &= ids != token
-    labels = arguments.get("labels")
-    answered, told = torch.zeros_like(kept), False
-    if isinstance(labels, Tensor) and labels.shape == ids.shape:
-        answered, told = labels.to(ids.device) != _NO_LABEL, True
+    answered = _answered(ids, arguments, model)
     cuts = _cuts(ids, arguments)
     if cuts is not None:
         ids, kept, answered = (_cut(part, cuts) for part in (ids, kept, answered))
+        samples = kept.any(1)  # the others are padding
+        ids, kept, answered = ids[samples], kept[samples], answered[samples]
     asked = kept & (answered.cumsum(1) == 0)
     # Where everything is an answer, as for models that are trained on plain text, all of it may be an instruction.
-    kept = torch.where(asked.any(1, keepdim=True), asked, kept)
-    return Instructions(ids.masked_fill(~kept, 0), kept, told, cuts is not None)
+    told = asked.any(1)
+    kept = torch.where(told[:, None], asked, kept)
+    return Instructions(ids.masked_fill(~kept, 0), kept, told & _tells(arguments, model), cuts is not None)
+
+
+def _tells(arguments: Mapping[str, Any], model: Any) -> bool:
+    """Whether labels tell what is no answer; token ids that an encoder reads, or a classifier, never are."""
+    return isinstance(arguments.get("labels"), Tensor) or _has_encoder(model)
+
+
+def _answered(ids: Tensor, arguments: Mapping[str, Any], model: Any) -> Tensor:
+    """Which token ids are answers, by labels of the same shape."""
+    labels = arguments.get("labels")
+    if not isinstance(labels, Tensor) or labels.shape != ids.shape or _has_encoder(model):
+        return torch.zeros_like(ids, dtype=torch.bool)
+    return labels.to(ids.device) != _NO_LABEL
+
+
+def _has_encoder(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _no_padding(ids: Tensor, arguments: Mapping[str, Any], model: Any) -> Tensor:

@@ -262,7 +262,9 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         inputs=inputs,
         input_of=dict(task["input_of"]),
         projectors={name: _read_features(file, t, name, one, "images") for name, one in task["projectors"].items()},
-        instructions=_read_features(file, t, INSTRUCTIONS, asked, "count") if (asked := task.get("instructions")) else None,
+        instructions=_read_features(file, t, INSTRUCTIONS, asked, "count")
+        if (asked := task.get("instructions"))
+        else None,
         fingerprints=_read_fingerprints(task["fingerprints"]),
         unmoved_projectors=_read_fingerprints(task.get("unmoved_projectors", {})),
         shapes={name: (int(out), int(width)) for name, (out, width) in task["shapes"].items()},

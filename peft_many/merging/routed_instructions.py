@@ -28,8 +28,8 @@ def route_instructions(tasks: Sequence[TaskAdapter]) -> tuple[RoutedInstructions
         if asked is None or asked.spread is None:
             raise UnmergeableAdapterError(
                 f"{task.source} does not say what its instructions are like, which `gate_by` goes by: "
-                + ("no token ids passed" if asked is None else "only one passed")
-                + " while its statistics were collected. Run `collect_statistics` again, or pass `gate_by='images'`."
+                + ("none was measured" if asked is None else "a single one was measured")
+                + ". Run `collect_statistics` again, with batches of token ids, or pass `gate_by='images'`."
             )
         found.append(asked)
         spreads.append(asked.spread)

@@ -134,11 +134,10 @@ def begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         call = Call("forward", call.owner_ref, arguments, call.outer.outer)
     if call.of_batch is call:
         # In `generate` the images are encoded before the first forward pass, in rows without beams.
-        before = call.generation.noted if call.generation is not None else None
-        known = before.all_row_weights() if before is not None else {}
+        of_generation = call.generation.noted if call.generation is not None else None
         cache = arguments.get("past_key_values")
-        is_asked = call.generation is None and not cached_length(cache)
-        call.noted = Noted(module, arguments, known or remembered(cache), is_asked)
+        is_asked = of_generation is None and not cached_length(cache)
+        call.noted = Noted(module, arguments, remembered(cache) if of_generation is None else of_generation, is_asked)
     run_on(call)
 
 

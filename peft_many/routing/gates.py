@@ -68,7 +68,7 @@ def _gates(
     call = running_call.of_batch
     assert call is not None
     assert call.noted is not None
-    weights = call.noted.row_weights(adapter_name)
+    weights = call.noted.get(adapter_name)
     if weights is None:
         return None
     repeats = repeats_of_rows(shape, len(weights.images), call.arguments)

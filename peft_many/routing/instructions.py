@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..algebra.instructions import instruction_features
+from ..algebra.instructions import instruction_features, token_weights
 from ..algebra.routing import gaussian_scores
 from ..families.instructions import Instructions, instructions_of
 from ..files.tensor_keys import INSTRUCTION_ROUTER
@@ -18,8 +18,8 @@ from .task_router import TaskRouter
 
 # The attribute of a base model with a router for each adapter that has one.
 ROUTERS = INSTRUCTION_ROUTER
-# Numbers of `instruction_features` in one step: of long batches some rows after the others.
-_AT_ONCE = 1 << 26
+# Tokens of a batch that are looked at in one step, 100 MB in bfloat16 and float32 if they are 4096 wide.
+_AT_ONCE = 1 << 12
 
 
 class InstructionRouter(TaskRouter):
@@ -69,35 +69,27 @@ def router_of(model: nn.Module | None, adapter_name: str) -> InstructionRouter |
     return routers[adapter_name] if routers is not None and adapter_name in routers else None
 
 
-def routers_of(model: nn.Module | None) -> list[str]:
-    """The adapters of a base model that have a router."""
-    return list(getattr(model, ROUTERS, None) or ())
-
-
 @torch.no_grad()
 def features_of_instructions(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[Instructions, Tensor] | None:
     """The instructions in a call of a base model, and their `instruction_features`; `None` if they cannot be read.
 
     They are the base model's own, whatever adapter is active.
     """
-    found, embed = instructions_of(model, arguments), _embedding(model)
+    found = instructions_of(model, arguments)
+    embed = None if found is None else _embedding(model)
     if found is None or embed is None:
         return None
-    rows, length = found.ids.shape
-    width = getattr(embed, "embedding_dim", 4096)
-    parts: list[Tensor] = []
-    step = max(1, _AT_ONCE // max(1, length * width))
-    for start in range(0, rows, step):
-        some = slice(start, start + step)
-        parts.append(instruction_features(embed(found.ids[some]), found.kept[some]))
-    return (found, torch.cat(parts)) if parts else None
+    tokens = max(1, _AT_ONCE // len(found.ids))
+    parts = zip(found.ids.split(tokens, dim=1), token_weights(found.kept).split(tokens, dim=2))
+    return found, torch.stack([instruction_features(embed(ids), weights) for ids, weights in parts]).sum(0)
 
 
 def _embedding(model: Any) -> Any:
     """The base model's own token embedding."""
-    if not callable(getattr(model, "get_input_embeddings", None)):
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no language model of transformers
         return None
-    embedding = model.get_input_embeddings()
     if isinstance(embedding, AuxiliaryTrainingWrapper):
         return embedding.original_module
     return embedding.get_base_layer() if isinstance(embedding, BaseTunerLayer) else embedding

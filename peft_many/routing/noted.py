@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..algebra.gating import rows_of_images
 from ..families.image_rows import ImageRows
 from ..families.prompts import PICTURE_INDEX, placeholder_tokens, token_ids
-from .instructions import InstructionRouter, features_of_instructions, router_of, routers_of
+from .instructions import InstructionRouter, features_of_instructions, router_of
 from .row_weights import RowWeights, cached_length, refuse_checkpointing, shapes_of_batch, warn_of_merged
 
 
@@ -88,14 +88,15 @@ def _which_are(token: int, model: Any, arguments: Mapping[str, Any]) -> Tensor |
 class Noted:
     """What is known in a call of the task weights of its batch's rows, by adapter; `before` is from earlier calls.
 
-    `has_instructions` says whether the call's token ids are what is asked, and not a step of answering it.
+    `has_instructions` says whether the call's token ids are what is asked, and not a step of answering it. They are
+    read when a layer asks what is known, so that adapters that are not active cost nothing.
     """
 
     def __init__(
         self,
         model: nn.Module,
         arguments: Mapping[str, Any],
-        before: Mapping[str, RowWeights],
+        before: Mapping[str, RowWeights] | Noted,
         has_instructions: bool = False,
     ) -> None:
         self._model = weakref.ref(model)
@@ -113,7 +114,7 @@ class Noted:
         noted.append(images)
         self._known.pop(adapter_name, None)
 
-    def row_weights(self, adapter_name: str) -> RowWeights | None:
+    def get(self, adapter_name: str) -> RowWeights | None:
         """The task weights of the batch's rows; `None` where nothing tells so far."""
         model = self._model()
         if adapter_name not in self._known and model is not None:
@@ -137,10 +138,13 @@ class Noted:
         """Whether images were encoded in this call."""
         return bool(self._images)
 
+    def __iter__(self) -> Iterator[str]:
+        """The adapters of which something was noted, or asked for, so far."""
+        yield from dict.fromkeys((*self._before, *self._images, *self._known))
+
     def all_row_weights(self) -> dict[str, RowWeights]:
         """Those of every adapter of which they are known."""
-        asked = routers_of(self._model()) if self._has_instructions else ()
-        found = {name: self.row_weights(name) for name in (*self._before, *self._images, *asked)}
+        found = {name: self.get(name) for name in tuple(self)}
         return {name: weights for name, weights in found.items() if weights is not None}
 
 
@@ -148,8 +152,9 @@ def _by_instructions(model: nn.Module, arguments: Mapping[str, Any], router: Ins
     """What a batch's instructions say of its rows; `None`, with a warning, where they cannot be read."""
     read = features_of_instructions(model, arguments)
     if read is None or read[0].is_packed:
-        several = "rows hold several samples" if read else "the model was not called with token ids"
-        warn_of_merged(f"its instructions cannot be read, since {several}")
+        why = "rows hold several samples" if read else "the model was not called with token ids"
+        by_images = {"instead": "Rows are told by their images alone"} if router.uses_images else {}
+        warn_of_merged(f"instructions cannot be read, since {why}", **by_images)
         return None
     scores = router.scores(read[1])
     start = cached_length(arguments.get("past_key_values"))

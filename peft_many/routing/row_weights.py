@@ -35,11 +35,19 @@ Gates = tuple[Tensor | None, Tensor]
 class RowWeights:
     """The task weights of a batch's rows, by the mean over their images and by their instructions; on the CPU."""
 
-    def __init__(self, sums: Tensor, images: Tensor, start: int, scores: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        sums: Tensor,
+        images: Tensor,
+        start: int,
+        scores: Tensor | None = None,
+        before: RowWeights | None = None,
+    ) -> None:
         self.sums = sums  # over the images of each row, `(rows, tasks)`, float32
         self.images = images  # how many these are, `(rows,)`, float32
         self.start = start  # how many tokens the cache held when the last of the images or instructions came
         self.scores = scores  # of the tasks by the last instruction of each row, `(rows, tasks)`, if it was read
+        self.before = before  # what was known before these came
         self._gates: dict[tuple[Any, ...], Gates] = {}
 
     def plus(self, other: RowWeights) -> RowWeights:
@@ -50,7 +58,7 @@ class RowWeights:
         rows = max(len(self.images), len(other.images))
         one, two = (part.repeated(rows // len(part.images)) for part in (self, other))
         scores = one.scores if two.scores is None else two.scores
-        return RowWeights(one.sums + two.sums, one.images + two.images, max(self.start, other.start), scores)
+        return RowWeights(one.sums + two.sums, one.images + two.images, max(one.start, two.start), scores, one)
 
     def repeated(self, repeats: int) -> RowWeights:
         """Of rows that follow one another several times."""
@@ -60,7 +68,15 @@ class RowWeights:
         """Of some rows, by their places or a mask, in this order."""
         rows = rows.cpu()
         scores = None if self.scores is None else self.scores[rows]
-        return RowWeights(self.sums[rows], self.images[rows], self.start, scores)
+        before = None if self.before is None else self.before.taken(rows)
+        return RowWeights(self.sums[rows], self.images[rows], self.start, scores, before)
+
+    def up_to(self, length: int) -> RowWeights | None:
+        """What was known of the first `length` tokens that a cache held."""
+        found: RowWeights | None = self
+        while found is not None and found.start >= length:
+            found = found.before
+        return found
 
     def gates(self, ranks: tuple[int, ...], repeats: int, dtype: torch.dtype, device: torch.device) -> Gates | None:
         """The gates of a layer that sees each row `repeats` times; `None` if every row gets the merged delta."""
@@ -99,9 +115,10 @@ def remember(cache: Cache, known: Mapping[str, RowWeights]) -> None:
 
 
 def remembered(cache: Any) -> dict[str, RowWeights]:
-    """What is known of the rows whose tokens a cache holds; nothing if it was cut back to before an image since."""
-    found: dict[str, RowWeights] = getattr(cache, CACHE_ATTRIBUTE, {})
-    return {name: rows for name, rows in found.items() if cached_length(cache) > rows.start}
+    """What is known of the rows whose tokens a cache holds, also if it was cut back since."""
+    known: dict[str, RowWeights] = getattr(cache, CACHE_ATTRIBUTE, {})
+    found = {name: rows.up_to(cached_length(cache)) for name, rows in known.items()}
+    return {name: rows for name, rows in found.items() if rows is not None}
 
 
 def cached_length(cache: Any) -> int:
@@ -142,9 +159,9 @@ def repeats_of_rows(shape: Sequence[int], rows: int, arguments: Mapping[str, Any
     return length // rows
 
 
-def warn_of_merged(why: str) -> None:
+def warn_of_merged(why: str, instead: str = "The merged LoRA is used, not that of the rows' tasks") -> None:
     """Warn that rows get the merged LoRA although the adapter is gated."""
-    warnings.warn(f"The merged LoRA is used, not that of the images' tasks: {why}.", PeftWarning, stacklevel=3)
+    warnings.warn(f"{instead}: {why}.", PeftWarning, stacklevel=3)
 
 
 def refuse_checkpointing(model: Any, adapter_name: str) -> None:

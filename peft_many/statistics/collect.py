@@ -179,6 +179,7 @@ def collect_statistics(
         **processes.together(lambda: measuring.projectors_now(seen)),
     )
     _warn_of_unseen(task)
+    measuring.asked.warn_of_untold()
     statistics = AdapterStatistics((task,))
     give_statistics(config, statistics)
     hang_on_layers(measuring.base, measuring.adapter_name, statistics)
@@ -214,11 +215,18 @@ class _Measuring:
             unit="sample",
             disable=not progress or processes.index > 0,
         )
-        with bar, in_inference(self.model, self.adapter_name), watching_calls(self.base), ExitStack() as hooks:
-            for hook in (self.images, self.inputs, self.asked):
+        with (
+            bar,
+            in_inference(self.model, self.adapter_name),
+            watching_calls(self.base),
+            self.asked,
+            ExitStack() as hooks,
+        ):
+            for hook in (self.images, self.inputs):
                 hooks.enter_context(hook)
 
             def run(batch: Any, counts: bool) -> None:
+                self.asked.counts = counts
                 if counts:
                     self.inputs.begin_batch(batch)  # its masks are still on the CPU, as a rule
                 else:

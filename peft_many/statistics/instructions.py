@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from peft.utils import PeftWarning
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..algebra.total import not_finite
@@ -25,7 +26,8 @@ class InstructionHook:
         self.model = model
         self._found: dict[str, PooledFeatures] = {}
         self._handle: RemovableHandle | None = None
-        self._has_warned = False
+        self._untold: list[Tensor] = []
+        self.counts = True  # whether what is read is new, and not lent by another process
 
     def __enter__(self) -> InstructionHook:
         self._handle = self.model.register_forward_pre_hook(self._read, with_kwargs=True)
@@ -41,20 +43,24 @@ class InstructionHook:
             raise RuntimeError("The base model's token embeddings hold NaN or Inf.")
         return {name: found.on_cpu() for name, found in self._found.items()}
 
+    def warn_of_untold(self) -> None:
+        """Warn the caller of the caller if there were instructions that could not be told from answers."""
+        count = int(torch.stack(self._untold).sum()) if self._untold else 0
+        if count:
+            warnings.warn(
+                f"The instructions of {count} samples could not be told from the answers, for want of `labels` that "
+                "leave out the prompt: a merge with `gate_by` of instructions will look at both.",
+                PeftWarning,
+                stacklevel=3,
+            )
+
     def _read(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = arguments_of(model.forward, args, kwargs)
         if cached_length(arguments.get("past_key_values")):
             return  # a step of answering
-        read = features_of_instructions(model, arguments)
-        if read is None:
+        read = features_of_instructions(model, arguments)  # sharded embeddings take all processes
+        if read is None or not self.counts:
             return
         instructions, features = read
-        if not instructions.are_told and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                "The batches have no `labels`, so that instructions cannot be told from answers: gates of a merge "
-                "that go by instructions will look at both.",
-                PeftWarning,
-                stacklevel=2,
-            )
+        self._untold.append((instructions.kept.any(1) & ~instructions.told).sum())
         self._found.setdefault(_NAME, PooledFeatures.none_of(features)).add(features)

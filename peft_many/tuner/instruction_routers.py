@@ -16,7 +16,8 @@ def route_instructions(model: nn.Module, adapter_name: str, merge: MergeRecord) 
     routed = merge.instructions
     if routed is None:
         return
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    here = (parameter.device for parameter in model.parameters() if not parameter.is_meta)  # or else it is offloaded
+    device = next(here, torch.device("cpu"))
     columns = [merge.names.index(name) for name in routed.tasks]
     router = InstructionRouter(
         len(merge.tasks),
