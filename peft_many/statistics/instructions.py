@@ -48,8 +48,8 @@ class InstructionHook:
         count = int(torch.stack(self._untold).sum()) if self._untold else 0
         if count:
             warnings.warn(
-                f"The instructions of {count} samples could not be told from the answers, for want of `labels` that "
-                "leave out the prompt: a merge with `gate_by` of instructions will look at both.",
+                f"{count} samples have no `labels` that begin behind the prompt, so that instructions cannot be told "
+                "from answers: gates of a merge that go by instructions will look at both.",
                 PeftWarning,
                 stacklevel=3,
             )
