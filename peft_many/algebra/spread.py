@@ -36,6 +36,14 @@ class FeatureMetric:
             found.append((along.square() / variances[:-1]).sum(-1) + rest.square().sum(-1) / variances[-1])
         return torch.stack(found, dim=-1)
 
+    def mean_distance(self, covariance: Covariance) -> float:
+        """`tr(Σ⁻¹ C)`: the mean squared distance of features with the covariance `C` from their own mean."""
+        rows = covariance.factor_rows().double()
+        along = self.squared_distances(rows, torch.zeros_like(rows[:1])).sum().item()
+        inverses = 1 / self.variances.double()
+        others = covariance.width - len(self.directions)
+        return along + covariance.remainder * (inverses[:-1].sum() + others * inverses[-1]).item()
+
 
 def centred(rows: Tensor) -> LowRankCovariance:
     """The covariance of some rows about their own mean, shape `(n, d)` with `n ≥ 2`; exact, float64."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.spread import shared_metric
+from ..algebra.sums import mean_covariance
 from ..files.adapter import TaskAdapter
 from ..files.errors import UnmergeableAdapterError
 from ..files.tensor_keys import INSTRUCTION_ROUTER
@@ -35,11 +36,14 @@ def route_instructions(tasks: Sequence[TaskAdapter]) -> tuple[RoutedInstructions
         spreads.append(asked.spread)
     check_same_shape("The width of the instructions' features", zip(routed, [len(one.prototype) for one in found]))
     width = len(found[0].prototype)
-    metric = shared_metric(spreads, [one.count for one in found], least=LEAST_VARIANCE / width)
+    counts = [one.count for one in found]
+    metric = shared_metric(spreads, counts, least=LEAST_VARIANCE / width)
+    # At least one, as tasks that always ask in the same words are at zero, but for rounding.
+    distance = max(1.0, metric.mean_distance(mean_covariance(spreads, counts)))
     tensors = {
         "prototypes": torch.stack([one.prototype.float() for one in found]),
         "directions": metric.directions.float().contiguous(),
         "variances": metric.variances.float(),
     }
-    record = RoutedInstructions(width, [task.name for task in routed], len(metric.directions))
+    record = RoutedInstructions(width, [task.name for task in routed], len(metric.directions), distance)
     return record, {f"{INSTRUCTION_ROUTER}.{name}": tensor for name, tensor in tensors.items()}

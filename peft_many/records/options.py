@@ -28,7 +28,7 @@ def _option(
     *,
     default: Any = None,
     of: Sequence[str] = (),
-    inherited: bool | str = False,
+    inherited: bool | Sequence[str] = False,
     otherwise: Any = None,
     shown: str | None = None,
     choices: Sequence[str] = (),
@@ -36,7 +36,7 @@ def _option(
     """A field of [`MergeOptions`], with all that the rest of the package must know of it.
 
     `of` says where it has a meaning: `LPM`, `ROUTED` or both. One that is left open is `inherited` from merges among
-    the adapters where these agree (on the option named here, too), and is `otherwise` this, or what this makes of the
+    the adapters where these agree (on the options named here, too), and is `otherwise` this, or what this makes of the
     options before it. The command line shows `help`, `choices` and the default as `shown`.
     """
     about = {"help": help, "check": check, "of": of, "inherited": inherited, "otherwise": otherwise}
@@ -68,9 +68,6 @@ class MergeOptions:
             The temperature `τ` of the router's softmax, 0.02 by default for `"cosine"` and 1 for `"gaussian"`.
         top_k (`int`, *optional*):
             The most task projectors that an image is sent through. By default all whose weight is above 1e-6.
-        abstain_above (`float`, *optional*):
-            With `router="gaussian"`: images whose mean squared distance from the nearest prototype is above this go
-            through the base model's projector. A task's own images are at 1 on average. By default never.
         rank (`int`, *optional*):
             The largest rank of a merged layer. By default the sum of the tasks' ranks, which is the exact optimum;
             with less, each layer gets the best delta of that rank under the same objective.
@@ -81,6 +78,10 @@ class MergeOptions:
             What it goes by: the row's `"images"`, which is the default, its `"instructions"`, by the base model's
             embeddings of their tokens, or `"both"`, for tasks on the same pictures and tasks without any. Needs
             adapters whose instructions were measured.
+        abstain_above (`float`, *optional*):
+            Images whose squared distance from the nearest prototype is above this go through the base model's
+            projector (with `router="gaussian"`), and rows with such images or instructions get the merged delta. The
+            tasks' own are at 1 on average; 4 keeps nearly all of them. By default never.
         dtype (`torch.dtype`, defaults to `torch.float32`):
             What the merged LoRA weights are stored in: float32, bfloat16 or float16. Half precision halves the file
             and rounds the merged deltas by about 2e-3 of their size in bfloat16 and 3e-4 in float16.
@@ -119,17 +120,11 @@ class MergeOptions:
         "τ of the routing.",
         positive,
         of=(ROUTED,),
-        inherited="router",
+        inherited=("router",),
         otherwise=lambda options: ROUTERS[options.router],
         shown="0.02, gaussian: 1",
     )
     top_k: int | None = _option("The most projectors an image is sent through.", count, of=(ROUTED,), inherited=True)
-    abstain_above: float | None = _option(
-        "gaussian: from which distance on images go through the base model's projector.",
-        positive,
-        of=(ROUTED,),
-        inherited="router",
-    )
     rank: int | None = _option("The largest rank of a merged layer.", count, shown="Σ r")
     gate_lora: bool | None = _option(
         "Let each input choose the LoRA too.", flag, of=(LPM, ROUTED), inherited=True, otherwise=False
@@ -138,10 +133,16 @@ class MergeOptions:
         "What it chooses by.",
         one_of,
         of=(LPM, ROUTED),
-        inherited="gate_lora",
+        inherited=("gate_lora",),
         otherwise=lambda options: IMAGES if options.gate_lora else None,
         shown="images",
         choices=(IMAGES, INSTRUCTIONS, BOTH),
+    )
+    abstain_above: float | None = _option(
+        "From which distance on images and instructions are like no task's.",
+        positive,
+        of=(ROUTED,),
+        inherited=("router", "gate_by"),
     )
     dtype: torch.dtype = _option("Of the merged weights.", dtype, default=torch.float32, choices=tuple(DTYPES))  # noqa: RUF009
 
@@ -160,8 +161,10 @@ class MergeOptions:
                 raise ValueError(f"`{name}` is an option of LPM, not of the method '{self.merge_method.name}'.")
             if ROUTED in about["of"] and self.projectors == MEAN:
                 raise ValueError(f"`{name}` is an option of routed projectors, not of `projectors='{MEAN}'`.")
-        if self.abstain_above is not None and self.router not in (None, "gaussian"):
-            raise ValueError("`abstain_above` is a distance of `router='gaussian'`; cosines know none.")
+        if self.abstain_above is not None and self.router not in (None, "gaussian") and not self.gates_by_instructions:
+            raise ValueError(
+                "`abstain_above` is a distance of `router='gaussian'` or of instructions (`gate_by`); cosines know none."
+            )
         if self.gate_by is not None and self.gate_lora is False:
             raise ValueError("`gate_by` says what `gate_lora` goes by, which is False; leave one of them out.")
         if self.gate_by is not None:
@@ -197,8 +200,8 @@ class MergeOptions:
             )
             if getattr(found, name) is not None or not about["inherited"] or (is_idle and about["otherwise"]):
                 continue
-            along = about["inherited"] if isinstance(about["inherited"], str) else None
-            is_alike = along is None or _agreed(merges, along) == getattr(found, along)
+            along = () if about["inherited"] is True else about["inherited"]
+            is_alike = all(_agreed(merges, one) == getattr(found, one) for one in along)
             value = _agreed(merges, name) if is_alike and not is_idle else None
             if value is None:
                 value = about["otherwise"](found) if callable(about["otherwise"]) else about["otherwise"]

@@ -199,15 +199,17 @@ class RoutedInstructions(_Record):
         width (`int`): Features of a prototype.
         tasks (`list[str]`): The names of the tasks, in the order of the prototypes.
         directions (`int`): How many directions its metric has.
+        distance (`float`): The mean squared distance of the tasks' own instructions, which `abstain_above` multiplies.
     """
 
     width: int
     tasks: list[str]
     directions: int
+    distance: Number
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width < 1 or self.directions < 0:
+        if self.width < 1 or self.directions < 0 or self.distance <= 0:
             raise ValueError(f"a router of instructions cannot have the width {self.width}")
 
 

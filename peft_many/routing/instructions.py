@@ -30,7 +30,7 @@ class InstructionRouter(TaskRouter):
         columns (`Sequence[int]`): The place among them of each task that is compared with.
         width (`int`): Features of a prototype.
         directions (`int`): How many directions the metric has.
-        abstain_above (`float`, *optional*): From which mean squared distance on a row is like no task's.
+        abstain_above (`float`, *optional*): From which squared distance on a row is like no task's.
         uses_images (`bool`): Whether a row's images count too.
         device (`torch.device`): Where the buffers are.
     """
@@ -59,7 +59,8 @@ class InstructionRouter(TaskRouter):
         """
         metric = self.metric
         assert metric is not None
-        found = gaussian_scores(features, self.prototypes.to(features.device), metric, 1.0, self.abstain_above).cpu()
+        most = None if self.abstain_above is None else self.abstain_above / features.shape[-1]
+        found = gaussian_scores(features, self.prototypes.to(features.device), metric, 1.0, most).cpu()
         return found.new_full((len(found), self.tasks), -torch.inf).index_copy(1, torch.tensor(self.columns), found)
 
 

@@ -18,13 +18,14 @@ def route_instructions(model: nn.Module, adapter_name: str, merge: MergeRecord) 
         return
     here = (parameter.device for parameter in model.parameters() if not parameter.is_meta)  # or else it is offloaded
     device = next(here, torch.device("cpu"))
+    above = merge.options.abstain_above
     columns = [merge.names.index(name) for name in routed.tasks]
     router = InstructionRouter(
         len(merge.tasks),
         columns,
         routed.width,
         routed.directions,
-        merge.options.abstain_above,
+        None if above is None else above * routed.distance,
         merge.options.gates_by_images,
         device,
     )

@@ -39,7 +39,7 @@ class ProjectorMixture(TaskRouter):
         self.trained = [task.trained for task in routed.tasks]
         self.temperature = options.temperature
         self.top_k = options.top_k
-        self.abstain_above = options.abstain_above
+        self.abstain_above = options.abstain_above if self.is_gaussian else None
         self.gate = gate  # the LoRA layers that go by the same weights, if any do
         # Keys that no adapter is called by: PEFT filters state dicts by ".<adapter name>.".
         self.experts = nn.ModuleDict(
