@@ -163,7 +163,8 @@ class MergeOptions:
                 raise ValueError(f"`{name}` is an option of routed projectors, not of `projectors='{MEAN}'`.")
         if self.abstain_above is not None and self.router not in (None, "gaussian") and not self.gates_by_instructions:
             raise ValueError(
-                "`abstain_above` is a distance of `router='gaussian'` or of instructions (`gate_by`); cosines know none."
+                "`abstain_above` is a distance of `router='gaussian'`, or of instructions (`gate_by`); "
+                "cosines know none."
             )
         if self.gate_by is not None and self.gate_lora is False:
             raise ValueError("`gate_by` says what `gate_lora` goes by, which is False; leave one of them out.")

@@ -129,7 +129,10 @@ class Noted:
             if router is not None:
                 refuse_checkpointing(model, adapter_name)
                 asked = _by_instructions(model, self._arguments, router)
-                found = asked if found is None or asked is None else found.plus(asked)
+                if asked is None:
+                    found = None if found is None else found.by_images()
+                else:
+                    found = asked if found is None else found.plus(asked)
             self._known[adapter_name] = found
         return self._known.get(adapter_name)
 

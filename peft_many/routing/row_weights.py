@@ -71,6 +71,10 @@ class RowWeights:
         before = None if self.before is None else self.before.taken(rows)
         return RowWeights(self.sums[rows], self.images[rows], self.start, scores, before)
 
+    def by_images(self) -> RowWeights:
+        """Of the images alone."""
+        return RowWeights(self.sums, self.images, self.start, before=self.before)
+
     def up_to(self, length: int) -> RowWeights | None:
         """What was known of the first `length` tokens that a cache held."""
         found: RowWeights | None = self
