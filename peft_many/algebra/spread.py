@@ -39,7 +39,7 @@ class FeatureMetric:
     def mean_distance(self, covariance: Covariance) -> float:
         """`tr(Σ⁻¹ C)`: the mean squared distance of features with the covariance `C` from their own mean."""
         rows = covariance.factor_rows().double()
-        along = self.squared_distances(rows, torch.zeros_like(rows[:1])).sum().item()
+        along = self.squared_distances(rows, rows.new_zeros(1, covariance.width)).sum().item()
         inverses = 1 / self.variances.double()
         others = covariance.width - len(self.directions)
         return along + covariance.remainder * (inverses[:-1].sum() + others * inverses[-1]).item()

@@ -66,8 +66,8 @@ class InstructionRouter(TaskRouter):
 
 def router_of(model: nn.Module | None, adapter_name: str) -> InstructionRouter | None:
     """The router of an adapter of a base model."""
-    routers: Any = getattr(model, ROUTERS, None)
-    return routers[adapter_name] if routers is not None and adapter_name in routers else None
+    routers: Any = getattr(getattr(model, ROUTERS, None), "modules_to_save", {})
+    return routers[adapter_name] if adapter_name in routers else None  # noqa: SIM401
 
 
 @torch.no_grad()

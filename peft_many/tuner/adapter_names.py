@@ -6,8 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from ..files.tensor_keys import INSTRUCTION_ROUTER
+
 # Parts of the names of tensors that adapters add.
 _OF_ADAPTERS = {"base_layer", "base_model", "experts", "lora_A", "lora_B", "modules_to_save", "original_module"}
+_OF_ADAPTERS |= {INSTRUCTION_ROUTER, "prototypes", "directions", "variances"}
 
 
 def trouble_with(name: Any, model: nn.Module) -> str | None:

@@ -1,14 +1,28 @@
-"""Where the router of an adapter's instructions is: on the base model, by the adapter's name."""
+"""Where the router of an adapter's instructions is: on the base model, in PEFT's wrapper."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..records import MergeRecord
 from ..routing.instructions import ROUTERS, InstructionRouter
+
+
+class InstructionRouters(ModulesToSaveWrapper):
+    """The routers of a model's adapters, held as PEFT and transformers hold trained copies of a module, so that they
+    save, load and delete them with the rest. Nobody calls it; there is nothing that they are copies of."""
+
+    def __init__(self, adapter_name: str, router: InstructionRouter) -> None:
+        super(ModulesToSaveWrapper, self).__init__(nn.Identity(), adapter_name, router=router)
+
+    def update(self, adapter_name: str, router: InstructionRouter | None = None, **kwargs: Any) -> None:
+        if router is not None:
+            self.modules_to_save[adapter_name] = router
+        super().update(adapter_name, **kwargs)
 
 
 def route_instructions(model: nn.Module, adapter_name: str, merge: MergeRecord) -> None:
@@ -17,34 +31,25 @@ def route_instructions(model: nn.Module, adapter_name: str, merge: MergeRecord) 
     if routed is None:
         return
     here = (parameter.device for parameter in model.parameters() if not parameter.is_meta)  # or else it is offloaded
-    device = next(here, torch.device("cpu"))
     above = merge.options.abstain_above
-    columns = [merge.names.index(name) for name in routed.tasks]
     router = InstructionRouter(
         len(merge.tasks),
-        columns,
+        [merge.names.index(name) for name in routed.tasks],
         routed.width,
         routed.directions,
         None if above is None else above * routed.distance,
         merge.options.gates_by_images,
-        device,
+        next(here, torch.device("cpu")),
     )
-    if getattr(model, ROUTERS, None) is None:
-        setattr(model, ROUTERS, nn.ModuleDict())
-    routers: Any = getattr(model, ROUTERS)
-    routers[adapter_name] = router
+    routers = getattr(model, ROUTERS, None)
+    if routers is None:
+        setattr(model, ROUTERS, InstructionRouters(adapter_name, router))
+    else:
+        routers.update(adapter_name, router=router)
 
 
-def forget_instructions(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Take an adapter's router away again, or all of them."""
+def forget_instructions(model: nn.Module) -> None:
+    """Leave nothing on a model where no adapter has a router."""
     routers: Any = getattr(model, ROUTERS, None)
-    for name in [name for name in routers or () if adapter_name in (None, name)]:
-        del routers[name]
-    if routers is not None and not routers:
-        delattr(model, ROUTERS)
-
-
-def named_for(key: str, adapter_name: str) -> str:
-    """The key of a tensor in an adapter's file as it is called in the model, if it is one of its router."""
-    around, found, rest = key.rpartition(f"{ROUTERS}.")
-    return f"{around}{found}{adapter_name}.{rest}" if found and not rest.startswith(f"{adapter_name}.") else key
+    if not getattr(routers, "modules_to_save", None):
+        vars(model)["_modules"].pop(ROUTERS, None)

@@ -26,13 +26,12 @@ from ..files.tensor_keys import KEY_PREFIX
 from ..files.untrusted import NONSENSE_ERRORS
 from ..records import MergeRecord, merge_of
 from ..routing.gates import GateTarget
-from ..routing.instructions import ROUTERS
 from ..routing.watching import unwatch_calls, watch_calls
 from .adapter_names import trouble_with
 from .batch_norms import keep_running_statistics, release_running_statistics
 from .config import MAnyConfig
 from .gated_linear import gate_layers
-from .instruction_routers import forget_instructions, named_for, route_instructions
+from .instruction_routers import forget_instructions, route_instructions
 from .layers import hang_on_layers
 from .loaded_keys import check_projectors_are_there, require_known, with_current_keys
 from .mergeable import warn_if_unmergeable
@@ -164,28 +163,8 @@ class MAnyModel(LoraModel):
             adapter_name=adapter_name,
             state_dict=with_current_keys(state_dict, model, adapter_name),
         )
-        remapped = {named_for(key, adapter_name): tensor for key, tensor in remapped.items()}
         require_known(remapped, model, adapter_name)  # PEFT ignores other keys, which leaves an adapter untrained
         return remapped
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
-            model=model,
-            config=config,
-            adapter_name=adapter_name,
-            state_dict=state_dict,
-            unwanted_adapter_names=unwanted_adapter_names,
-        )
-        own = f"{ROUTERS}.{adapter_name}."
-        return found | {key: tensor for key, tensor in state_dict.items() if own in key}
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, torch.Tensor], adapter_name: str, kwargs: Any = None
@@ -222,7 +201,7 @@ class MAnyModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """See [`~peft.LoraModel`]."""
         super().delete_adapter(adapter_name)
-        forget_instructions(self.model, adapter_name)
+        forget_instructions(self.model)
         if not any(config.merge is not None and _watches(config.merge) for config in self.peft_config.values()):
             unwatch_calls(self.model.modules())
         if not self.peft_config:

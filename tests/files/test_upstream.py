@@ -88,7 +88,6 @@ OVERRIDDEN = {
     (MAnyModel, LoraModel): [
         "_prepare_adapter_config",
         "_check_target_module_compatiblity",
-        "_get_adapter_state_dict",
         "_remap_adapter_state_dict_for_load",
         "_unload_and_optionally_merge",
         "_cast_adapter_dtype",

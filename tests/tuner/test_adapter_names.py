@@ -28,7 +28,7 @@ def test_impossible_names_leave_the_model_as_it_was(family, name):
     assert list(wrapped.peft_config) == ["default"]
 
 
-@pytest.mark.parametrize("name", ["0", "weight", "q_proj", "lora_A", "base_model", "experts"])
+@pytest.mark.parametrize("name", ["0", "weight", "q_proj", "lora_A", "base_model", "experts", "prototypes"])
 def test_names_with_which_saving_would_lose_tensors_are_a_warning(name):
     with pytest.warns(PeftWarning, match=f"should not be '{name}'"):
         get_peft_model(base("llava"), MAnyConfig(r=2), adapter_name=name)
