@@ -27,5 +27,5 @@ def instruction_features(embedded: Tensor, weights: Tensor) -> Tensor:
 
     From shape `(rows, length, d)` and the [`token_weights`] to `(rows, 2 d)`, float32; zero for rows without a token.
     """
-    lengths = torch.linalg.vector_norm(embedded, dim=-1, dtype=torch.float32).clamp(min=1e-12)
-    return torch.bmm(weights / lengths[:, None], embedded.float()).flatten(1)
+    tokens = embedded.float()
+    return torch.bmm(weights / tokens.norm(dim=-1).clamp(min=1e-12)[:, None], tokens).flatten(1)

@@ -87,3 +87,16 @@ def test_draws_have_the_covariance():
         assert drawn.mean(0).abs().max() < 0.03
         again = gaussian_draws(covariance, 40000, torch.Generator().manual_seed(0))
         assert torch.equal(again, drawn)
+
+
+@given(seeds, st.integers(0, 8))
+def test_the_mean_distance_is_that_of_the_definition(seed, rank):
+    _, rows = tasks_of(seed)
+    metric = shared_metric([centred(part) for part in rows], [len(part) for part in rows], rank=rank, least=0.1)
+    others = centred(tasks_of(seed + 1, tasks=1)[1][0])
+    V, variances = metric.directions, metric.variances
+    inverse = V.T @ torch.diag(1 / variances[:-1]) @ V + (torch.eye(WIDTH) - V.T @ V) / variances[-1]
+    for covariance in (others, LowRankCovariance(remainder=0.5, factor=others.factor[:3])):
+        assert metric.mean_distance(covariance) == pytest.approx((inverse @ covariance.dense()).trace().item())
+    of_rows = metric.squared_distances(rows[0].double(), rows[0].double().mean(0, keepdim=True))
+    assert metric.mean_distance(centred(rows[0])) == pytest.approx(of_rows.sum().item() / (len(rows[0]) - 1))

@@ -11,7 +11,7 @@ from tests.adapters import make
 
 
 def make_good(folder: Path) -> None:
-    """Task adapters `a`, `b` and `c`, a plain `lora`, and merges of a and b: `merge`, `gated` and `gaussian`."""
+    """Task adapters `a`, `b` and `c`, a plain `lora`, and merges of a and b: `merge`, `gated`, `gaussian`, `asked`."""
     # Few layers, so that thousands of them can be tried; two share an input.
     few = {"target_modules": r".*language_model.*layers\.0\..*(q|v|down)_proj"}
     a, b = (
@@ -22,3 +22,4 @@ def make_good(folder: Path) -> None:
     merge_adapter_files([a, b], folder / "merge", progress=False)
     merge_adapter_files([a, b], folder / "gated", gate_lora=True, progress=False)
     merge_adapter_files([a, b], folder / "gaussian", router="gaussian", abstain_above=4.0, progress=False)
+    merge_adapter_files([a, b], folder / "asked", gate_by="both", progress=False)

@@ -141,6 +141,18 @@ def targeted(config: dict[str, Any], random: Random) -> None:
     def gated(**changes: Any) -> None:
         merge.update(options={**options(), "gate_lora": True}, **changes)
 
+    def asked(**changes: Any) -> None:
+        known = merge["instructions"] if isinstance(merge.get("instructions"), dict) else {}
+        merge["instructions"] = {
+            "width": 64,
+            "tasks": ["a", "b"],
+            "directions": 2,
+            "distance": 1.0,
+            **known,
+            **changes,
+        }
+        merge.update(options={**options(), "gate_lora": True, "gate_by": random.choice(["instructions", "both"])})
+
     attempts: list[Callable[[], Any]] = [
         lambda: config.update(r=huge),
         lambda: config.update(r=huge, lora_alpha=huge, use_rslora=True),
@@ -160,6 +172,10 @@ def targeted(config: dict[str, Any], random: Random) -> None:
         lambda: routed(directions=random.choice(NUMBERS)),
         lambda: routed(tasks=[{"name": str(t), "trained": True} for t in range(many(random))]),
         lambda: routed(tasks=random.choice([[], None, [{}], [[]], {"name": 1}])),
+        lambda: asked(width=huge),
+        lambda: asked(directions=random.choice([huge, *NUMBERS])),
+        lambda: asked(distance=random.choice(NUMBERS)),
+        lambda: asked(tasks=random.choice([[], None, ["a"], ["b", "a"], ["a", "a"], ["a", "b", "c"]])),
         lambda: merge.update(tasks=one_task * many(random)),
         lambda: gated(task_ranks=[huge] * 2),
         lambda: gated(task_ranks=random.choice([[0, 8], [-8, 16], [1] * 8, [8.0], [True] * 8, []])),
@@ -224,6 +240,7 @@ RECORD = [
     "tasks",
     "operations",
     "routing",
+    "instructions",
     "averaged_projectors",
     "task_ranks",
     "task_rank_pattern",
@@ -238,6 +255,7 @@ OPTIONS = [
     "abstain_above",
     "rank",
     "gate_lora",
+    "gate_by",
     "dtype",
 ]
 

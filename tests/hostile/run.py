@@ -113,13 +113,14 @@ class Target:
     kinds: tuple[str, ...]
 
 
+MERGES = ("merge", "gated", "gaussian", "asked")
 TARGETS = {
-    "merge_adapter_files": Target(merge_files, 45, ("a", "merge", "lora", "gated")),
-    "merge_report": Target(report, 15, ("merge", "gated", "gaussian")),
+    "merge_adapter_files": Target(merge_files, 45, ("a", "merge", "lora", "gated", "asked")),
+    "merge_report": Target(report, 15, ("merge", "gated", "gaussian", "asked")),
     "inspect_adapter": Target(inspect, 15, ("a", "merge", "lora", "gated", "gaussian")),
     "export_lora": Target(export, 15, ("a", "merge", "lora", "gated")),
     "merge_adapter_sequence": Target(merge_on_base, 3, ("a", "merge", "gated")),
-    "from_pretrained": Target(load, 7, ("a", "merge", "gated", "gaussian")),
+    "from_pretrained": Target(load, 7, ("a", "merge", "gated", "gaussian", "asked")),
 }
 
 
@@ -192,9 +193,7 @@ def one_case(seed: int, root: Path, good: dict[str, Path], guard: Guard) -> tupl
     shutil.rmtree(sandbox, ignore_errors=True)
     (sandbox / "in").mkdir(parents=True)
     (sandbox / "out").mkdir()
-    adapter = Path(
-        shutil.copytree(good[kind], sandbox / "in" / ("merge" if kind in ("merge", "gated", "gaussian") else kind))
-    )
+    adapter = Path(shutil.copytree(good[kind], sandbox / "in" / ("merge" if kind in MERGES else kind)))
     what = mutate(adapter, random)
     before = files(sandbox / "in")
     label, wrong = f"{name}({kind}), {what}", None
