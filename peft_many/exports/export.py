@@ -83,7 +83,7 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor
 def notes_on_gate(adapter: Adapter) -> list[str]:
     """What no export can keep of a merge with `gate_lora`."""
     if adapter.is_gated:
-        return ["It has the merged LoRA for all inputs; images choose no task's own any more (`gate_lora`)."]
+        return ["It has the merged LoRA for all inputs; none chooses a task's own any more (`gate_lora`)."]
     return []
 
 

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..records import MergeOptions, MergeRecord, Operation, PooledTask, PoolRecord, TaskRecord, merge_of
+from ..records.options import BOTH, INSTRUCTIONS
 from ..version import __version__
 from .atomic import replace_file
 
@@ -106,7 +107,8 @@ def _about_task(config: Described) -> str:
 def _about_merge(merge: MergeRecord, has_projectors: bool) -> str:
     tasks = merge.tasks
     projectors = "averaged" if merge.averaged_projectors else "routed per image by visual prototypes"
-    gated = ", chosen among by each row's images" if merge.options.gate_lora else ""
+    goes_by = {INSTRUCTIONS: "instruction", BOTH: "images and instruction"}.get(str(merge.options.gate_by), "images")
+    gated = f", chosen among by each row's {goes_by}" if merge.options.gate_lora else ""
     parts = [
         f"# A merge of {len(tasks)} task adapters",
         f"Merged with {_PLUGIN}: language-model LoRAs by {_how(merge.options)}{gated}"

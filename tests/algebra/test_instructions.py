@@ -10,6 +10,7 @@ from torch import Tensor
 from peft_many.algebra.instructions import instruction_features, token_weights
 from peft_many.algebra.routing import NEGLIGIBLE_WEIGHT, gaussian_scores, gaussian_weights, joint_weights
 from peft_many.algebra.spread import centred, shared_metric
+from peft_many.merging.routed_instructions import LEAST_VARIANCE
 from tests.algebra.problems import seeds
 
 WIDTH = 6
@@ -86,6 +87,29 @@ def test_half_precision_and_autocast() -> None:
         found = features(half, kept)
     assert found.dtype == torch.float32
     assert torch.equal(found, features(half.float(), kept))
+
+
+def test_what_a_template_adds_to_every_instruction_does_not_matter() -> None:
+    """Constant words before and behind draw the means together; no task's instructions vary there."""
+    generator = torch.Generator().manual_seed(0)
+    words, width = torch.randn(200, 64, generator=generator), 128
+
+    def asked(task: int, count: int, around: int) -> Tensor:
+        rows = []
+        for _ in range(count):
+            slot = int(torch.randint(150, 200, (1,), generator=generator))
+            rows.append([*range(around), 100 + task, 110, slot, 111 + task, *range(around, around + around // 4)])
+        embedded = words[torch.tensor(rows)]
+        return features(embedded, torch.ones(embedded.shape[:2], dtype=torch.bool))
+
+    for around in (0, 100):
+        known = [asked(task, 60, around) for task in range(3)]
+        metric = shared_metric([centred(rows) for rows in known], [60] * 3, least=LEAST_VARIANCE / width)
+        prototypes = torch.stack([rows.mean(0) for rows in known])
+        new = torch.cat([asked(task, 40, around) for task in range(3)])
+        weights = joint_weights(gaussian_scores(new, prototypes, metric, 1.0), None)
+        assert weights.argmax(1).tolist() == [task for task in range(3) for _ in range(40)], around
+        assert weights.amax(1).min() > 0.9
 
 
 # --------------------------------------------------------------------------------- instructions and images together

@@ -74,10 +74,18 @@ def test_other_dtypes_and_families(tmp_path):
     assert distance(logits(half, "qwen2_5_vl"), expected) < 0.1
 
 
-def test_a_gate_is_left_behind_and_said(shelf, tmp_path):
-    exported = export_routed_model(
-        shelf.merge("ab", tmp_path / "1", gate_lora=True), tmp_path / "2", base_model=shelf.base
-    )
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ({"gate_lora": True}, "row's images,"),
+        ({"gate_by": "instructions", "abstain_above": 4.0}, "row's instruction,"),
+        ({"gate_by": "both"}, "row's images and instruction,"),
+    ],
+)
+def test_a_gate_is_left_behind_and_said(shelf, tmp_path, gate, said):
+    gated = shelf.merge("ab", tmp_path / "1", **gate)
+    assert f"chosen among by each {said}" in (gated / "README.md").read_text()
+    exported = export_routed_model(gated, tmp_path / "2", base_model=shelf.base)
     assert any("gate_lora" in note for note in exported.notes)
     expected = PeftModel.from_pretrained(base("llava"), shelf.merge("ab", tmp_path / "3"))
     model = load_routed_model(exported.folder)
