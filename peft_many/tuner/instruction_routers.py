@@ -24,6 +24,11 @@ class InstructionRouters(ModulesToSaveWrapper):
             self.modules_to_save[adapter_name] = router
         super().update(adapter_name, **kwargs)
 
+    def unload_and_optionally_merge_module(self, *_: Any, **__: Any) -> nn.Module:
+        """Nothing of them can be folded into a model."""
+        original: nn.Module = self.original_module
+        return original
+
 
 def route_instructions(model: nn.Module, adapter_name: str, merge: MergeRecord) -> None:
     """Give a merge whose gates go by instructions its router, to be loaded into."""

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from peft_many import MAnyConfig, merge_adapter_sequence
 from peft_many.routing.instructions import ROUTERS, features_of_instructions, router_of
+from peft_many.tuner.gated_linear import GatedLinear
 from tests import tiny
 from tests.routing.asked import (
     CROSSED,
@@ -512,9 +513,11 @@ def test_the_host_waits_once_for_each_prompt_and_for_no_token(monkeypatch: pytes
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], dim=1)
         step = {"input_ids": torch.tensor([[30], [31]]), "attention_mask": mask}
         call = on_pretended_gpu(monkeypatch, model, step, lambda: model(**step, past_key_values=cache))  # noqa: B023
-        found.append((prompt.waits, call.waits, sum(prompt.kernels.values()), sum(call.kernels.values())))
-    (without, without_step, _, kernels), (asked, asked_step, _, gated_kernels) = found
-    assert asked - without == {"cpu": 1}
-    assert not without - asked
-    assert asked_step == without_step
-    assert gated_kernels <= kernels + 14  # a multiplication in each layer
+        answer = on_pretended_gpu(monkeypatch, model, inputs, lambda: generate(model, inputs))  # noqa: B023
+        found.append((prompt.waits, call.waits, answer.waits, call.kernels))
+    (prompt, step, answer, kernels), (asked_prompt, asked_step, asked_answer, asked_kernels) = found
+    assert asked_prompt - prompt == asked_answer - answer == {"cpu": 1}
+    assert not prompt - asked_prompt
+    assert asked_step == step
+    layers = sum(isinstance(module, GatedLinear) for module in merged("llama", TEXTS, "instructions").modules())
+    assert asked_kernels - kernels == {"mul": layers}

@@ -17,6 +17,8 @@ from peft_many.files.statistics import InputStatistics
 from peft_many.statistics.features import MOST_KEPT, PooledFeatures, gather_features
 from peft_many.statistics.gathering import gather_inputs
 from peft_many.statistics.inputs import MeasuredInputs
+from peft_many.statistics.instructions import InstructionHook
+from tests import tiny
 from tests.algebra.problems import relative_error, seeds
 from tests.files.test_processes import in_processes
 
@@ -274,3 +276,16 @@ def test_features_are_kept_of_a_bounded_number_of_images():
     gathered_ = gather_features(found, ALONE)["projector"]
     assert gathered_.count == MOST_KEPT + 5
     torch.testing.assert_close(gathered_.prototype, features.mean(0))
+
+
+def test_instructions_of_a_batch_that_another_process_lent_are_read_but_not_counted():
+    """Sharded embeddings take all processes, but the batch was counted where it is from."""
+    model = tiny.build_text("llama")
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+    read = []
+    model.get_input_embeddings().register_forward_hook(lambda *_: read.append(1))
+    with InstructionHook(model) as hook, torch.no_grad():
+        for hook.counts in (True, False):
+            model(**batch)
+    assert hook.result()["instructions"].count == 2
+    assert len(read) == 4
