@@ -117,8 +117,7 @@ def pool_adapters(
         prepared.release()
         tensors |= tensors_of(merged)
         fingerprints |= {module: weight_fingerprint(delta.A, delta.B) for module, delta in merged.items()}
-        pooled = _pooled_input(prepared.tasks, group[0], truncation)
-        if pooled is not None:
+        if (pooled := _pooled_input(prepared.tasks, group[0], truncation)) is not None:
             inputs[group[0]] = pooled
             input_of |= dict.fromkeys(group, group[0])
     statistics = TaskStatistics(

@@ -135,10 +135,7 @@ def merge_adapter_sequence(
     config = merged_config(prepared, prepared.record())
     config.loaded_from = "The merge"  # some of its words are the adapters' own, and are not trusted
     check_fits_model(config, {key: shape for key, (_, shape) in prepared.tensors().items()}, model)
-    tensors = {
-        f"{KEY_PREFIX}{name}": tensor
-        for name, tensor in (prepared.projector_tensors | prepared.instruction_tensors).items()
-    }
+    tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in prepared.routed_tensors.items()}
     records: dict[str, LayerRecord] = {}
 
     def keep(merged: MergedGroup) -> None:

@@ -94,9 +94,14 @@ class PreparedMerge:
         return cost(self.shape_of(group[0])[1], rank, sum(sum(self.ranks_of(layer)) for layer in group))
 
     @property
+    def routed_tensors(self) -> dict[str, Tensor]:
+        """What is routed, and by what."""
+        return {**self.projector_tensors, **self.instruction_tensors}
+
+    @property
     def whole_tensors(self) -> dict[str, Tensor]:
         """What the weights file holds beside the merged LoRA, by key without PEFT's prefix."""
-        return {**self.projector_tensors, **self.instruction_tensors, **self.base_tensors}
+        return {**self.routed_tensors, **self.base_tensors}
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of everything in the merge's weights file."""

@@ -263,6 +263,11 @@ class MergeRecord(_Record):
         """The names of the tasks, in their order."""
         return [task.name for task in self.tasks]
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether images or instructions choose among its tasks."""
+        return bool(self.routing) or self.instructions is not None
+
 
 @dataclass(frozen=True)
 class PoolRecord(_Record):

@@ -144,20 +144,16 @@ def collect_statistics(
         check_batches(dataloader, max_samples, forward_fn)
         sharded = is_sharded(model, across_processes)
         name = adapter_to_measure(peft_model, adapter_name)
-        config = peft_model.peft_config[name]
-        base = base_of(peft_model)
+        base, config = base_of(peft_model), peft_model.peft_config[name]
         truncation = _truncation(config, rank, energy, error_budget, dtype)
         layers, projectors = adapted_layers(base, name), _projectors(base, config)
         inputs = _input_hooks(base, layers, also_measure, projectors, truncation.followed, share_inputs)
         images = PrototypeHooks({path: base.get_submodule(path) for path in projectors})
-        asked = InstructionHook(base)
-        return _Measuring(peft_model, base, name, layers, sharded, truncation, inputs, images, asked)
+        return _Measuring(peft_model, base, name, layers, sharded, truncation, inputs, images, InstructionHook(base))
 
     measuring = processes.together(prepare)
     weights = processes.together(lambda: weights_of(peft_model, measuring.adapter_name, measuring.layers))
     samples = measuring.run(dataloader, max_samples, forward_fn, processes, progress)
-    if samples == 0:
-        raise ValueError("The dataloader gave no batch, so there is nothing to measure.")
 
     def kept(covariance: Covariance, names: list[str]) -> Covariance:
         deltas = [weights.deltas[name] for name in names if name in weights.deltas]
@@ -233,7 +229,10 @@ class _Measuring:
                     hooks.close()
                 forward(self.model, send_to_device(batch, device_of(self.model)), forward_fn)
 
-            return run_together(self._checked(dataloader), max_samples, processes, run, bar.update, self.sharded)
+            seen = run_together(self._checked(dataloader), max_samples, processes, run, bar.update, self.sharded)
+        if seen == 0:
+            raise ValueError("The dataloader gave no batch, so there is nothing to measure.")
+        return seen
 
     def projectors_now(self, seen: Collection[str]) -> dict[str, Any]:
         """What statistics say of the adapter's copies of projectors; `seen` are those that images reached."""

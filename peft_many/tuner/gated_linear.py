@@ -41,7 +41,9 @@ class GatedLinear(MergedLinear):
 
 
 def gate_layers(model: nn.Module, adapter_name: str, merge: MergeRecord) -> None:
-    """Give the LoRA layers of a gated merge the place for the tasks' own `A_t`."""
+    """Give the LoRA layers of a merge the place for the tasks' own `A_t`, if it is gated."""
+    if not merge.options.gate_lora:
+        return
     for name, layer in lora_layers(model, adapter_name).items():
         ranks = merge.task_rank_pattern.get(get_pattern_key(merge.task_rank_pattern, name), merge.task_ranks)
         if ranks is None or sum(ranks) != layer.r[adapter_name]:

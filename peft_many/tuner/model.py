@@ -99,14 +99,13 @@ class MAnyModel(LoraModel):
                     f"{source}: adapter_config.json cannot be applied to {type(model).__name__}: {error!r:.300}."
                 ) from error
             merge = config.merge
-            if merge is not None and merge.options.gate_lora:
-                gate_layers(model, adapter_name, merge)
             if merge is not None:
+                gate_layers(model, adapter_name, merge)
                 use_merged_linears(model, adapter_name)
                 route_instructions(model, adapter_name, merge)
             rollback.pop_all()
         keep_running_statistics(model)
-        if merge is not None and _watches(merge):
+        if merge is not None and merge.is_routed:
             watch_calls(model)
         if isinstance(config.statistics, AdapterStatistics):
             hang_on_layers(model, adapter_name, config.statistics)
@@ -202,7 +201,7 @@ class MAnyModel(LoraModel):
         """See [`~peft.LoraModel`]."""
         super().delete_adapter(adapter_name)
         forget_instructions(self.model)
-        if not any(config.merge is not None and _watches(config.merge) for config in self.peft_config.values()):
+        if not any(config.merge is not None and config.merge.is_routed for config in self.peft_config.values()):
             unwatch_calls(self.model.modules())
         if not self.peft_config:
             release_running_statistics(self.model.modules())
@@ -241,11 +240,6 @@ class MAnyModel(LoraModel):
         else:
             unwatch_calls(model.modules())
         return model
-
-
-def _watches(merge: MergeRecord) -> bool:
-    """Whether a merge has to know of calls which rows and images belong together."""
-    return bool(merge.routing) or merge.instructions is not None
 
 
 def _warn_of_folding(tuner: MAnyModel, adapter_names: list[str] | None) -> None:
