@@ -19,18 +19,19 @@ def confidence(weights: Tensor, threshold: float = CONFIDENT_WEIGHT) -> Tensor:
     return (weights.amax(dim=-1) >= threshold).float()
 
 
-def gates(weights: Tensor, trust: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+def gates(weights: Tensor, trust: Tensor, merged: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
     """What the rows of `A*` and of the tasks' own `A_t` are multiplied by, for each row of a batch.
 
-        ΔW(x) = Σ_t B_t [ (1 − c) A*_t + c α_t A_t ]
+        ΔW(x) = Σ_t B_t [ m A*_t + c 1[t = argmax α] A_t ]
 
-    `c = 0` is the merged delta; `c = 1` and one-hot `α` are exactly one task's own. Of the weights `α`, shape
-    `(rows, tasks)`, and the trust `c`, shape `(rows,)`, these are `1 − c`, shape `(rows, 1)`, and `c α_t` repeated
-    `r_t` times, shape `(rows, Σ r_t)`; the rank `r_t` is zero where a task did not train the layer.
+    `c = 1` is the own delta of the likeliest task, of equal ones the first: halves of two tasks that contradict each
+    other answer as neither. `m = 1` is the merged delta. Where both are zero, as for rows that are like no task's, the
+    base model stays as it is. Of the weights `α`, shape `(rows, tasks)`, and `c` and `m`, shape `(rows,)`, these have
+    shapes `(rows, 1)` and `(rows, Σ r_t)`; the rank `r_t` is zero where a task did not train the layer.
     """
-    trust = trust.to(weights.dtype)[:, None]
     places = [t for t, rank in enumerate(ranks) for _ in range(rank)]
-    return 1 - trust, (trust * weights)[:, places]
+    chosen = torch.nn.functional.one_hot(weights.argmax(dim=-1), weights.shape[1]).to(weights)
+    return merged.to(weights)[:, None], (trust.to(weights)[:, None] * chosen)[:, places]
 
 
 def rows_of_images(tokens: Tensor, placeholders: Tensor) -> Tensor | None:

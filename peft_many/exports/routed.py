@@ -141,7 +141,7 @@ def load_routed_model(
 def without_gate(merge: MergeRecord) -> MergeRecord:
     """The record of the same merge without `gate_lora`; the routing stays."""
     above = merge.options.abstain_above if merge.options.router == "gaussian" else None  # or else of instructions
-    options = replace(merge.options, gate_lora=False, gate_by=None, abstain_above=above)
+    options = replace(merge.options, gate_lora=False, gate_by=None, route_by=None, abstain_above=above)
     return replace(merge, options=options, instructions=None, task_ranks=None, task_rank_pattern={})
 
 

@@ -78,10 +78,14 @@ class MergeOptions:
             What it goes by: the row's `"images"`, which is the default, its `"instructions"`, by the base model's
             embeddings of their tokens, or `"both"`, for tasks on the same pictures and tasks without any. Needs
             adapters whose instructions were measured.
+        route_by (`str`, *optional*):
+            What chooses among the projectors, with `gate_by` of instructions: the `"images"`, which is the default,
+            the row's `"instructions"`, or `"both"`. An image that was encoded for one question cannot be used again
+            for another one then.
         abstain_above (`float`, *optional*):
             Images whose squared distance from the nearest prototype is above this go through the base model's
-            projector (with `router="gaussian"`), and rows with such images or instructions get the merged delta. The
-            tasks' own are at 1 on average; 4 keeps nearly all of them. By default never.
+            projector (with `router="gaussian"`), and rows with such images or instructions through the base model's
+            layers. The tasks' own are at 1 on average; 4 keeps nearly all of them. By default never.
         dtype (`torch.dtype`, defaults to `torch.float32`):
             What the merged LoRA weights are stored in: float32, bfloat16 or float16. Half precision halves the file
             and rounds the merged deltas by about 2e-3 of their size in bfloat16 and 3e-4 in float16.
@@ -138,6 +142,15 @@ class MergeOptions:
         shown="images",
         choices=(IMAGES, INSTRUCTIONS, BOTH),
     )
+    route_by: str | None = _option(
+        "What chooses among the projectors.",
+        one_of,
+        of=(ROUTED,),
+        inherited=("gate_by",),
+        otherwise=IMAGES,
+        shown="images",
+        choices=(IMAGES, INSTRUCTIONS, BOTH),
+    )
     abstain_above: float | None = _option(
         "From which distance on images and instructions are like no task's.",
         positive,
@@ -170,6 +183,8 @@ class MergeOptions:
             raise ValueError("`gate_by` says what `gate_lora` goes by, which is False; leave one of them out.")
         if self.gate_by is not None:
             object.__setattr__(self, "gate_lora", True)
+        if self.route_by not in (None, IMAGES) and not self.gates_by_instructions:
+            raise ValueError(f"`route_by='{self.route_by}'` needs `gate_by='{INSTRUCTIONS}'` or '{BOTH}' beside it.")
         if self.gate_lora and self.rank is not None:
             raise ValueError(
                 "`gate_lora` keeps every task's block of each layer, so a `rank` cannot be given; pass "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..algebra.routing import joint_weights
 from ..families.image_rows import ImageRows
 from .calls import asked_for, running
 from .noted import ImageWeights
@@ -42,6 +43,24 @@ def note_images(target: GateTarget, weights: Tensor, rows: ImageRows) -> None:
     told = running_call.images.told if running_call.images is not None else None
     start = cached_length(call.arguments.get("past_key_values"))
     call.noted.add(target.adapter_name, ImageWeights(all_tasks, rows, told, start))
+
+
+def with_instructions(target: GateTarget, weights: Tensor, rows: ImageRows, alone: bool) -> Tensor:
+    """The routing weights of a projector's images, `(images, routed tasks)`, by the instructions of their rows too.
+
+    By these `alone`, if so. Where they cannot be read, or it cannot be told whose image is whose, the images' own.
+    """
+    running_call = running.get()
+    call = None if running_call is None else running_call.of_batch
+    if running_call is None or call is None or call.noted is None or not rows.real_images.any():
+        return weights
+    told = running_call.images.told if running_call.images is not None else None
+    scores = call.noted.scores_of_images(target.adapter_name, ImageWeights(weights, rows, told, 0))
+    if scores is None:
+        return weights
+    found, real = weights.clone(), rows.real_images
+    found[real] = joint_weights(scores[:, list(target.columns)], None if alone else weights[real])
+    return found
 
 
 def current_gates(adapter_name: str, ranks: tuple[int, ...], x: Tensor) -> Gates | None:

@@ -36,22 +36,24 @@ class ImageWeights:
 
     def by_row(self, model: nn.Module, arguments: Mapping[str, Any]) -> RowWeights | None:
         """The weights of a batch's rows; `None`, with a warning, where it cannot be told which images are whose."""
-        real = self.rows.real_images
-        images, weights = int(real.sum()), self.weights[real]
-        placeholders = self._placeholders(model, arguments)
-        if placeholders is not None:
-            batch, rows = len(placeholders), rows_of_images(self._tokens(placeholders, real), placeholders)
-        else:
-            batch = next((shape[0] for shape in shapes_of_batch(arguments)), 0)
-            rows = torch.arange(images) if batch == images else None
+        weights, (batch, rows) = self.weights[self.rows.real_images], self.places(model, arguments)
         if rows is None:
-            warn_of_merged(f"it cannot be told which of {images} images belong to which of {batch} rows")
+            warn_of_merged(f"it cannot be told which of {len(weights)} images belong to which of {batch} rows")
             return None
         return RowWeights(
             weights.new_zeros(batch, weights.shape[1]).index_add(0, rows, weights),
-            weights.new_zeros(batch).index_add(0, rows, weights.new_ones(images)),
+            weights.new_zeros(batch).index_add(0, rows, weights.new_ones(len(weights))),
             self.start,
         )
+
+    def places(self, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, Tensor | None]:
+        """How many rows a batch has, and which of them each image stands in, `(images,)`, if that can be told."""
+        real = self.rows.real_images
+        placeholders = self._placeholders(model, arguments)
+        if placeholders is not None:
+            return len(placeholders), rows_of_images(self._tokens(placeholders, real), placeholders)
+        batch, images = next((shape[0] for shape in shapes_of_batch(arguments)), 0), int(real.sum())
+        return batch, torch.arange(images) if batch == images else None
 
     def _tokens(self, placeholders: Tensor, real: Tensor) -> Tensor:
         """How many of the batch's placeholder tokens each `real` image fills, `(images,)`, int64."""
@@ -135,6 +137,16 @@ class Noted:
                     found = asked if found is None else found.plus(asked)
             self._known[adapter_name] = found
         return self._known.get(adapter_name)
+
+    def scores_of_images(self, adapter_name: str, images: ImageWeights) -> Tensor | None:
+        """By the instructions of their rows, the tasks' scores of images that are being encoded, `(images, tasks)`."""
+        model, known = self._model(), self.get(adapter_name)
+        if model is None or known is None or known.scores is None:
+            return None
+        batch, rows = images.places(model, self._arguments)
+        if rows is None:
+            return None
+        return known.repeated(max(1, batch // len(known.images))).scores_of(rows)
 
     @property
     def any_images(self) -> bool:

@@ -27,8 +27,8 @@ _MOVES_ROWS = ("reorder_cache", "batch_select_indices")
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
-# What a layer's products with `A*` and with the tasks' own `A_t` are multiplied by: `1 − c`, shape `(rows, 1)`, `None`
-# where it is zero in all rows, and `c α_t` repeated `r_t` times, shape `(rows, Σ r_t)`.
+# What a layer's products with `A*` and with the tasks' own `A_t` are multiplied by: shape `(rows, 1)`, `None` where it
+# is zero in all rows, and shape `(rows, Σ r_t)`.
 Gates = tuple[Tensor | None, Tensor]
 
 
@@ -71,6 +71,10 @@ class RowWeights:
         before = None if self.before is None else self.before.taken(rows)
         return RowWeights(self.sums[rows], self.images[rows], self.start, scores, before)
 
+    def scores_of(self, rows: Tensor) -> Tensor | None:
+        """The tasks' scores by the instructions of some rows."""
+        return None if self.scores is None else self.scores[rows]
+
     def by_images(self) -> RowWeights:
         """Of the images alone."""
         return RowWeights(self.sums, self.images, self.start, before=self.before)
@@ -84,15 +88,15 @@ class RowWeights:
 
     def gates(self, ranks: tuple[int, ...], repeats: int, dtype: torch.dtype, device: torch.device) -> Gates | None:
         """The gates of a layer that sees each row `repeats` times; `None` if every row gets the merged delta."""
-        if self._open_rows == 0:
+        if bool((self._merged > 0).all()):
             return None
         key = (ranks, repeats, dtype, device)
         if key not in self._gates:
             merged, own = (
                 moved(gate.to(dtype).repeat_interleave(repeats, dim=0), device)
-                for gate in gates(self._weights, self._trust, ranks)
+                for gate in gates(self._weights, confidence(self._weights), self._merged, ranks)
             )
-            self._gates[key] = (None if self._open_rows == len(self.images) else merged, own)
+            self._gates[key] = (merged if self._merged.any() else None, own)
         return self._gates[key]
 
     @functools.cached_property
@@ -102,12 +106,11 @@ class RowWeights:
         return means if self.scores is None else joint_weights(self.scores, torch.where(seen, means, 1.0))
 
     @functools.cached_property
-    def _trust(self) -> Tensor:
-        return confidence(self._weights)
-
-    @functools.cached_property
-    def _open_rows(self) -> int:
-        return int(self._trust.sum())  # `confidence` is 0 or 1
+    def _merged(self) -> Tensor:
+        """1 for rows that get the merged delta, as no single task is likely or nothing is known; else 0, `(rows,)`."""
+        known = torch.ones_like(self.images, dtype=torch.bool) if self.scores is not None else self.images > 0
+        like_none = known & (self._weights == 0).all(dim=-1)
+        return (1 - confidence(self._weights)).masked_fill(like_none, 0.0)
 
 
 def remember(cache: Cache, known: Mapping[str, RowWeights]) -> None:

@@ -293,6 +293,6 @@ def _mixing(merge: MergeRecord | None, projector: str, adapter_name: str) -> Mix
     if merge is None or projector not in merge.routing:
         return None
     routed, gate = merge.routing[projector], None
-    if merge.options.gates_by_images:
+    if merge.options.gate_lora:
         gate = GateTarget(adapter_name, tuple(merge.names.index(name) for name in routed.names), len(merge.tasks))
     return functools.partial(ProjectorMixture, routed=routed, options=merge.options, gate=gate)

@@ -18,8 +18,9 @@ from ..families.image_layouts import image_rows_of
 from ..families.image_rows import ImageRows
 from ..families.projector_call import features_of
 from ..records import MergeOptions, RoutedProjector
+from ..records.options import BOTH, INSTRUCTIONS
 from ..routing.calls import current_image_call, projector_call
-from ..routing.gates import GateTarget, note_images
+from ..routing.gates import GateTarget, note_images, with_instructions
 from ..routing.task_router import TaskRouter
 
 
@@ -40,7 +41,9 @@ class ProjectorMixture(TaskRouter):
         self.temperature = options.temperature
         self.top_k = options.top_k
         self.abstain_above = options.abstain_above if self.is_gaussian else None
-        self.gate = gate  # the LoRA layers that go by the same weights, if any do
+        self.gate = gate  # the LoRA layers that go by the same weights or by instructions, if any do
+        self.tells_gate = options.gates_by_images
+        self.route_by = options.route_by
         # Keys that no adapter is called by: PEFT filters state dicts by ".<adapter name>.".
         self.experts = nn.ModuleDict(
             {
@@ -71,8 +74,6 @@ class ProjectorMixture(TaskRouter):
         call = projector_call(self, args, kwargs)
         rows = image_rows_of(call)
         by_task = self._decide(rows, call.vision_features)
-        if self.gate is not None and not rows.continues:
-            note_images(self.gate, by_task, rows)
         if self.abstain_above is not None:
             # Not one less their sum, whose rounding would send every image through the base model's projector too.
             left = (by_task == 0).all(dim=-1, keepdim=True)
@@ -89,6 +90,10 @@ class ProjectorMixture(TaskRouter):
             assert call is not None
             return call.decided[self]
         by_task = self.task_weights(rows.pool(features)).cpu()
+        if self.gate is not None and self.tells_gate:
+            note_images(self.gate, by_task, rows)
+        if self.gate is not None and self.route_by in (INSTRUCTIONS, BOTH):
+            by_task = with_instructions(self.gate, by_task, rows, alone=self.route_by == INSTRUCTIONS)
         if call is not None:
             call.decided[self] = by_task
         return by_task

@@ -22,11 +22,12 @@ def test_gates_give_the_delta_of_the_definition(seed, ranks, rows):
 
     B, A, merged = [random(5, r) for r in ranks], [random(r, 6) for r in ranks], [random(r, 6) for r in ranks]
     weights = random(rows, len(ranks)).softmax(-1)
-    trust = torch.rand(rows, generator=generator, dtype=torch.float64)
-    of_merged, of_own = gates(weights, trust, ranks)
+    trust, left = torch.rand(2, rows, generator=generator, dtype=torch.float64)
+    of_merged, of_own = gates(weights, trust, left, ranks)
     for row in range(rows):
-        x, c = random(6), trust[row]
-        delta = sum(B[t] @ ((1 - c) * merged[t] + c * weights[row, t] * A[t]) for t in range(len(ranks)))
+        x, chosen = random(6), weights[row].argmax()
+        own = [trust[row] * (t == chosen) * A[t] for t in range(len(ranks))]
+        delta = sum(B[t] @ (left[row] * merged[t] + own[t]) for t in range(len(ranks)))
         hidden = of_merged[row] * (torch.cat(merged) @ x) + of_own[row] * (torch.cat(A) @ x)
         torch.testing.assert_close(torch.cat(B, dim=1) @ hidden, delta @ x)
 
@@ -35,11 +36,16 @@ def test_gates_give_the_delta_of_the_definition(seed, ranks, rows):
 def test_the_two_ends(ranks, data):
     task = data.draw(st.integers(0, len(ranks) - 1))
     weights = torch.nn.functional.one_hot(torch.tensor([task, task]), len(ranks)).float()
-    merged, own = gates(weights, torch.tensor([0.0, 1.0]), ranks)
+    merged, own = gates(weights, torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]), ranks)
     assert merged.tolist() == [[1.0], [0.0]]
     blocks = [part.unique().tolist() for part in own[1].split(ranks) if len(part)]
     assert own[0].count_nonzero() == 0
     assert blocks == [[float(t == task)] for t, rank in enumerate(ranks) if rank]
+
+
+def test_of_equally_likely_tasks_one_is_chosen():
+    _, own = gates(torch.tensor([[0.0, 0.5, 0.5]]), torch.ones(1), torch.zeros(1), [1, 1, 1])
+    assert own.tolist() == [[0, 1, 0]]
 
 
 @given(seeds, st.integers(1, 6), st.integers(1, 5), st.floats(0.01, 1.0))

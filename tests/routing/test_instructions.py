@@ -93,8 +93,8 @@ def test_both_tell_apart_what_neither_does(family: str) -> None:
     assert_rows_are_of(merged(family, CROSSED, "both"), inputs, expected, merged(family, CROSSED, None))
     for gate_by in ("images", "instructions"):
         found = logits(merged(family, CROSSED, gate_by), inputs)
-        for row, one in enumerate(expected):
-            assert not close(found[row], logits(one, inputs)[row], 0.05)
+        # Of two tasks that look alike to it, the first one.
+        assert sum(close(found[row], logits(one, inputs)[row], 0.05) for row, one in enumerate(expected)) == 2
 
 
 @families
@@ -135,14 +135,18 @@ def test_the_order_of_words_decides() -> None:
     assert_rows_are_of(merged("llama", tasks, "instructions"), inputs, own[::-1], merged("llama", tasks, None))
 
 
-def test_questions_of_no_task_get_the_merged_lora() -> None:
+def test_questions_of_no_task_are_left_to_the_base_model() -> None:
     own, without = owners("llama", TEXTS), merged("llama", TEXTS, None)
     model = merge("llama", TEXTS, "instructions", abstain_above=8.0)
     inputs = batch(model, "llama", [TEXTS[0], TEXTS[1], TEXTS[2]])
     assert_rows_are_of(model, inputs, own, without)
     row = inputs["input_ids"][1]
     row[row > 3] += 10
-    assert_rows_are_of(model, inputs, [own[0], without, own[2]])
+    found = logits(model, inputs)
+    with model.disable_adapter():
+        assert close(found[1], logits(model, inputs)[1])
+    for row in (0, 2):
+        assert close(found[row], logits(own[row], inputs)[row])
     assert not close(logits(merged("llama", TEXTS, "instructions"), inputs)[1], logits(without, inputs)[1], 0.05)
 
 
