@@ -40,7 +40,7 @@ class ProjectorMixture(TaskRouter):
         self.trained = [task.trained for task in routed.tasks]
         self.temperature = options.temperature
         self.top_k = options.top_k
-        self.abstain_above = options.abstain_above if self.is_gaussian else None
+        self.abstain_above = options.abstain_above
         self.gate = gate  # the LoRA layers that go by the same weights or by instructions, if any do
         self.tells_gate = options.gates_by_images
         self.route_by = options.route_by

@@ -7,6 +7,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tests.routing.asked import (
     SHARED,
     TEXTS,
     Task,
+    adapter,
     alone,
     base,
     batch,
@@ -163,6 +165,24 @@ def test_an_encoder_is_asked(gate_by: str) -> None:
         assert not close(joint[row], logits(without, forced)[row], 0.05)
         for options in ({}, {"num_beams": 3}, {"use_cache": False}):
             assert torch.equal(generate(model, inputs, **options)[row], generate(own[t], inputs, **options)[row])
+
+
+@families
+@pytest.mark.parametrize("router", ["cosine", "gaussian"])
+@pytest.mark.parametrize("route_by", ["instructions", "both"])
+def test_instructions_choose_among_the_projectors_too(tmp_path: Path, family: str, router: str, route_by: str) -> None:
+    """On the same pictures; what nobody asks so is answered by the base model, whole."""
+    own = [adapter(base(family), family, task, t, projector_modules=None).eval() for t, task in enumerate(SHARED[:2])]
+    for t, model in enumerate(own):
+        model.save_pretrained(str(tmp_path / str(t)))
+    options = {"router": router, "gate_by": "instructions", "route_by": route_by, "abstain_above": 50.0}
+    model = merge_adapter_sequence(base(family), [tmp_path / "0", tmp_path / "1"], progress=False, **options)
+    inputs = batch(model, family, [SHARED[1], SHARED[0], SHARED[0]])
+    assert_rows_are_of(model, inputs, [own[1], own[0], own[0]])
+    words = inputs["input_ids"][2]
+    words[(words > 5) & (words < 100)] = 60
+    assert_rows_are_of(model, inputs, [own[1], own[0], base(family)])
+    assert_rows_are_of(model, batch(model, family, [SHARED[2]] * 2), [base(family)] * 2)
 
 
 # ------------------------------------------------------------------------------------------------------- generation
