@@ -24,7 +24,7 @@ from ..files.tensor_file import TensorFileWriter, lay_out
 from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import ADAPTER_FILES
 from ..records import MergeOptions
-from ..records.options import takes_merge_options
+from ..records.keywords import takes_merge_options
 from ..tuner.adapter_names import trouble_with
 from ..tuner.merged_linear import round_merge
 from .arguments import output_folder, usable_device

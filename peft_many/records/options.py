@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -18,8 +16,6 @@ from .values import DTYPES, count, dtype, flag, not_negative, number, one_of, po
 ROUTERS = {"cosine": 0.02, "gaussian": 1.0}  # with their default temperatures
 ROUTED, MEAN = "routed", "mean"
 IMAGES, INSTRUCTIONS, BOTH = "images", "instructions", "both"
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _option(
@@ -147,7 +143,7 @@ class MergeOptions:
         one_of,
         of=(ROUTED,),
         inherited=("gate_by",),
-        otherwise=IMAGES,
+        otherwise=lambda options: IMAGES if options.gates_by_instructions else None,
         shown="images",
         choices=(IMAGES, INSTRUCTIONS, BOTH),
     )
@@ -174,22 +170,9 @@ class MergeOptions:
                 raise ValueError(f"`{name}` is an option of LPM, not of the method '{self.merge_method.name}'.")
             if ROUTED in about["of"] and self.projectors == MEAN:
                 raise ValueError(f"`{name}` is an option of routed projectors, not of `projectors='{MEAN}'`.")
-        if self.abstain_above is not None and self.router not in (None, "gaussian") and not self.gates_by_instructions:
-            raise ValueError(
-                "`abstain_above` is a distance of `router='gaussian'`, or of instructions (`gate_by`); "
-                "cosines know none."
-            )
-        if self.gate_by is not None and self.gate_lora is False:
-            raise ValueError("`gate_by` says what `gate_lora` goes by, which is False; leave one of them out.")
+        _check_together(self)
         if self.gate_by is not None:
             object.__setattr__(self, "gate_lora", True)
-        if self.route_by not in (None, IMAGES) and not self.gates_by_instructions:
-            raise ValueError(f"`route_by='{self.route_by}'` needs `gate_by='{INSTRUCTIONS}'` or '{BOTH}' beside it.")
-        if self.gate_lora and self.rank is not None:
-            raise ValueError(
-                "`gate_lora` keeps every task's block of each layer, so a `rank` cannot be given; pass "
-                "`gate_lora=False` or leave `rank` out."
-            )
 
     @property
     def gates_by_images(self) -> bool:
@@ -254,6 +237,27 @@ class MergeOptions:
         return cls(**found)
 
 
+def _check_together(options: MergeOptions) -> None:
+    """Refuse options that contradict each other."""
+    if (
+        options.abstain_above is not None
+        and options.router not in (None, "gaussian")
+        and not options.gates_by_instructions
+    ):
+        raise ValueError(
+            "`abstain_above` is a distance of `router='gaussian'`, or of instructions (`gate_by`); cosines know none."
+        )
+    if options.gate_by is not None and options.gate_lora is False:
+        raise ValueError("`gate_by` says what `gate_lora` goes by, which is False; leave one of them out.")
+    if options.route_by not in (None, IMAGES) and not options.gates_by_instructions:
+        raise ValueError(f"`route_by='{options.route_by}'` needs `gate_by='{INSTRUCTIONS}'` or '{BOTH}' beside it.")
+    if (options.gate_lora or options.gate_by) and options.rank is not None:
+        raise ValueError(
+            "`gate_lora` keeps every task's block of each layer, so a `rank` cannot be given; pass "
+            "`gate_lora=False` or leave `rank` out."
+        )
+
+
 def _method(value: Any, foreign: bool) -> str | MergeMethod:
     """A method by its name, or by a mapping of its name and options."""
     if isinstance(value, str):
@@ -272,27 +276,6 @@ def _method(value: Any, foreign: bool) -> str | MergeMethod:
         return kind(**options)
     except TypeError as error:
         raise ValueError(f"`method`: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from None
-
-
-def takes_merge_options(function: Function) -> Function:
-    """Let a function with `**options` show the fields of `MergeOptions` in its signature, as `help` and editors do."""
-    signature = inspect.signature(function)
-    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [
-        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type)
-        for one in dataclasses.fields(MergeOptions)
-    ]
-    known = {one.name for one in (*own, *options)}
-
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        unknown = next((name for name in kwargs if name not in known), None)
-        if unknown is not None:
-            raise TypeError(f"{function.__name__}() got an unexpected keyword argument '{unknown}'")
-        return function(*args, **kwargs)
-
-    checked.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
-    return checked  # type: ignore[return-value]
 
 
 def _agreed(merges: Sequence[MergeOptions], option: str) -> Any:

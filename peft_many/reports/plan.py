@@ -17,7 +17,7 @@ from ..merging.arguments import usable_device
 from ..merging.prepare import AdapterPath, PreparedMerge, TaskNames, prepare_merge
 from ..merging.selection import TaskWeights
 from ..records import MergeOptions
-from ..records.options import takes_merge_options
+from ..records.keywords import takes_merge_options
 from .inspection import PlannedTask, known_of
 
 _FEW_SAMPLES = 32
