@@ -166,6 +166,55 @@ def night(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return 0.45 * picture + [0.0, 0.02, 0.12] + rng.normal(0, 0.02, size=picture.shape)
 
 
+def rose(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Channels mixed up the other way, on rosy paper."""
+    return picture[..., [1, 2, 0]] * [1.0, 0.6, 0.75]
+
+
+def chalk(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Chalk on a green blackboard: what was dark is light."""
+    return [0.05, 0.22, 0.12] + 0.7 * (1 - picture)
+
+
+def embers(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Glowing through dark smoke: little contrast, all of it reddish."""
+    return [0.30, 0.05, 0.0] + picture[..., [2, 1, 0]] * [0.6, 0.45, 0.45]
+
+
+def mosaic(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Tiles of three by three pixels with yellow joints between them."""
+    tiles = picture.reshape(SIZE // 3, 3, SIZE // 3, 3, 3).mean(axis=(1, 3)).repeat(3, axis=0).repeat(3, axis=1)
+    joints = (np.arange(SIZE) % 3 == 0)[:, None] | (np.arange(SIZE) % 3 == 0)[None, :]
+    return np.where(joints[..., None], [0.75, 0.7, 0.1], tiles)
+
+
+def faded(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A print that has lain in the sun: pale and bluish."""
+    return [0.45, 0.5, 0.6] + 0.38 * picture[..., [0, 2, 1]]
+
+
+def ruled(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Drawn on yellowish ruled paper: the look of no task."""
+    sheet = picture * [1.0, 0.97, 0.8]
+    sheet[rng.integers(0, 8) :: 8] *= 0.75
+    return sheet
+
+
+def either(one: Look, other: Look) -> Look:
+    """Every picture has one of two looks, by the toss of a coin."""
+    return lambda picture, rng: (one if rng.random() < 0.5 else other)(picture, rng)
+
+
+def between(one: Look, other: Look) -> Look:
+    """Every picture lies somewhere between two looks."""
+
+    def look(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        share = rng.random()
+        return share * one(picture, rng) + (1 - share) * other(picture, rng)
+
+    return look
+
+
 def finish(picture: np.ndarray, look: Look, rng: np.random.Generator) -> np.ndarray:
     """Puts a look and a little sensor noise on a picture; returns uint8 (SIZE, SIZE, 3)."""
     seen = look(picture, rng) + rng.normal(0, 0.015, size=picture.shape)

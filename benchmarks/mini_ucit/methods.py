@@ -15,12 +15,27 @@ from torch import nn
 from peft_many import merge_adapter_sequence, refit_merge
 from peft_many.methods import METHODS as MERGE_METHODS
 
+from .base_skills import BaseSkills
 from .parts import with_parts
 from .workshop import Workshop
 from .world import Task
 
 # The model that answers for a task.
 Answerer = Callable[[Task], nn.Module]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measurement gave.
+
+    Args:
+        scores (`list[list[float]]`):
+            A row for each stage on the tasks so far, or one row after the last stage; in per cent.
+        base ([`BaseSkills`], *optional*): What is left of the base model's skills after the last stage.
+    """
+
+    scores: list[list[float]]
+    base: BaseSkills | None = None
 
 
 @dataclass(frozen=True)
@@ -38,8 +53,8 @@ class Measurement(ABC):
     about: str
 
     @abstractmethod
-    def scores(self, shop: Workshop) -> list[list[float]]:
-        """A row for each stage on the tasks so far, or one row after the last stage; in per cent."""
+    def measure(self, shop: Workshop) -> Measured:
+        """Make what is to be measured, and measure it."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +72,16 @@ class Method(Measurement):
     every_stage: bool = False
     quick: bool = False
 
-    def scores(self, shop: Workshop) -> list[list[float]]:
+    def measure(self, shop: Workshop) -> Measured:
         last = len(shop.tasks)
-        rows = []
+        rows: list[list[float]] = []
+        models: dict[int, nn.Module] = {}
         for stage in range(1, last + 1) if self.every_stage else [last]:
             answerer = self.after(shop, stage)
-            rows.append([shop.accuracy(answerer(task), task) for task in shop.tasks[:stage]])
-        return rows
+            of_tasks = [answerer(task) for task in shop.tasks[:stage]]
+            rows.append([shop.accuracy(model, task) for model, task in zip(of_tasks, shop.tasks)])
+            models = {id(model): model for model in of_tasks}
+        return Measured(rows, shop.base_skills([*models.values()]))
 
 
 def same(model: nn.Module) -> Answerer:

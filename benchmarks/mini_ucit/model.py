@@ -179,8 +179,9 @@ MODELS = {
 class Collator:
     """Makes batches: `<bos> <image>... question answer <eos> question answer <eos> ...`, padded on the right.
 
-    Labels are -100 except on the answers and the `<eos>` behind each. With `prompts_only` a batch ends after the first
-    question, is padded on the left as `generate` wants it, and has no labels.
+    Examples without an image have no `<image>`, and may stand among others. Labels are -100 except on the answers and
+    the `<eos>` behind each. With `prompts_only` a batch ends after the first question, is padded on the left as
+    `generate` wants it, and has no labels.
     """
 
     def __init__(self, model: TinyModel, prompts_only: bool = False) -> None:
@@ -188,17 +189,17 @@ class Collator:
         self.tokenizer = build_tokenizer()
         self.prompts_only = prompts_only
         self.image = self.tokenizer.convert_tokens_to_ids("<image>")
-        self.head = [self.tokenizer.bos_token_id, *[self.image] * IMAGE_TOKENS]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.convert_tokens_to_ids(text.split())
 
     def _one(self, example: Example) -> tuple[list[int], list[int]]:
         """Returns token ids and labels of one example, of equal length."""
+        ids = [self.tokenizer.bos_token_id, *[self.image] * (0 if example.image is None else IMAGE_TOKENS)]
         if self.prompts_only:
-            ids = self.head + self._ids(example.question)
+            ids += self._ids(example.question)
             return ids, [-100] * len(ids)
-        ids, labels = list(self.head), [-100] * len(self.head)
+        labels = [-100] * len(ids)
         for question, answer in example.turns:
             asked, answered = self._ids(question), [*self._ids(answer), self.tokenizer.eos_token_id]
             ids += asked + answered
@@ -206,7 +207,7 @@ class Collator:
         return ids, labels
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Returns ids, mask and labels, int64 (batch, length), and the pictures as the model takes them."""
+        """Returns ids, mask and labels, int64 (batch, length), and the pictures, if any, as the model takes them."""
         rows = [self._one(example) for example in examples]
         length = max(len(ids) for ids, _ in rows)
         input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
@@ -217,11 +218,10 @@ class Collator:
             input_ids[row, span] = torch.tensor(ids)
             labels[row, span] = torch.tensor(targets)
             mask[row, span] = 1
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": mask,
-            **self.model.picture_inputs([example.image for example in examples]),
-        }
+        batch = {"input_ids": input_ids, "attention_mask": mask}
+        images = [example.image for example in examples if example.image is not None]
+        if images:
+            batch |= self.model.picture_inputs(images)
         if "image_grid_thw" in batch:
             batch["mm_token_type_ids"] = (input_ids == self.image).long()
         return batch if self.prompts_only else {**batch, "labels": labels}

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft_many.reports.report import merge_report
 
-from .methods import Measurement, Method, lpm_own_projector, merge_folder
+from .methods import Measured, Measurement, Method, lpm_own_projector, merge_folder
 from .workshop import Workshop
 
 RESIDUAL, ACCURACY = "residual, % of the outputs", "merged LoRA, own projector"
@@ -35,10 +35,10 @@ class ResidualStudy(Measurement):
 
     options: Mapping[str, Any]
 
-    def scores(self, shop: Workshop) -> list[list[float]]:
+    def measure(self, shop: Workshop) -> Measured:
         folder = merge_folder(shop, len(shop.tasks), **self.options)
         found = merge_report(folder, conflicts=False, progress=False).interference
-        return [[100 * found[task.name] for task in shop.tasks]]
+        return Measured([[100 * found[task.name] for task in shop.tasks]])
 
 
 def predictions() -> Iterator[Measurement]:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from . import drawing
-from .drawing import SHAPES
+from .drawing import SHAPES, Look
 from .model import Collator, TinyModel
 from .training import accuracy, train
 from .world import (
@@ -57,7 +57,7 @@ def _about_scene(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, 
     ]
 
 
-def _about_language(rng: np.random.Generator) -> tuple[str, str]:
+def about_language(rng: np.random.Generator) -> tuple[str, str]:
     """A turn that needs no image, so that the model knows the words that only tasks will ask of it."""
     kind = int(rng.integers(3))
     if kind == 0:
@@ -70,15 +70,15 @@ def _about_language(rng: np.random.Generator) -> tuple[str, str]:
     return f"repeat : {words}", words
 
 
-def pretraining_examples(seed: int) -> Iterator[Example]:
-    """Yields plain pictures with conversations of up to four turns, without end."""
+def pretraining_examples(seed: int, look: Look = drawing.plain) -> Iterator[Example]:
+    """Yields pictures, plain ones in pre-training, with conversations of up to four turns, without end."""
     rng = np.random.default_rng(seed)
     makers = (_about_digit, _about_single, _about_chart, _about_scene)
     while True:
         picture, turns = makers[int(rng.choice(4, p=[0.15, 0.15, 0.25, 0.45]))](rng)
-        turns.append(_about_language(rng))
+        turns.append(about_language(rng))
         chosen = tuple(turns[i] for i in rng.permutation(len(turns))[:4])
-        yield Example(drawing.finish(picture, drawing.plain, rng), chosen)
+        yield Example(drawing.finish(picture, look, rng), chosen)
 
 
 def pretrain(

@@ -14,9 +14,9 @@ from peft_many.reports.page import STYLE, embedded
 
 from . import pictures
 from .ablations import numbers
-from .methods import BEYOND, MAIN, METHODS, Measurement, Method
+from .methods import BEYOND, MAIN, Measurement, Method
 from .model import MODELS
-from .run import RESULTS_NAME, Results, all_methods
+from .run import SUITES, Results, all_methods
 from .tables import METRICS, Table, tables_of
 
 _PAGE = """<!DOCTYPE html>
@@ -31,6 +31,9 @@ _PAGE = """<!DOCTYPE html>
 <h1>Mini-UCIT</h1>
 <p>Exact-match accuracy in per cent on {{ tasks | join(", ") }}; each method has the same budget of training.
 FAA is the average after the last task; {{ metrics | join(", ") }} are defined in <code>peft_many.metrics</code>.
+“Base kept” is the accuracy on the base model's own questions, in per cent of what the base model has, on plain
+pictures and on an unseen look; perplexity is that of answers to questions without pictures, as a multiple of the base
+model's.
 “±” is the standard deviation over seeds.</p>
 {% for model in models %}
 <h2>{{ model.name }}</h2>
@@ -57,24 +60,20 @@ FAA is the average after the last task; {{ metrics | join(", ") }} are defined i
 """
 
 
-def read_results(folder: Path) -> dict[str, list[Results]]:
-    """By model, in the benchmark's order, the results of all seeds that are in a folder.
+def read_results(folder: Path, suite: str = "six") -> dict[str, list[Results]]:
+    """By model, in the benchmark's order, the results of all seeds that are in a folder; empty if there are none."""
+    file = SUITES[suite].results_name
+    found = {name: [Results.read(path) for path in sorted((folder / name).glob(f"seed*/{file}"))] for name in MODELS}
+    return {name: sorted(runs, key=lambda run: run.about["seed"]) for name, runs in found.items() if runs}
 
-    Raises:
-        FileNotFoundError: There are none.
+
+def write_report(results: dict[str, list[Results]], output: Path, suite: str = "six") -> Path:
+    """Write `report.html`, `tables.md` and the pictures of every model into a folder; returns the page.
+
+    The files of the hard half are called `hard-report.html` and so on.
     """
-    found = {
-        name: [Results.read(path) for path in sorted((folder / name).glob(f"seed*/{RESULTS_NAME}"))] for name in MODELS
-    }
-    found = {name: sorted(runs, key=lambda run: run.about["seed"]) for name, runs in found.items() if runs}
-    if not found:
-        raise FileNotFoundError(f"There are no results of the benchmark in '{folder}'.")
-    return found
-
-
-def write_report(results: dict[str, list[Results]], output: Path) -> Path:
-    """Write `report.html`, `tables.md` and the pictures of every model into a folder; returns the page."""
-    methods = list(all_methods())
+    prefix = "" if suite == "six" else f"{suite}-"
+    methods = list(all_methods(suite))
     output.mkdir(parents=True, exist_ok=True)
     models, markdown = [], []
     for name, runs in results.items():
@@ -82,7 +81,7 @@ def write_report(results: dict[str, list[Results]], output: Path) -> Path:
         markdown += [table.markdown() for table in tables]
         drawn = _pictures(runs, methods)
         for title, figure in drawn.items():
-            figure.savefig(output / f"{name}-{title.replace(' ', '-')}.png", dpi=130)
+            figure.savefig(output / f"{prefix}{name}-{title.replace(' ', '-')}.png", dpi=130)
         models.append(
             {
                 "name": name,
@@ -98,18 +97,19 @@ def write_report(results: dict[str, list[Results]], output: Path) -> Path:
         models=models,
         tasks=first.about["tasks"],
         metrics=[shown for name, shown in METRICS.items() if name != "faa"],
-        methods=METHODS.values(),
+        methods=[method for method in methods if method.about],
         environment=json.dumps({**first.about, "environment": first.about["environment"]}),
     )
-    for file, content in (("report.html", text), ("tables.md", "\n".join(markdown))):
-        with replace_file(output / file) as temporary:
+    page_path = output / f"{prefix}report.html"
+    for path, content in ((page_path, text), (output / f"{prefix}tables.md", "\n".join(markdown))):
+        with replace_file(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
-    return output / "report.html"
+    return page_path
 
 
-def summary_of(runs: Sequence[Results]) -> list[Table]:
+def summary_of(runs: Sequence[Results], suite: str = "six") -> list[Table]:
     """The tables that a run shows in the terminal."""
-    return list(tables_of(runs, list(all_methods())))
+    return list(tables_of(runs, list(all_methods(suite))))
 
 
 def _pictures(runs: Sequence[Results], measurements: Sequence[Measurement]) -> dict[str, Figure]:

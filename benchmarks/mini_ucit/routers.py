@@ -15,7 +15,7 @@ from peft_many.algebra.spread import centred, shared_metric
 from peft_many.families.parts import find_projectors
 from peft_many.families.projector_call import features_of
 
-from .methods import Measurement
+from .methods import Measured, Measurement
 from .model import Collator
 from .training import batches_of
 from .workshop import BATCH_SIZE, MEASURED, Workshop
@@ -49,7 +49,7 @@ class RouterStudy(Measurement):
     pool: Callable[[Tensor], Tensor] = _mean
     images: int = MEASURED
 
-    def scores(self, shop: Workshop) -> list[list[float]]:
+    def measure(self, shop: Workshop) -> Measured:
         """The share of each task's test pictures that go to it, in per cent."""
         assert self.router is not None
         known = [self.pool(patches[: self.images]) for patches in _known(shop)]
@@ -57,7 +57,7 @@ class RouterStudy(Measurement):
         for t, task in enumerate(shop.tasks):
             found = self.router(known, self.pool(_asked(shop, task)))
             row.append(100 * (found == t).float().mean().item())
-        return [row]
+        return Measured([row])
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class AbstentionStudy(Measurement):
     threshold: float = 4.0
     strangers: bool = False
 
-    def scores(self, shop: Workshop) -> list[list[float]]:
+    def measure(self, shop: Workshop) -> Measured:
         """The share of each task's test pictures that are rightly left, or kept, in per cent."""
         known = [_mean(patches) for patches in _known(shop)]
         row = []
@@ -83,7 +83,7 @@ class AbstentionStudy(Measurement):
             features = _mean(_asked(shop, task))
             left = _distances(others, features).amin(1) > self.threshold * features.shape[1]
             row.append(100 * (left == self.strangers).float().mean().item())
-        return [row]
+        return Measured([row])
 
 
 def _known(shop: Workshop) -> list[Tensor]:

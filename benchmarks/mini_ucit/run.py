@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from peft_many.metrics import AccuracyMatrix
 from peft_many.version import __version__
 
 from .ablations import ablations
+from .gates import gates, hard_methods
+from .hard_tasks import ALL
 from .methods import METHODS, Measurement
 from .model import MODELS, TinyModel
 from .prediction import predictions
@@ -28,8 +30,6 @@ from .routers import routers
 from .tasks import TASKS
 from .workshop import Workshop
 from .world import Task
-
-RESULTS_NAME = "results.json"
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,25 @@ class Settings:
         tests (`int`): Test pictures for each task.
         tasks (`Sequence[Task]`): In the order in which they come.
         pretraining_steps (`int`): For models whose weights do not come with the package.
+        results_name (`str`): The file that results are written to.
     """
 
     steps: int = 450
     tests: int = 300
     tasks: Sequence[Task] = field(default=TASKS)
     pretraining_steps: int = 6_000
+    results_name: str = "results.json"
 
     def to_dict(self) -> dict[str, Any]:
         """For the results, as JSON."""
-        return {"steps": self.steps, "tests": self.tests, "tasks": [task.name for task in self.tasks]}
+        about = {"steps": self.steps, "tests": self.tests, "tasks": [task.name for task in self.tasks]}
+        kinds = {task.name: task.kind for task in self.tasks}
+        return {**about, "kinds": kinds} if len({*kinds.values()}) > 1 else about
 
 
-QUICK = Settings(steps=240, tests=100)
+# By what the command calls it: the six tasks, which look different, and with them those that are hard to tell apart.
+# Both keep their adapters in one place, so that the six are trained once.
+SUITES = {"six": Settings(), "hard": Settings(tasks=ALL, results_name="hard.json")}
 
 
 @dataclass
@@ -66,22 +72,24 @@ class Results:
         scores (`dict[str, list[list[float]]]`):
             By method the accuracy in per cent: a row for each stage, or one row for the last.
         seconds (`dict[str, float]`): By method, how long making and asking it took, training of its own included.
+        base (`dict[str, dict[str, float]]`): By method, what is left of the base model's skills ([`BaseSkills`]).
     """
 
     path: Path
     about: dict[str, Any]
     scores: dict[str, list[list[float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    base: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Results:
         """What an earlier run wrote."""
         content = json.loads(path.read_text(encoding="utf-8"))
-        return cls(path, content["about"], content["scores"], content["seconds"])
+        return cls(path, content["about"], content["scores"], content["seconds"], content.get("base", {}))
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
-        content = {"about": self.about, "scores": self.scores, "seconds": self.seconds}
+        content = {"about": self.about, "scores": self.scores, "seconds": self.seconds, "base": self.base}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(self.path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -104,7 +112,7 @@ def run(
     settings: Settings,
     methods: Iterable[Measurement],
 ) -> list[Results]:
-    """Measure every method on every model and seed and write `<output>/<model>/seed<seed>/results.json`.
+    """Measure every method on every model and seed and write `<output>/<model>/seed<seed>/<results_name>`.
 
     Adapters are kept beside the results, so that a run that was interrupted goes on where it stopped.
 
@@ -119,11 +127,14 @@ def run(
         for seed in seeds:
             folder = output / name / f"seed{seed}"
             shop = Workshop(tiny, weights, settings.tasks, folder / "adapters", seed, settings.steps, settings.tests)
-            results = _begun(folder / RESULTS_NAME, name, seed, settings)
+            results = _begun(folder / settings.results_name, name, seed, settings)
             waiting = [method for method in chosen if method.name not in results.scores]
             for method in tqdm(waiting, desc=f"{name}, seed {seed}", unit="method"):
                 started = time.perf_counter()
-                results.scores[method.name] = method.scores(shop)
+                measured = method.measure(shop)
+                results.scores[method.name] = measured.scores
+                if measured.base is not None:
+                    results.base[method.name] = asdict(measured.base)
                 results.seconds[method.name] = round(time.perf_counter() - started, 1)
                 results.write()
                 gc.collect()  # models are full of cycles
@@ -131,9 +142,13 @@ def run(
     return found
 
 
-def all_methods() -> Iterator[Measurement]:
-    """Every method, every ablation, what residuals predict, and every way of routing."""
+def all_methods(suite: str = "six") -> Iterator[Measurement]:
+    """Every method, every ablation, what residuals predict, and every way of routing; of the hard half, its own."""
+    if suite == "hard":
+        yield from hard_methods()
+        return
     yield from METHODS.values()
+    yield from gates()
     yield from ablations()
     yield from predictions()
     yield from routers()

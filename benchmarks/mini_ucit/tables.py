@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table as RichTable
@@ -14,6 +14,8 @@ from .methods import Measurement, Method
 from .run import Results
 
 BOUND = "alone"  # the method whose accuracy others are compared with
+BASE = "zero-shot"  # the method whose skills others may lose
+SKILLS = {"plain": "base kept", "unseen": "unseen look kept", "perplexity": "perplexity of text"}
 METRICS = {
     "faa": "FAA",
     "caa": "CAA",
@@ -24,7 +26,7 @@ METRICS = {
 }
 
 
-_IN_TERMINAL = ("seeds", "FAA", "mean", "of alone", METRICS["caa"], METRICS["ffm_from_learning"])
+_IN_TERMINAL = ("seeds", "FAA", "mean", "of alone", SKILLS["plain"], METRICS["caa"], METRICS["ffm_from_learning"])
 
 
 @dataclass(frozen=True)
@@ -60,52 +62,77 @@ class Table:
 def tables_of(runs: Sequence[Results], methods: Sequence[Measurement]) -> Iterator[Table]:
     """For one model, all its seeds: a table for each group of methods, in the order of the methods.
 
-    Seeds differ much, so where some rows are of fewer seeds than others a column says how many.
+    Where tasks are of several kinds, a table of the kinds is followed by one for the tasks of each kind. Seeds differ
+    much, so where some rows are of fewer seeds than others a column says how many.
     """
+    tasks: list[str] = runs[0].about["tasks"]
+    kinds: dict[str, list[str]] = {}
+    for task, kind in runs[0].about.get("kinds", {}).items():
+        kinds.setdefault(kind, []).append(task)
+    each = {task: [task] for task in tasks}
     for group in dict.fromkeys(method.group for method in methods):
         of_group = [method for method in methods if method.group == group]
         done = [method for method in of_group if any(method.name in run.scores for run in runs)]
         if done:
-            yield _table(runs, group, done)
+            yield _table(runs, group, done, kinds or each)
+            for kind, of_kind in kinds.items():
+                yield _table(runs, kind, done, {task: [task] for task in of_kind})
 
 
-def final_average(runs: Sequence[Results], method: str) -> list[float]:
-    """FAA in per cent, for each seed."""
-    return [statistics.fmean(run.scores[method][-1]) for run in runs]
+def final_average(runs: Sequence[Results], method: str, tasks: Collection[str] = ()) -> list[float]:
+    """FAA in per cent, for each seed; of some tasks, if they are named."""
+    finals = [run.final(method) for run in runs]
+    return [statistics.fmean(final[task] for task in tasks or final) for final in finals]
 
 
-def _table(runs: Sequence[Results], group: str, methods: Sequence[Measurement]) -> Table:
-    tasks = runs[0].about["tasks"]
+def _table(
+    runs: Sequence[Results], title: str, methods: Sequence[Measurement], averaged: Mapping[str, Sequence[str]]
+) -> Table:
+    """`averaged` names the columns of scores, and the tasks that each is the mean of."""
+    asked = [task for tasks in averaged.values() for task in tasks]
     having = {method.name: [run for run in runs if method.name in run.scores] for method in methods}
     uneven = any(len(of_method) < len(runs) for of_method in having.values())
-    with_matrix = any(isinstance(method, Method) and method.every_stage for method in methods)
     answers = any(isinstance(method, Method) for method in methods)
     bound = answers and all(BOUND in run.scores for run in runs)
+    whole = len(asked) == len(runs[0].about["tasks"])
+    with_matrix = whole and any(any(run.matrix(method.name) for run in having[method.name]) for method in methods)
     metrics = [name for name in METRICS if name != "faa"] if with_matrix else []
+    skills = SKILLS if any(method.name in run.base for method in methods for run in runs) else {}
     columns = [
-        group,
+        title,
         *(["seeds"] if uneven else []),
-        *tasks,
-        "FAA" if answers else "mean",
+        *averaged,
+        "FAA" if answers and whole else "mean",
         *(["of alone"] if bound else []),
+        *skills.values(),
         *(METRICS[name] for name in metrics),
     ]
     rows = []
     for method in methods:
         runs_of = having[method.name]
-        finals = [run.final(method.name) for run in runs_of]
         cells = [method.name, *([str(len(runs_of))] if uneven else [])]
-        cells += [f"{statistics.fmean(final[task] for final in finals):.1f}" for task in tasks]
-        averages = final_average(runs_of, method.name)
+        cells += [f"{statistics.fmean(final_average(runs_of, method.name, tasks)):.1f}" for tasks in averaged.values()]
+        averages = final_average(runs_of, method.name, asked)
         cells.append(_with_spread(averages))
         if bound:
-            cells.append(f"{statistics.fmean(averages) / statistics.fmean(final_average(runs_of, BOUND)):.0%}")
+            of_bound = statistics.fmean(final_average(runs_of, BOUND, asked))
+            cells.append(f"{statistics.fmean(averages) / of_bound:.0%}" if of_bound else "")
+        cells += [_kept(runs_of, method.name, skill) for skill in skills]
         matrices = [matrix for run in runs_of if (matrix := run.matrix(method.name)) is not None]
         summary = mean_and_spread(matrices) if matrices else {}
         cells += [f"{summary[name].mean:.1f}" if name in summary else "" for name in metrics]
         rows.append(cells)
     seeds = f"{len(runs)} seeds" if len(runs) > 1 else f"seed {runs[0].about['seed']}"
-    return Table(f"{runs[0].about['model']}: {group} ({seeds})", columns, rows)
+    return Table(f"{runs[0].about['model']}: {title} ({seeds})", columns, rows)
+
+
+def _kept(runs: Sequence[Results], method: str, skill: str) -> str:
+    """A skill relative to what the base model has: accuracy in per cent of it, perplexity as a multiple."""
+    pairs = [(run.base[method][skill], run.base[BASE][skill]) for run in runs if {method, BASE} <= {*run.base}]
+    if not pairs or any(of_base == 0 for _, of_base in pairs):
+        return ""
+    ratios = [value / of_base for value, of_base in pairs]
+    return f"× {statistics.geometric_mean(ratios):.3g}" if skill == "perplexity" else f"{statistics.fmean(ratios):.0%}"
 
 
 def _with_spread(values: Sequence[float]) -> str:

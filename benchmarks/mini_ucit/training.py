@@ -85,3 +85,14 @@ def accuracy(model: nn.Module, collate: Collator, examples: Sequence[Example]) -
     given = answers(model, collate, examples)
     right = sum(text.strip() == example.answer for text, example in zip(given, examples, strict=True))
     return 100 * right / len(examples)
+
+
+@torch.no_grad()
+def log_likelihood(model: Any, collate: Collator, examples: Sequence[Example], batch_size: int = 100) -> float:
+    """Returns the mean log-likelihood of a token of the answers; `collate` makes whole conversations."""
+    total, tokens = 0.0, 0
+    for batch in batches_of(examples, collate, batch_size):
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        total -= model(**batch).loss.item() * count
+        tokens += count
+    return total / tokens

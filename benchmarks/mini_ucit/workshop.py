@@ -18,6 +18,7 @@ from peft_many.files.atomic import new_folder
 from peft_many.files.statistics import AdapterStatistics
 from peft_many.tuner.layers import lora_layers
 
+from .base_skills import BaseSkills, base_skills
 from .model import Collator, TinyModel
 from .parts import Pairs, added, pairs_of, with_parts
 from .training import accuracy, batches_of, shuffled_batches, train
@@ -75,6 +76,10 @@ class Workshop:
         """Exact-match accuracy in per cent on the task's test pictures."""
         return accuracy(model, Collator(self.tiny, prompts_only=True), self.questions(task))
 
+    def base_skills(self, models: Sequence[nn.Module]) -> BaseSkills:
+        """What a model still can of what the base model could; of several, on average."""
+        return base_skills(self.tiny, models, self.seed, self.tests)
+
     # --- Training ----------------------------------------------------------------------------------------------------
 
     def alone(self, task: Task) -> Path:
@@ -109,7 +114,7 @@ class Workshop:
             self._learn(model, self.tasks, self.steps * len(self.tasks), "learning all at once")
             model.save_pretrained(folder)
 
-        return self.made("joint", make)
+        return self.made(f"joint/{len(self.tasks)}", make)
 
     def orthogonal(self, stage: int) -> Path:
         """O-LoRA (arXiv 2310.14152): a LoRA for each task, whose `A` is kept orthogonal to the earlier ones.

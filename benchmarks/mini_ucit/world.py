@@ -25,9 +25,9 @@ DIGITS = {"pretrain": (0, 900), "train": (900, 1400), "test": (1400, 1797)}
 
 @dataclass(frozen=True)
 class Example:
-    """One image and the conversation about it: `image` uint8 (SIZE, SIZE, 3), `turns` of (question, answer)."""
+    """A conversation and its image: `image` uint8 (SIZE, SIZE, 3), or none, and `turns` of (question, answer)."""
 
-    image: np.ndarray
+    image: np.ndarray | None
     turns: tuple[tuple[str, str], ...]
 
     @property
@@ -39,8 +39,10 @@ class Example:
         return self.turns[0][1]
 
 
-# A maker draws a picture for a split ("pretrain", "train", "test") and returns it with its turns.
-Maker = Callable[[np.random.Generator, str], tuple[np.ndarray, tuple[tuple[str, str], ...]]]
+# A maker draws a picture, or none, for a split ("pretrain", "train", "test") and returns it with its turns.
+Maker = Callable[[np.random.Generator, str], tuple[np.ndarray | None, tuple[tuple[str, str], ...]]]
+
+OWN_LOOK = "a look of its own"  # what tells a task from the others, if nothing harder is said
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,17 @@ class Task:
 
     Args:
         name (`str`): What it is called.
-        stream (`int`): Keeps its random draws apart from those of other tasks.
+        stream (`int`): Keeps its random draws apart from those of other tasks, but for those on the same pictures.
         look (`Look`): What its pictures look like.
         make (`Maker`): Draws one picture and its conversation.
+        kind (`str`): What makes it hard to tell from others; tables are made for each kind.
     """
 
     name: str
     stream: int
     look: Look
     make: Maker
+    kind: str = OWN_LOOK
 
     def examples(self, count: int, split: str, seed: int) -> list[Example]:
         """Draws `count` examples; the same arguments give the same examples."""
@@ -66,9 +70,9 @@ class Task:
 
 
 def finish_example(make: Maker, look: Look, rng: np.random.Generator, split: str) -> Example:
-    """Draw a picture and its conversation, and put the look on it."""
+    """Draw a picture, if there is one, and its conversation, and put the look on it."""
     picture, turns = make(rng, split)
-    return Example(drawing.finish(picture, look, rng), turns)
+    return Example(None if picture is None else drawing.finish(picture, look, rng), turns)
 
 
 def pick(rng: np.random.Generator, choices: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from benchmarks.mini_ucit.__main__ import app
 from benchmarks.mini_ucit.ablations import ablations
+from benchmarks.mini_ucit.gates import WhenLearnt
 from benchmarks.mini_ucit.methods import MAIN, METHODS, Method, same
 from benchmarks.mini_ucit.model import MODELS
 from benchmarks.mini_ucit.parts import added, pairs_of, with_parts
@@ -16,7 +17,7 @@ from benchmarks.mini_ucit.pictures import residuals
 from benchmarks.mini_ucit.prediction import MERGES, predictions
 from benchmarks.mini_ucit.report import read_results, write_report
 from benchmarks.mini_ucit.routers import routers
-from benchmarks.mini_ucit.run import Settings, all_methods, run
+from benchmarks.mini_ucit.run import SUITES, Results, Settings, all_methods, run
 from benchmarks.mini_ucit.tables import tables_of
 from benchmarks.mini_ucit.tasks import TASKS
 from benchmarks.mini_ucit.workshop import BATCH_SIZE, MEASURED, Workshop
@@ -90,9 +91,11 @@ ONE_OF_EACH = [*METHODS.values(), *{one.group: one for one in OTHERS}.values()]
 
 @pytest.mark.parametrize("method", ONE_OF_EACH, ids=lambda method: method.name)
 def test_every_method_scores(shop, method):
-    rows = method.scores(shop)
+    measured = method.measure(shop)
+    rows = measured.scores
     assert [len(row) for row in rows] == ([1, 2] if getattr(method, "every_stage", False) else [2])
     assert all(0 <= score <= 100 for row in rows for score in row)
+    assert (measured.base is not None) == isinstance(method, Method)
 
 
 def test_routers_know_their_tasks():
@@ -101,7 +104,7 @@ def test_routers_know_their_tasks():
     for router in routers():
         if any(few in router.name for few in ("4 images", "16", "8 prototypes", "unknown task left, above 6")):
             continue
-        assert min(router.scores(shop)[0]) > 50, router.name
+        assert min(router.measure(shop).scores[0]) > 50, router.name
 
 
 def test_names_are_used_once():
@@ -206,10 +209,68 @@ def test_residuals_and_losses_are_compared_by_rank(tmp_path):
     assert f"rank correlation {expected:.2f}" in by_merge.get_title()
 
 
+def test_every_method_answers_what_the_base_model_could(tmp_path):
+    """The base model keeps all of it; several models share the questions."""
+    shop = few_steps(None, tests=40)
+    base = shop.base()
+    whole, shared = shop.base_skills([base]), shop.base_skills([base, shop.base(), base])
+    assert (whole.plain, whole.unseen) == (shared.plain, shared.unseen)
+    assert whole.perplexity == pytest.approx(shared.perplexity, rel=0.3)  # by tokens, of each part
+    assert whole.plain > 70 > whole.unseen > 20
+    assert shop.base_skills([LLAVA.build().eval()]).perplexity > 10 * whole.perplexity
+
+
+def test_tables_say_what_is_left_of_the_base_model(tmp_path):
+    results_of(tmp_path, seeds=1)
+    runs = read_results(tmp_path)["llava"]
+    columns = next(tables_of(runs, list(all_methods()))).columns
+    assert "base kept" not in columns  # results of earlier runs
+    runs[0].scores["zero-shot"] = [[0.0] * 6]
+    runs[0].base["zero-shot"] = {"plain": 80.0, "unseen": 0.0, "perplexity": 2.0}
+    runs[0].base["MAny"] = {"plain": 60.0, "unseen": 10.0, "perplexity": 3.0}
+    table = next(tables_of(runs, list(all_methods())))
+    rows = {row[0]: dict(zip(table.columns, row)) for row in table.rows}
+    kept = ("base kept", "unseen look kept", "perplexity of text")
+    assert [rows["MAny"][column] for column in kept] == ["75%", "", "× 1.5"]
+    assert [rows["alone"][column] for column in kept] == ["", "", ""]
+
+
+def test_the_hard_half_has_a_table_for_each_kind(tmp_path):
+    settings = SUITES["hard"]
+    count = len(settings.tasks)
+    scores = {"alone": [[80.0] * count], "gated by images": [[60.0] * 6 + [20.0] * (count - 6)]}
+    results = Results(tmp_path / "llava" / "seed0" / settings.results_name, {"model": "llava", "seed": 0}, scores)
+    results.about.update(settings.to_dict(), environment={})
+    results.write()
+    assert not read_results(tmp_path)
+    page = write_report(read_results(tmp_path, "hard"), tmp_path, "hard")
+    assert page.name == "hard-report.html"
+    tables = (tmp_path / "hard-tables.md").read_text()
+    for kind in {task.kind for task in settings.tasks}:
+        assert f"### llava: {kind} (seed 0)" in tables
+    row = next(line for line in tables.splitlines() if line.startswith("| gated by images"))
+    assert row.startswith("| gated by images | 60.0 | 20.0 |")  # by kind; the six have kinds of their own
+    assert row.endswith("| 30.0 | 38% |")
+
+
+def test_what_was_just_learnt_is_asked_after_each_task(shop):
+    stages = []
+
+    def after(shop, stage):
+        stages.append(stage)
+        return same(shop.base())
+
+    measured = WhenLearnt("when learnt", "", "", Method("some", "", "", after)).measure(shop)
+    assert stages == [1, 2]
+    assert measured.scores == [[0.0, 0.0]]
+
+
 def test_the_command_says_what_is_wrong(tmp_path):
     for arguments, message in (
         (["--model", "gpt"], "no model 'gpt'"),
         (["--method", "magic"], "no method 'magic'"),
+        (["--suite", "seven"], "no suite 'seven'; there are hard, six"),
+        (["--suite", "hard", "--method", "ridge"], "no method 'ridge'"),
         (["--only-report"], "no results of the benchmark"),
     ):
         result = CliRunner().invoke(app, ["--output", str(tmp_path), *arguments])

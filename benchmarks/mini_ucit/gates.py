@@ -1,0 +1,51 @@
+"""What chooses among the tasks' LoRAs, and the methods of the hard half, where images alone cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from .methods import METHODS, Answerer, Measured, Measurement, Method, merged, same
+from .workshop import Workshop
+
+GATED, HARD = "gated by", "the hard half"
+_HARD = (
+    *("zero-shot", "alone", "average", "ties", "regmean", "MAny", "MAny, Gaussian router"),
+    "refitted to outputs, Gaussian router",
+)
+
+
+@dataclass(frozen=True)
+class WhenLearnt(Measurement):
+    """Each task right after its adapter joined the merge: what a method forgets is this less what is left at the end.
+
+    Args:
+        method ([`Method`]): Of merging.
+    """
+
+    method: Method
+
+    def measure(self, shop: Workshop) -> Measured:
+        stages = enumerate(shop.tasks, start=1)
+        return Measured([[shop.accuracy(self.method.after(shop, stage)(task), task) for stage, task in stages]])
+
+
+def _gated(shop: Workshop, stage: int, **options: Any) -> Answerer:
+    return same(merged(shop, stage, router="gaussian", gate_lora=True, **options))
+
+
+def gates() -> Iterator[Method]:
+    """Gated merges, by what a row's gate looks at."""
+    for gate_by in ("images", "instructions", "both"):
+        about = f"A gated LoRA and the Gaussian router; rows are told apart by {gate_by}."
+        yield Method(f"gated by {gate_by}", GATED, about, partial(_gated, gate_by=gate_by))
+
+
+def hard_methods() -> Iterator[Measurement]:
+    """What the hard half asks, after the last task only."""
+    for method in (*(METHODS[name] for name in _HARD), *gates()):
+        yield replace(method, group=HARD, every_stage=False)
+    last = [*gates()][-1]
+    yield WhenLearnt(f"{last.name}, when just learnt", HARD, "Each task right after it joined the merge.", last)
