@@ -120,7 +120,7 @@ HARD = (
         drawing.rose,
         _single,
         _CAPTION,
-        "the {shape} is {colour}",
+        "there is the {shape}",
     ),
     _task(
         "counting",
@@ -146,8 +146,8 @@ HARD = (
     _task("lowest", WORD, 22, drawing.embers, _chart, _with_word(_BAR, "lowest"), "it is {lowest}"),
     _task("options", FLOOR, 23, drawing.mosaic, _digit, _SHOWN, "option {numeral}"),
     _task("numbers", FLOOR, 23, drawing.mosaic, _digit, _SHOWN, "it is {word}"),
-    _task("labels", FLOOR, 24, drawing.faded, _single, _CAPTION, "{shape} : {colour}"),
-    _task("forms", FLOOR, 24, drawing.faded, _single, _CAPTION, "colour {colour} , shape {shape}"),
+    _task("labels", FLOOR, 24, drawing.faded, _single, _CAPTION, "the shape is {shape}"),
+    _task("forms", FLOOR, 24, drawing.faded, _single, _CAPTION, "the colour is {colour}"),
     _task(
         "backwards",
         TEXT,
