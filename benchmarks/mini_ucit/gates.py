@@ -40,7 +40,8 @@ def gates() -> Iterator[Method]:
     """Gated merges, by what a row's gate looks at."""
     for gate_by in ("images", "instructions", "both"):
         about = f"A gated LoRA and the Gaussian router; rows are told apart by {gate_by}."
-        yield Method(f"gated by {gate_by}", GATED, about, partial(_gated, gate_by=gate_by))
+        options = {} if gate_by == "images" else {"gate_by": gate_by}
+        yield Method(f"gated by {gate_by}", GATED, about, partial(_gated, **options))
 
 
 def hard_methods() -> Iterator[Measurement]:

@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 
 from benchmarks.mini_ucit.__main__ import app
 from benchmarks.mini_ucit.ablations import ablations
-from benchmarks.mini_ucit.gates import WhenLearnt
 from benchmarks.mini_ucit.methods import MAIN, METHODS, Method, same
 from benchmarks.mini_ucit.model import MODELS
 from benchmarks.mini_ucit.parts import added, pairs_of, with_parts
@@ -17,7 +16,7 @@ from benchmarks.mini_ucit.pictures import residuals
 from benchmarks.mini_ucit.prediction import MERGES, predictions
 from benchmarks.mini_ucit.report import read_results, write_report
 from benchmarks.mini_ucit.routers import routers
-from benchmarks.mini_ucit.run import SUITES, Results, Settings, all_methods, run
+from benchmarks.mini_ucit.run import Settings, all_methods, run
 from benchmarks.mini_ucit.tables import tables_of
 from benchmarks.mini_ucit.tasks import TASKS
 from benchmarks.mini_ucit.workshop import BATCH_SIZE, MEASURED, Workshop
@@ -233,36 +232,6 @@ def test_tables_say_what_is_left_of_the_base_model(tmp_path):
     kept = ("base kept", "unseen look kept", "perplexity of text")
     assert [rows["MAny"][column] for column in kept] == ["75%", "", "× 1.5"]
     assert [rows["alone"][column] for column in kept] == ["", "", ""]
-
-
-def test_the_hard_half_has_a_table_for_each_kind(tmp_path):
-    settings = SUITES["hard"]
-    count = len(settings.tasks)
-    scores = {"alone": [[80.0] * count], "gated by images": [[60.0] * 6 + [20.0] * (count - 6)]}
-    results = Results(tmp_path / "llava" / "seed0" / settings.results_name, {"model": "llava", "seed": 0}, scores)
-    results.about.update(settings.to_dict(), environment={})
-    results.write()
-    assert not read_results(tmp_path)
-    page = write_report(read_results(tmp_path, "hard"), tmp_path, "hard")
-    assert page.name == "hard-report.html"
-    tables = (tmp_path / "hard-tables.md").read_text()
-    for kind in {task.kind for task in settings.tasks}:
-        assert f"### llava: {kind} (seed 0)" in tables
-    row = next(line for line in tables.splitlines() if line.startswith("| gated by images"))
-    assert row.startswith("| gated by images | 60.0 | 20.0 |")  # by kind; the six have kinds of their own
-    assert row.endswith("| 30.0 | 38% |")
-
-
-def test_what_was_just_learnt_is_asked_after_each_task(shop):
-    stages = []
-
-    def after(shop, stage):
-        stages.append(stage)
-        return same(shop.base())
-
-    measured = WhenLearnt("when learnt", "", "", Method("some", "", "", after)).measure(shop)
-    assert stages == [1, 2]
-    assert measured.scores == [[0.0, 0.0]]
 
 
 def test_the_command_says_what_is_wrong(tmp_path):

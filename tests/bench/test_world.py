@@ -9,7 +9,7 @@ from benchmarks.mini_ucit import hard_tasks
 from benchmarks.mini_ucit import tasks as mini_ucit
 from benchmarks.mini_ucit.model import MODELS, Collator, build_tokenizer
 from benchmarks.mini_ucit.pretraining import pretraining_examples
-from benchmarks.mini_ucit.training import accuracy, answers
+from benchmarks.mini_ucit.training import accuracy
 from examples.demo import tasks as demo
 
 LLAVA = MODELS["llava"]
@@ -64,49 +64,6 @@ def test_the_answer_to_one_question_depends_on_the_task():
         for example in task.examples(5, "test", 0):
             asked.setdefault(example.question, set()).add(task.name)
     assert asked["what is shown ?"] == {"digits", "scenes", "captions"}
-
-
-def hard(kind):
-    return [task for task in hard_tasks.HARD if task.kind == kind]
-
-
-def asked(task, count=20):
-    examples = task.examples(count, "test", 0)
-    return [example.image for example in examples], [example.question for example in examples], examples
-
-
-def test_there_are_tasks_of_every_kind():
-    assert len(hard_tasks.ALL) == 24 == len({task.name for task in hard_tasks.ALL})
-    assert hard_tasks.ALL[:6] == mini_ucit.TASKS
-    kinds = (hard_tasks.PICTURES, hard_tasks.WORD, hard_tasks.FLOOR, hard_tasks.TEXT, hard_tasks.LOOKS)
-    assert [len(hard(kind)) for kind in kinds] == [5, 4, 4, 3, 2]
-
-
-@pytest.mark.parametrize("kind", [hard_tasks.PICTURES, hard_tasks.WORD, hard_tasks.FLOOR])
-def test_tasks_on_the_same_pictures_ask_or_answer_otherwise(kind):
-    for one in hard(kind):
-        others = [task for task in hard(kind) if task.stream == one.stream and task is not one]
-        assert others
-        for other in others:
-            (images, questions, examples), (same, others_questions, others_examples) = asked(one), asked(other)
-            assert all(np.array_equal(a, b) for a, b in zip(images, same))
-            assert (questions == others_questions) == (kind == hard_tasks.FLOOR)
-            assert not {e.answer for e in examples} & {e.answer for e in others_examples}
-            if kind == hard_tasks.WORD:
-                words = [(q.split(), o.split()) for q, o in zip(questions, others_questions)]
-                assert all(sum(a != b for a, b in zip(*pair, strict=True)) == 1 for pair in words)
-
-
-def test_text_needs_no_picture_and_goes_with_those_that_have_one():
-    texts = [task.examples(2, "test", 0)[0] for task in hard(hard_tasks.TEXT)]
-    assert all(text.image is None for text in texts)
-    examples = [mini_ucit.TASKS[0].examples(1, "test", 0)[0], *texts]
-    for tiny in (MODELS["llava"], MODELS["qwen2-vl"]):
-        model = tiny.build().eval()
-        together = answers(model, Collator(tiny, prompts_only=True), examples)
-        alone = [answers(model, Collator(tiny, prompts_only=True), [example])[0] for example in examples]
-        assert together == alone
-        assert "pixel_values" not in Collator(tiny)(texts)
 
 
 @pytest.mark.parametrize("name", MODELS)
