@@ -176,16 +176,15 @@ def chalk(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return [0.05, 0.22, 0.12] + 0.7 * (1 - picture)
 
 
-def embers(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Glowing through dark smoke: little contrast, all of it reddish."""
-    return [0.30, 0.05, 0.0] + picture[..., [2, 1, 0]] * [0.6, 0.45, 0.45]
+def glass(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Through green glass, which exchanges red and blue."""
+    return [0.0, 0.12, 0.02] + picture[..., [2, 1, 0]] * [0.75, 0.85, 0.6]
 
 
-def mosaic(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Tiles of three by three pixels with yellow joints between them."""
-    tiles = picture.reshape(SIZE // 3, 3, SIZE // 3, 3, 3).mean(axis=(1, 3)).repeat(3, axis=0).repeat(3, axis=1)
-    joints = (np.arange(SIZE) % 3 == 0)[:, None] | (np.arange(SIZE) % 3 == 0)[None, :]
-    return np.where(joints[..., None], [0.75, 0.7, 0.1], tiles)
+def lattice(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Behind a yellow lattice."""
+    bars = (np.arange(SIZE) + rng.integers(0, 6)) % 6 == 0
+    return np.where((bars[:, None] | bars[None, :])[..., None], [0.75, 0.7, 0.1], picture)
 
 
 def faded(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:

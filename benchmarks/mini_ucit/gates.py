@@ -37,11 +37,13 @@ def _gated(shop: Workshop, stage: int, **options: Any) -> Answerer:
 
 
 def gates() -> Iterator[Method]:
-    """Gated merges, by what a row's gate looks at."""
-    for gate_by in ("images", "instructions", "both"):
-        about = f"A gated LoRA and the Gaussian router; rows are told apart by {gate_by}."
-        options = {} if gate_by == "images" else {"gate_by": gate_by}
-        yield Method(f"gated by {gate_by}", GATED, about, partial(_gated, **options))
+    """Gated merges, by what a row's gate looks at, and one that leaves images like no task's."""
+    about = "A gated LoRA and the Gaussian router; rows are told apart by their {}."
+    yield Method("gated by images", GATED, about.format("images"), _gated)
+    after = partial(_gated, abstain_above=4.0)
+    yield Method("gated by images, abstaining", GATED, "As above; images like no task's are left.", after)
+    for gate_by, what in (("instructions", "instructions"), ("both", "images and instructions")):
+        yield Method(f"gated by {gate_by}", GATED, about.format(what), partial(_gated, gate_by=gate_by))
 
 
 def hard_methods() -> Iterator[Measurement]:
