@@ -13,7 +13,7 @@ from .workshop import Workshop
 GATED, HARD = "gated by", "the hard half"
 _HARD = (
     *("zero-shot", "alone", "average", "ties", "regmean", "MAny", "MAny, Gaussian router"),
-    "refitted to outputs, Gaussian router",
+    *("refitted to outputs, Gaussian router", "LPM, own projector", "own LoRA, CPM by Gaussian router"),
 )
 
 
