@@ -48,7 +48,7 @@ def _chart(rng: np.random.Generator, split: str) -> tuple[np.ndarray, dict[str, 
 
 def _digit(rng: np.random.Generator, split: str) -> tuple[np.ndarray, dict[str, str]]:
     picture, digit = random_digit(rng, split)
-    return picture, {"numeral": NUMERALS[digit], "word": WORDS[digit]}
+    return picture, {"numeral": NUMERALS[digit]}
 
 
 def _scene(rng: np.random.Generator, split: str) -> tuple[np.ndarray, dict[str, str]]:
@@ -150,7 +150,7 @@ HARD = (
     _task("highest", WORD, 22, drawing.glass, _chart, _with_word(_BAR, "highest"), "bar : {highest}"),
     _task("lowest", WORD, 22, drawing.glass, _chart, _with_word(_BAR, "lowest"), "it is {lowest}"),
     _task("options", FLOOR, 23, drawing.lattice, _digit, _SHOWN, "option {numeral}"),
-    _task("numbers", FLOOR, 23, drawing.lattice, _digit, _SHOWN, "it is {word}"),
+    _task("numbers", FLOOR, 23, drawing.lattice, _digit, _SHOWN, "{numeral} is shown"),
     _task("labels", FLOOR, 24, drawing.faded, _single, _CAPTION, "the shape is {shape}"),
     _task("forms", FLOOR, 24, drawing.faded, _single, _CAPTION, "the colour is {colour}"),
     _task(

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from benchmarks.mini_ucit.__main__ import app
 from benchmarks.mini_ucit.ablations import ablations
+from benchmarks.mini_ucit.gates import gates
 from benchmarks.mini_ucit.methods import MAIN, METHODS, Method, same
 from benchmarks.mini_ucit.model import MODELS
 from benchmarks.mini_ucit.parts import added, pairs_of, with_parts
@@ -85,7 +86,7 @@ def test_an_adapter_is_made_once_and_whole(shop):
 
 
 OTHERS = [*ablations(), *predictions()]
-ONE_OF_EACH = [*METHODS.values(), *{one.group: one for one in OTHERS}.values()]
+ONE_OF_EACH = [*METHODS.values(), *gates(), *{one.group: one for one in OTHERS}.values()]
 
 
 @pytest.mark.parametrize("method", ONE_OF_EACH, ids=lambda method: method.name)
