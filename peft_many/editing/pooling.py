@@ -123,6 +123,7 @@ def pool_adapters(
     statistics = TaskStatistics(
         name=name,
         samples=sum(task.statistics.samples for task in prepared.tasks),
+        weighed=any(task.statistics.weighed for task in prepared.tasks),
         inputs=inputs,
         input_of=input_of,
         projectors=_pooled_images(prepared.tasks, truncation),

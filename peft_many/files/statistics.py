@@ -47,7 +47,7 @@ class FeatureStatistics:
 
 @dataclass(frozen=True)
 class TaskStatistics:
-    """What one forward-only pass over one task's data measured.
+    """What one pass over one task's data measured.
 
     Args:
         name (`str`, *optional*): The task's name, where the adapter's config gave one.
@@ -64,6 +64,7 @@ class TaskStatistics:
             By projector with a copy of its own, the shapes of the copy's tensors.
         unmoved_projectors (`Mapping[str, Sequence[float]]`):
             By projector that saw no image and whose copy is still the base model's, a fingerprint of that.
+        weighed (`bool`): Whether the tokens were weighed by how far they move the answers.
         weight (`float`): `w_t`; other than 1 only inside a merge.
         lora_A (`Mapping[str, torch.Tensor]`): Inside a merge, `A_t` of each trained layer, the LoRA scaling included.
         lora_B (`Mapping[str, torch.Tensor]`):
@@ -80,6 +81,7 @@ class TaskStatistics:
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     projector_shapes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     unmoved_projectors: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    weighed: bool = False
     weight: float = 1.0
     lora_A: Mapping[str, Tensor] = field(default_factory=dict)
     lora_B: Mapping[str, Tensor] = field(default_factory=dict)
@@ -185,6 +187,7 @@ def _header_of(task: TaskStatistics) -> dict[str, Any]:
         "name": task.name,
         "weight": task.weight,
         "samples": task.samples,
+        **({"weighed": True} if task.weighed else {}),
         "inputs": {key: {"tokens": one.tokens, **one.covariance.numbers()} for key, one in task.inputs.items()},
         "input_of": dict(task.input_of),
         "projectors": {name: _about(seen, "images") for name, seen in task.projectors.items()},
@@ -259,6 +262,7 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         name=task["name"],
         weight=weight,
         samples=int(task["samples"]),
+        weighed=bool(task.get("weighed", False)),
         inputs=inputs,
         input_of=dict(task["input_of"]),
         projectors={name: _read_features(file, t, name, one, "images") for name, one in task["projectors"].items()},

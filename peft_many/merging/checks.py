@@ -49,6 +49,7 @@ def check_measured(adapters: Sequence[Adapter], tasks: Sequence[TaskAdapter], op
     if options.merge_method is None or options.merge_method.needs_covariances:
         for task in tasks:
             _check_covariances(task)
+        _check_weighed_alike(tasks)
     if options.projectors == ROUTED:
         projectors = sorted({name for task in tasks for name in task.projectors})
         for task in tasks:
@@ -74,6 +75,16 @@ def _check_covariances(task: TaskAdapter) -> None:
         raise UnmergeableAdapterError(
             f"{task.source} trained '{module}', but its statistics hold no covariance for it; "
             "run `collect_statistics` again."
+        )
+
+
+def _check_weighed_alike(tasks: Sequence[TaskAdapter]) -> None:
+    """Weighed and plain covariances are of different scales: one kind would count for nothing."""
+    weighed, plain = ([task for task in tasks if task.statistics.weighed is is_so] for is_so in (True, False))
+    if weighed and plain:
+        raise UnmergeableAdapterError(
+            f"{weighed[0].source} was measured with `weigh_tokens=True` and {plain[0].source} without, so that their "
+            "covariances cannot be compared; run `collect_statistics` on one of them again, as for the other."
         )
 
 

@@ -24,6 +24,7 @@ from ..routing.watching import watching_calls
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers, hang_on_layers
 from ..tuner.registration import give_statistics
+from .answers import AnswerGradients, answer_gradients
 from .features import SPREAD_OF_INSTRUCTIONS, gather_features
 from .forward import check_batches, device_of, forward, in_inference, run_together
 from .gathering import gather_inputs
@@ -46,6 +47,7 @@ def collect_statistics(
     energy: float | None = None,
     error_budget: float | None = None,
     dtype: torch.dtype = torch.float16,
+    weigh_tokens: bool = False,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     share_inputs: bool = True,
     across_processes: bool = True,
@@ -98,6 +100,9 @@ def collect_statistics(
             their size, 0.05 say, in place of `energy`. Fewer are kept where no delta reads an input. LoRA only.
         dtype (`torch.dtype`, defaults to `torch.float16`):
             What the kept directions are stored in: `torch.float16`, or `torch.int8` for half the size.
+        weigh_tokens (`bool`, defaults to `False`):
+            Count tokens by how far they move the answers, for better plain merges, by a backward pass for each forward
+            pass (docs/method.md). Needs `labels`, and twice the memory of training; the same for all tasks of a merge.
         forward_fn (`Callable`, *optional*):
             `forward_fn(model, batch)`, for models that are not called as above.
         share_inputs (`bool`, defaults to `True`):
@@ -147,7 +152,8 @@ def collect_statistics(
         base, config = base_of(peft_model), peft_model.peft_config[name]
         truncation = _truncation(config, rank, energy, error_budget, dtype)
         layers, projectors = adapted_layers(base, name), _projectors(base, config)
-        inputs = _input_hooks(base, layers, also_measure, projectors, truncation.followed, share_inputs)
+        answers = answer_gradients(base, sharded) if weigh_tokens else None
+        inputs = _input_hooks(base, layers, also_measure, projectors, truncation.followed, share_inputs, answers)
         images = PrototypeHooks({path: base.get_submodule(path) for path in projectors})
         return _Measuring(peft_model, base, name, layers, sharded, truncation, inputs, images, InstructionHook(base))
 
@@ -172,6 +178,7 @@ def collect_statistics(
         instructions=next(iter(asked.values()), None),
         fingerprints=weights.fingerprints,
         shapes=weights.shapes,
+        weighed=weigh_tokens,
         **processes.together(lambda: measuring.projectors_now(seen)),
     )
     _warn_of_unseen(task)
@@ -228,6 +235,7 @@ class _Measuring:
                 else:
                     hooks.close()
                 forward(self.model, send_to_device(batch, device_of(self.model)), forward_fn)
+                self.inputs.end_batch()
 
             seen = run_together(self._checked(dataloader), max_samples, processes, run, bar.update, self.sharded)
         if seen == 0:
@@ -269,6 +277,7 @@ def _input_hooks(
     projectors: Sequence[str],
     size: int | None,
     share: bool,
+    answers: AnswerGradients | None,
 ) -> CovarianceHooks:
     """The hooks for the adapted layers and those asked for; the others are watched for shared inputs."""
     parts = parts_of(base)
@@ -278,7 +287,7 @@ def _input_hooks(
     visual = tuple(f"{name}." for name in [*(parts.towers if parts is not None else ()), *projectors])
     unmasked = {name for name in measured if name.startswith(visual)}
     tokens = TokenRows(measured, base, unmasked, text_encoder(base))
-    return CovarianceHooks(measured, bystanders, tokens, size, share)
+    return CovarianceHooks(measured, bystanders, tokens, size, share, answers)
 
 
 def _projectors(base: nn.Module, config: Any) -> list[str]:

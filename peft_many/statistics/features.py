@@ -36,7 +36,7 @@ class PooledFeatures:
 
     def add(self, pooled: Tensor) -> None:
         """Add rows of shape `(n, d)`."""
-        pooled = pooled.to(self.total.device)
+        pooled = pooled.detach().to(self.total.device)
         self.total = self.total + pooled.sum(0, dtype=torch.float64)
         self.kept.append(pooled[: max(0, MOST_KEPT - self.count)].float())
         self.count += len(pooled)

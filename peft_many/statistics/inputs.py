@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..algebra.sketch import CovarianceAccumulator, CovarianceSketch, finished, running_covariance
@@ -18,6 +19,7 @@ from ..algebra.total import not_finite
 from ..families.linears import features_of_linear
 from ..families.projector_call import features_of
 from ..files.statistics import InputStatistics
+from .answers import AnswerGradients
 from .tokens import TokenRows
 
 
@@ -27,6 +29,16 @@ class MeasuredInputs:
 
     inputs: Mapping[str, InputStatistics]
     input_of: Mapping[str, str]
+
+
+@dataclass
+class _Weighed:
+    """An input that is summed up once it is known how much its tokens count."""
+
+    leader: str
+    rows: Tensor  # its tokens, (tokens, in)
+    selection: Callable[[Tensor], Tensor]  # picks them
+    squares: list[Tensor] = field(default_factory=list)  # (rows,), of each layer that reads it
 
 
 @dataclass
@@ -107,6 +119,10 @@ class CovarianceHooks:
 
     Linear layers among the `bystanders` get a covariance only if they share the input of a measured one. Of each input
     `size` directions are followed, or all.
+
+    With `answers` the sums are `Σ w_i x_i x_iᵀ` over the tokens of an input, where `w_i` is how far token `i` moves
+    the answers through the measured layers that read it: the root of the sum of their squared gradients. They are
+    still divided by the number of tokens.
     """
 
     def __init__(
@@ -116,13 +132,17 @@ class CovarianceHooks:
         tokens: TokenRows | None = None,
         size: int | None = None,
         share: bool = True,
+        answers: AnswerGradients | None = None,
     ) -> None:
         self.measured = measured
         self.bystanders = bystanders if share else {}
         self.tokens = tokens or TokenRows()
-        self.size = size
+        self.size, self.answers = size, answers
         self.shared = SharedInputs(measured, share)
         self._sums: dict[str, CovarianceAccumulator | CovarianceSketch] = {}
+        self._waiting: list[_Weighed] = []  # of the running forward pass
+        self._weighed: dict[int, _Weighed] = {}  # the latest of them by the tensor's identity
+        self._read_by: dict[str, _Weighed] = {}  # by the layers that are running now
         self._hooks = ExitStack()
 
     def __enter__(self) -> CovarianceHooks:
@@ -131,17 +151,36 @@ class CovarianceHooks:
             # Before hooks that were there: DeepSpeed's give each layer a view of its own.
             hook = layer.register_forward_pre_hook(partial(self._sum_up, name), with_kwargs=True, prepend=True)
             self._hooks.enter_context(hook)
+        if self.answers is not None:
+            self._hooks.enter_context(self.answers)
+            for name, layer in self.measured.items():
+                self._hooks.enter_context(layer.register_forward_hook(partial(self._watch, name)))
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.close()
-        self.shared.forget()
+        self._forget()
         self.tokens.__exit__(*error)
 
     def begin_batch(self, batch: Any) -> None:
         """Take the attention masks of a batch, and forget the tensors of the one before."""
-        self.shared.forget()
+        self._forget()
         self.tokens.begin_batch(batch)
+        if self.answers is not None:
+            self.answers.begin_batch(batch)
+
+    def end_batch(self) -> None:
+        """Sum up what has to wait for a backward pass."""
+        if self.answers is None or not self._waiting:
+            return
+        self.answers.end_batch()
+        for one in self._waiting:
+            if one.squares:
+                weights = one.selection(torch.stack(one.squares).sum(0)).sqrt()
+            else:  # it moves no answer
+                weights = one.rows.new_zeros(len(one.rows), dtype=torch.float32)
+            self._add(one.leader, one.rows * weights.sqrt()[:, None])
+        self._forget()
 
     def check(self) -> None:
         """A `RuntimeError` if an input held NaN or Inf: the one read of a batch from a GPU, for all inputs at once.
@@ -177,15 +216,39 @@ class CovarianceHooks:
 
     def _sum_up(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = features_of(args, kwargs)
-        if not self.shared.arrived(name, inputs):
-            return
+        if self.shared.arrived(name, inputs):
+            self._lead(name, layer, inputs)
+        if self.answers is not None and name in self.measured:
+            self._read_by[name] = self._weighed[id(inputs)]
+
+    def _lead(self, name: str, layer: nn.Module, inputs: Tensor) -> None:
         width = features_of_linear(layer, 1) or 0
         if inputs.shape[-1] != width:
             raise RuntimeError(f"The input of '{name}' has {inputs.shape[-1]} features, not {width} as the layer.")
-        rows = self.tokens.rows_of(name, inputs)
+        selection = self.tokens.selection(name, inputs)
+        rows = selection(inputs.detach().reshape(-1, width))
+        if self.answers is None:
+            self._add(name, rows)
+        else:
+            self._weighed[id(inputs)] = _Weighed(name, rows, selection)
+            self._waiting.append(self._weighed[id(inputs)])
+
+    def _add(self, name: str, rows: Tensor) -> None:
         if name not in self._sums:
-            self._sums[name] = running_covariance(width, self.size, inputs.device)
+            self._sums[name] = running_covariance(rows.shape[1], self.size, rows.device)
         self._sums[name].update(rows)
+
+    def _watch(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
+        """Have the gradients of a layer's output told to the input that it read."""
+        read = self._read_by.pop(name)
+        if self.answers is not None:
+            self.answers.watch(output, read.squares.append)
+
+    def _forget(self) -> None:
+        self.shared.forget()
+        self._waiting.clear()
+        self._weighed.clear()
+        self._read_by.clear()
 
 
 def added_inputs(parts: list[InputStatistics]) -> InputStatistics:

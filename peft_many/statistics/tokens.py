@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -101,14 +101,20 @@ class TokenRows:
         self._routed.forget()
 
     def rows_of(self, name: str, inputs: Tensor) -> Tensor:
-        """The rows of a layer's input that are tokens, shape `(tokens, in)`."""
+        """The rows of a layer's input that are tokens, shape `(tokens, in)`; not a copy where all are."""
+        return self.selection(name, inputs)(inputs.reshape(-1, inputs.shape[-1]))
+
+    def selection(self, name: str, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+        """What picks the tokens among the flattened rows of a layer's input, or among as many of anything else."""
         masks = self._masks_of(name, inputs)
-        rows, masked = rows_by_mask(inputs, masks)
-        if masked or all(mask.all_tokens for mask in masks):
-            return rows
-        tokens = self._routed.tokens(name, rows)
+        mask = _mask_that_fits(inputs, masks)
+        if mask is not None:
+            return mask.tokens
+        if all(mask.all_tokens for mask in masks):
+            return _all_of
+        tokens = self._routed.tokens(name, inputs.reshape(-1, inputs.shape[-1]))
         if tokens is not None:
-            return rows[tokens]
+            return lambda rows: rows[tokens]
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -117,7 +123,7 @@ class TokenRows:
                 PeftWarning,
                 stacklevel=2,
             )
-        return rows
+        return _all_of
 
     def _begins(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs, mask = features_of(args, kwargs) if args or kwargs else None, kwargs.get("attention_mask")
@@ -175,6 +181,10 @@ def rows_by_mask(inputs: Tensor, masks: Iterable[TokenMask]) -> tuple[Tensor, bo
     rows = inputs.reshape(-1, inputs.shape[-1])
     mask = _mask_that_fits(inputs, masks)
     return (rows, False) if mask is None else (mask.tokens(rows), True)
+
+
+def _all_of(rows: Tensor) -> Tensor:
+    return rows
 
 
 def _mask_that_fits(inputs: object, masks: Iterable[TokenMask]) -> TokenMask | None:
