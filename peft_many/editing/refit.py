@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import extract_model_from_parallel, send_to_device
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -21,13 +23,16 @@ from ..files.fingerprints import weight_fingerprint
 from ..files.statistics import AdapterStatistics, TaskStatistics
 from ..merging.operations import REFIT, operation
 from ..records import MergeRecord
+from ..statistics.answers import AnswerGradients, answer_gradients
 from ..statistics.capture import LayerCapture, layers_by_input
-from ..statistics.forward import batch_size, check_batches, device_of, forward, in_inference
+from ..statistics.forward import device_of, forward, in_inference
 from ..statistics.tokens import masks_of
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import lora_layers
 from ..tuner.merged_linear import exact_weights
+from .calibration import check_calibration, samples_of
 from .lora_pair import LoraPair, put_back
+from .token_weights import squared_gradients
 
 DEFAULT_REFIT_RIDGE = 1e-4
 _TOKENS = 8192  # whose inputs and outputs are in float64 at once
@@ -41,10 +46,11 @@ def refit_merge(
     ridge: float = DEFAULT_REFIT_RIDGE,
     rank: int | None = None,
     max_samples: int | None = 128,
+    weigh_tokens: bool = False,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     progress: bool = True,
 ) -> None:
-    """Refit a merge's LoRA weights, in place, on a few samples of each task; no labels and no training.
+    """Refit a merge's LoRA weights, in place, on a few samples of each task, without training.
 
     LPM is the optimum of each layer on inputs as they are with one task's adapter. In the merge every layer changes
     the inputs of the next. This goes through the layers in the order in which they run, and fits each in closed form
@@ -69,6 +75,9 @@ def refit_merge(
         rank (`int`, *optional*):
             The largest rank of a refitted layer; defaults to what the layer has in the merge, and cannot be more.
         max_samples (`int`, *optional*, defaults to 128): Of each task; `None` reads all.
+        weigh_tokens (`bool`, defaults to `False`):
+            Count tokens by how far they move the answers, as in [`collect_statistics`]: one backward pass for each
+            batch, which needs `labels`.
         forward_fn (`Callable`, *optional*):
             Runs the model on a batch, `forward_fn(model, batch)`, where `model(**batch)` is not right.
         progress (`bool`, defaults to `True`): Show a progress bar.
@@ -97,19 +106,20 @@ def refit_merge(
         model = extract_model_from_parallel(model, keep_torch_compile=False)
     name, config, merge, statistics = _merge_to_refit(model)
     tasks = {task.name or "": task for task in statistics.tasks}
-    _check_calibration(tasks, calibration)
+    check_calibration(tasks, calibration)
     layers: dict[str, Any] = dict(lora_layers(model.get_base_model(), name))
     exact = exact_weights(model.get_base_model(), name, config)
     pairs = {path: LoraPair(layer, name) for path, layer in layers.items()}
     own = {task: _own_deltas(statistics, t, pairs) for t, task in enumerate(tasks)}
     with exact, put_back(pairs.values(), after_errors_only=True), in_inference(model, name):
-        samples = {task: _samples(calibration[task], max_samples, task, device_of(model)) for task in tasks}
+        samples = {task: samples_of(calibration[task], max_samples, task, device_of(model)) for task in tasks}
         weights = {task: measured.weight for task, measured in tasks.items()}
 
         def run(batch: Any) -> None:
             forward(model, batch, forward_fn)
 
-        refit = _Refit(layers, pairs, own, weights, samples, run, targets == "outputs", ridge, rank)
+        answers = answer_gradients(model.get_base_model(), sharded=False) if weigh_tokens else None
+        refit = _Refit(layers, pairs, own, weights, samples, run, targets == "outputs", ridge, rank, answers)
         groups = layers_by_input(layers, lambda: run(next(iter(samples.values()))[0]))
         for group in tqdm(groups, desc="Refitting", unit="input", disable=not progress):
             refit.group(group)
@@ -135,6 +145,16 @@ class _Refit:
     by_outputs: bool  # whether to fit what comes out of a layer, or what its delta makes of its inputs
     ridge: float
     rank: int | None
+    answers: AnswerGradients | None  # what weighs tokens
+
+    @functools.cached_property
+    def squares(self) -> dict[str, dict[str, Tensor]]:
+        """By task and layer, how far each token moves the answers of the task's own adapter."""
+        found = {}
+        for task in self.weights if self.answers is not None else ():
+            with self._own_deltas(task):
+                found[task] = squared_gradients(self.layers, self.answers, self.samples[task], self.run)
+        return found
 
     def group(self, group: Sequence[str]) -> None:
         """Refit layers that share an input."""
@@ -149,12 +169,15 @@ class _Refit:
                 continue
             wanted = self._with_own_deltas(task, group) if self.by_outputs else None
             seen = self._observed(task, group)
+            counts = None
+            if self.answers is not None:
+                counts = torch.stack([self.squares[task][path] for path in group]).sum(0).sqrt()
             for path in trained:
                 own, x = self.own[task][path], seen.inputs(path)
                 y = None if wanted is None else wanted.outputs(path)
                 _check_tokens(path, task, x, y)
                 try:
-                    for rows, delta in _examples(x, y, self.layers[path], own):
+                    for rows, delta in _examples(x, y, self.layers[path], own, counts):
                         fits[path].add(rows, delta, own, weight * len(rows) / len(x))
                 except FloatingPointError:
                     raise RuntimeError(f"On '{task}', what passes through '{path}' holds NaN or Inf.") from None
@@ -167,10 +190,16 @@ class _Refit:
 
     def _with_own_deltas(self, task: str, group: Sequence[str]) -> LayerCapture:
         """What the layers see and give where the task's own adapter is in place everywhere."""
+        with self._own_deltas(task):
+            return self._observed(task, group)
+
+    @contextlib.contextmanager
+    def _own_deltas(self, task: str) -> Iterator[None]:
+        """The task's own adapter in place in the block."""
         with put_back(self.pairs.values()):
             for path, pair in self.pairs.items():
                 pair.set(self.own[task].get(path, pair.nothing()))
-            return self._observed(task, group)
+            yield
 
     def _observed(self, task: str, group: Sequence[str]) -> LayerCapture:
         """One pass over a task's samples, up to the layers of the group."""
@@ -194,15 +223,22 @@ def _check_tokens(path: str, task: str, x: Tensor, y: Tensor | None) -> None:
         )
 
 
-def _examples(x: Tensor, y: Tensor | None, layer: Any, own: LowRankDelta) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs in the merge and what the layer's delta should make of them, in float64, for some tokens at a time."""
+def _examples(
+    x: Tensor, y: Tensor | None, layer: Any, own: LowRankDelta, counts: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs in the merge and what the layer's delta should make of them, in float64, for some tokens at a time.
+
+    Both are scaled by the root of how much the token `counts`.
+    """
     for start in range(0, len(x), _TOKENS):
-        part = x[start : start + _TOKENS]
-        rows = part.to(float64_device(x.device), torch.float64)
+        tokens = slice(start, start + _TOKENS)
+        rows = x[tokens].to(float64_device(x.device), torch.float64)
         if y is None:
-            yield rows, rows @ own.A.to(rows).T @ own.B.to(rows).T
+            delta = rows @ own.A.to(rows).T @ own.B.to(rows).T
         else:
-            yield rows, y[start : start + _TOKENS].to(rows) - layer.get_base_layer()(part).to(rows)
+            delta = y[tokens].to(rows) - layer.get_base_layer()(x[tokens]).to(rows)
+        root = 1.0 if counts is None else counts[tokens].to(rows).sqrt()[:, None]
+        yield root * rows, root * delta
 
 
 def _merge_to_refit(model: Any) -> tuple[str, MAnyConfig, MergeRecord, AdapterStatistics]:
@@ -227,7 +263,76 @@ def _merge_to_refit(model: Any) -> tuple[str, MAnyConfig, MergeRecord, AdapterSt
     return names[0], config, config.merge, config.statistics
 
 
-def _check_calibration(tasks: Mapping[str, TaskStatistics], calibration: Mapping[str, Iterable[Any]]) -> None:
+def _own_deltas(self, task: str) -> Iterator[None]:
+        """The task's own adapter in place in the block."""
+        with put_back(self.pairs.values()):
+            for path, pair in self.pairs.items():
+                pair.set(self.own[task].get(path, pair.nothing()))
+            yield
+
+    def _observed(self, task: str, group: Sequence[str]) -> LayerCapture:
+        """One pass over a task's samples, up to the layers of the group."""
+        capture = LayerCapture({path: self.layers[path] for path in group})
+        for batch in self.samples[task]:
+            capture.masks = masks_of(batch, has_encoder=False)
+            with capture:
+                # In a context of its own: transformers' capturing of outputs does not clean up after a pass that is
+                # cut short.
+                contextvars.copy_context().run(self.run, batch)
+        return capture
+
+
+def _check_tokens(path: str, task: str, x: Tensor, y: Tensor | None) -> None:
+    if len(x) == 0:
+        raise RuntimeError(f"No token of '{task}' reached '{path}', so it cannot be refitted; more samples may help.")
+    if y is not None and len(y) != len(x):
+        raise RuntimeError(
+            f"'{path}' saw {len(x)} tokens of '{task}' in the merge and {len(y)} with the task's own adapter, so "
+            "outputs cannot be compared; `targets='deltas'` does not need them."
+        )
+
+
+def _examples(
+    x: Tensor, y: Tensor | None, layer: Any, own: LowRankDelta, counts: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs in the merge and what the layer's delta should make of them, in float64, for some tokens at a time.
+
+    Both are scaled by the root of how much the token `counts`.
+    """
+    for start in range(0, len(x), _TOKENS):
+        tokens = slice(start, start + _TOKENS)
+        rows = x[tokens].to(float64_device(x.device), torch.float64)
+        if y is None:
+            delta = rows @ own.A.to(rows).T @ own.B.to(rows).T
+        else:
+            delta = y[tokens].to(rows) - layer.get_base_layer()(x[tokens]).to(rows)
+        root = 1.0 if counts is None else counts[tokens].to(rows).sqrt()[:, None]
+        yield root * rows, root * delta
+
+
+def _merge_to_refit(model: Any) -> tuple[str, MAnyConfig, MergeRecord, AdapterStatistics]:
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"`model` must be a PeftModel that holds a merge, but it is a {type(model).__name__}; "
+            "`PeftModel.from_pretrained(base, folder)` loads a saved one."
+        )
+    names = model.active_adapters
+    config = model.peft_config[names[0]] if len(names) == 1 else None
+    if not isinstance(config, MAnyConfig) or config.merge is None:
+        raise ValueError(
+            "Exactly one adapter has to be active, and it has to be a merge; see `merge_adapter_sequence`."
+        )
+    if config.merge.options.gate_lora:
+        raise ValueError(
+            f"Adapter '{names[0]}' was merged with `gate_lora=True`, and a refit would overwrite the tasks' blocks "
+            "that its gates choose among; refit a merge with `gate_lora=False`."
+        )
+    if not isinstance(config.statistics, AdapterStatistics):
+        raise ValueError(f"Adapter '{names[0]}' was loaded without its statistics, which hold its tasks' own deltas.")
+    return names[0], config, config.merge, config.statistics
+
+
+def check_calibration(tasks: Mapping[str, TaskStatistics], calibration: Mapping[str, Iterable[Any]]) -> None:
     if not isinstance(calibration, Mapping):
         raise ValueError(
             f"`calibration` must give each task's batches by its name, {{'{next(iter(tasks))}': …}}, but it is a "

@@ -81,6 +81,43 @@ def test_where_inputs_do_not_depend_on_the_merge_refitting_to_deltas_is_lpm(tmp_
         torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4 * one.abs().max().item())
 
 
+def labelled(family, seeds=(0, 1)):
+    """The last two tokens of a row are its answer."""
+    found = samples(family, seeds)
+    for part in (part for parts in found.values() for part in parts):
+        places = part["attention_mask"].flip(1).cumsum(1).flip(1)  # how many tokens are left
+        part["labels"] = part["input_ids"].where((places <= 2) & part["attention_mask"].bool(), -100)
+    return found
+
+
+@torch.no_grad()
+def distance_of_answers(model, shelf, seed):
+    own = PeftModel.from_pretrained(base("llava"), shelf("llava", seed)).eval()
+    errors = []
+    for part in labelled("llava", (seed,))[f"task {seed}"]:
+        asked = part["labels"][:, 1:] != -100
+        errors.append((logits(model, part) - logits(own, part))[:, :-1][asked].square().sum())
+    return torch.stack(errors).sum().item()
+
+
+def test_weighing_tokens_brings_answers_nearer(shelf):
+    errors = []
+    for weigh in (False, True):
+        model = merge(shelf, "llava")
+        refit_merge(model, labelled("llava"), weigh_tokens=weigh, rank=2, progress=False)
+        errors.append(sum(distance_of_answers(model, shelf, seed) for seed in (0, 1)))
+        assert not any(parameter.requires_grad and parameter.grad is not None for parameter in model.parameters())
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_weighing_tokens_needs_labels(shelf):
+    model = merge(shelf, "llava")
+    before = weights(model)
+    with pytest.raises(ValueError, match="labels"):
+        refit_merge(model, samples("llava"), weigh_tokens=True, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
+
+
 @pytest.mark.parametrize("targets", ["outputs", "deltas"])
 def test_a_merge_of_one_stays_what_it_is(shelf, targets):
     model = merge(shelf, "llava", (0,))

@@ -77,6 +77,7 @@ def truncated(before: TaskStatistics, truncation: Truncation) -> TaskStatistics:
 
 
 def assert_same(one: AdapterStatistics, two: AdapterStatistics) -> None:
+    assert [task.weighed for task in one.tasks] == [task.weighed for task in two.tasks]
     assert len(one.tasks) == len(two.tasks)
     for first, second in zip(one.tasks, two.tasks):
         for field in ("name", "samples", "images", "weight"):
@@ -111,7 +112,11 @@ def same_bits(one: Tensor, two: Tensor) -> bool:
     return one.dtype == two.dtype and torch.equal(one, two)
 
 
-@pytest.mark.parametrize("statistics", [AdapterStatistics((task(),)), merged()], ids=["single", "merge"])
+@pytest.mark.parametrize(
+    "statistics",
+    [AdapterStatistics((task(),)), merged(), AdapterStatistics((task(weighed=True),))],
+    ids=["single", "merge", "weighed"],
+)
 def test_what_is_saved_comes_back_to_the_bit(tmp_path, statistics):
     statistics.save(tmp_path)
     loaded = AdapterStatistics.load(tmp_path / STATISTICS_NAME)
@@ -277,6 +282,14 @@ def assert_refused(path, *words):
     assert "\n" not in message
     for word in (str(path), *words):
         assert re.search(re.escape(word), message), f"{word!r} not in: {message}"
+
+
+def test_counts_of_images_have_had_another_name(path):
+    before, header = AdapterStatistics.load(path), header_of(path)
+    for about in (about for one in header["tasks"] for about in one["projectors"].values()):
+        about["images"] = about.pop("count")
+    rewrite(path, header=header)
+    assert_same(AdapterStatistics.load(path), before)
 
 
 def test_a_missing_file(tmp_path):

@@ -1,0 +1,3 @@
+"""Calibration samples of a merge's tasks."""
+
+from __future__ import annotations
