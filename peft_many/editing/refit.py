@@ -20,7 +20,7 @@ from ..algebra.lpm import LowRankDelta
 from ..algebra.refit import LayerRefit
 from ..algebra.scatter import SingularMergeError
 from ..files.fingerprints import weight_fingerprint
-from ..files.statistics import AdapterStatistics, TaskStatistics
+from ..files.statistics import AdapterStatistics
 from ..merging.operations import REFIT, operation
 from ..records import MergeRecord
 from ..statistics.answers import AnswerGradients, answer_gradients
@@ -151,9 +151,10 @@ class _Refit:
     def squares(self) -> dict[str, dict[str, Tensor]]:
         """By task and layer, how far each token moves the answers of the task's own adapter."""
         found = {}
-        for task in self.weights if self.answers is not None else ():
-            with self._own_deltas(task):
-                found[task] = squared_gradients(self.layers, self.answers, self.samples[task], self.run)
+        if self.answers is not None:
+            for task in self.weights:
+                with self._own_in_place(task):
+                    found[task] = squared_gradients(self.layers, self.answers, self.samples[task], self.run)
         return found
 
     def group(self, group: Sequence[str]) -> None:
@@ -190,11 +191,11 @@ class _Refit:
 
     def _with_own_deltas(self, task: str, group: Sequence[str]) -> LayerCapture:
         """What the layers see and give where the task's own adapter is in place everywhere."""
-        with self._own_deltas(task):
+        with self._own_in_place(task):
             return self._observed(task, group)
 
     @contextlib.contextmanager
-    def _own_deltas(self, task: str) -> Iterator[None]:
+    def _own_in_place(self, task: str) -> Iterator[None]:
         """The task's own adapter in place in the block."""
         with put_back(self.pairs.values()):
             for path, pair in self.pairs.items():
@@ -261,100 +262,6 @@ def _merge_to_refit(model: Any) -> tuple[str, MAnyConfig, MergeRecord, AdapterSt
     if not isinstance(config.statistics, AdapterStatistics):
         raise ValueError(f"Adapter '{names[0]}' was loaded without its statistics, which hold its tasks' own deltas.")
     return names[0], config, config.merge, config.statistics
-
-
-def _own_deltas(self, task: str) -> Iterator[None]:
-        """The task's own adapter in place in the block."""
-        with put_back(self.pairs.values()):
-            for path, pair in self.pairs.items():
-                pair.set(self.own[task].get(path, pair.nothing()))
-            yield
-
-    def _observed(self, task: str, group: Sequence[str]) -> LayerCapture:
-        """One pass over a task's samples, up to the layers of the group."""
-        capture = LayerCapture({path: self.layers[path] for path in group})
-        for batch in self.samples[task]:
-            capture.masks = masks_of(batch, has_encoder=False)
-            with capture:
-                # In a context of its own: transformers' capturing of outputs does not clean up after a pass that is
-                # cut short.
-                contextvars.copy_context().run(self.run, batch)
-        return capture
-
-
-def _check_tokens(path: str, task: str, x: Tensor, y: Tensor | None) -> None:
-    if len(x) == 0:
-        raise RuntimeError(f"No token of '{task}' reached '{path}', so it cannot be refitted; more samples may help.")
-    if y is not None and len(y) != len(x):
-        raise RuntimeError(
-            f"'{path}' saw {len(x)} tokens of '{task}' in the merge and {len(y)} with the task's own adapter, so "
-            "outputs cannot be compared; `targets='deltas'` does not need them."
-        )
-
-
-def _examples(
-    x: Tensor, y: Tensor | None, layer: Any, own: LowRankDelta, counts: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs in the merge and what the layer's delta should make of them, in float64, for some tokens at a time.
-
-    Both are scaled by the root of how much the token `counts`.
-    """
-    for start in range(0, len(x), _TOKENS):
-        tokens = slice(start, start + _TOKENS)
-        rows = x[tokens].to(float64_device(x.device), torch.float64)
-        if y is None:
-            delta = rows @ own.A.to(rows).T @ own.B.to(rows).T
-        else:
-            delta = y[tokens].to(rows) - layer.get_base_layer()(x[tokens]).to(rows)
-        root = 1.0 if counts is None else counts[tokens].to(rows).sqrt()[:, None]
-        yield root * rows, root * delta
-
-
-def _merge_to_refit(model: Any) -> tuple[str, MAnyConfig, MergeRecord, AdapterStatistics]:
-    if not isinstance(model, PeftModel):
-        raise ValueError(
-            f"`model` must be a PeftModel that holds a merge, but it is a {type(model).__name__}; "
-            "`PeftModel.from_pretrained(base, folder)` loads a saved one."
-        )
-    names = model.active_adapters
-    config = model.peft_config[names[0]] if len(names) == 1 else None
-    if not isinstance(config, MAnyConfig) or config.merge is None:
-        raise ValueError(
-            "Exactly one adapter has to be active, and it has to be a merge; see `merge_adapter_sequence`."
-        )
-    if config.merge.options.gate_lora:
-        raise ValueError(
-            f"Adapter '{names[0]}' was merged with `gate_lora=True`, and a refit would overwrite the tasks' blocks "
-            "that its gates choose among; refit a merge with `gate_lora=False`."
-        )
-    if not isinstance(config.statistics, AdapterStatistics):
-        raise ValueError(f"Adapter '{names[0]}' was loaded without its statistics, which hold its tasks' own deltas.")
-    return names[0], config, config.merge, config.statistics
-
-
-def check_calibration(tasks: Mapping[str, TaskStatistics], calibration: Mapping[str, Iterable[Any]]) -> None:
-    if not isinstance(calibration, Mapping):
-        raise ValueError(
-            f"`calibration` must give each task's batches by its name, {{'{next(iter(tasks))}': …}}, but it is a "
-            f"{type(calibration).__name__}."
-        )
-    unknown, missing = (sorted({*a} - {*b}) for a, b in ((calibration, tasks), (tasks, calibration)))
-    if unknown or missing:
-        said = f"unknown: {', '.join(unknown)}" if unknown else f"missing: {', '.join(missing)}"
-        raise ValueError(f"`calibration` needs samples of every task of the merge, {', '.join(tasks)}; {said}.")
-
-
-def _samples(batches: Iterable[Any], most: int | None, task: str, device: torch.device) -> list[Any]:
-    check_batches(batches, most)
-    found, rows = [], 0
-    for batch in batches:
-        found.append(send_to_device(batch, device))
-        rows += batch_size(batch)
-        if most is not None and rows >= most:
-            break
-    if not found:
-        raise ValueError(f"`calibration` gave no batch of '{task}'.")
-    return found
 
 
 def _own_deltas(statistics: AdapterStatistics, t: int, pairs: Mapping[str, LoraPair]) -> dict[str, LowRankDelta]:

@@ -96,7 +96,8 @@ class AnswerGradients:
 
 def answer_gradients(base: nn.Module, sharded: bool) -> AnswerGradients:
     """Those of a language model; a `ValueError` if it has no logits, or its weights are elsewhere."""
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    find: Any = getattr(base, "get_output_embeddings", lambda: None)
+    head = find()
     if head is None or sharded:
         why = "weights are sharded over processes" if sharded else f"{type(base).__name__} has no output embeddings"
         raise ValueError(f"`weigh_tokens` needs a backward pass from the logits, but {why}.")
