@@ -24,6 +24,7 @@ from .gates import gates, hard_methods
 from .hard_tasks import ALL
 from .methods import METHODS, Measurement
 from .model import MODELS, TinyModel
+from .plain_merge import plain_merges
 from .prediction import predictions
 from .pretraining import pretrain
 from .routers import routers
@@ -143,12 +144,16 @@ def run(
 
 
 def all_methods(suite: str = "six") -> Iterator[Measurement]:
-    """Every method, every ablation, what residuals predict, and every way of routing; of the hard half, its own."""
+    """Every method, plain merges made better, every ablation, what residuals predict, and every way of routing.
+
+    Of the hard half, its own.
+    """
     if suite == "hard":
         yield from hard_methods()
         return
     yield from METHODS.values()
     yield from gates()
+    yield from plain_merges()
     yield from ablations()
     yield from predictions()
     yield from routers()

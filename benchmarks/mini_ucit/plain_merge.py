@@ -1,0 +1,193 @@
+"""The merge for servers without gates, made better without the tasks' data; and adapters that nobody measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from peft_many import collect_statistics, refit_merge
+
+from .methods import Answerer, Method, merged, refitted, same
+from .model import Collator
+from .parts import pairs_of, with_parts
+from .pretraining import pretraining_examples
+from .training import LONGEST_ANSWER, answers, batches_of
+from .workshop import BATCH_SIZE, Workshop
+from .world import Example, Task
+
+PLAIN, UNMEASURED = "the plain merge", "adapters that nobody measured"
+IMAGINED = 64  # pictures of a task
+_WEIGHED = "weighed"
+
+Batch = dict[str, Tensor]
+
+
+def weighed(shop: Workshop, task: Task) -> Path:
+    """The task's own adapter with tokens weighed by how far they move the answers."""
+    return shop.remeasured(task, _WEIGHED, weigh_tokens=True)
+
+
+def _weighed(shop: Workshop, stage: int, **options: Any) -> Answerer:
+    return same(merged(shop, stage, adapter=partial(weighed, shop), **options))
+
+
+# --- Imagined pictures -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def imagined(shop: Workshop, task: Task) -> list[Batch]:
+    """Batches whose image tokens nobody saw, for a refit without the task's data.
+
+    They are drawn from a Gaussian, all alike, with the mean and covariance of the task's image tokens behind its
+    projector, which is what an adapter would have to keep, beside prompts. The task's own adapter answers.
+    """
+    own = _own(shop, task)
+    image = own.get_base_model().config.image_token_id
+    seen = torch.cat([embedded(own, batch)[batch["input_ids"] == image] for batch in shop.measured(task)]).double()
+    mean, generator = seen.mean(0), torch.Generator().manual_seed(shop.seed)
+    values, directions = torch.linalg.eigh((seen - mean).T @ (seen - mean) / len(seen))
+    root = directions * values.clamp(min=0).sqrt()
+    found = []
+    for prompts in _of_one_length(shop.samples(task, IMAGINED), Collator(shop.tiny, prompts_only=True)):
+        embeds, places = embedded(own, prompts), prompts["input_ids"] == image
+        noise = torch.randn(int(places.sum()), len(mean), generator=generator, dtype=torch.float64)
+        embeds[places] = (mean + noise @ root.T).float()
+        new = own.generate(
+            inputs_embeds=embeds,
+            attention_mask=prompts["attention_mask"],
+            max_new_tokens=LONGEST_ANSWER,
+            do_sample=False,
+        )
+        kept = new != own.get_base_model().config.text_config.pad_token_id
+        found.append(
+            {
+                "inputs_embeds": torch.cat([embeds, own.get_input_embeddings()(new)], dim=1),
+                "attention_mask": torch.cat([prompts["attention_mask"], kept.long()], dim=1),
+                "labels": torch.cat([torch.full_like(prompts["input_ids"], -100), new.where(kept, -100)], dim=1),
+            }
+        )
+    return found
+
+
+def embedded(model: PeftModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """What goes into the language model, image tokens included, `(rows, length, d)`."""
+    seen: list[Tensor] = []
+    language_model = model.get_base_model().model.language_model
+    hook = language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].clone()), with_kwargs=True
+    )
+    with hook, torch.no_grad():
+        model(**batch)
+    return seen[0]
+
+
+def _of_one_length(examples: list[Example], collate: Collator) -> Iterator[Batch]:
+    by_length: dict[int, list[Example]] = {}
+    for example in examples:
+        by_length.setdefault(len(example.question.split()), []).append(example)
+    for group in by_length.values():
+        yield from batches_of(group, collate, BATCH_SIZE)
+
+
+def _refitted_on_imagined(shop: Workshop, stage: int, **options: Any) -> Answerer:
+    model = merged(shop, stage, router="gaussian")
+    calibration = {task.name: imagined(shop, task) for task in shop.tasks[:stage]}
+    refit_merge(model, calibration, progress=False, **options)
+    return same(model)
+
+
+# --- Adapters that nobody measured -----------------------------------------------------------------------------------
+
+
+def _pictures_of_others(shop: Workshop, task: Task, count: int) -> list[np.ndarray]:
+    others = [other for other in shop.tasks if other is not task]
+    return [shop.samples(others[i % len(others)], count)[i].image for i in range(count)]
+
+
+def _plain_pictures(shop: Workshop, task: Task, count: int) -> list[np.ndarray]:
+    return [example.image for example in islice(pretraining_examples(shop.seed + 2), count)]
+
+
+def _noise(shop: Workshop, task: Task, count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(shop.seed + 2)
+    return [rng.integers(0, 256, example.image.shape, dtype=np.uint8) for example in shop.samples(task, count)]
+
+
+PICTURES = {"other tasks' pictures": _pictures_of_others, "plain pictures": _plain_pictures, "noise": _noise}
+
+
+def pretended(shop: Workshop, task: Task, pictures: str, prompts: str, count: int = IMAGINED) -> list[Example]:
+    """Pictures that are not the task's with `"own"` prompts or the `"base"`'s, answered by the task's own adapter."""
+    questions = [example.question for example in shop.samples(task, count)]
+    if prompts == "base":
+        questions = [example.question for example in islice(pretraining_examples(shop.seed + 3), count)]
+    shown = PICTURES[pictures](shop, task, count)
+    asked = [Example(picture, ((question, ""),)) for picture, question in zip(shown, questions)]
+    given = answers(_own(shop, task), Collator(shop.tiny, prompts_only=True), asked)
+    return [replace(one, turns=((one.question, answer),)) for one, answer in zip(asked, given)]
+
+
+def _pretended_to_measure(shop: Workshop, task: Task, pictures: str, prompts: str, weigh: bool) -> Path:
+    def make(folder: Path) -> None:
+        model = _own(shop, task)
+        batches = batches_of(pretended(shop, task, pictures, prompts), Collator(shop.tiny), BATCH_SIZE)
+        collect_statistics(model, batches, progress=False, weigh_tokens=weigh)
+        model.save_pretrained(folder)
+
+    return shop.made(f"pretended/{pictures}, {prompts}{', weighed' if weigh else ''}/{task.name}", make)
+
+
+def _unmeasured(
+    shop: Workshop, stage: int, pictures: str, prompts: str, weigh: bool = True, own_projector: bool = True
+) -> Answerer:
+    adapter = partial(_pretended_to_measure, shop, pictures=pictures, prompts=prompts, weigh=weigh)
+    model = merged(shop, stage, adapter=adapter, projectors="mean")
+    return _with_own_projectors(shop, model) if own_projector else same(model)
+
+
+def _average(shop: Workshop, stage: int) -> Answerer:
+    return _with_own_projectors(shop, merged(shop, stage, method="average", projectors="mean"))
+
+
+def _with_own_projectors(shop: Workshop, model: PeftModel) -> Answerer:
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        pairs = pairs_of(Path(folder))
+    return lambda task: with_parts(shop.base, lora=pairs, projectors=shop.alone(task))
+
+
+def _own(shop: Workshop, task: Task) -> PeftModel:
+    return PeftModel.from_pretrained(shop.base(), shop.alone(task)).eval()
+
+
+# --- The tables ------------------------------------------------------------------------------------------------------
+
+
+def plain_merges() -> Iterator[Method]:
+    """All of them."""
+    yield Method("tokens weighed", PLAIN, "", partial(_weighed, router="gaussian"))
+    yield Method("tokens weighed, cosine", PLAIN, "", _weighed)
+    after = partial(refitted, targets="outputs", router="gaussian", weigh_tokens=True)
+    yield Method("refit, tokens weighed", PLAIN, "", after)
+    for weigh, how in ((False, ""), (True, ", tokens weighed")):
+        after = partial(_refitted_on_imagined, weigh_tokens=weigh)
+        yield Method(f"refit on imagined pictures{how}", PLAIN, "", after)
+    yield Method("average, own projector", UNMEASURED, "", _average)
+    for pictures in PICTURES:
+        for weigh, how in ((False, ""), (True, ", weighed")):
+            after = partial(_unmeasured, pictures=pictures, prompts="own", weigh=weigh)
+            yield Method(f"{pictures}, own prompts{how}", UNMEASURED, "", after)
+    after = partial(_unmeasured, pictures="plain pictures", prompts="base")
+    yield Method("plain pictures, the base's prompts, weighed", UNMEASURED, "", after)
+    after = partial(_unmeasured, pictures="other tasks' pictures", prompts="own", own_projector=False)
+    yield Method("other tasks' pictures, own prompts, weighed, mean projector", UNMEASURED, "", after)
