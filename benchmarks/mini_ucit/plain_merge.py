@@ -130,8 +130,8 @@ def pretended(shop: Workshop, task: Task, pictures: str, prompts: str, count: in
     """Pictures that are not the task's with `"own"` prompts or the `"base"`'s, answered by the task's own adapter."""
     questions = [example.question for example in shop.samples(task, count)]
     if prompts == "base":
-        questions = [example.question for example in islice(pretraining_examples(shop.seed + 3), count)]
-    shown = PICTURES[pictures](shop, task, count)
+        questions = [example.question for example in islice(pretraining_examples(shop.seed + 3), len(questions))]
+    shown = PICTURES[pictures](shop, task, len(questions))
     asked = [Example(picture, ((question, ""),)) for picture, question in zip(shown, questions)]
     given = answers(_own(shop, task), Collator(shop.tiny, prompts_only=True), asked)
     return [replace(one, turns=((one.question, answer),)) for one, answer in zip(asked, given)]

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
@@ -134,10 +135,14 @@ def pool_adapters(
         },
         weight=sum(task.weight for task in prepared.tasks),
     )
+    _save(output, tensors, _config_of(prepared, name, statistics))
+    return output
+
+
+def _save(output: Path, tensors: dict[str, Tensor], config: MAnyConfig) -> None:
     with new_folder(output) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-        _config_of(prepared, name, statistics).save_pretrained(folder)
-    return output
+        config.save_pretrained(folder)
 
 
 def _config_of(prepared: PreparedMerge, name: str, statistics: TaskStatistics) -> MAnyConfig:

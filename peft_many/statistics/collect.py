@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from peft.utils import PeftWarning
 from torch import nn
-from tqdm.auto import tqdm
 
-from ..algebra.covariance import Covariance
 from ..algebra.spectrum import DEFAULT_ENERGY, Truncation
 from ..families.parts import find_projectors, language_model_linears, parts_of, text_encoder
 from ..files.peft_methods import described, is_plain_lora
-from ..files.processes import ALONE, Processes, all_processes
+from ..files.processes import ALONE, all_processes
 from ..files.statistics import AdapterStatistics, TaskStatistics
-from ..routing.watching import watching_calls
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers, hang_on_layers
 from ..tuner.registration import give_statistics
 from .answers import AnswerGradients, answer_gradients
 from .features import SPREAD_OF_INSTRUCTIONS, gather_features
-from .forward import check_batches, device_of, forward, in_inference, run_together
+from .forward import check_batches, device_of
 from .gathering import gather_inputs
 from .images import PrototypeHooks
 from .inputs import CovarianceHooks
 from .instructions import InstructionHook
 from .measurable import adapter_to_measure, base_of, further_layers, is_sharded, unwrapped, weights_of
-from .projectors import projector_shapes, unmoved_projectors
+from .measuring import Measuring
 from .tokens import TokenRows
 
 
@@ -145,7 +140,7 @@ def collect_statistics(
     peft_model = unwrapped(model)
     processes = all_processes("collect_statistics") if across_processes else ALONE
 
-    def prepare() -> _Measuring:
+    def prepare() -> Measuring:
         check_batches(dataloader, max_samples, forward_fn)
         sharded = is_sharded(model, across_processes)
         name = adapter_to_measure(peft_model, adapter_name)
@@ -155,16 +150,12 @@ def collect_statistics(
         answers = answer_gradients(base, sharded) if weigh_tokens else None
         inputs = _input_hooks(base, layers, also_measure, projectors, truncation.followed, share_inputs, answers)
         images = PrototypeHooks({path: base.get_submodule(path) for path in projectors})
-        return _Measuring(peft_model, base, name, layers, sharded, truncation, inputs, images, InstructionHook(base))
+        return Measuring(peft_model, base, name, layers, sharded, truncation, inputs, images, InstructionHook(base))
 
     measuring = processes.together(prepare)
     weights = processes.together(lambda: weights_of(peft_model, measuring.adapter_name, measuring.layers))
     samples = measuring.run(dataloader, max_samples, forward_fn, processes, progress)
-
-    def kept(covariance: Covariance, names: list[str]) -> Covariance:
-        deltas = [weights.deltas[name] for name in names if name in weights.deltas]
-        return measuring.truncation.apply(covariance, deltas)
-
+    kept = partial(measuring.kept, weights.deltas)
     seen = gather_features(processes.together(measuring.images.result), processes)
     asked = gather_features(processes.together(measuring.asked.result), processes, SPREAD_OF_INSTRUCTIONS)
     gathered = gather_inputs(processes.together(measuring.inputs.result), kept, processes, device_of(peft_model))
@@ -187,76 +178,6 @@ def collect_statistics(
     give_statistics(config, statistics)
     hang_on_layers(measuring.base, measuring.adapter_name, statistics)
     return statistics
-
-
-@dataclass(frozen=True)
-class _Measuring:
-    """An adapter that can be measured, and the hooks that do it."""
-
-    model: nn.Module
-    base: nn.Module
-    adapter_name: str
-    layers: Mapping[str, Any]
-    sharded: bool
-    truncation: Truncation
-    inputs: CovarianceHooks
-    images: PrototypeHooks
-    asked: InstructionHook
-
-    def run(
-        self,
-        dataloader: Iterable[Any],
-        max_samples: int | None,
-        forward_fn: Callable[[nn.Module, Any], Any] | None,
-        processes: Processes,
-        progress: bool,
-    ) -> int:
-        """Run the model over the batches; the rows that were seen, over all processes."""
-        bar = tqdm(
-            total=max_samples,
-            desc=f"Measuring '{self.adapter_name}'",
-            unit="sample",
-            disable=not progress or processes.index > 0,
-        )
-        with (
-            bar,
-            in_inference(self.model, self.adapter_name),
-            watching_calls(self.base),
-            self.asked,
-            ExitStack() as hooks,
-        ):
-            for hook in (self.images, self.inputs):
-                hooks.enter_context(hook)
-
-            def run(batch: Any, counts: bool) -> None:
-                self.asked.counts = counts
-                if counts:
-                    self.inputs.begin_batch(batch)  # its masks are still on the CPU, as a rule
-                else:
-                    hooks.close()
-                forward(self.model, send_to_device(batch, device_of(self.model)), forward_fn)
-                self.inputs.end_batch()
-
-            seen = run_together(self._checked(dataloader), max_samples, processes, run, bar.update, self.sharded)
-        if seen == 0:
-            raise ValueError("The dataloader gave no batch, so there is nothing to measure.")
-        return seen
-
-    def projectors_now(self, seen: Collection[str]) -> dict[str, Any]:
-        """What statistics say of the adapter's copies of projectors; `seen` are those that images reached."""
-        projectors = list(self.images.projectors)
-        unseen = [name for name in projectors if name not in seen]
-        return {
-            "projector_shapes": projector_shapes(self.base, self.adapter_name, projectors),
-            "unmoved_projectors": unmoved_projectors(self.base, self.adapter_name, unseen),
-        }
-
-    def _checked(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, if nothing was wrong with what was measured of those before."""
-        for batch in batches:
-            yield batch
-            self.images.check()
-            self.inputs.check()
 
 
 def _truncation(

@@ -14,6 +14,7 @@ from benchmarks.mini_ucit.methods import MAIN, METHODS, Method, same
 from benchmarks.mini_ucit.model import MODELS
 from benchmarks.mini_ucit.parts import added, pairs_of, with_parts
 from benchmarks.mini_ucit.pictures import residuals
+from benchmarks.mini_ucit.plain_merge import plain_merges
 from benchmarks.mini_ucit.prediction import MERGES, predictions
 from benchmarks.mini_ucit.report import read_results, write_report
 from benchmarks.mini_ucit.routers import routers
@@ -85,7 +86,7 @@ def test_an_adapter_is_made_once_and_whole(shop):
     assert not (shop.folder / "broken").exists()
 
 
-OTHERS = [*ablations(), *predictions()]
+OTHERS = [*plain_merges(), *ablations(), *predictions()]
 ONE_OF_EACH = [*METHODS.values(), *gates(), *{one.group: one for one in OTHERS}.values()]
 
 

@@ -159,3 +159,12 @@ def test_weighed_and_plain_statistics_are_not_merged_together(tmp_path: Path) ->
     merge_adapter_files([tmp_path / "one", tmp_path / "three"], tmp_path / "merge", progress=False)
     merged = AdapterStatistics.load(tmp_path / "merge" / "adapter_statistics.safetensors")
     assert [task.weighed for task in merged.tasks] == [True, True]
+
+
+def test_half_precision_is_near() -> None:
+    exact, rounded = (
+        collect(adapted("llama").to(dtype), labelled()).tasks[0] for dtype in (torch.float32, torch.bfloat16)
+    )
+    for name in exact.input_of:
+        one, other = (task.covariance_of(name).dense() for task in (exact, rounded))
+        assert (other - one).norm() < 0.05 * one.norm()

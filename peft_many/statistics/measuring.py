@@ -1,0 +1,97 @@
+"""One adapter's pass over its data: the hooks that measure it, and the order in which they see a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import send_to_device
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..algebra.covariance import Covariance
+from ..algebra.lpm import LowRankDelta
+from ..algebra.spectrum import Truncation
+from ..files.processes import Processes
+from ..routing.watching import watching_calls
+from .forward import device_of, forward, in_inference, run_together
+from .images import PrototypeHooks
+from .inputs import CovarianceHooks
+from .instructions import InstructionHook
+from .projectors import projector_shapes, unmoved_projectors
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """An adapter that can be measured, and the hooks that do it."""
+
+    model: nn.Module
+    base: nn.Module
+    adapter_name: str
+    layers: Mapping[str, Any]
+    sharded: bool
+    truncation: Truncation
+    inputs: CovarianceHooks
+    images: PrototypeHooks
+    asked: InstructionHook
+
+    def run(
+        self,
+        dataloader: Iterable[Any],
+        max_samples: int | None,
+        forward_fn: Callable[[nn.Module, Any], Any] | None,
+        processes: Processes,
+        progress: bool,
+    ) -> int:
+        """Run the model over the batches; the rows that were seen, over all processes, or a `ValueError` if none."""
+        bar = tqdm(
+            total=max_samples,
+            desc=f"Measuring '{self.adapter_name}'",
+            unit="sample",
+            disable=not progress or processes.index > 0,
+        )
+        with (
+            bar,
+            in_inference(self.model, self.adapter_name),
+            watching_calls(self.base),
+            self.asked,
+            ExitStack() as hooks,
+        ):
+            for hook in (self.images, self.inputs):
+                hooks.enter_context(hook)
+
+            def run(batch: Any, counts: bool) -> None:
+                self.asked.counts = counts
+                if counts:
+                    self.inputs.begin_batch(batch)  # its masks are still on the CPU, as a rule
+                else:
+                    hooks.close()
+                forward(self.model, send_to_device(batch, device_of(self.model)), forward_fn)
+                self.inputs.end_batch()
+
+            samples = run_together(self._checked(dataloader), max_samples, processes, run, bar.update, self.sharded)
+        if samples == 0:
+            raise ValueError("The dataloader gave no batch, so there is nothing to measure.")
+        return samples
+
+    def kept(self, deltas: Mapping[str, LowRankDelta], covariance: Covariance, layers: Sequence[str]) -> Covariance:
+        """What is kept of the covariance of the layers' input, by the adapter's deltas if they have a say."""
+        return self.truncation.apply(covariance, [deltas[name] for name in layers if name in deltas])
+
+    def projectors_now(self, seen: Collection[str]) -> dict[str, Any]:
+        """What statistics say of the adapter's copies of projectors; `seen` are those that images reached."""
+        projectors = list(self.images.projectors)
+        unseen = [name for name in projectors if name not in seen]
+        return {
+            "projector_shapes": projector_shapes(self.base, self.adapter_name, projectors),
+            "unmoved_projectors": unmoved_projectors(self.base, self.adapter_name, unseen),
+        }
+
+    def _checked(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, if nothing was wrong with what was measured of those before."""
+        for batch in batches:
+            yield batch
+            self.images.check()
+            self.inputs.check()
