@@ -138,7 +138,14 @@ def names(place, tmp_path, monkeypatch, hub) -> dict[str, object]:
     monkeypatch.chdir(tmp_path / "work")
     base = load_base(place)
     loader = [{**batch, "labels": batch["input_ids"]} for batch in batches(base, "llava", 1)]
-    loaders = ("dataloader", "train_dataloader", "dataloader_of_its_task", "clevr_loader", "iconqa_loader")
+    loaders = (
+        "dataloader",
+        "train_dataloader",
+        "dataloader_of_its_task",
+        "clevr_loader",
+        "iconqa_loader",
+        "own_answers",
+    )
     picture = Image.new("RGB", (16, 16), "red")
     train_dataset = Examples(batches(base, "llava", 1, rows=8)[0])
     return {
