@@ -11,6 +11,7 @@ from .methods import METHODS, Answerer, Measured, Measurement, Method, merged, s
 from .workshop import Workshop
 
 GATED, HARD = "gated by", "the hard half"
+ABSTAIN_ABOVE = 4.0
 _HARD = (
     *("zero-shot", "alone", "average", "ties", "regmean", "MAny", "MAny, Gaussian router"),
     *("refitted to outputs, Gaussian router", "LPM, own projector", "own LoRA, CPM by Gaussian router"),
@@ -39,11 +40,15 @@ def _gated(shop: Workshop, stage: int, **options: Any) -> Answerer:
 def gates() -> Iterator[Method]:
     """Gated merges, by what a row's gate looks at, and one that leaves images like no task's."""
     about = "A gated LoRA and the Gaussian router; rows are told apart by their {}."
+    left = {"abstain_above": ABSTAIN_ABOVE}
     yield Method("gated by images", GATED, about.format("images"), _gated)
-    after = partial(_gated, abstain_above=4.0)
-    yield Method("gated by images, abstaining", GATED, "As above; images like no task's are left.", after)
+    yield Method("gated by images, abstaining", GATED, "Rows like no task's are left.", partial(_gated, **left))
     for gate_by, what in (("instructions", "instructions"), ("both", "images and instructions")):
         yield Method(f"gated by {gate_by}", GATED, about.format(what), partial(_gated, gate_by=gate_by))
+    both = {"gate_by": "both", "route_by": "both"}
+    yield Method("gated and routed by both", GATED, "Instructions choose the projector too.", partial(_gated, **both))
+    after = partial(_gated, **both, **left)
+    yield Method("gated and routed by both, abstaining", GATED, "As above; rows like no task's are left.", after)
 
 
 def hard_methods() -> Iterator[Measurement]:
