@@ -38,12 +38,13 @@ def route_instructions(tasks: Sequence[TaskAdapter]) -> tuple[RoutedInstructions
     width = len(found[0].prototype)
     counts = [one.count for one in found]
     metric = shared_metric(spreads, counts, least=LEAST_VARIANCE / width)
-    # At least one, as tasks that always ask in the same words are at zero, but for rounding.
-    distance = max(1.0, metric.mean_distance(mean_covariance(spreads, counts)))
+    # Of each task, as some ask in few words and others in any; at least those of all tasks together.
+    least = max(1.0, metric.mean_distance(mean_covariance(spreads, counts)))
+    distances = [max(least, metric.mean_distance(spread)) for spread in spreads]
     tensors = {
         "prototypes": torch.stack([one.prototype.float() for one in found]),
         "directions": metric.directions.float().contiguous(),
         "variances": metric.variances.float(),
     }
-    record = RoutedInstructions(width, [task.name for task in routed], len(metric.directions), distance)
+    record = RoutedInstructions(width, [task.name for task in routed], len(metric.directions), distances)
     return record, {f"{INSTRUCTION_ROUTER}.{name}": tensor for name, tensor in tensors.items()}

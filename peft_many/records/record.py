@@ -199,18 +199,19 @@ class RoutedInstructions(_Record):
         width (`int`): Features of a prototype.
         tasks (`list[str]`): The names of the tasks, in the order of the prototypes.
         directions (`int`): How many directions its metric has.
-        distance (`float`): The mean squared distance of the tasks' own instructions, which `abstain_above` multiplies.
+        distances (`list[float]`): Of each task's own instructions, the mean square, which `abstain_above` multiplies.
     """
 
     width: int
     tasks: list[str]
     directions: int
-    distance: Number
+    distances: list[Number]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width < 1 or self.directions < 0 or self.distance <= 0:
-            raise ValueError(f"a router of instructions cannot have the width {self.width}")
+        fits = len(self.distances) == len(self.tasks) and min(self.distances, default=1) > 0
+        if self.width < 1 or self.directions < 0 or not fits:
+            raise ValueError(f"a router of instructions cannot have the width {self.width}, or {self.distances!r:.80}")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class InstructionRouter(TaskRouter):
         columns (`Sequence[int]`): The place among them of each task that is compared with.
         width (`int`): Features of a prototype.
         directions (`int`): How many directions the metric has.
-        abstain_above (`float`, *optional*): From which squared distance on a row is like no task's.
+        most (`Sequence[float]`, *optional*): By task, from which squared distance on a row is not like its own.
         uses_images (`bool`): Whether a row's images count too.
         device (`torch.device`): Where the buffers are.
     """
@@ -41,14 +41,14 @@ class InstructionRouter(TaskRouter):
         columns: Sequence[int],
         width: int,
         directions: int,
-        abstain_above: float | None,
+        most: Sequence[float] | None,
         uses_images: bool,
         device: torch.device,
     ) -> None:
         super().__init__(len(columns), width, directions, device)
         self.tasks = tasks
         self.columns = list(columns)
-        self.abstain_above = abstain_above
+        self.most = None if most is None else list(most)
         self.uses_images = uses_images
 
     def scores(self, features: Tensor) -> Tensor:
@@ -59,8 +59,10 @@ class InstructionRouter(TaskRouter):
         """
         metric = self.metric
         assert metric is not None
-        most = None if self.abstain_above is None else self.abstain_above / features.shape[-1]
-        found = gaussian_scores(features, self.prototypes.to(features.device), metric, 1.0, most).cpu()
+        found = gaussian_scores(features, self.prototypes.to(features.device), metric, 1.0).cpu()
+        if self.most is not None:
+            strange = (-2 * found > torch.tensor(self.most)).all(dim=-1, keepdim=True)
+            found = found.masked_fill(strange, -torch.inf)
         return found.new_full((len(found), self.tasks), -torch.inf).index_copy(1, torch.tensor(self.columns), found)
 
 

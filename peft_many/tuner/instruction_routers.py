@@ -42,7 +42,7 @@ def route_instructions(model: nn.Module, adapter_name: str, merge: MergeRecord) 
         [merge.names.index(name) for name in routed.tasks],
         routed.width,
         routed.directions,
-        None if above is None else above * routed.distance,
+        None if above is None else [above * distance for distance in routed.distances],
         merge.options.gates_by_images,
         next(here, torch.device("cpu")),
     )

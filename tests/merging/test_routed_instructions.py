@@ -351,7 +351,7 @@ def test_a_task_that_always_asks_in_the_same_words(tmp_path: Path) -> None:
     for options in ({}, {"abstain_above": 4.0}):
         model = merge_adapter_sequence(base("llama"), paths, gate_by="instructions", **options, **QUIET)
         record = model.peft_config["default"].merge.instructions
-        assert record.distance == 1.0
+        assert record.distances == [1.0] * len(record.tasks)
         router = router_of(model.get_base_model(), "default")
         assert router is not None
         torch.testing.assert_close(router.variances, torch.full_like(router.variances, LEAST_VARIANCE / 64))
@@ -396,9 +396,9 @@ def same(record: dict[str, Any]) -> None:
         (lambda record: record["instructions"].update(width=10**12), {}, "prototypes of shape"),
         (lambda record: record["instructions"].update(directions=10**9), {}, "directions of shape"),
         (lambda record: record["instructions"].update(directions=-1), {}, "router of instructions"),
-        (lambda record: record["instructions"].update(distance=0.0), {}, "router of instructions"),
-        (lambda record: record["instructions"].update(distance=float("nan")), {}, "nan"),
-        (lambda record: record["instructions"].update(distance="far"), {}, "distance"),
+        (lambda record: record["instructions"].update(distances=[0.0] * 3), {}, "router of instructions"),
+        (lambda record: record["instructions"].update(distances=[float("nan")] * 3), {}, "nan"),
+        (lambda record: record["instructions"].update(distances="far"), {}, "distances"),
         (lambda record: record["instructions"].update(tasks=["t0", "t1", "nobody"]), {}, "not its `tasks`"),
         (lambda record: record["instructions"].update(tasks=["t0", "t0", "t1"]), {}, "not its `tasks`"),
         (lambda record: record["instructions"].update(tasks=["t0", "t1"]), {}, "prototypes of shape"),
