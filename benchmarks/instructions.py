@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from peft_many.algebra.instructions import instruction_features
+from peft_many.algebra.instructions import instruction_features, token_weights
 from peft_many.algebra.routing import gaussian_scores, routing_weights
 from peft_many.algebra.spread import FeatureMetric, centred, shared_metric
 from peft_many.merging.routed_instructions import LEAST_VARIANCE
@@ -74,6 +74,8 @@ class Model:
             model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32).eval()
             model = model.model.language_model
         self.model, self.table = model, model.get_input_embeddings()
+        layers = getattr(model, "model", model).layers
+        del layers[max(LAYERS) + 1 :]  # those after are not asked; behind the last one there is a norm
 
     def ids(self, text: str, system: str | None) -> list[int]:
         said = [{"role": "system", "content": system}] if system else []
@@ -91,7 +93,7 @@ class Model:
 
 def ours(embedded: Tensor) -> Tensor:
     """What `collect_statistics` measures."""
-    return instruction_features(embedded[None], torch.ones(1, len(embedded), dtype=torch.bool))[0]
+    return instruction_features(embedded[None], token_weights(torch.ones(1, len(embedded), dtype=torch.bool)))[0]
 
 
 def mean(embedded: Tensor) -> Tensor:
