@@ -25,15 +25,19 @@ class FeatureMetric:
     def squared_distances(self, features: Tensor, prototypes: Tensor) -> Tensor:
         """`(x − μ)ᵀ Σ⁻¹ (x − μ)` of each row `x` of `features`, `(m, d)`, and `μ` of `prototypes`, `(n, d)`: `(m, n)`.
 
-        What lies along the directions and the remainder are summed up apart, so that nothing cancels.
+        What lies along the directions and the remainder are summed up apart, so that nothing cancels; both are linear,
+        and so the directions are multiplied by once, however many prototypes there are.
         """
         V, variances = self.directions.to(features), self.variances.to(features)
+        prototypes = prototypes.to(features)
+        centre = prototypes.mean(0)  # far from zero, and common to all
+        rest, rests = features - centre, prototypes - centre
+        along, alongs = rest @ V.T, rests @ V.T
+        rest, rests = rest - along @ V, rests - alongs @ V
         found = []
-        for prototype in prototypes.to(features):
-            difference = features - prototype
-            along = difference @ V.T
-            rest = difference - along @ V
-            found.append((along.square() / variances[:-1]).sum(-1) + rest.square().sum(-1) / variances[-1])
+        for a, r in zip(alongs, rests):
+            inside = ((along - a).square() / variances[:-1]).sum(-1)
+            found.append(inside + (rest - r).square().sum(-1) / variances[-1])
         return torch.stack(found, dim=-1)
 
     def mean_distance(self, covariance: Covariance) -> float:
@@ -44,22 +48,19 @@ class FeatureMetric:
         others = covariance.width - len(self.directions)
         return along + covariance.remainder * (inverses[:-1].sum() + others * inverses[-1]).item()
 
+    def draws(self, count: int, generator: torch.Generator) -> Tensor:
+        """Gaussian vectors of mean zero and covariance `Σ`, shape `(count, d)`, float64, drawn on the CPU."""
+        V, deviations = self.directions.double(), self.variances.double().sqrt()
+        drawn = torch.randn(count, V.shape[1], dtype=torch.float64, generator=generator)
+        along = drawn @ V.T
+        return deviations[-1] * drawn + (along * (deviations[:-1] - deviations[-1])) @ V
+
 
 def centred(rows: Tensor) -> LowRankCovariance:
     """The covariance of some rows about their own mean, shape `(n, d)` with `n ≥ 2`; exact, float64."""
     rows = rows.double()
     factor = (rows - rows.mean(0)) / (len(rows) - 1) ** 0.5
     return LowRankCovariance(remainder=0.0, factor=factor)
-
-
-def gaussian_draws(covariance: Covariance, count: int, generator: torch.Generator) -> Tensor:
-    """Gaussian vectors of mean zero and this covariance, shape `(count, d)`, float64, drawn on the CPU."""
-
-    def normal(width: int) -> Tensor:
-        return torch.randn(count, width, dtype=torch.float64, generator=generator)
-
-    drawn = covariance.remainder**0.5 * normal(covariance.width)
-    return drawn + normal(covariance.rank) @ covariance.factor_rows()
 
 
 def shared_metric(

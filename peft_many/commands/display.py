@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files.card import in_words
+from ..records import ExpectedRouting
+from ..records.options import BOTH
 from ..reports.inspection import AdapterInspection
 from ..reports.plan import MergePlan
 from ..reports.report import MergeReport
@@ -34,6 +36,7 @@ def show_plan(plan: MergePlan) -> None:
             "rank": _span(task.ranks),
             "samples": str(task.samples) if task.samples else "not measured",
             "images": str(task.images),
+            "instructions": str(task.instructions),
             "own projector": "yes" if task.projectors else "no",
         }
         for task in plan.tasks
@@ -44,6 +47,7 @@ def show_plan(plan: MergePlan) -> None:
         f"{plan.layers} layers of rank {_span(plan.ranks)}, {plan.groups} problems to solve; the weights file "
         f"has {decimal(plan.output_bytes)}. Arithmetic: {2e-9 * plan.multiplications:,.0f} Gflop in float64."
     )
+    _show_routing(plan.routing or {}, doubts=False)
     for note in plan.notes:
         _say(f"• {note}")
 
@@ -65,6 +69,10 @@ def show_inspection(found: AdapterInspection) -> None:
         _say(_pairs("Options", found.options))
     for projector, tasks in found.routing.items():
         _say(f"Routed projector {projector}: {', '.join(tasks)}")
+    if found.options.get("gate_lora"):
+        by = "images and instructions" if found.options["gate_by"] == BOTH else found.options["gate_by"]
+        _say(f"Gated LoRA: each input gets its task's own, by its {by}")
+    _show_routing(found.expected_routing)
     for projector, tasks in found.averaged_projectors.items():
         _say(f"Averaged projector {projector}: {', '.join(tasks)}")
     if found.tasks:
@@ -101,6 +109,7 @@ def _show_statistics(found: AdapterInspection) -> None:
             "task": task.name,
             "samples": str(task.samples) if task.covariances or task.prototypes else "not measured",
             "images": str(task.images),
+            "instructions": f"{task.instructions}, width {task.instruction_width}" if task.instructions else "0",
             "inputs": str(task.covariances),
             "directions": _span(task.covariance_ranks),
             "energy": "" if task.energy is None else f"{task.energy:.5f}",
@@ -118,6 +127,22 @@ def show_report(report: MergeReport) -> None:
     _show_table("Residual: share of a task's outputs that merging changes", rows)
     for one, two, residual in report.conflicting_pairs():
         _say(f"• '{one}' and '{two}' contradict each other: {residual:.3f}")
+    _show_routing(report.routing)
+
+
+def show_doubts(routing: Mapping[str, ExpectedRouting]) -> None:
+    """After a merge, where results do not go: tasks that its routing can hardly tell apart."""
+    for name, expected in routing.items():
+        for line in expected.doubts(name):
+            Console(stderr=True).print(f"Note: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_routing(routing: Mapping[str, ExpectedRouting], doubts: bool = True) -> None:
+    """Where inputs are expected to go, in sentences."""
+    for name, expected in routing.items():
+        lines = expected.in_words(name)
+        for place, line in enumerate(lines if doubts else lines[:1]):
+            _say(f"• {line}" if place else line)
 
 
 def _say(text: str | Text) -> None:

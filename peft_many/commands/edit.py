@@ -11,7 +11,7 @@ import typer
 from ..editing.pooling import DEFAULT_POOL_RANK, DEFAULT_STATISTICS_RANK, pool_adapters
 from ..editing.tasks import add_task, merge_options, remove_task
 from . import arguments as a
-from .merge import show
+from .merge import say_merged, show
 
 
 def _tasks_of(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -66,7 +66,7 @@ def add(
         device=device or "cpu",
         progress=not quiet,
     )
-    typer.echo(f"The merge: {folder}")
+    say_merged(folder, quiet)
 
 
 def remove(
@@ -95,7 +95,7 @@ def remove(
         _show_change([merge], weights, device, quiet, without=[task])
         return
     folder = remove_task(merge, task, output, weights=weights, device=device or "cpu", progress=not quiet)
-    typer.echo(f"The merge: {folder}")
+    say_merged(folder, quiet)
 
 
 def _show_change(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import typer
+from peft import PeftConfig
 
 from ..files.atomic import writable_place
 from ..files.card import CARD_NAME
 from ..hub.sources import ADAPTER_FILES
 from ..merging.merge import merge_adapter_files
+from ..records import merge_of
 from ..reports.plan import plan_merge
 from . import arguments as a
-from .display import show_plan
+from .display import show_doubts, show_plan
 from .running import FAILED, print_json
 
 
@@ -75,6 +78,14 @@ def merge(
         show(arguments, quiet)
         return
     folder = merge_adapter_files(**arguments, output_dir=output, overwrite=overwrite, progress=not quiet)
+    say_merged(folder, quiet)
+
+
+def say_merged(folder: Path, quiet: bool) -> None:
+    """Say where a merge is, and which of its tasks its routing can hardly tell apart."""
+    merge = merge_of(PeftConfig.from_pretrained(str(folder)))
+    if merge is not None and not quiet:
+        show_doubts(merge.expected_routing)
     typer.echo(f"The merge: {folder}")
 
 

@@ -21,7 +21,7 @@ from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.arguments import output_folder
 from ..merging.prepare import AdapterPath
-from ..records import MergeRecord
+from ..records import GATES, MergeRecord
 from ..tuner.config import MAnyConfig
 from .base_model import BaseModel, fold, model_class
 from .export import Export, notes_on_gate, write_adapter, write_card
@@ -142,7 +142,9 @@ def without_gate(merge: MergeRecord) -> MergeRecord:
     """The record of the same merge without `gate_lora`; the routing stays."""
     above = merge.options.abstain_above if merge.options.router == "gaussian" else None  # or else of instructions
     options = replace(merge.options, gate_lora=False, gate_by=None, route_by=None, abstain_above=above)
-    return replace(merge, options=options, instructions=None, task_ranks=None, task_rank_pattern={})
+    expected = {name: found for name, found in merge.expected_routing.items() if name != GATES}
+    without = {"instructions": None, "expected_routing": expected, "task_ranks": None, "task_rank_pattern": {}}
+    return replace(merge, options=options, **without)
 
 
 def _save_projectors(adapter: Adapter, merge: MergeRecord, folder: Path) -> None:

@@ -13,7 +13,17 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ..records import MergeOptions, MergeRecord, Operation, PooledTask, PoolRecord, TaskRecord, merge_of
+from ..records import (
+    GATES,
+    ExpectedRouting,
+    MergeOptions,
+    MergeRecord,
+    Operation,
+    PooledTask,
+    PoolRecord,
+    TaskRecord,
+    merge_of,
+)
 from ..records.options import BOTH, INSTRUCTIONS
 from ..version import __version__
 from .atomic import replace_file
@@ -21,6 +31,7 @@ from .atomic import replace_file
 CARD_NAME = "README.md"
 _BEGIN, _END = "<!-- peft_many -->", "<!-- /peft_many -->"
 _PLUGIN = "`peft_many` (MAny, arXiv 2604.14016)"
+_MOST_IN_TABLE = 12  # tasks
 _LARGEST_CARD = 1 << 20  # bytes that are read of somebody else's card
 
 
@@ -122,11 +133,22 @@ def _about_merge(merge: MergeRecord, has_projectors: bool) -> str:
             "over layers. 0 is as if alone, 1 as if the task's LoRA were lost. Compare merges of "
             "the same tasks by it, not tasks."
         )
+    parts += [_routing(name, expected) for name, expected in merge.expected_routing.items()]
     return (
-        "\n\n".join(parts)
+        "\n\n".join(filter(None, parts))
         + _pooled([inner for task in tasks for inner in task.origin.pooled])
         + _history(merge.operations)
     )
+
+
+def _routing(routed: str, expected: ExpectedRouting) -> str:
+    """Where inputs are expected to go, in sentences and, of few tasks, as a table."""
+    told, names = plain(" ".join(expected.in_words(routed))), list(expected.shares)
+    if not 1 < len(names) <= _MOST_IN_TABLE:
+        return told
+    head = [f"{'inputs' if routed == GATES else 'images'} of", *map(plain, names)]
+    rows = [[plain(of), *(f"{share:.2f}" for share in row)] for of, row in zip(names, expected.matrix)]
+    return f"{told}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
 def _table_of(tasks: Sequence[TaskRecord]) -> str:

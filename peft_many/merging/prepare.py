@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,11 +23,20 @@ from ..files.statistics import TaskStatistics
 from ..files.tensor_file import TensorFile
 from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT
 from ..hub.sources import find_adapter
-from ..records import MergeOptions, MergeRecord, Operation, RoutedInstructions, RoutedProjector, TaskRecord
+from ..records import (
+    ExpectedRouting,
+    MergeOptions,
+    MergeRecord,
+    Operation,
+    RoutedInstructions,
+    RoutedProjector,
+    TaskRecord,
+)
 from ..records.options import IMAGES, ROUTED
 from .arguments import check_arguments
 from .base_tensors import check_base_tensors, common_base_tensors, keys_beside
 from .checks import check_measured, check_same_shape, check_tasks, check_whole_projectors
+from .expected_routing import DrawnInputs
 from .mean_projectors import average_projectors
 from .operations import operations_of
 from .routed_instructions import route_instructions
@@ -116,6 +126,19 @@ class PreparedMerge:
             found[f"{KEY_PREFIX}{name}"] = (tensor.dtype, tuple(tensor.shape))
         return found
 
+    @property
+    def drawn_inputs(self) -> DrawnInputs:
+        """What tells where inputs will go."""
+        routed = {projector: one.names for projector, one in self.routing.items()}
+        return DrawnInputs(
+            self.options, routed, {task.name: task.statistics for task in self.tasks if task.weight > 0}
+        )
+
+    @functools.cached_property
+    def expected_routing(self) -> dict[str, ExpectedRouting]:
+        """By routed projector, and for the gates, where inputs are expected to go."""
+        return self.drawn_inputs.expected()
+
     def record(self, interference: Mapping[str, float] | None = None) -> MergeRecord:
         """What the merge's config will say of it; `interference` is what merging costs each task, once it is known."""
         blocks = {layer: self.ranks_of(layer) for layer in self.layers} if self.options.gate_lora else {}
@@ -126,6 +149,7 @@ class PreparedMerge:
             operations=self.operations,
             routing=self.routing,
             instructions=self.instructions,
+            expected_routing={name: found.kept() for name, found in self.expected_routing.items()},
             averaged_projectors=self.averaged,
             task_ranks=usual,
             task_rank_pattern={layer.replace(".", r"\."): of for layer, of in blocks.items() if of != usual},

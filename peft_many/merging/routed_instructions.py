@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..algebra.spread import shared_metric
+from ..algebra.spread import FeatureMetric, shared_metric
 from ..algebra.sums import mean_covariance
 from ..files.adapter import TaskAdapter
 from ..files.errors import UnmergeableAdapterError
+from ..files.statistics import FeatureStatistics
 from ..files.tensor_keys import INSTRUCTION_ROUTER
 from ..records import RoutedInstructions
 from .checks import check_same_shape
@@ -20,10 +21,26 @@ from .checks import check_same_shape
 LEAST_VARIANCE = 0.005
 
 
+def instruction_metric(asked: Sequence[FeatureStatistics]) -> FeatureMetric:
+    """The metric in which instructions are compared with the tasks'; each of which has a spread."""
+    spreads = [one.spread for one in asked if one.spread is not None]
+    return shared_metric(spreads, [one.count for one in asked], least=LEAST_VARIANCE / len(asked[0].prototype))
+
+
+def own_distances(asked: Sequence[FeatureStatistics], metric: FeatureMetric) -> list[float]:
+    """The mean squared distance of each task's own instructions, at least that of all tasks together.
+
+    Of each task, as some ask in few words and others in any.
+    """
+    spreads = [one.spread for one in asked if one.spread is not None]
+    least = max(1.0, metric.mean_distance(mean_covariance(spreads, [one.count for one in asked])))
+    return [max(least, metric.mean_distance(spread)) for spread in spreads]
+
+
 def route_instructions(tasks: Sequence[TaskAdapter]) -> tuple[RoutedInstructions, dict[str, Tensor]]:
     """What the config and the weights file of a merge say of its instructions; tasks of weight 0 take no part."""
     routed = [task for task in tasks if task.weight > 0]
-    found, spreads = [], []
+    found: list[FeatureStatistics] = []
     for task in routed:
         asked = task.statistics.instructions
         if asked is None or asked.spread is None:
@@ -33,18 +50,15 @@ def route_instructions(tasks: Sequence[TaskAdapter]) -> tuple[RoutedInstructions
                 + ". Run `collect_statistics` again, with batches of token ids, or pass `gate_by='images'`."
             )
         found.append(asked)
-        spreads.append(asked.spread)
     check_same_shape("The width of the instructions' features", zip(routed, [len(one.prototype) for one in found]))
     width = len(found[0].prototype)
-    counts = [one.count for one in found]
-    metric = shared_metric(spreads, counts, least=LEAST_VARIANCE / width)
-    # Of each task, as some ask in few words and others in any; at least those of all tasks together.
-    least = max(1.0, metric.mean_distance(mean_covariance(spreads, counts)))
-    distances = [max(least, metric.mean_distance(spread)) for spread in spreads]
+    metric = instruction_metric(found)
     tensors = {
         "prototypes": torch.stack([one.prototype.float() for one in found]),
         "directions": metric.directions.float().contiguous(),
         "variances": metric.variances.float(),
     }
-    record = RoutedInstructions(width, [task.name for task in routed], len(metric.directions), distances)
+    record = RoutedInstructions(
+        width, [task.name for task in routed], len(metric.directions), own_distances(found, metric)
+    )
     return record, {f"{INSTRUCTION_ROUTER}.{name}": tensor for name, tensor in tensors.items()}

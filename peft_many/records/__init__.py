@@ -1,5 +1,6 @@
 """What a merge is, as data: its options, its tasks, what was done to it. A record checks itself when it is read."""
 
+from .expected_routing import GATES, ExpectedRouting
 from .options import ROUTERS, MergeOptions
 from .record import (
     MergeRecord,
@@ -15,7 +16,9 @@ from .record import (
 )
 
 __all__ = [
+    "GATES",
     "ROUTERS",
+    "ExpectedRouting",
     "MergeOptions",
     "MergeRecord",
     "Operation",

@@ -2,80 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from typing_extensions import Self
-
-from .checking import check_types, nonsense
+from .base import Number, Record
+from .expected_routing import ExpectedRouting
 from .options import MergeOptions
 
-Number = int | float
-_MOST = 10_000  # entries of a list in somebody else's record; real ones have tens
-
 
 @dataclass(frozen=True)
-class _Record:
-    """A part of a record; its fields have the types that they are declared with."""
-
-    def __post_init__(self) -> None:
-        check_types(type(self), {one.name: getattr(self, one.name) for one in dataclasses.fields(self)})
-
-    @classmethod
-    def read(cls, content: Any) -> Self:
-        """A record from JSON; an error if it is none."""
-        wrong = nonsense(content)
-        if wrong is not None:
-            raise ValueError(f"it cannot hold {wrong}")
-        return _from_json(cls, content)
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields that differ from their default, as JSON; [`read`] reads it."""
-        values = {one.name: (getattr(self, one.name), _default(one)) for one in dataclasses.fields(self)}
-        return {name: _json(value) for name, (value, default) in values.items() if value != default}
-
-
-def _is_record(kind: Any) -> bool:
-    return typing.get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, _Record)
-
-
-def _from_json(kind: Any, value: Any) -> Any:
-    """A value from JSON, of the type that its field is declared with."""
-    if kind is MergeOptions:
-        return MergeOptions.read(value, foreign=True)
-    if value is not None and _is_record(typing.get_args(kind)[:1] and typing.get_args(kind)[0]):
-        kind = typing.get_args(kind)[0] if type(None) in typing.get_args(kind) else kind
-    inner: Any = (typing.get_args(kind) or (None,))[-1]  # what a list or dict holds
-    if _is_record(inner) and isinstance(value, dict):
-        return {key: _from_json(inner, one) for key, one in value.items()}
-    if _is_record(inner):
-        if not isinstance(value, list) or len(value) > _MOST:
-            raise TypeError(f"{inner.__name__}: a list of at most {_MOST} is expected")
-        return [_from_json(inner, one) for one in value]
-    if not _is_record(kind):
-        return value
-    declared = typing.get_type_hints(kind)
-    return kind(**{name: _from_json(declared.get(name), one) for name, one in value.items()})
-
-
-def _default(one: dataclasses.Field[Any]) -> Any:
-    return one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, _Record):
-        return value.to_json()
-    if isinstance(value, MergeOptions):
-        return value.describe()
-    if isinstance(value, dict):
-        return {key: _json(inner) for key, inner in value.items()}
-    return [_json(inner) for inner in value] if isinstance(value, list) else value
-
-
-@dataclass(frozen=True)
-class PooledTask(_Record):
+class PooledTask(Record):
     """A task inside a pool, which can no longer be taken out.
 
     Args:
@@ -94,7 +30,7 @@ class PooledTask(_Record):
 
 
 @dataclass(frozen=True)
-class Origin(_Record):
+class Origin(Record):
     """Where a task's adapter came from.
 
     Args:
@@ -119,7 +55,7 @@ class Origin(_Record):
 
 
 @dataclass(frozen=True)
-class TaskRecord(_Record):
+class TaskRecord(Record):
     """One task of a merge.
 
     Args:
@@ -140,7 +76,7 @@ class TaskRecord(_Record):
 
 
 @dataclass(frozen=True)
-class Operation(_Record):
+class Operation(Record):
     """One thing that was done to make a merge or a pool.
 
     Args:
@@ -159,7 +95,7 @@ class Operation(_Record):
 
 
 @dataclass(frozen=True)
-class RoutedTask(_Record):
+class RoutedTask(Record):
     """A task that images are routed to, and whether it trained the projector; if not, the base model's serves."""
 
     name: str
@@ -167,7 +103,7 @@ class RoutedTask(_Record):
 
 
 @dataclass(frozen=True)
-class RoutedProjector(_Record):
+class RoutedProjector(Record):
     """What must be known of a routed projector before its tensors are loaded.
 
     Args:
@@ -192,7 +128,7 @@ class RoutedProjector(_Record):
 
 
 @dataclass(frozen=True)
-class RoutedInstructions(_Record):
+class RoutedInstructions(Record):
     """What must be known of the router of instructions before its tensors are loaded.
 
     Args:
@@ -215,7 +151,7 @@ class RoutedInstructions(_Record):
 
 
 @dataclass(frozen=True)
-class MergeRecord(_Record):
+class MergeRecord(Record):
     """What a merge was made of and how: `MAnyConfig.merge`, and `"merge"` in `adapter_config.json`.
 
     Args:
@@ -224,6 +160,8 @@ class MergeRecord(_Record):
         operations (`list[Operation]`): What was done to make it, in its order.
         routing (`dict[str, RoutedProjector]`): The routed projectors.
         instructions ([`RoutedInstructions`], *optional*): The router of instructions, if gates go by these.
+        expected_routing (`dict[str, ExpectedRouting]`):
+            By routed projector, and for the gates under `"gate_lora"`, where inputs of the tasks are expected to go.
         averaged_projectors (`dict[str, list[str]]`): With `projectors="mean"`, by projector the tasks in the mean.
         task_ranks (`list[int]`, *optional*): With `gate_lora`, the rank of each task's block in a layer.
         task_rank_pattern (`dict[str, list[int]]`): The layers where it is another, as in `rank_pattern`.
@@ -234,6 +172,7 @@ class MergeRecord(_Record):
     operations: list[Operation] = field(default_factory=list)
     routing: dict[str, RoutedProjector] = field(default_factory=dict)
     instructions: RoutedInstructions | None = None
+    expected_routing: dict[str, ExpectedRouting] = field(default_factory=dict)
     averaged_projectors: dict[str, list[str]] = field(default_factory=dict)
     task_ranks: list[int] | None = None
     task_rank_pattern: dict[str, list[int]] = field(default_factory=dict)
@@ -249,6 +188,8 @@ class MergeRecord(_Record):
         asked = [] if self.instructions is None else self.instructions.tasks
         if not set(asked) <= set(names) or len(set(asked)) < len(asked):
             raise ValueError("the tasks that `instructions` gives are not its `tasks`")
+        if any(not routing.names <= set(names) for routing in self.expected_routing.values()):
+            raise ValueError("the tasks that `expected_routing` gives are not its `tasks`")
         for ranks in (*self.task_rank_pattern.values(), *([self.task_ranks] if self.task_ranks else [])):
             if len(ranks) != len(names) or min(ranks, default=0) < 0:
                 raise ValueError(f"`task_ranks` cannot be {ranks!r:.80} with {len(names)} tasks")
@@ -271,7 +212,7 @@ class MergeRecord(_Record):
 
 
 @dataclass(frozen=True)
-class PoolRecord(_Record):
+class PoolRecord(Record):
     """What a task adapter was pooled from: `MAnyConfig.pool`, and `"pool"` in `adapter_config.json`.
 
     Args:

@@ -21,14 +21,11 @@ from ..algebra.residual import (
     output_energies,
     residuals_of,
 )
-from ..algebra.routing import task_weights
-from ..algebra.spread import gaussian_draws, shared_metric
 from ..files.statistics import TaskStatistics
 from ..files.stored_covariance import check_covariance
+from ..merging.expected_routing import DrawnInputs
 from ..merging.prepare import group_by_input
-from ..records import MergeOptions, MergeRecord
-
-DRAWN_IMAGES = 512  # of each task, to tell where its images would be sent
+from ..records import ExpectedRouting, MergeRecord
 
 
 @dataclass(frozen=True)
@@ -49,11 +46,9 @@ class MergeReport:
             with the task of the column alone; the diagonal is NaN.
         output_ranks (`torch.Tensor`): Effective rank of `ΔW_t C_t^½`, shape `(layers, tasks)`.
         input_ranks (`torch.Tensor`): Effective rank of `C_t`, shape `(layers, tasks)`.
-        confusion (`dict[str, torch.Tensor]`):
-            By projector, shape `(routed, routed)`: the mean weight that images of the row's task would have for the
-            column's, were they Gaussian with the mean and covariance that were measured. Rows of a router that
-            abstains sum to less than one.
-        routed (`dict[str, list[str]]`): By projector, the tasks of these rows and columns.
+        routing (`dict[str, ExpectedRouting]`):
+            By routed projector, where images of each task would be sent, were they Gaussian with the mean and
+            covariance that were measured; and under `"gate_lora"` where the gates would send its inputs.
         weight_bytes (`int`): Size of the merged LoRA.
         statistics_bytes (`dict[str, int]`): By task, size of what merging further needs.
     """
@@ -64,8 +59,7 @@ class MergeReport:
     conflicts: Tensor | None
     output_ranks: Tensor
     input_ranks: Tensor
-    confusion: dict[str, Tensor]
-    routed: dict[str, list[str]]
+    routing: dict[str, ExpectedRouting]
     weight_bytes: int
     statistics_bytes: dict[str, int]
 
@@ -73,6 +67,25 @@ class MergeReport:
     def interference(self) -> dict[str, float]:
         """By task, the mean residual over the layers that it trained."""
         return dict(zip(self.tasks, self.residuals.nanmean(0).tolist()))
+
+    @property
+    def confusion(self) -> dict[str, Tensor]:
+        """The shares of `routing`, tasks by tasks; rows sum to less than one where inputs go to no task."""
+        return {name: torch.tensor(found.matrix, dtype=torch.float64) for name, found in self.routing.items()}
+
+    @property
+    def routed(self) -> dict[str, list[str]]:
+        """The tasks of these rows and columns."""
+        return {name: list(found.shares) for name, found in self.routing.items()}
+
+    @property
+    def routing_accuracy(self) -> dict[str, float]:
+        """The weight that a task's inputs would have for it, the mean over the tasks."""
+        return {name: found.accuracy for name, found in self.routing.items()}
+
+    def doubts(self) -> list[str]:
+        """Sentences that name the tasks which the routing can hardly tell apart."""
+        return [line for name, found in self.routing.items() for line in found.doubts(name)]
 
     def conflicting_pairs(self, count: int = 5) -> list[tuple[str, str, float]]:
         """The pairs of tasks that lose most by each other: the larger of their two losses, largest first."""
@@ -87,12 +100,15 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON; NaN is `None`."""
         found = {one.name: _json(getattr(self, one.name)) for one in dataclasses.fields(self)}
-        return {**found, "interference": _json(self.interference)}
+        derived = {name: _json(getattr(self, name)) for name in ("interference", "routing_accuracy")}
+        return {**found, **derived, "doubts": self.doubts()}
 
 
 def _json(value: Any) -> Any:
     if isinstance(value, Tensor):
         return _json(value.tolist())
+    if isinstance(value, ExpectedRouting):
+        return dataclasses.asdict(value)
     if isinstance(value, dict):
         return {name: _json(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -143,10 +159,8 @@ def report_on(
                 both = {s: covariances[s], t: covariances[t]}
                 for layer, one, lost in _losses(trained, both, merge.options.ridge, device):
                     pairs[places[layer], one, t if one == s else s] = lost
-    confusion = {
-        projector: _confusion(merge.options, routed.names, projector, tasks, device)
-        for projector, routed in merge.routing.items()
-    }
+    routed = {projector: one.names for projector, one in merge.routing.items()}
+    heard = {task.name or "": task for task in tasks if task.weight > 0}
     return MergeReport(
         tasks=[task.name or "" for task in tasks],
         layers=list(layers),
@@ -154,8 +168,7 @@ def report_on(
         conflicts=pairs.nanmean(0).cpu() if conflicts else None,
         output_ranks=output_ranks.cpu(),
         input_ranks=input_ranks.cpu(),
-        confusion=confusion,
-        routed={name: routed.names for name, routed in merge.routing.items()},
+        routing=DrawnInputs(merge.options, routed, heard).expected(),
         weight_bytes=weight_bytes,
         statistics_bytes={task.name or "": task.nbytes for task in tasks},
     )
@@ -204,27 +217,3 @@ def _losses(
         own = [t for t in covariances if t in trained[layer]]
         lost = residuals_of(output_energies(delta, [(trained[layer][t], covariances[t]) for t in own]))
         yield from zip(itertools.repeat(layer), own, lost)
-
-
-def _confusion(
-    options: MergeOptions, names: Sequence[str], projector: str, tasks: Sequence[TaskStatistics], device: torch.device
-) -> Tensor:
-    """Where images of each task would be sent, `(routed, routed)`, from images drawn as they were measured."""
-    known = {task.name: task for task in tasks}
-    routed = [known[name].projectors[projector] for name in names]
-    assert options.temperature is not None
-    prototypes = torch.stack([seen.prototype.float() for seen in routed]).to(device)
-    metric = None
-    if options.router == "gaussian":
-        spread = [seen for seen in routed if seen.spread is not None]
-        spreads = [seen.spread.on(device) for seen in spread if seen.spread]
-        metric = shared_metric(spreads, [seen.count for seen in spread])
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for seen, prototype in zip(routed, prototypes):
-        images = prototype[None]  # all that is known of tasks measured on one image
-        if seen.spread is not None:
-            images = prototype + gaussian_draws(seen.spread, DRAWN_IMAGES, generator).float().to(device)
-        weights = task_weights(images, prototypes, metric, options.temperature, options.top_k, options.abstain_above)
-        rows.append(weights.mean(0))
-    return torch.stack(rows).double().cpu()

@@ -20,7 +20,7 @@ from ..files.tensor_keys import tensor_keys
 from ..files.untrusted import NONSENSE_ERRORS
 from ..hub.sources import ADAPTER_FILES, HubArguments, find_adapter
 from ..merging.prepare import AdapterPath
-from ..records import Operation, TaskRecord, merge_of
+from ..records import ExpectedRouting, Operation, TaskRecord, merge_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class PlannedTask:
         projectors (`list[str]`): The projectors of its own.
         samples (`int`): What it was measured on; 0 without statistics.
         images (`int`): How many images were among them.
+        instructions (`int`): Of how many instructions the words were read.
     """
 
     name: str
@@ -46,6 +47,7 @@ class PlannedTask:
     projectors: list[str]
     samples: int
     images: int
+    instructions: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class TaskInspection(PlannedTask):
         covariance_bytes (`int`): What they take.
         prototypes (`dict[str, int]`): By projector, the width of the visual prototype.
         spreads (`list[str]`): The projectors for which `router="gaussian"` has what it needs.
+        instruction_width (`int`, *optional*): The width of the instructions' prototype.
         interference (`float`, *optional*): Of a merge's task, what merging costs it (`MergeReport.interference`).
         datasets (`list[str]`): What it was trained on, where its adapter's model card says so.
     """
@@ -77,6 +80,7 @@ class TaskInspection(PlannedTask):
     covariance_bytes: int
     prototypes: dict[str, int]
     spreads: list[str]
+    instruction_width: int | None
     interference: float | None
     datasets: list[str]
 
@@ -98,6 +102,8 @@ class AdapterInspection:
         files (`dict[str, int]`): Sizes in bytes.
         options (`dict[str, Any]`): Of a merge, as [`MergeOptions`] describes them.
         routing (`dict[str, list[str]]`): Of a merge: by routed projector, the tasks that images are sent to.
+        expected_routing (`dict[str, ExpectedRouting]`):
+            Of a merge: by routed projector, and for gates under `"gate_lora"`, where inputs are expected to go.
         averaged_projectors (`dict[str, list[str]]`): Of a merge: by averaged projector, the tasks in the mean.
         tasks (`list[TaskInspection]`): Its tasks.
         operations (`list[Operation]`): What was done to make it, as its config records it.
@@ -116,6 +122,7 @@ class AdapterInspection:
     files: dict[str, int]
     options: dict[str, Any]
     routing: dict[str, list[str]]
+    expected_routing: dict[str, ExpectedRouting]
     averaged_projectors: dict[str, list[str]]
     tasks: list[TaskInspection]
     operations: list[Operation]
@@ -195,6 +202,7 @@ def _inspected(
         },
         options=merge.options.describe() if merge is not None else {},
         routing={name: routed.names for name, routed in merge.routing.items()} if merge is not None else {},
+        expected_routing=merge.expected_routing if merge is not None else {},
         averaged_projectors=merge.averaged_projectors if merge is not None else {},
         tasks=[_inspect_task(task, told.get(task.name)) for task in tasks],
         operations=record.operations if record is not None else [],
@@ -213,6 +221,7 @@ def known_of(task: TaskAdapter) -> dict[str, Any]:
         "projectors": sorted(task.projectors),
         "samples": task.statistics.samples,
         "images": task.statistics.images,
+        "instructions": task.statistics.instructions.count if task.statistics.instructions is not None else 0,
     }
 
 
@@ -234,6 +243,7 @@ def _inspect_task(task: TaskAdapter, told: TaskRecord | None) -> TaskInspection:
         covariance_bytes=sum(covariance.nbytes for covariance in covariances),
         prototypes={name: len(seen.prototype) for name, seen in measured.projectors.items()},
         spreads=sorted(name for name, seen in measured.projectors.items() if seen.spread is not None),
+        instruction_width=len(measured.instructions.prototype) if measured.instructions is not None else None,
         interference=None if told is None else told.interference,
         datasets=task.origin.datasets,
     )

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from rich.filesize import decimal
 from torch import Tensor
 
+from ..records import GATES
 from .costs import MergeReport
 
 STYLE = """
@@ -48,9 +49,13 @@ lost. It compares merges of the same tasks; how much residual a task can bear, i
 <b>Directions</b> are effective ranks, mean over layers. The merged LoRA takes {{ weights }}.</p>
 {% if report.conflicts is not none %}<p><b>Conflicts</b>, in the picture, are the residuals that the task of the row
 would have in a merge with the task of the column alone.</p>{% endif %}
-{% if report.confusion %}<p><b>Where images go</b>: the mean routing weight that images of the row's task would have
-for the column's, were they Gaussian with the mean and covariance that were measured.</p>{% endif %}
-<img alt="Residuals by layer and task; conflicts; where images go" src="data:image/png;base64,{{ picture }}">
+{% if report.routing %}<p><b>Where inputs go</b>: the mean weight that images of the row's task, or with a gated LoRA
+all its inputs, would have for the column's, were they Gaussian with the mean and covariance that were measured. How
+far these are off for the number of samples is allowed for.</p>
+<ul>
+{% for name, expected in report.routing.items() %}{% for line in expected.in_words(name) %}<li>{{ line }}</li>
+{% endfor %}{% endfor %}</ul>{% endif %}
+<img alt="Residuals by layer and task; conflicts; where inputs go" src="data:image/png;base64,{{ picture }}">
 </body>
 </html>
 """
@@ -76,12 +81,13 @@ def embedded(figure: Figure) -> str:
 
 
 def draw(report: MergeReport) -> Figure:
-    """Residuals as a heatmap of layers and tasks, and beside it the conflicts and where images go."""
+    """Residuals as a heatmap of layers and tasks, and beside it the conflicts and where inputs go."""
     squares: list[tuple[str, Tensor, Sequence[str]]] = []
     if report.conflicts is not None and len(report.tasks) > 1:
         squares.append(("conflicts", report.conflicts, report.tasks))
-    for projector, weights in report.confusion.items():
-        squares.append((f"where images go\n{projector}", weights, report.routed[projector]))
+    for name, weights in report.confusion.items():
+        title = f"where inputs go\nby {report.routing[name].by}" if name == GATES else f"where images go\n{name}"
+        squares.append((title, weights, report.routed[name]))
     tasks, layers = len(report.tasks), len(report.layers)
     side = max(2.6, 0.5 * tasks)
     height = max(4.0, min(0.16 * layers, 16.0), (side + 1.2) * len(squares))

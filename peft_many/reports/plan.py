@@ -9,19 +9,17 @@ from typing import Any
 
 import torch
 
-from ..algebra.routing import task_weights
-from ..algebra.spread import FeatureMetric
 from ..files.errors import StatisticsError, UnmergeableAdapterError
 from ..hub.sources import AdapterNotFoundError
 from ..merging.arguments import usable_device
 from ..merging.prepare import AdapterPath, PreparedMerge, TaskNames, prepare_merge
 from ..merging.selection import TaskWeights
-from ..records import MergeOptions
+from ..records import GATES, ExpectedRouting, MergeOptions
 from ..records.keywords import takes_merge_options
+from ..records.options import BOTH, INSTRUCTIONS, ROUTED
 from .inspection import PlannedTask, known_of
 
 _FEW_SAMPLES = 32
-_ALIKE = 0.1  # routing weight that one task's prototype gives to another task
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,8 @@ class MergePlan:
         ranks (`tuple[int, int]`): The smallest and largest rank of a merged layer.
         options (`dict[str, Any]`): Method, ridge, router and its options, rank, gate and dtype, defaults filled in.
         projectors (`dict[str, list[str]]`): By projector, the tasks that it is routed to, or that it is the mean of.
+        routing (`dict[str, ExpectedRouting]`):
+            By routed projector, and for gates under `"gate_lora"`, where inputs of the tasks are expected to go.
         output_bytes (`int`): Size of the weights file.
         multiplications (`float`): About how many it takes, in float64; other methods than LPM in proportion only.
     """
@@ -49,6 +49,7 @@ class MergePlan:
     ranks: tuple[int, int] = (0, 0)
     options: dict[str, Any] | None = None
     projectors: dict[str, list[str]] | None = None
+    routing: dict[str, ExpectedRouting] | None = None
     output_bytes: int = 0
     multiplications: float = 0.0
 
@@ -123,6 +124,7 @@ def plan_merge(
         ranks=(min(ranks), max(ranks)),
         options=prepared.options.describe(),
         projectors={**{name: routed.names for name, routed in prepared.routing.items()}, **prepared.averaged},
+        routing=prepared.expected_routing,
         output_bytes=sum(dtype.itemsize * math.prod(shape) for dtype, shape in prepared.tensors().values()),
         multiplications=sum(prepared.cost_of(group) for group in prepared.groups),
     )
@@ -152,24 +154,23 @@ def _notes(prepared: PreparedMerge) -> list[str]:
                 notes.append(f"'{task.name}' saw no image at '{projector}', so no image is sent to it.")
             elif projector not in task.projectors:
                 notes.append(f"'{task.name}' has no projector '{projector}' of its own: the base model's serves.")
-    return [*notes, *_alike(prepared)]
+    doubts = [line for name, found in prepared.expected_routing.items() for line in found.doubts(name)]
+    return [*notes, *doubts, *_better_gates(prepared)]
 
 
-def _alike(prepared: PreparedMerge) -> list[str]:
-    """Tasks whose images the router can hardly tell apart, by their prototypes alone."""
-    notes = []
-    for projector, routed in prepared.routing.items():
-        prototypes = prepared.projector_tensors[f"{projector}.prototypes"]
-        metric = None
-        if routed.directions is not None:
-            metric = FeatureMetric(
-                *(prepared.projector_tensors[f"{projector}.{of}"] for of in ("directions", "variances"))
-            )
-        weights = task_weights(prototypes, prototypes, metric, float(prepared.options.temperature or 0))
-        names = routed.names
-        for one, two in (weights.fill_diagonal_(0.0) > _ALIKE).nonzero().tolist():
-            notes.append(
-                f"Images of '{names[one]}' look like those of '{names[two]}' at '{projector}': the mean image of the "
-                f"one gives the other {weights[one, two]:.0%} of the weight."
-            )
-    return notes
+def _better_gates(prepared: PreparedMerge) -> list[str]:
+    """What gates would reach that go by instructions, where the merge's own, if it has any, do not."""
+    options, drawn = prepared.options, prepared.drawn_inputs
+    possible = options.merge_method is None and options.projectors == ROUTED and options.rank is None
+    if not possible or options.gate_by == BOTH or not drawn.have_instructions or len(drawn.tasks) < 2:
+        return []
+    now = prepared.expected_routing[GATES].accuracy if options.gate_lora else 0.0
+    kinds = [by for by in (INSTRUCTIONS, BOTH) if by != options.gate_by and (prepared.routing or by != BOTH)]
+    reached = {by: drawn.gates(by).accuracy for by in kinds}
+    best = max(reached, key=lambda by: reached[by], default=None)
+    if best is None or reached[best] < now + 0.01:
+        return []
+    instead = f"instead of {100 * now:.0f} %" if options.gate_lora else "instead of one LoRA for all"
+    return [
+        f"With `gate_by='{best}'` {100 * reached[best]:.0f} % of a task's inputs would get its own LoRA, {instead}."
+    ]

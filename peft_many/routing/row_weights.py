@@ -88,29 +88,30 @@ class RowWeights:
 
     def gates(self, ranks: tuple[int, ...], repeats: int, dtype: torch.dtype, device: torch.device) -> Gates | None:
         """The gates of a layer that sees each row `repeats` times; `None` if every row gets the merged delta."""
-        if bool((self._merged > 0).all()):
+        if bool((self.merged > 0).all()):
             return None
         key = (ranks, repeats, dtype, device)
         if key not in self._gates:
             merged, own = (
                 moved(gate.to(dtype).repeat_interleave(repeats, dim=0), device)
-                for gate in gates(self._weights, confidence(self._weights), self._merged, ranks)
+                for gate in gates(self.weights, confidence(self.weights), self.merged, ranks)
             )
-            self._gates[key] = (merged if self._merged.any() else None, own)
+            self._gates[key] = (merged if self.merged.any() else None, own)
         return self._gates[key]
 
     @functools.cached_property
-    def _weights(self) -> Tensor:
+    def weights(self) -> Tensor:
+        """What each task counts for each row, `(rows, tasks)`; zero where nothing is known."""
         means, seen = self.sums / self.images.clamp(min=1)[:, None], self.images[:, None] > 0
         # Where no image was seen, all tasks are as likely.
         return means if self.scores is None else joint_weights(self.scores, torch.where(seen, means, 1.0))
 
     @functools.cached_property
-    def _merged(self) -> Tensor:
+    def merged(self) -> Tensor:
         """1 for rows that get the merged delta, as no single task is likely or nothing is known; else 0, `(rows,)`."""
         known = torch.ones_like(self.images, dtype=torch.bool) if self.scores is not None else self.images > 0
-        like_none = known & (self._weights == 0).all(dim=-1)
-        return (1 - confidence(self._weights)).masked_fill(like_none, 0.0)
+        like_none = known & (self.weights == 0).all(dim=-1)
+        return (1 - confidence(self.weights)).masked_fill(like_none, 0.0)
 
 
 def remember(cache: Cache, known: Mapping[str, RowWeights]) -> None:

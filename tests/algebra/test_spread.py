@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_many.algebra.covariance import DenseCovariance, LowRankCovariance
+from peft_many.algebra.covariance import LowRankCovariance
 from peft_many.algebra.routing import routing_weights
-from peft_many.algebra.spread import centred, gaussian_draws, shared_metric
+from peft_many.algebra.spread import centred, shared_metric
 from tests.algebra.problems import relative_error, seeds
 
 WIDTH = 12
@@ -78,15 +78,15 @@ def test_images_that_are_all_alike_have_a_metric_too():
 
 
 def test_draws_have_the_covariance():
-    factor = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    low = LowRankCovariance(remainder=0.3, factor=factor)
-    dense = DenseCovariance(remainder=0.3, matrix=factor.T @ factor)
-    for covariance in (low, dense):
-        drawn = gaussian_draws(covariance, 40000, torch.Generator().manual_seed(0))
-        assert relative_error(drawn.T @ drawn / len(drawn), low.dense()) < 0.03
-        assert drawn.mean(0).abs().max() < 0.03
-        again = gaussian_draws(covariance, 40000, torch.Generator().manual_seed(0))
-        assert torch.equal(again, drawn)
+    _, rows = tasks_of(1)
+    metric = shared_metric([centred(part) for part in rows], [len(part) for part in rows], rank=5)
+    V, variances = metric.directions, metric.variances
+    expected = V.T @ torch.diag(variances[:-1] - variances[-1]) @ V + variances[-1] * torch.eye(WIDTH)
+    drawn = metric.draws(40000, torch.Generator().manual_seed(0))
+    assert relative_error(drawn.T @ drawn / len(drawn), expected) < 0.03
+    assert drawn.mean(0).abs().max() < 0.03 * expected.diagonal().max().sqrt()
+    assert metric.squared_distances(drawn, torch.zeros(1, WIDTH)).mean().item() == pytest.approx(WIDTH, rel=0.03)
+    assert torch.equal(metric.draws(40000, torch.Generator().manual_seed(0)), drawn)
 
 
 @given(seeds, st.integers(0, 8))

@@ -1,0 +1,166 @@
+"""Where a merge's routers and gates are expected to send the inputs of each task, before any model is run."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algebra.precision import without_autocast
+from ..algebra.routing import gaussian_scores, task_weights
+from ..algebra.spread import FeatureMetric, shared_metric
+from ..files.statistics import FeatureStatistics, TaskStatistics
+from ..records import GATES, ExpectedRouting, MergeOptions
+from ..records.options import IMAGES, INSTRUCTIONS
+from ..routing.row_weights import RowWeights
+from .routed_instructions import instruction_metric
+
+_DRAWN = 512  # inputs of each task
+_PARTS = 8  # of these, each with other errors of the prototypes
+
+
+class DrawnInputs:
+    """Images and instructions drawn from what was measured of each task, and what routers and gates make of them.
+
+    They are Gaussian and independent of one another, and go through the functions that a model in use goes through.
+
+    Args:
+        options ([`MergeOptions`]): Of the merge, with nothing left open.
+        routing (`Mapping[str, Sequence[str]]`): By routed projector, the tasks that it is routed to.
+        tasks (`Mapping[str, TaskStatistics]`): By name, the tasks whose weight is not zero.
+    """
+
+    def __init__(
+        self, options: MergeOptions, routing: Mapping[str, Sequence[str]], tasks: Mapping[str, TaskStatistics]
+    ) -> None:
+        self.options = options
+        self.routing = routing
+        self.tasks = tasks
+
+    def expected(self) -> dict[str, ExpectedRouting]:
+        """By routed projector, and for the gates if there are any, where inputs go."""
+        found = {}
+        for projector, weights in self._image_weights.items():
+            undecided = [1 - weight.sum(1) for weight in weights]
+            found[projector] = _expected(IMAGES, self.routing[projector], weights, undecided)
+        if self.options.gate_lora and self.options.gate_by:
+            found[GATES] = self.gates(self.options.gate_by)
+        return found
+
+    @property
+    def have_instructions(self) -> bool:
+        """Whether gates could go by instructions."""
+        return all(
+            task.instructions is not None and task.instructions.spread is not None for task in self.tasks.values()
+        )
+
+    def gates(self, by: str) -> ExpectedRouting:
+        """Where gates would send inputs that go by `"images"`, `"instructions"` or `"both"`."""
+        names = list(self.tasks)
+        # Of several projectors, gates go by the one that is nearest to the language model, which none comes after.
+        projector = next(reversed(self.routing), None) if by != INSTRUCTIONS else None
+        scores: Sequence[Tensor | None] = self._scores if by != IMAGES else [None] * len(names)
+        rows = []
+        for name, score in zip(names, scores):
+            sums, images = torch.zeros(_DRAWN, len(names)), torch.zeros(_DRAWN)
+            if projector is not None and name in self.routing[projector]:
+                routed, task = self.routing[projector], self.tasks[name]
+                # As many rows as there were in the data have images.
+                shown = min(1.0, task.projectors[projector].count / max(1, task.samples))
+                images[: round(shown * _DRAWN)] = 1.0
+                weights = self._image_weights[projector][routed.index(name)]
+                sums[:, [names.index(other) for other in routed]] = weights * images[:, None]
+            rows.append(RowWeights(sums, images, 0, score))
+        return _expected(by, names, [row.weights for row in rows], [row.merged for row in rows])
+
+    @functools.cached_property
+    def _image_weights(self) -> dict[str, list[Tensor]]:
+        """By projector and task, the routing weights of drawn images, `(images, routed tasks)`."""
+        options, found = self.options, {}
+        for projector, names in self.routing.items():
+            seen = [self.tasks[name].projectors[projector] for name in names]
+            spreads = [(one.spread, one.count) for one in seen if one.spread is not None]
+            metric = shared_metric(*zip(*spreads)) if options.router == "gaussian" else None
+            weigh = functools.partial(
+                task_weights,
+                metric=metric,
+                temperature=float(options.temperature or 0),
+                top_k=options.top_k,
+                abstain_above=options.abstain_above,
+            )
+            found[projector] = _of_draws(seen, metric, weigh)
+        return found
+
+    @functools.cached_property
+    def _scores(self) -> list[Tensor]:
+        """By task, the scores of drawn instructions, `(instructions, tasks)`."""
+        asked = [task.instructions for task in self.tasks.values() if task.instructions is not None]
+        metric = instruction_metric(asked)
+        score = functools.partial(
+            gaussian_scores, metric=metric, temperature=1.0, abstain_above=self.options.abstain_above
+        )
+        return _of_draws(asked, metric, score)
+
+
+def _expected(
+    by: str, names: Sequence[str], weights: Sequence[Tensor], undecided: Sequence[Tensor]
+) -> ExpectedRouting:
+    shares: dict[str, dict[str, Any]] = {
+        name: dict(zip(names, weight.double().mean(0).tolist())) for name, weight in zip(names, weights)
+    }
+    left = {name: max(0.0, share.double().mean().item()) for name, share in zip(names, undecided)}
+    return ExpectedRouting(by, shares, {name: share for name, share in left.items() if share > 1e-6})
+
+
+@without_autocast()
+def _of_draws(
+    seen: Sequence[FeatureStatistics], metric: FeatureMetric | None, weigh: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """What a router, `weigh(features, prototypes)`, makes of features that are drawn as each task's were measured.
+
+    The mean of a few samples is nearer to them than to others of the task, and as far from the other tasks' means as
+    these samples happen to be: drawn about it, two tasks that are the same would seem to be told apart. Their
+    covariance is off alike. So draws have the covariance shrunk as a metric's is; and each task's own prototype is
+    moved at random by `√2` of its standard error `e`, which moves its draws away from it as far, on average, as other
+    inputs are further away, and as these are nearer to the other tasks. `e` is bounded by `‖μ_s − μ_t‖² ≥ ‖e_s‖² +
+    ‖e_t‖²`, since distances of prototypes hold their errors.
+    """
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.stack([one.prototype.float() for one in seen])
+    own = [_metric_of(one) for one in seen]
+    nothing = torch.zeros(1, prototypes.shape[1])
+
+    def draws(t: int, count: int) -> Tensor:
+        one = own[t]
+        return nothing.expand(count, -1) if one is None else one.draws(count, generator).float()
+
+    errors = [draws(t, _PARTS) / math.sqrt(one.count) for t, one in enumerate(seen)]
+    lengths = torch.stack([_squared_distances(metric, error, nothing).mean() for error in errors])
+    apart = _squared_distances(metric, prototypes, prototypes).fill_diagonal_(math.inf)
+    bounds = (apart / (lengths[:, None] + lengths).clamp(min=1e-30)).amin(1).clamp(max=1.0)
+    found = []
+    for t, error in enumerate(errors):
+        parts = []
+        for e in error:
+            moved = prototypes.clone()
+            moved[t] += (2 * bounds[t]).sqrt() * e
+            parts.append(weigh(prototypes[t] + draws(t, _DRAWN // _PARTS), moved))
+        found.append(torch.cat(parts))
+    return found
+
+
+def _metric_of(one: FeatureStatistics) -> FeatureMetric | None:
+    """How a task's own inputs differ; `None` if they do not, as far as is known."""
+    if one.spread is None or one.spread.trace <= 0:
+        return None
+    return shared_metric([one.spread], [one.count])
+
+
+def _squared_distances(metric: FeatureMetric | None, features: Tensor, prototypes: Tensor) -> Tensor:
+    if metric is not None:
+        return metric.squared_distances(features, prototypes)
+    return torch.cdist(features, prototypes, compute_mode="donot_use_mm_for_euclid_dist").square()

@@ -1,0 +1,115 @@
+"""`ExpectedRouting`: where the inputs of each task are expected to go in a merge, and that in words."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .base import Number, Record
+from .options import BOTH, IMAGES, INSTRUCTIONS
+
+GATES = "gate_lora"  # in the place of a projector's path
+# Two tasks are named as hard to tell apart where one takes this much of what the other itself, or who has most, gets.
+_ALIKE = 0.1
+_MOST_NAMED = 5
+_SAME = {IMAGES: "look alike", INSTRUCTIONS: "ask alike", BOTH: "look alike and ask alike"}
+
+
+@dataclass(frozen=True)
+class ExpectedRouting(Record):
+    """Where inputs that are like those a task was measured on would go; no model is run to tell.
+
+    Args:
+        by (`str`): What decides: `"images"`, `"instructions"` or `"both"`.
+        shares (`dict[str, dict[str, float]]`):
+            By task, the mean weight that its inputs would have for it and for others; a merge's config keeps those
+            of 1 % and more.
+        undecided (`dict[str, float]`):
+            By task, the share of its inputs that would go to no task: of a gate to the merged LoRA, of a projector to
+            the base model's.
+    """
+
+    by: str
+    shares: dict[str, dict[str, Number]]
+    undecided: dict[str, Number]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by not in _SAME or self.undecided.keys() - self.shares.keys():
+            raise ValueError(f"an expected routing by {self.by!r:.40} does not fit together")
+
+    @property
+    def names(self) -> set[str]:
+        """All tasks that are named."""
+        return set(self.shares).union(*self.shares.values())
+
+    @property
+    def accuracy(self) -> float:
+        """The weight that inputs would have for their own task, the mean over the tasks."""
+        return sum(self.share(task, task) for task in self.shares) / max(1, len(self.shares))
+
+    def share(self, of: str, to: str) -> float:
+        """The mean weight that inputs of one task would have for another."""
+        return float(self.shares[of].get(to, 0.0))
+
+    @property
+    def matrix(self) -> list[list[float]]:
+        """All shares, tasks by tasks."""
+        return [[self.share(of, to) for to in self.shares] for of in self.shares]
+
+    def look_alikes(self) -> list[tuple[str, str]]:
+        """The pairs of tasks that are hard to tell apart, the hardest first."""
+        found = {}
+        for one, two in itertools.combinations(self.shares, 2):
+            taken = [(self.share(of, to), self.share(of, of), of) for of, to in ((one, two), (two, one))]
+            most = [max(own, *self.shares[of].values(), 1e-6) for _, own, of in taken]
+            if any(share >= _ALIKE * much for (share, _, _), much in zip(taken, most)):
+                found[one, two] = max(share for share, _, _ in taken)
+        return sorted(found, key=lambda pair: -found[pair])
+
+    def kept(self) -> ExpectedRouting:
+        """What a config keeps of it: what is 1 % and more, to a tenth of a percent."""
+        shares = {task: _large(row) for task, row in self.shares.items()}
+        return ExpectedRouting(self.by, shares, _large(self.undecided))
+
+    def in_words(self, routed: str) -> list[str]:
+        """Sentences on what `routed` names: a projector, or `GATES`."""
+        if len(self.shares) < 2:
+            return []
+        by = "images and instructions" if self.by == BOTH else self.by
+        if routed == GATES:
+            head = f"By {by}, {_percent(self.accuracy)} of a task's inputs are expected to get its own LoRA"
+        else:
+            head = f"By {by}, {_percent(self.accuracy)} of a task's images are expected to pass '{routed}' as its own"
+        return [f"{head} (mean over the tasks).", *self.doubts(routed)]
+
+    def doubts(self, routed: str) -> list[str]:
+        """Of these sentences, those that say what goes wrong."""
+        pairs = self.look_alikes()
+        what = "inputs" if routed == GATES else "images"
+        lines = [f"'{one}' and '{two}' {_SAME[self.by]}: {self._taken(one, two, what)}." for one, two in pairs]
+        if len(pairs) > _MOST_NAMED:
+            lines[_MOST_NAMED:] = [f"{len(pairs) - _MOST_NAMED} more pairs of tasks are hard to tell apart."]
+        unsure = [f"{_percent(share)} of '{task}'" for task, share in self.undecided.items() if share >= _ALIKE]
+        if unsure and routed == GATES:
+            lines.append(f"Inputs that no task has half of the weight of get the merged LoRA: {', '.join(unsure)}.")
+        elif unsure:
+            lines.append(f"Images that are like no task's pass the base model's projector: {', '.join(unsure)}.")
+        return lines
+
+    def _taken(self, one: str, two: str, what: str) -> str:
+        shares = {(one, two): self.share(two, one), (two, one): self.share(one, two)}  # by who takes from whom
+        (taker, giver), (other, _) = sorted(shares, key=lambda pair: -shares[pair])
+        more, less = _percent(shares[taker, giver]), _percent(shares[other, taker])
+        if more == less:
+            return f"each takes {more} of the other's {what}"
+        return f"'{taker}' takes {more} of the {what} of '{giver}', and '{other}' {less} of those of '{taker}'"
+
+
+def _large(shares: Mapping[str, Number]) -> dict[str, Number]:
+    return {task: round(share, 3) for task, share in shares.items() if share >= 0.01}
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
