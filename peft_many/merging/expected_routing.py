@@ -54,9 +54,8 @@ class DrawnInputs:
     @property
     def have_instructions(self) -> bool:
         """Whether gates could go by instructions."""
-        return all(
-            task.instructions is not None and task.instructions.spread is not None for task in self.tasks.values()
-        )
+        asked = [task.instructions for task in self.tasks.values()]
+        return all(one is not None and one.spread is not None for one in asked)
 
     def gates(self, by: str) -> ExpectedRouting:
         """Where gates would send inputs that go by `"images"`, `"instructions"` or `"both"`."""

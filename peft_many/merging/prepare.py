@@ -126,15 +126,14 @@ class PreparedMerge:
             found[f"{KEY_PREFIX}{name}"] = (tensor.dtype, tuple(tensor.shape))
         return found
 
-    @property
+    @functools.cached_property
     def drawn_inputs(self) -> DrawnInputs:
         """What tells where inputs will go."""
         routed = {projector: one.names for projector, one in self.routing.items()}
-        return DrawnInputs(
-            self.options, routed, {task.name: task.statistics for task in self.tasks if task.weight > 0}
-        )
+        heard = {task.name: task.statistics for task in self.tasks if task.weight > 0}
+        return DrawnInputs(self.options, routed, heard)
 
-    @functools.cached_property
+    @property
     def expected_routing(self) -> dict[str, ExpectedRouting]:
         """By routed projector, and for the gates, where inputs are expected to go."""
         return self.drawn_inputs.expected()

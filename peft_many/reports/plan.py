@@ -171,6 +171,5 @@ def _better_gates(prepared: PreparedMerge) -> list[str]:
     if best is None or reached[best] < now + 0.01:
         return []
     instead = f"instead of {100 * now:.0f} %" if options.gate_lora else "instead of one LoRA for all"
-    return [
-        f"With `gate_by='{best}'` {100 * reached[best]:.0f} % of a task's inputs would get its own LoRA, {instead}."
-    ]
+    share = f"{100 * reached[best]:.0f} % of a task's inputs"
+    return [f"With `gate_by='{best}'` {share} are expected to get its own LoRA, {instead}."]

@@ -105,6 +105,15 @@ def test_rows_of_a_router_that_abstains_sum_to_less(made):
     assert (weights.sum(1) < 0.99).any()
 
 
+@pytest.mark.parametrize("by", ["images", "instructions", "both"])
+def test_a_gated_merge_says_where_its_gates_send_inputs(made, by):
+    report = merge_report(merged(made, gate_by=by), conflicts=False, progress=False)
+    assert list(report.confusion) == [adapters.PROJECTOR, "gate_lora"]
+    assert report.routing["gate_lora"].by == by
+    assert report.routed["gate_lora"] == list(TASKS)
+    assert report.to_dict()["routing_accuracy"]["gate_lora"] == report.routing["gate_lora"].accuracy
+
+
 def test_sizes_are_those_of_the_tensors(made):
     model = merged(made)
     report = merge_report(model, conflicts=False, progress=False)

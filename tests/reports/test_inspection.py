@@ -36,6 +36,7 @@ def test_one_adapter(shelf):
     assert (task.samples, task.images, task.layers, task.measured_layers, task.covariances) == (4, 4, 14, 14, 8)
     assert task.projectors == list(task.prototypes) == task.spreads == [PROJECTOR]
     assert task.prototypes[PROJECTOR] == 24
+    assert (task.instructions, task.instruction_width) == (4, 64)
     assert 0.98 < task.energy < 1
     stored = load_file(shelf["b"] / STATISTICS)
     covariances = [tensor for key, tensor in stored.items() if ".covariance." in key]
@@ -84,6 +85,9 @@ def test_a_merge_and_what_was_removed_from_it(shelf, tmp_path):
     assert bare == [dataclasses.replace(single["a"], weight=2.0), single["b"]]
     assert [(line.kind, line.tasks) for line in found.operations] == [("merge", ["a", "b"])]
     assert json.loads(json.dumps(dataclasses.asdict(found)))["tasks"][1]["sha256"] == single["b"].sha256
+    expected = merge_report(merged, conflicts=False, progress=False).routing
+    assert found.expected_routing == {name: routing.kept() for name, routing in expected.items()}
+    assert list(expected) == [PROJECTOR, "gate_lora"]
     left = inspect_adapter(remove_task(merged, "b", progress=False))
     assert [task.name for task in left.tasks] == ["a"]
     assert left.routing == {PROJECTOR: ["a"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -88,11 +89,30 @@ def test_it_notes_what_may_surprise(shelf):
     assert "'blind' has no projector 'model.multi_modal_projector' of its own: the base model's serves." in notes
     assert "'text' saw no image at 'model.multi_modal_projector', so no image is sent to it." in notes
     assert "'a' was measured on 4 samples" in notes
-    assert "look like those of" not in notes
+    assert "look alike" not in notes
     hot = "\n".join(plan_merge([shelf["a"], shelf["b"]], temperature=2.0, progress=False).notes)
-    assert "Images of 'a' look like those of 'b' at 'model.multi_modal_projector': the mean image" in hot
+    assert re.search(
+        r"'a' and 'b' look alike: (each takes \d+ % of the other's|'[ab]' takes \d+ % of the) images", hot
+    )
     light = plan_merge([shelf["a"], shelf["b"]], weights={"b": 0.0}, router="gaussian", progress=False).notes
     assert "'b' has weight 0: its LoRA is kept, its projector is not, and it has no say." in light
+
+
+def test_it_says_where_inputs_will_go_and_what_would_tell_more(shelf):
+    chosen = [shelf["a"], shelf["b"]]
+    plain = plan_merge(chosen, progress=False)
+    assert list(plain.routing) == ["model.multi_modal_projector"]
+    assert any(re.match(r"With `gate_by='\w+'` \d+ % .* instead of one LoRA for all\.", note) for note in plain.notes)
+    gated = plan_merge(chosen, gate_by="both", progress=False)
+    assert gated.routing["gate_lora"].by == "both"
+    assert gated.routing["gate_lora"].accuracy > 0.9
+    for options in ({"gate_by": "both"}, {"rank": 4}, {"method": "ties"}, {"projectors": "mean"}):
+        assert "gate_by" not in "\n".join(plan_merge(chosen, progress=False, **options).notes)
+    text = plan_merge([shelf["a"], shelf["text"]], gate_lora=True, progress=False)
+    assert text.routing["gate_lora"].undecided["text"] == 1.0
+    notes = "\n".join(text.notes)
+    assert "Inputs that no task has half of the weight of get the merged LoRA: 100 % of 'text'." in notes
+    assert re.search(r"With `gate_by='\w+'` \d+ % .* instead of 50 %\.", notes)
 
 
 def test_every_adapters_problem_is_told(shelf, tmp_path):

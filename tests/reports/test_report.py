@@ -1,6 +1,7 @@
 """Reports from folders, as data, pictures and a page."""
 
 import base64
+import html
 import json
 import re
 
@@ -59,6 +60,8 @@ def test_the_page_needs_nothing_else(merge, tmp_path):
     for value in report.interference.values():
         assert f"{value:.3f}" in text
     assert json.loads((page.parent / "report.json").read_text()) == report.to_dict()
+    (expected,) = report.routing.values()
+    assert html.escape(expected.in_words(adapters.PROJECTOR)[0], quote=True).replace("&#x27;", "&#39;") in text
     with Image.open(page.parent / "report.png") as image:
         assert min(image.size) > 300
 

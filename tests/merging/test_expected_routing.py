@@ -1,0 +1,108 @@
+"""Where inputs are expected to go, against where inputs that were not measured do go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_many.algebra.routing import gaussian_scores, joint_weights, task_weights
+from peft_many.algebra.spectrum import Truncation
+from peft_many.algebra.spread import centred, shared_metric
+from peft_many.files.statistics import FeatureStatistics, TaskStatistics
+from peft_many.merging.expected_routing import DrawnInputs
+from peft_many.merging.routed_instructions import instruction_metric
+from peft_many.records import GATES, MergeOptions
+
+WIDTH, MEASURED = 64, 128
+LOUDNESS = torch.arange(1, WIDTH + 1) ** -0.5  # features vary along few directions, as those of real images do
+
+
+def draw(place, count, seed):
+    """Features of inputs around a place, an offset along every direction, in the units of how much they vary."""
+    generator = torch.Generator().manual_seed(seed)
+    return (place + torch.randn(count, WIDTH, generator=generator)) * LOUDNESS
+
+
+def measured(rows):
+    spread = Truncation(rank=32, energy=1.0).apply(centred(rows))
+    return FeatureStatistics(rows.double().mean(0).float(), spread, len(rows))
+
+
+def tasks_at(images, instructions):
+    """Tasks by name, from the places of their images (`None`: it has none) and of their instructions."""
+    found = {}
+    for t, (seen, asked) in enumerate(zip(images, instructions, strict=True)):
+        projectors = {} if seen is None else {"projector": measured(draw(seen, MEASURED, 10 + t))}
+        words = measured(draw(asked, MEASURED, 20 + t))
+        found["abcdef"[t]] = TaskStatistics("abcdef"[t], MEASURED, projectors=projectors, instructions=words)
+    return found
+
+
+def expected(tasks, **options):
+    routed = [name for name, task in tasks.items() if task.projectors]
+    filled = MergeOptions(**options).filled_in([])
+    return DrawnInputs(filled, {"projector": routed} if routed else {}, tasks).expected()
+
+
+def test_tasks_on_the_same_pictures_are_told_apart_by_what_they_ask():
+    tasks = tasks_at([0.0, 0.0, 1.0], [0.0, 1.0, 1.0])
+    for by, pairs in (("images", [("a", "b")]), ("instructions", [("b", "c")]), ("both", [])):
+        found = expected(tasks, router="gaussian", gate_by=by)[GATES]
+        assert found.by == by
+        assert found.look_alikes() == pairs
+        assert found.accuracy == pytest.approx(2 / 3 if pairs else 1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("router", ["cosine", "gaussian"])
+@pytest.mark.parametrize("apart", [0.0, 0.3, 3.0])
+def test_it_is_what_happens_to_images_that_were_not_measured(router, apart):
+    """Drawn about the prototypes alone, images of two tasks that are one would all go to their own."""
+    places = [torch.zeros(WIDTH), apart * torch.eye(WIDTH)[3], torch.full((WIDTH,), 2.0)]
+    tasks = tasks_at(places, [0.0, 0.0, 0.0])
+    options = MergeOptions(router=router).filled_in([])
+    seen = [task.projectors["projector"] for task in tasks.values()]
+    prototypes = torch.stack([one.prototype for one in seen])
+    metric = shared_metric([one.spread for one in seen], [MEASURED] * 3) if router == "gaussian" else None
+    (found,) = expected(tasks, router=router).values()
+    for name, place, row in zip(tasks, places, found.matrix):
+        new = task_weights(draw(place, 2000, 99), prototypes, metric, options.temperature).mean(0)
+        assert row == pytest.approx(new.tolist(), abs=0.12)
+        assert sum(found.shares[name].values()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_it_is_what_happens_to_instructions_that_were_not_measured():
+    places = [0.0, 0.0, 0.4 * torch.eye(WIDTH)[0], 2.0]
+    tasks = tasks_at([None] * 4, places)
+    asked = [task.instructions for task in tasks.values()]
+    prototypes, metric = torch.stack([one.prototype for one in asked]), instruction_metric(asked)
+    found = expected(tasks, gate_by="instructions")[GATES]
+    for place, row in zip(places, found.matrix):
+        new = joint_weights(gaussian_scores(draw(place, 2000, 99), prototypes, metric, 1.0), None).mean(0)
+        assert row == pytest.approx(new.tolist(), abs=0.12)
+
+
+def test_tasks_measured_on_the_very_same_inputs_are_the_same():
+    task = tasks_at([0.0], [0.0])["a"]
+    for by in ("images", "instructions", "both"):
+        found = expected({"a": task, "b": task}, router="gaussian", gate_by=by)[GATES]
+        assert found.matrix == [pytest.approx([0.5, 0.5], abs=1e-4)] * 2
+        assert found.undecided.keys() <= {"a", "b"}
+
+
+def test_text_goes_to_its_task_by_words_only():
+    tasks = tasks_at([0.0, 1.0, None], [0.0, 1.0, 2.0])
+    blind = expected(tasks, gate_by="images")[GATES]
+    assert blind.undecided["c"] == 1.0
+    assert blind.shares["c"] == {"a": 0.0, "b": 0.0, "c": 0.0}
+    assert expected(tasks, gate_by="both")[GATES].accuracy > 0.95
+
+
+def test_a_task_of_one_input_and_a_router_that_abstains():
+    tasks = tasks_at([0.0, 1.0], [0.0, 1.0])
+    single = FeatureStatistics(draw(0.5, 1, 3)[0], None, 1)
+    tasks["one"] = TaskStatistics("one", 1, projectors={"projector": single})
+    assert expected(tasks)["projector"].share("one", "one") > 0.9
+    found = expected(tasks_at([0.0, 1.0], [0.0, 1.0]), router="gaussian", abstain_above=0.7)["projector"]
+    for name, row in found.shares.items():
+        assert found.undecided[name] == pytest.approx(1 - sum(row.values()))
+    assert max(found.undecided.values()) > 0.5
