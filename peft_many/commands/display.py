@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files.card import in_words
-from ..records import ExpectedRouting
+from ..records import ExpectedRouting, most_telling
 from ..records.options import BOTH
 from ..reports.inspection import AdapterInspection
 from ..reports.plan import MergePlan
@@ -132,14 +132,14 @@ def show_report(report: MergeReport) -> None:
 
 def show_doubts(routing: Mapping[str, ExpectedRouting]) -> None:
     """After a merge, where results do not go: tasks that its routing can hardly tell apart."""
-    for name, expected in routing.items():
+    for name, expected in most_telling(routing).items():
         for line in expected.doubts(name):
             Console(stderr=True).print(f"Note: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_routing(routing: Mapping[str, ExpectedRouting], doubts: bool = True) -> None:
     """Where inputs are expected to go, in sentences."""
-    for name, expected in routing.items():
+    for name, expected in most_telling(routing).items():
         lines = expected.in_words(name)
         for place, line in enumerate(lines if doubts else lines[:1]):
             _say(f"• {line}" if place else line)

@@ -23,6 +23,7 @@ from ..records import (
     PoolRecord,
     TaskRecord,
     merge_of,
+    most_telling,
 )
 from ..records.options import BOTH, INSTRUCTIONS
 from ..version import __version__
@@ -133,7 +134,7 @@ def _about_merge(merge: MergeRecord, has_projectors: bool) -> str:
             "over layers. 0 is as if alone, 1 as if the task's LoRA were lost. Compare merges of "
             "the same tasks by it, not tasks."
         )
-    parts += [_routing(name, expected) for name, expected in merge.expected_routing.items()]
+    parts += [_routing(name, expected) for name, expected in most_telling(merge.expected_routing).items()]
     return (
         "\n\n".join(filter(None, parts))
         + _pooled([inner for task in tasks for inner in task.origin.pooled])

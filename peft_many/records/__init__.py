@@ -1,6 +1,6 @@
 """What a merge is, as data: its options, its tasks, what was done to it. A record checks itself when it is read."""
 
-from .expected_routing import GATES, ExpectedRouting
+from .expected_routing import GATES, ExpectedRouting, most_telling
 from .options import ROUTERS, MergeOptions
 from .record import (
     MergeRecord,
@@ -30,4 +30,5 @@ __all__ = [
     "RoutedTask",
     "TaskRecord",
     "merge_of",
+    "most_telling",
 ]

@@ -13,7 +13,11 @@ GATES = "gate_lora"  # in the place of a projector's path
 # Two tasks are named as hard to tell apart where one takes this much of what the other itself, or who has most, gets.
 _ALIKE = 0.1
 _MOST_NAMED = 5
-_SAME = {IMAGES: "look alike", INSTRUCTIONS: "ask alike", BOTH: "look alike and ask alike"}
+_SAME = {
+    IMAGES: "look alike",
+    INSTRUCTIONS: "ask alike",
+    BOTH: "are hard to tell apart by images and instructions",
+}
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,12 @@ class ExpectedRouting(Record):
         if len(self.shares) < 2:
             return []
         by = "images and instructions" if self.by == BOTH else self.by
+        share, of = _percent(self.accuracy), f"mean over {len(self.shares)} tasks"
         if routed == GATES:
-            head = f"By {by}, {_percent(self.accuracy)} of a task's inputs are expected to get its own LoRA"
+            head = f"Expected choice of the LoRA, by {by}: {share} of the inputs get their own task's ({of})."
         else:
-            head = f"By {by}, {_percent(self.accuracy)} of a task's images are expected to pass '{routed}' as its own"
-        return [f"{head} (mean over the tasks).", *self.doubts(routed)]
+            head = f"Expected routing of images at '{routed}': {share} go to their own task ({of})."
+        return [head, *self.doubts(routed)]
 
     def doubts(self, routed: str) -> list[str]:
         """Of these sentences, those that say what goes wrong."""
@@ -104,7 +109,15 @@ class ExpectedRouting(Record):
         more, less = _percent(shares[taker, giver]), _percent(shares[other, taker])
         if more == less:
             return f"each takes {more} of the other's {what}"
-        return f"'{taker}' takes {more} of the {what} of '{giver}', and '{other}' {less} of those of '{taker}'"
+        back = f", and '{other}' {less} of those of '{taker}'" if shares[other, taker] >= 0.01 else ""
+        return f"'{taker}' takes {more} of the {what} of '{giver}'{back}"
+
+
+def most_telling(routing: Mapping[str, ExpectedRouting]) -> dict[str, ExpectedRouting]:
+    """What is worth saying in words: that of the last projector and of the gates, of gates by images theirs alone."""
+    gates = {name: found for name, found in routing.items() if name == GATES}
+    projectors = [name for name in routing if name != GATES and not any(one.by == IMAGES for one in gates.values())]
+    return {**{name: routing[name] for name in projectors[-1:]}, **gates}
 
 
 def _large(shares: Mapping[str, Number]) -> dict[str, Number]:
@@ -112,4 +125,4 @@ def _large(shares: Mapping[str, Number]) -> dict[str, Number]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{100 * round(share, 3):.0f} %"  # of what a config keeps the same

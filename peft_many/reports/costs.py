@@ -25,7 +25,7 @@ from ..files.statistics import TaskStatistics
 from ..files.stored_covariance import check_covariance
 from ..merging.expected_routing import DrawnInputs
 from ..merging.prepare import group_by_input
-from ..records import ExpectedRouting, MergeRecord
+from ..records import ExpectedRouting, MergeRecord, most_telling
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class MergeReport:
 
     def doubts(self) -> list[str]:
         """Sentences that name the tasks which the routing can hardly tell apart."""
-        return [line for name, found in self.routing.items() for line in found.doubts(name)]
+        return [line for name, found in most_telling(self.routing).items() for line in found.doubts(name)]
 
     def conflicting_pairs(self, count: int = 5) -> list[tuple[str, str, float]]:
         """The pairs of tasks that lose most by each other: the larger of their two losses, largest first."""

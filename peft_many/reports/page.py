@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.filesize import decimal
 from torch import Tensor
 
-from ..records import GATES
+from ..records import GATES, most_telling
 from .costs import MergeReport
 
 STYLE = """
@@ -53,7 +53,7 @@ would have in a merge with the task of the column alone.</p>{% endif %}
 all its inputs, would have for the column's, were they Gaussian with the mean and covariance that were measured. How
 far these are off for the number of samples is allowed for.</p>
 <ul>
-{% for name, expected in report.routing.items() %}{% for line in expected.in_words(name) %}<li>{{ line }}</li>
+{% for name, expected in told.items() %}{% for line in expected.in_words(name) %}<li>{{ line }}</li>
 {% endfor %}{% endfor %}</ul>{% endif %}
 <img alt="Residuals by layer and task; conflicts; where inputs go" src="data:image/png;base64,{{ picture }}">
 </body>
@@ -66,6 +66,7 @@ def page(report: MergeReport, figure: Figure) -> str:
     template = Environment(autoescape=True).from_string(_PAGE)
     return template.render(
         report=report,
+        told=most_telling(report.routing),
         style=STYLE,
         rows=[_row(report, t) for t in range(len(report.tasks))],
         weights=decimal(report.weight_bytes),

@@ -14,7 +14,7 @@ from ..hub.sources import AdapterNotFoundError
 from ..merging.arguments import usable_device
 from ..merging.prepare import AdapterPath, PreparedMerge, TaskNames, prepare_merge
 from ..merging.selection import TaskWeights
-from ..records import GATES, ExpectedRouting, MergeOptions
+from ..records import GATES, ExpectedRouting, MergeOptions, most_telling
 from ..records.keywords import takes_merge_options
 from ..records.options import BOTH, INSTRUCTIONS, ROUTED
 from .inspection import PlannedTask, known_of
@@ -154,7 +154,8 @@ def _notes(prepared: PreparedMerge) -> list[str]:
                 notes.append(f"'{task.name}' saw no image at '{projector}', so no image is sent to it.")
             elif projector not in task.projectors:
                 notes.append(f"'{task.name}' has no projector '{projector}' of its own: the base model's serves.")
-    doubts = [line for name, found in prepared.expected_routing.items() for line in found.doubts(name)]
+    told = most_telling(prepared.expected_routing)
+    doubts = [line for name, found in told.items() for line in found.doubts(name)]
     return [*notes, *doubts, *_better_gates(prepared)]
 
 

@@ -279,6 +279,23 @@ def test_tab_completion_knows_the_tasks_of_a_merge(merged, monkeypatch):
     assert CliRunner().invoke(app, [], prog_name="peft-many").stdout.split() == ["gaussian"]
 
 
+def test_a_merge_ends_with_the_tasks_that_its_routing_confuses(shelf, tmp_path):
+    chosen = [shelf["a"], shelf["b"], "--temperature", "9"]
+    told = run("merge", *chosen, "-o", tmp_path / "1")
+    assert told.stdout == f"The merge: {tmp_path / '1'}\n"
+    line = next(line for line in told.stderr.splitlines() if line.startswith("Note: "))
+    assert line.startswith("Note: 'a' and 'b' look alike: ")
+    assert "Note" not in run("merge", *chosen, "-o", tmp_path / "2", "--quiet").output
+    head = "Expected routing of images at 'model.multi_modal_projector': "
+    for words in (["inspect", tmp_path / "1"], ["plan", *chosen], ["report", tmp_path / "1", "-o", tmp_path / "r"]):
+        shown = run(*words).stdout
+        assert head in shown
+        assert f"• {line.removeprefix('Note: ')}" in shown
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["doubts"] == [line.removeprefix("Note: ")]
+    routing = json.loads(run("plan", *chosen, "--json", "-q").stdout)["routing"]
+    assert routing["model.multi_modal_projector"]["shares"]["a"].keys() == {"a", "b"}
+
+
 @pytest.mark.slow
 def test_the_real_thing(shelf, tmp_path):
     """The entry point in a process of its own, progress bars and all."""

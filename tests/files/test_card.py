@@ -78,6 +78,8 @@ def test_the_card_of_a_merge_tells_what_it_is_made_of(merged):
         "1. merge: clevr, iconqa (dtype float32, method lpm, projectors routed, ridge 0.0001, router cosine"
         in card.text
     )
+    assert "Expected routing of images at 'model.multi_modal_projector': 100 % go to their own task" in card.text
+    assert "| images of | clevr | iconqa |\n| --- | --- | --- |\n| clevr | 1.00 | 0.00 |" in card.text
     assert "Saved by peft_many" in card.text
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peft_many.records import GATES, ExpectedRouting, MergeOptions, MergeRecord, Origin, TaskRecord
+from peft_many.records import GATES, ExpectedRouting, MergeOptions, MergeRecord, Origin, TaskRecord, most_telling
 
 
 def routing(matrix, by="both", undecided=None):
@@ -14,14 +14,28 @@ def test_pairs_that_cannot_be_told_apart_are_named():
     found = routing([[0.52, 0.48, 0.0], [0.48, 0.52, 0.0], [0.0, 0.0, 1.0]])
     assert found.accuracy == pytest.approx(0.68)
     assert found.in_words(GATES) == [
-        "By images and instructions, 68 % of a task's inputs are expected to get its own LoRA (mean over the tasks).",
-        "'a' and 'b' look alike and ask alike: each takes 48 % of the other's inputs.",
+        "Expected choice of the LoRA, by images and instructions: 68 % of the inputs get their own task's "
+        "(mean over 3 tasks).",
+        "'a' and 'b' are hard to tell apart by images and instructions: each takes 48 % of the other's inputs.",
     ]
     one_way = routing([[0.98, 0.02], [0.3, 0.7]], by="images")
     assert one_way.in_words("p") == [
-        "By images, 84 % of a task's images are expected to pass 'p' as its own (mean over the tasks).",
+        "Expected routing of images at 'p': 84 % go to their own task (mean over 2 tasks).",
         "'a' and 'b' look alike: 'a' takes 30 % of the images of 'b', and 'b' 2 % of those of 'a'.",
     ]
+
+
+def test_a_pair_that_goes_one_way_is_told_of_once():
+    assert routing([[1.0, 0.0], [0.3, 0.7]], by="instructions").doubts(GATES) == [
+        "'a' and 'b' ask alike: 'a' takes 30 % of the inputs of 'b'."
+    ]
+
+
+def test_what_says_the_same_is_not_said_twice():
+    images, words = routing([[1.0]], by="images"), routing([[1.0]], by="instructions")
+    assert list(most_telling({"p": images, "q": images})) == ["q"]
+    assert list(most_telling({GATES: words, "p": images, "q": images})) == ["q", GATES]
+    assert list(most_telling({GATES: images, "q": images})) == [GATES]
 
 
 def test_tasks_that_get_what_others_do_not_are_not_named():
