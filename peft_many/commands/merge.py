@@ -31,7 +31,8 @@ def plan(
     json: a.Json = False,
     **options: Any,
 ) -> None:
-    """Say what a merge would be: tasks, ranks, layers, sizes and mismatches. Nothing is written.
+    """Say what a merge would be: tasks, ranks, layers, sizes, mismatches, and where routing would send inputs. Nothing
+    is written.
 
     Adapters on the Hub are downloaded to its cache. Exits with 1 if they cannot be merged.
 

@@ -143,8 +143,9 @@ def without_gate(merge: MergeRecord) -> MergeRecord:
     above = merge.options.abstain_above if merge.options.router == "gaussian" else None  # or else of instructions
     options = replace(merge.options, gate_lora=False, gate_by=None, route_by=None, abstain_above=above)
     expected = {name: found for name, found in merge.expected_routing.items() if name != GATES}
-    without = {"instructions": None, "expected_routing": expected, "task_ranks": None, "task_rank_pattern": {}}
-    return replace(merge, options=options, **without)
+    return replace(
+        merge, options=options, instructions=None, expected_routing=expected, task_ranks=None, task_rank_pattern={}
+    )
 
 
 def _save_projectors(adapter: Adapter, merge: MergeRecord, folder: Path) -> None:

@@ -61,7 +61,7 @@ class DrawnInputs:
         """Where gates would send inputs that go by `"images"`, `"instructions"` or `"both"`."""
         names = list(self.tasks)
         # Of several projectors, gates go by the one that is nearest to the language model, which none comes after.
-        projector = next(reversed(self.routing), None) if by != INSTRUCTIONS else None
+        projector = next(reversed(list(self.routing)), None) if by != INSTRUCTIONS else None
         scores: Sequence[Tensor | None] = self._scores if by != IMAGES else [None] * len(names)
         rows = []
         for name, score in zip(names, scores):
@@ -82,8 +82,9 @@ class DrawnInputs:
         options, found = self.options, {}
         for projector, names in self.routing.items():
             seen = [self.tasks[name].projectors[projector] for name in names]
-            spreads = [(one.spread, one.count) for one in seen if one.spread is not None]
-            metric = shared_metric(*zip(*spreads)) if options.router == "gaussian" else None
+            known = [one for one in seen if one.spread is not None]
+            spreads = [one.spread for one in known if one.spread is not None]
+            metric = shared_metric(spreads, [one.count for one in known]) if options.router == "gaussian" else None
             weigh = functools.partial(
                 task_weights,
                 metric=metric,

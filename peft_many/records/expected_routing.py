@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -64,12 +63,13 @@ class ExpectedRouting(Record):
 
     def look_alikes(self) -> list[tuple[str, str]]:
         """The pairs of tasks that are hard to tell apart, the hardest first."""
-        found = {}
-        for one, two in itertools.combinations(self.shares, 2):
-            taken = [(self.share(of, to), self.share(of, of), of) for of, to in ((one, two), (two, one))]
-            most = [max(own, *self.shares[of].values(), 1e-6) for _, own, of in taken]
-            if any(share >= _ALIKE * much for (share, _, _), much in zip(taken, most)):
-                found[one, two] = max(share for share, _, _ in taken)
+        found: dict[tuple[str, str], float] = {}
+        order = {task: place for place, task in enumerate(self.shares)}
+        for of, row in self.shares.items():
+            least = _ALIKE * max(row.values(), default=0.0)
+            for to in [task for task, share in row.items() if share >= least > 0 and task in order and task != of]:
+                pair = (of, to) if order[of] < order[to] else (to, of)
+                found[pair] = max(found.get(pair, 0.0), row[to])
         return sorted(found, key=lambda pair: -found[pair])
 
     def kept(self) -> ExpectedRouting:
