@@ -26,6 +26,8 @@ class Record:
     @classmethod
     def read(cls, content: Any) -> Self:
         """A record from JSON; an error if it is none."""
+        if not isinstance(content, dict):
+            raise TypeError(f"a mapping is expected, but it is {content!r:.40}")
         wrong = nonsense(content)
         if wrong is not None:
             raise ValueError(f"it cannot hold {wrong}")

@@ -106,7 +106,7 @@ class MAnyConfig(LoraConfig):
     def _read_records(self) -> None:
         for name, kind in (("merge", MergeRecord), ("pool", PoolRecord)):
             content = getattr(self, name)
-            if not isinstance(content, dict):
+            if content is None or isinstance(content, kind):
                 continue
             try:
                 setattr(self, name, kind.read(content))

@@ -20,6 +20,7 @@ from peft_many.records import (
     TaskRecord,
     merge_of,
 )
+from peft_many.records.checking import RecordError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 WEIGHT = st.floats(0, 10) | st.integers(0, 10)
@@ -81,3 +82,10 @@ def test_a_config_that_trains_shows_no_record():
 def test_fields_have_their_types(record, message):
     with pytest.raises(TypeError, match=message):
         record()
+
+
+@pytest.mark.parametrize("content", [1.5, 0.0, True, "merge", []])
+@pytest.mark.parametrize("name", ["merge", "pool"])
+def test_what_is_no_record_at_all_is_refused(name, content):
+    with pytest.raises(RecordError, match=f"`{name}` cannot be used: a mapping is expected"):
+        MAnyConfig(**{name: content})
