@@ -22,6 +22,7 @@ from ..hub.sources import HubArguments, find_adapter
 from ..merging.arguments import output_folder
 from ..merging.prepare import AdapterPath
 from ..records import GATES, MergeRecord
+from ..records.options import IMAGES
 from ..tuner.config import MAnyConfig
 from .base_model import BaseModel, fold, model_class
 from .export import Export, notes_on_gate, write_adapter, write_card
@@ -142,7 +143,8 @@ def without_gate(merge: MergeRecord) -> MergeRecord:
     """The record of the same merge without `gate_lora`; the routing stays."""
     above = merge.options.abstain_above if merge.options.router == "gaussian" else None  # or else of instructions
     options = replace(merge.options, gate_lora=False, gate_by=None, route_by=None, abstain_above=above)
-    expected = {name: found for name, found in merge.expected_routing.items() if name != GATES}
+    # What went by instructions goes by images now, of which the record says nothing.
+    expected = {name: it for name, it in merge.expected_routing.items() if name != GATES and it.by == IMAGES}
     return replace(
         merge, options=options, instructions=None, expected_routing=expected, task_ranks=None, task_rank_pattern={}
     )

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algebra.gating import confidence, gates
 from ..algebra.precision import without_autocast
-from ..algebra.routing import gaussian_scores, task_weights
+from ..algebra.routing import joint_weights, task_weights
 from ..algebra.spread import FeatureMetric, shared_metric
 from ..files.statistics import FeatureStatistics, TaskStatistics
 from ..records import GATES, ExpectedRouting, MergeOptions
 from ..records.options import IMAGES, INSTRUCTIONS
+from ..routing.instructions import instruction_scores
 from ..routing.row_weights import RowWeights
-from .routed_instructions import instruction_metric
+from .routed_instructions import instruction_metric, own_distances
 
 _DRAWN = 512  # inputs of each task
 _PARTS = 8  # of these, each with other errors of the prototypes
@@ -43,13 +45,21 @@ class DrawnInputs:
 
     def expected(self) -> dict[str, ExpectedRouting]:
         """By routed projector, and for the gates if there are any, where inputs go."""
-        found = {}
-        for projector, weights in self._image_weights.items():
-            undecided = [1 - weight.sum(1) for weight in weights]
-            found[projector] = _expected(IMAGES, self.routing[projector], weights, undecided)
+        found = {projector: self.projector(projector) for projector in self.routing}
         if self.options.gate_lora and self.options.gate_by:
             found[GATES] = self.gates(self.options.gate_by)
         return found
+
+    def projector(self, projector: str) -> ExpectedRouting:
+        """Where a routed projector would send images, by what `route_by` says."""
+        by, names, weights = self.options.route_by or IMAGES, self.routing[projector], self._image_weights[projector]
+        if by != IMAGES:
+            places = [list(self.tasks).index(name) for name in names]
+            weights = [
+                joint_weights(self._scores[place][:, places], None if by == INSTRUCTIONS else weight)
+                for place, weight in zip(places, weights)
+            ]
+        return _expected(by, names, weights, like_none=[1 - weight.sum(1) for weight in weights])
 
     @property
     def have_instructions(self) -> bool:
@@ -63,7 +73,7 @@ class DrawnInputs:
         # Of several projectors, gates go by the one that is nearest to the language model, which none comes after.
         projector = next(reversed(list(self.routing)), None) if by != INSTRUCTIONS else None
         scores: Sequence[Tensor | None] = self._scores if by != IMAGES else [None] * len(names)
-        rows = []
+        shares, undecided, like_none = [], [], []
         for name, score in zip(names, scores):
             sums, images = torch.zeros(_DRAWN, len(names)), torch.zeros(_DRAWN)
             if projector is not None and name in self.routing[projector]:
@@ -73,8 +83,13 @@ class DrawnInputs:
                 images[: round(shown * _DRAWN)] = 1.0
                 weights = self._image_weights[projector][routed.index(name)]
                 sums[:, [names.index(other) for other in routed]] = weights * images[:, None]
-            rows.append(RowWeights(sums, images, 0, score))
-        return _expected(by, names, [row.weights for row in rows], [row.merged for row in rows])
+            row = RowWeights(sums, images, 0, score)
+            own = gates(row.weights, confidence(row.weights), row.merged, [1] * len(names))[1]
+            # Rows that get the merged LoRA count by their weights, which tell what they are undecided between.
+            shares.append(own + row.merged[:, None] * row.weights)
+            undecided.append(row.merged)
+            like_none.append(1 - own.sum(1) - row.merged)
+        return _expected(by, names, shares, undecided, like_none)
 
     @functools.cached_property
     def _image_weights(self) -> dict[str, list[Tensor]]:
@@ -99,21 +114,27 @@ class DrawnInputs:
     def _scores(self) -> list[Tensor]:
         """By task, the scores of drawn instructions, `(instructions, tasks)`."""
         asked = [task.instructions for task in self.tasks.values() if task.instructions is not None]
-        metric = instruction_metric(asked)
-        score = functools.partial(
-            gaussian_scores, metric=metric, temperature=1.0, abstain_above=self.options.abstain_above
-        )
+        metric, above = instruction_metric(asked), self.options.abstain_above
+        most = None if above is None else [above * distance for distance in own_distances(asked, metric)]
+        score = functools.partial(instruction_scores, metric=metric, most=most)
         return _of_draws(asked, metric, score)
 
 
 def _expected(
-    by: str, names: Sequence[str], weights: Sequence[Tensor], undecided: Sequence[Tensor]
+    by: str,
+    names: Sequence[str],
+    weights: Sequence[Tensor],
+    undecided: Sequence[Tensor] = (),
+    like_none: Sequence[Tensor] = (),
 ) -> ExpectedRouting:
+    def means(parts: Sequence[Tensor]) -> dict[str, Any]:
+        found = {name: part.double().mean().item() for name, part in zip(names, parts)}
+        return {name: share for name, share in found.items() if share > 1e-6}
+
     shares: dict[str, dict[str, Any]] = {
         name: dict(zip(names, weight.double().mean(0).tolist())) for name, weight in zip(names, weights)
     }
-    left = {name: max(0.0, share.double().mean().item()) for name, share in zip(names, undecided)}
-    return ExpectedRouting(by, shares, {name: share for name, share in left.items() if share > 1e-6})
+    return ExpectedRouting(by, shares, means(undecided), means(like_none))
 
 
 @without_autocast()

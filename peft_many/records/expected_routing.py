@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .base import Number, Record
 from .options import BOTH, IMAGES, INSTRUCTIONS
@@ -26,20 +26,22 @@ class ExpectedRouting(Record):
     Args:
         by (`str`): What decides: `"images"`, `"instructions"` or `"both"`.
         shares (`dict[str, dict[str, float]]`):
-            By task, the mean weight that its inputs would have for it and for others; a merge's config keeps those
-            of 1 % and more.
+            By task, the mean weight that its inputs would have for it and for others, of a gate the share of them that
+            it gives to these; where it cannot decide, their weights count. A merge's config keeps 1 % and more.
         undecided (`dict[str, float]`):
-            By task, the share of its inputs that would go to no task: of a gate to the merged LoRA, of a projector to
-            the base model's.
+            By task, the share of its inputs that a gate would give the merged LoRA.
+        like_none (`dict[str, float]`):
+            By task, the share of its inputs that would seem like no task's, and be left to the base model.
     """
 
     by: str
     shares: dict[str, dict[str, Number]]
-    undecided: dict[str, Number]
+    undecided: dict[str, Number] = field(default_factory=dict)
+    like_none: dict[str, Number] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.by not in _SAME or self.undecided.keys() - self.shares.keys():
+        if self.by not in _SAME or {*self.undecided, *self.like_none} - self.shares.keys():
             raise ValueError(f"an expected routing by {self.by!r:.40} does not fit together")
 
     @property
@@ -75,7 +77,7 @@ class ExpectedRouting(Record):
     def kept(self) -> ExpectedRouting:
         """What a config keeps of it: what is 1 % and more, to a tenth of a percent."""
         shares = {task: _large(row) for task, row in self.shares.items()}
-        return ExpectedRouting(self.by, shares, _large(self.undecided))
+        return ExpectedRouting(self.by, shares, _large(self.undecided), _large(self.like_none))
 
     def in_words(self, routed: str) -> list[str]:
         """Sentences on what `routed` names: a projector, or `GATES`."""
@@ -86,7 +88,8 @@ class ExpectedRouting(Record):
         if routed == GATES:
             head = f"Expected choice of the LoRA, by {by}: {share} of the inputs get their own task's ({of})."
         else:
-            head = f"Expected routing of images at '{routed}': {share} go to their own task ({of})."
+            told = "" if self.by == IMAGES else f", by {by}"
+            head = f"Expected routing of images at '{routed}'{told}: {share} go to their own task ({of})."
         return [head, *self.doubts(routed)]
 
     def doubts(self, routed: str) -> list[str]:
@@ -96,11 +99,14 @@ class ExpectedRouting(Record):
         lines = [f"'{one}' and '{two}' {_SAME[self.by]}: {self._taken(one, two, what)}." for one, two in pairs]
         if len(pairs) > _MOST_NAMED:
             lines[_MOST_NAMED:] = [f"{len(pairs) - _MOST_NAMED} more pairs of tasks are hard to tell apart."]
-        unsure = [f"{_percent(share)} of '{task}'" for task, share in self.undecided.items() if share >= _ALIKE]
-        if unsure and routed == GATES:
-            lines.append(f"Inputs that no task has half of the weight of get the merged LoRA: {', '.join(unsure)}.")
-        elif unsure:
-            lines.append(f"Images that are like no task's pass the base model's projector: {', '.join(unsure)}.")
+        left_out = "Inputs that are like no task's are left to the base model"
+        if routed != GATES:
+            of = "" if self.by == IMAGES else " of inputs"
+            left_out = f"Images{of} that are like no task's pass the base model's projector"
+        undecided = "Inputs that no task has half of the weight of get the merged LoRA"
+        for said, shares in ((undecided, self.undecided), (left_out, self.like_none)):
+            told = [f"{_percent(share)} of '{task}'" for task, share in shares.items() if share >= _ALIKE]
+            lines += [f"{said}: {', '.join(told)}."] if told else []
         return lines
 
     def _taken(self, one: str, two: str, what: str) -> str:
@@ -114,9 +120,10 @@ class ExpectedRouting(Record):
 
 
 def most_telling(routing: Mapping[str, ExpectedRouting]) -> dict[str, ExpectedRouting]:
-    """What is worth saying in words: that of the last projector and of the gates, of gates by images theirs alone."""
+    """What is worth saying in words: that of the last projector and of the gates, of these alone if both go by one."""
     gates = {name: found for name, found in routing.items() if name == GATES}
-    projectors = [name for name in routing if name != GATES and not any(one.by == IMAGES for one in gates.values())]
+    said = [found.by for found in gates.values()]
+    projectors = [name for name in routing if name != GATES and routing[name].by not in said]
     return {**{name: routing[name] for name in projectors[-1:]}, **gates}
 
 

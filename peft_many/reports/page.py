@@ -49,9 +49,9 @@ lost. It compares merges of the same tasks; how much residual a task can bear, i
 <b>Directions</b> are effective ranks, mean over layers. The merged LoRA takes {{ weights }}.</p>
 {% if report.conflicts is not none %}<p><b>Conflicts</b>, in the picture, are the residuals that the task of the row
 would have in a merge with the task of the column alone.</p>{% endif %}
-{% if report.routing %}<p><b>Where inputs go</b>: the mean weight that images of the row's task, or with a gated LoRA
-all its inputs, would have for the column's, were they Gaussian with the mean and covariance that were measured. How
-far these are off for the number of samples is allowed for.</p>
+{% if report.routing %}<p><b>Where inputs go</b>: the mean weight that images of the row's task would have for the
+column's, and with a gated LoRA the share of all its inputs that would get the column's own, were they Gaussian with
+the mean and covariance that were measured. How far these are off for the number of samples is allowed for.</p>
 <ul>
 {% for name, expected in told.items() %}{% for line in expected.in_words(name) %}<li>{{ line }}</li>
 {% endfor %}{% endfor %}</ul>{% endif %}

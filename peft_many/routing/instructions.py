@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..algebra.instructions import instruction_features, token_weights
 from ..algebra.routing import gaussian_scores
+from ..algebra.spread import FeatureMetric
 from ..families.instructions import Instructions, instructions_of
 from ..files.tensor_keys import INSTRUCTION_ROUTER
 from .task_router import TaskRouter
@@ -59,11 +60,19 @@ class InstructionRouter(TaskRouter):
         """
         metric = self.metric
         assert metric is not None
-        found = gaussian_scores(features, self.prototypes.to(features.device), metric, 1.0).cpu()
-        if self.most is not None:
-            strange = (-2 * found > torch.tensor(self.most)).all(dim=-1, keepdim=True)
-            found = found.masked_fill(strange, -torch.inf)
+        found = instruction_scores(features, self.prototypes.to(features.device), metric, self.most).cpu()
         return found.new_full((len(found), self.tasks), -torch.inf).index_copy(1, torch.tensor(self.columns), found)
+
+
+def instruction_scores(
+    features: Tensor, prototypes: Tensor, metric: FeatureMetric, most: Sequence[float] | None
+) -> Tensor:
+    """Log-likelihoods of instructions, `(rows, tasks)`; `-inf` in rows farther than `most` from every task."""
+    found = gaussian_scores(features, prototypes, metric, 1.0)
+    if most is None:
+        return found
+    strange = (-2 * found > torch.tensor(most, device=found.device)).all(dim=-1, keepdim=True)
+    return found.masked_fill(strange, -torch.inf)
 
 
 def router_of(model: nn.Module | None, adapter_name: str) -> InstructionRouter | None:

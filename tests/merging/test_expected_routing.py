@@ -77,7 +77,9 @@ def test_it_is_what_happens_to_instructions_that_were_not_measured():
     prototypes, metric = torch.stack([one.prototype for one in asked]), instruction_metric(asked)
     found = expected(tasks, gate_by="instructions")[GATES]
     for place, row in zip(places, found.matrix):
-        new = joint_weights(gaussian_scores(draw(place, 2000, 99), prototypes, metric, 1.0), None).mean(0)
+        weights = joint_weights(gaussian_scores(draw(place, 2000, 99), prototypes, metric, 1.0), None)
+        chosen = torch.nn.functional.one_hot(weights.argmax(1), len(places)).float()
+        new = torch.where(weights.amax(1, keepdim=True) >= 0.5, chosen, weights).mean(0)
         assert row == pytest.approx(new.tolist(), abs=0.12)
 
 
@@ -85,8 +87,48 @@ def test_tasks_measured_on_the_very_same_inputs_are_the_same():
     task = tasks_at([0.0], [0.0])["a"]
     for by in ("images", "instructions", "both"):
         found = expected({"a": task, "b": task}, router="gaussian", gate_by=by)[GATES]
+        assert found.matrix == [[1.0, 0.0]] * 2  # of equal ones the first
+        assert found.look_alikes() == [("a", "b")]
+        assert found.undecided == found.like_none == {}
+    for by in ("images", "instructions", "both"):
+        found = expected({"a": task, "b": task}, router="gaussian", gate_by="both", route_by=by)["projector"]
         assert found.matrix == [pytest.approx([0.5, 0.5], abs=1e-4)] * 2
-        assert found.undecided.keys() <= {"a", "b"}
+        assert found.by == by
+
+
+def test_of_three_tasks_that_are_the_same_none_is_chosen():
+    task = tasks_at([0.0], [0.0])["a"]
+    found = expected(dict.fromkeys("abc", task), gate_by="instructions")[GATES]
+    assert found.matrix == [pytest.approx([1 / 3] * 3, abs=1e-4)] * 3
+    assert found.undecided == dict.fromkeys("abc", 1.0)
+    assert found.like_none == {}
+
+
+def test_projectors_go_by_what_route_by_says():
+    tasks = tasks_at([0.0, 0.0, 1.0, None], [0.0, 1.0, 1.0, 2.0])
+    for by, pairs in (("images", [("a", "b")]), ("instructions", [("b", "c")]), ("both", [])):
+        found = expected(tasks, router="gaussian", gate_by="both", route_by=by)["projector"]
+        assert found.by == by
+        assert found.look_alikes() == pairs
+        assert list(found.shares) == ["a", "b", "c"]
+        assert found.accuracy == pytest.approx(2 / 3 if pairs else 1.0, abs=0.05)
+        if by == "instructions":  # for which images count nothing, however they are compared
+            assert expected(tasks, router="cosine", gate_by="both", route_by=by)["projector"] == found
+
+
+def test_what_is_like_no_task_is_left_to_the_base_model():
+    tasks = tasks_at([0.0, 1.0], [0.0, 1.0])
+    options = {"router": "gaussian", "gate_by": "instructions", "route_by": "both"}
+    near = expected(tasks, **options, abstain_above=4.0)
+    assert near[GATES].accuracy > 0.95
+    far = expected(tasks, **options, abstain_above=0.7)
+    for found in (far[GATES], far["projector"]):
+        assert found.undecided == {}
+        assert max(found.like_none.values()) > 0.5
+        for name, row in found.shares.items():
+            assert sum(row.values()) + found.like_none.get(name, 0.0) == pytest.approx(1.0, abs=1e-5)
+    by_words = expected(tasks, gate_by="instructions", route_by="instructions", abstain_above=0.7)  # cosines know none
+    assert by_words["projector"].like_none == pytest.approx(by_words[GATES].like_none, abs=1e-5)
 
 
 def test_text_goes_to_its_task_by_words_only():
@@ -104,5 +146,6 @@ def test_a_task_of_one_input_and_a_router_that_abstains():
     assert expected(tasks)["projector"].share("one", "one") > 0.9
     found = expected(tasks_at([0.0, 1.0], [0.0, 1.0]), router="gaussian", abstain_above=0.7)["projector"]
     for name, row in found.shares.items():
-        assert found.undecided[name] == pytest.approx(1 - sum(row.values()))
-    assert max(found.undecided.values()) > 0.5
+        assert found.like_none[name] == pytest.approx(1 - sum(row.values()))
+    assert max(found.like_none.values()) > 0.5
+    assert found.undecided == {}

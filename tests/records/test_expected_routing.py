@@ -5,9 +5,9 @@ import pytest
 from peft_many.records import GATES, ExpectedRouting, MergeOptions, MergeRecord, Origin, TaskRecord, most_telling
 
 
-def routing(matrix, by="both", undecided=None):
+def routing(matrix, by="both", **left):
     names = "abcdefgh"[: len(matrix)]
-    return ExpectedRouting(by, {name: dict(zip(names, row)) for name, row in zip(names, matrix)}, undecided or {})
+    return ExpectedRouting(by, {name: dict(zip(names, row)) for name, row in zip(names, matrix)}, **left)
 
 
 def test_pairs_that_cannot_be_told_apart_are_named():
@@ -36,6 +36,7 @@ def test_what_says_the_same_is_not_said_twice():
     assert list(most_telling({"p": images, "q": images})) == ["q"]
     assert list(most_telling({GATES: words, "p": images, "q": images})) == ["q", GATES]
     assert list(most_telling({GATES: images, "q": images})) == [GATES]
+    assert list(most_telling({GATES: words, "p": words, "q": words})) == [GATES]
 
 
 def test_tasks_that_get_what_others_do_not_are_not_named():
@@ -53,9 +54,23 @@ def test_of_many_tasks_that_are_the_same_some_are_named():
     assert routing([[1.0]]).in_words(GATES) == []
 
 
+def test_what_no_task_gets_is_told_of():
+    left = {"undecided": {"a": 0.2, "b": 0.01}, "like_none": {"b": 0.6}}
+    assert routing([[0.8, 0.0], [0.0, 0.39]], **left).doubts(GATES) == [
+        "Inputs that no task has half of the weight of get the merged LoRA: 20 % of 'a'.",
+        "Inputs that are like no task's are left to the base model: 60 % of 'b'.",
+    ]
+    for by, told in (("images", ["Images", ""]), ("instructions", ["Images of inputs", ", by instructions"])):
+        assert routing([[1.0, 0.0], [0.0, 0.4]], by=by, like_none={"b": 0.6}).in_words("p") == [
+            f"Expected routing of images at 'p'{told[1]}: 70 % go to their own task (mean over 2 tasks).",
+            f"{told[0]} that are like no task's pass the base model's projector: 60 % of 'b'.",
+        ]
+
+
 def test_a_config_keeps_what_counts():
-    found = routing([[0.9912345, 0.0087655], [0.25, 0.75]], undecided={"a": 0.004, "b": 0.5})
-    assert found.kept() == ExpectedRouting("both", {"a": {"a": 0.991}, "b": {"a": 0.25, "b": 0.75}}, {"b": 0.5})
+    found = routing([[0.9912345, 0.0087655], [0.25, 0.7]], undecided={"a": 0.004, "b": 0.5}, like_none={"b": 0.05})
+    shares = {"a": {"a": 0.991}, "b": {"a": 0.25, "b": 0.7}}
+    assert found.kept() == ExpectedRouting("both", shares, {"b": 0.5}, {"b": 0.05})
     tasks = [TaskRecord(name, 1.0, Origin("0")) for name in "ab"]
     merge = MergeRecord(MergeOptions().filled_in([]), tasks, expected_routing={"p": found.kept()})
     assert MergeRecord.read(merge.to_json()) == merge
@@ -70,6 +85,8 @@ def test_a_config_keeps_what_counts():
         {"shares": {"x": {}}},
         {"shares": {"a": {"a": "1"}}},
         {"undecided": {"b": 1.0}},
+        {"like_none": {"b": 1.0}},
+        {"like_none": {"a": "1"}},
     ],
 )
 def test_nonsense_in_a_config_is_refused(change):
