@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 # A row is given to its tasks' own deltas where one task has at least this weight, and to the merged delta elsewhere.
-CONFIDENT_WEIGHT = 0.5
+# A little less than one half, which two tasks that are as likely do not have where others have a trace of it.
+CONFIDENT_WEIGHT = 0.49
 
 
 def confidence(weights: Tensor, threshold: float = CONFIDENT_WEIGHT) -> Tensor:
@@ -30,8 +31,17 @@ def gates(weights: Tensor, trust: Tensor, merged: Tensor, ranks: Sequence[int]) 
     shapes `(rows, 1)` and `(rows, Σ r_t)`; the rank `r_t` is zero where a task did not train the layer.
     """
     places = [t for t, rank in enumerate(ranks) for _ in range(rank)]
-    chosen = torch.nn.functional.one_hot(weights.argmax(dim=-1), weights.shape[1]).to(weights)
-    return merged.to(weights)[:, None], (trust.to(weights)[:, None] * chosen)[:, places]
+    return merged.to(weights)[:, None], (trust.to(weights)[:, None] * likeliest(weights))[:, places]
+
+
+def likeliest(weights: Tensor) -> Tensor:
+    """1 for the largest weight of each row, of equal ones the first, and 0 for the others."""
+    return torch.nn.functional.one_hot(weights.argmax(dim=-1), weights.shape[-1]).to(weights)
+
+
+def decided(weights: Tensor) -> Tensor:
+    """Task weights of rows, `(rows, tasks)`; those that are trusted with one task are that task's alone."""
+    return torch.where(confidence(weights)[:, None] > 0, likeliest(weights), weights)
 
 
 def rows_of_images(tokens: Tensor, placeholders: Tensor) -> Tensor | None:

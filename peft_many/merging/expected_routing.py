@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.gating import confidence, gates
+from ..algebra.gating import confidence, decided, gates
 from ..algebra.precision import without_autocast
 from ..algebra.routing import joint_weights, task_weights
 from ..algebra.spread import FeatureMetric, shared_metric
@@ -56,7 +56,7 @@ class DrawnInputs:
         if by != IMAGES:
             places = [list(self.tasks).index(name) for name in names]
             weights = [
-                joint_weights(self._scores[place][:, places], None if by == INSTRUCTIONS else weight)
+                decided(joint_weights(self._scores[place][:, places], None if by == INSTRUCTIONS else weight))
                 for place, weight in zip(places, weights)
             ]
         return _expected(by, names, weights, like_none=[1 - weight.sum(1) for weight in weights])

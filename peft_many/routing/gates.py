@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..algebra.gating import decided
 from ..algebra.routing import joint_weights
 from ..families.image_rows import ImageRows
 from .calls import asked_for, running
@@ -48,7 +49,8 @@ def note_images(target: GateTarget, weights: Tensor, rows: ImageRows) -> None:
 def with_instructions(target: GateTarget, weights: Tensor, rows: ImageRows, alone: bool) -> Tensor:
     """The routing weights of a projector's images, `(images, routed tasks)`, by the instructions of their rows too.
 
-    By these `alone`, if so. Where they cannot be read, or it cannot be told whose image is whose, the images' own.
+    By these `alone`, if so. An image that a single task is trusted with goes through its projector alone, as its row
+    gets that task's LoRA. Where instructions cannot be read, or nobody can tell whose image is whose, the images' own.
     """
     running_call = running.get()
     call = None if running_call is None else running_call.of_batch
@@ -59,7 +61,8 @@ def with_instructions(target: GateTarget, weights: Tensor, rows: ImageRows, alon
     if scores is None:
         return weights
     found, real = weights.clone(), rows.real_images
-    found[real] = joint_weights(scores[:, list(target.columns)], None if alone else weights[real])
+    joint = joint_weights(scores[:, list(target.columns)], None if alone else weights[real])
+    found[real] = decided(joint)
     return found
 
 
