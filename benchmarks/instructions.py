@@ -7,7 +7,7 @@ often the most likely task is the right one (96.6 % can be had), and how sure th
 prompt in all of them, and with one that was not there when the tasks were measured. And where a third of the tasks was
 never measured: how many of their instructions are farther from all tasks than 99 % of the tasks' own are.
 
-Writes instructions.json.
+Writes instructions.json and instructions.png.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import console, machine, parser, write_json
+from common import OTHERS, OURS, console, machine, new_figure, parser, write_json
 from instruction_tasks import SYSTEM, TASKS, instructions
 from rich.table import Table
 from torch import Tensor
@@ -188,6 +188,23 @@ def measure(
     return rows
 
 
+def save_plot(path: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Bars of how often the right task is found, with the least variance that merges have."""
+    rows = [row for row in results if row["least_variance"] == LEAST_VARIANCE]
+    figure, axis = new_figure(1, 1, 9, 1 + 0.7 * len(rows))
+    shown = {"accuracy": "distances", "accuracy_by_cosines": "cosines", "with_new_system_prompt": "new system prompt"}
+    for i, (key, label) in enumerate(shown.items()):
+        places = [y + (i - 1) * 0.27 for y in range(len(rows))]
+        colour = (OURS, OTHERS, "#5c677d")[i]
+        bars = axis.barh(places, [row[key] for row in rows], height=0.25, color=colour, label=label)
+        axis.bar_label(bars, fmt="%.1f", padding=3)
+    axis.set_yticks(range(len(rows)), [row["representation"] for row in rows])
+    axis.invert_yaxis()
+    axis.set_title("instructions whose task was found, %")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path)
+
+
 @torch.no_grad()
 def main() -> None:
     """Measure all, print a table, write JSON."""
@@ -220,6 +237,7 @@ def main() -> None:
     content = {"benchmark": "instructions", "model": model.name, "machine": machine(given.threads)}
     content |= {"samples": samples, "asked": asked, "tasks": list(TASKS), "results": results}
     write_json(given.output / "instructions.json", content)
+    save_plot(given.output / "instructions.png", results)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def task_folder(kind: str, task: int, folder: Path) -> Path:
     perturb(model, "default", seed=task)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # such as one that padding was counted
+        warnings.filterwarnings("ignore", ".*have no `labels`")
         statistics = collect_statistics(model, [inputs], progress=False)
     words = int(inputs["attention_mask"].sum()) if kind == "internvl" else 2 * 6 + 4 + foreign.PATCHES * 3
     assert {statistics.tasks[0].tokens_of(name) for name in statistics.tasks[0].input_of} == {words}

@@ -284,14 +284,6 @@ def assert_refused(path, *words):
         assert re.search(re.escape(word), message), f"{word!r} not in: {message}"
 
 
-def test_counts_of_images_have_had_another_name(path):
-    before, header = AdapterStatistics.load(path), header_of(path)
-    for about in (about for one in header["tasks"] for about in one["projectors"].values()):
-        about["images"] = about.pop("count")
-    rewrite(path, header=header)
-    assert_same(AdapterStatistics.load(path), before)
-
-
 def test_a_missing_file(tmp_path):
     assert_refused(tmp_path / STATISTICS_NAME, "does not exist")
 
