@@ -71,10 +71,6 @@ class RowWeights:
         before = None if self.before is None else self.before.taken(rows)
         return RowWeights(self.sums[rows], self.images[rows], self.start, scores, before)
 
-    def scores_of(self, rows: Tensor) -> Tensor | None:
-        """The tasks' scores by the instructions of some rows."""
-        return None if self.scores is None else self.scores[rows]
-
     def by_images(self) -> RowWeights:
         """Of the images alone."""
         return RowWeights(self.sums, self.images, self.start, before=self.before)
@@ -88,7 +84,7 @@ class RowWeights:
 
     def gates(self, ranks: tuple[int, ...], repeats: int, dtype: torch.dtype, device: torch.device) -> Gates | None:
         """The gates of a layer that sees each row `repeats` times; `None` if every row gets the merged delta."""
-        if bool((self.merged > 0).all()):
+        if self._are_all_merged:  # asked by every layer, for every token
             return None
         key = (ranks, repeats, dtype, device)
         if key not in self._gates:
@@ -98,6 +94,10 @@ class RowWeights:
             )
             self._gates[key] = (merged if self.merged.any() else None, own)
         return self._gates[key]
+
+    @functools.cached_property
+    def _are_all_merged(self) -> bool:
+        return bool((self.merged > 0).all())
 
     @functools.cached_property
     def weights(self) -> Tensor:
