@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,9 +64,8 @@ def gaussian_weights(
     what is negligible, as in [`routing_weights`]. Images whose nearest prototype is at `d_t² / d` above
     `abstain_above` are like no task's, and all their weights are zero; the tasks' own images are at 1, on average.
     """
-    scores = gaussian_scores(features, prototypes, metric, temperature, abstain_above)
-    strange = torch.isneginf(scores).all(dim=-1, keepdim=True)
-    return _softmax(scores.masked_fill(strange, 0.0), top_k).masked_fill(strange, 0.0)
+    most = None if abstain_above is None else abstain_above * features.shape[-1]
+    return _softmax(gaussian_scores(features, prototypes, metric, temperature, most), top_k)
 
 
 def gaussian_scores(
@@ -72,14 +73,18 @@ def gaussian_scores(
     prototypes: Tensor,
     metric: FeatureMetric,
     temperature: float,
-    abstain_above: float | None = None,
+    most: float | Sequence[float] | None = None,
 ) -> Tensor:
-    """The log-likelihoods `−d_t² / 2τ` of [`gaussian_weights`], `(rows, tasks)`; `-inf` in rows like no task's."""
+    """The log-likelihoods `−d_t² / 2τ` of [`gaussian_weights`], `(rows, tasks)`.
+
+    `-inf` in rows like no task's: those farther than `most` from every prototype, or than that of each.
+    """
     distances = metric.squared_distances(features.float(), prototypes.float())
     scores = -distances / (2 * temperature)
-    if abstain_above is None:
+    if most is None:
         return scores
-    strange = distances.amin(dim=-1, keepdim=True) > abstain_above * features.shape[-1]
+    limits = torch.tensor(most, device=distances.device) if isinstance(most, Sequence) else most
+    strange = (distances > limits).all(dim=-1, keepdim=True)
     return scores.masked_fill(strange, -torch.inf)
 
 
@@ -90,20 +95,20 @@ def joint_weights(scores: Tensor, image_weights: Tensor | None) -> Tensor:
     that is told from zero: they decide among tasks that ask the same, and instructions among those that show the same.
     Rows that are like no task's, by either, are zero.
     """
-    strange = torch.isneginf(scores).all(dim=-1, keepdim=True)
     if image_weights is not None:
-        strange = strange | (image_weights == 0).all(dim=-1, keepdim=True)
-        scores = scores + (image_weights + NEGLIGIBLE_WEIGHT).log()
-    return _softmax(scores.masked_fill(strange, 0.0), None).masked_fill(strange, 0.0)
+        strange = (image_weights == 0).all(dim=-1, keepdim=True)
+        scores = (scores + (image_weights + NEGLIGIBLE_WEIGHT).log()).masked_fill(strange, -torch.inf)
+    return _softmax(scores, None)
 
 
 def _softmax(logits: Tensor, top_k: int | None) -> Tensor:
-    """Softmax of each row without negligible weights, and without all but the `top_k` largest."""
-    weights = torch.softmax(logits, dim=-1)
+    """Softmax of each row without negligible weights, and without all but the `top_k` largest; zero if all `-inf`."""
+    nothing = torch.isneginf(logits).all(dim=-1, keepdim=True)
+    weights = torch.softmax(logits.masked_fill(nothing, 0.0), dim=-1)
     weights = weights.masked_fill(weights < NEGLIGIBLE_WEIGHT, 0.0)
     if top_k is not None:
         weights = _keep_largest(weights, top_k)
-    return weights / weights.sum(dim=-1, keepdim=True)
+    return (weights / weights.sum(dim=-1, keepdim=True)).masked_fill(nothing, 0.0)
 
 
 def _cosines(a: Tensor, b: Tensor) -> Tensor:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ..algebra.gating import confidence, decided, gates
 from ..algebra.precision import without_autocast
-from ..algebra.routing import joint_weights, task_weights
+from ..algebra.routing import gaussian_scores, joint_weights, task_weights
 from ..algebra.spread import FeatureMetric, shared_metric
 from ..files.statistics import FeatureStatistics, TaskStatistics
 from ..records import GATES, ExpectedRouting, MergeOptions
 from ..records.options import IMAGES, INSTRUCTIONS
-from ..routing.instructions import instruction_scores
 from ..routing.row_weights import RowWeights
 from .routed_instructions import instruction_metric, own_distances
 
@@ -116,7 +115,7 @@ class DrawnInputs:
         asked = [task.instructions for task in self.tasks.values() if task.instructions is not None]
         metric, above = instruction_metric(asked), self.options.abstain_above
         most = None if above is None else [above * distance for distance in own_distances(asked, metric)]
-        score = functools.partial(instruction_scores, metric=metric, most=most)
+        score = functools.partial(gaussian_scores, metric=metric, temperature=1.0, most=most)
         return _of_draws(asked, metric, score)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..algebra.spread import FeatureMetric, shared_metric
@@ -15,6 +14,7 @@ from ..files.statistics import FeatureStatistics
 from ..files.tensor_keys import INSTRUCTION_ROUTER
 from ..records import RoutedInstructions
 from .checks import check_same_shape
+from .routed_projectors import router_tensors
 
 # Tokens have the length one. What may always vary, so that an instruction in other words than a task's, or behind
 # words that are new to all of them, is not infinitely far from it: chosen on 29 tasks by their words (docs/method.md).
@@ -53,12 +53,8 @@ def route_instructions(tasks: Sequence[TaskAdapter]) -> tuple[RoutedInstructions
     check_same_shape("The width of the instructions' features", zip(routed, [len(one.prototype) for one in found]))
     width = len(found[0].prototype)
     metric = instruction_metric(found)
-    tensors = {
-        "prototypes": torch.stack([one.prototype.float() for one in found]),
-        "directions": metric.directions.float().contiguous(),
-        "variances": metric.variances.float(),
-    }
+    tensors = router_tensors(INSTRUCTION_ROUTER, [one.prototype for one in found], metric)
     record = RoutedInstructions(
         width, [task.name for task in routed], len(metric.directions), own_distances(found, metric)
     )
-    return record, {f"{INSTRUCTION_ROUTER}.{name}": tensor for name, tensor in tensors.items()}
+    return record, tensors

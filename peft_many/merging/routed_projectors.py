@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.spread import shared_metric
+from ..algebra.spread import FeatureMetric, shared_metric
 from ..files.adapter import TaskAdapter
 from ..files.errors import UnmergeableAdapterError
 from ..records import RoutedProjector, RoutedTask
@@ -38,20 +38,27 @@ def route_projectors(
         prototypes = [task.statistics.projectors[projector].prototype.float() for task in routed]
         check_same_shape(f"The width of the features at '{projector}'", zip(routed, map(len, prototypes)))
         check_same_tensors(projector, [task for task in routed if projector in task.projectors])
-        directions = None
-        tensors[f"{projector}.prototypes"] = torch.stack(prototypes)
+        metric = None
         if router == "gaussian":
             images = [task.statistics.projectors[projector].count for task in routed]
             metric = shared_metric([_spread(task, projector) for task in routed], images)
-            directions = len(metric.directions)
-            tensors[f"{projector}.directions"] = metric.directions.float().contiguous()
-            tensors[f"{projector}.variances"] = metric.variances.float()
+        tensors |= router_tensors(projector, prototypes, metric)
+        directions = None if metric is None else len(metric.directions)
         named = [RoutedTask(task.name, trained=projector in task.projectors) for task in routed]
         routing[projector] = RoutedProjector(len(prototypes[0]), named, directions)
         for t, task in enumerate(routed):
             for key, tensor in task.projectors.get(projector, {}).items():
                 tensors[f"{projector}.experts.task_{t}.{key}"] = tensor
     return routing, tensors
+
+
+def router_tensors(name: str, prototypes: Sequence[Tensor], metric: FeatureMetric | None) -> dict[str, Tensor]:
+    """What a router compares with, by key in the weights file, float32."""
+    tensors = {f"{name}.prototypes": torch.stack([prototype.float() for prototype in prototypes])}
+    if metric is not None:
+        tensors[f"{name}.directions"] = metric.directions.float().contiguous()
+        tensors[f"{name}.variances"] = metric.variances.float()
+    return tensors
 
 
 def _spread(task: TaskAdapter, projector: str) -> Any:

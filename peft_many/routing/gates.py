@@ -15,8 +15,8 @@ from torch import Tensor
 from ..algebra.gating import decided
 from ..algebra.routing import joint_weights
 from ..families.image_rows import ImageRows
-from .calls import asked_for, running
-from .noted import ImageWeights
+from .calls import Call, asked_for, running
+from .noted import ImageMethod, ImageWeights
 from .row_weights import Gates, cached_length, refuse_checkpointing, repeats_of_rows, warn_of_merged
 
 
@@ -33,15 +33,13 @@ def note_images(target: GateTarget, weights: Tensor, rows: ImageRows) -> None:
     """Note the routing weights of a projector's images in the running call: `(images, routed tasks)`, on the CPU."""
     if not rows.real_images.any():
         return
-    running_call = running.get()
-    call = None if running_call is None else running_call.of_batch
-    if running_call is None or call is None or call.noted is None:
+    call, told = _batch_and_method()
+    if call is None or call.noted is None:
         warn_of_merged("images were encoded outside of the model's `forward` and `generate`")
         return
     refuse_checkpointing(call.owner, target.adapter_name)
     all_tasks = weights.new_zeros(len(weights), target.tasks)
     all_tasks[:, list(target.columns)] = weights
-    told = running_call.images.told if running_call.images is not None else None
     start = cached_length(call.arguments.get("past_key_values"))
     call.noted.add(target.adapter_name, ImageWeights(all_tasks, rows, told, start))
 
@@ -52,11 +50,9 @@ def with_instructions(target: GateTarget, weights: Tensor, rows: ImageRows, alon
     By these `alone`, if so. An image that a single task is trusted with goes through its projector alone, as its row
     gets that task's LoRA. Where instructions cannot be read, or nobody can tell whose image is whose, the images' own.
     """
-    running_call = running.get()
-    call = None if running_call is None else running_call.of_batch
-    if running_call is None or call is None or call.noted is None or not rows.real_images.any():
+    call, told = _batch_and_method()
+    if call is None or call.noted is None or not rows.real_images.any():
         return weights
-    told = running_call.images.told if running_call.images is not None else None
     scores = call.noted.scores_of_images(target.adapter_name, ImageWeights(weights, rows, told, 0))
     if scores is None:
         return weights
@@ -64,6 +60,13 @@ def with_instructions(target: GateTarget, weights: Tensor, rows: ImageRows, alon
     joint = joint_weights(scores[:, list(target.columns)], None if alone else weights[real])
     found[real] = decided(joint)
     return found
+
+
+def _batch_and_method() -> tuple[Call | None, ImageMethod | None]:
+    """The call whose batch is running, and the image method in which it encodes images."""
+    call = running.get()
+    images = None if call is None else call.images
+    return (None if call is None else call.of_batch), (None if images is None else images.told)
 
 
 def current_gates(adapter_name: str, ranks: tuple[int, ...], x: Tensor) -> Gates | None:

@@ -12,13 +12,10 @@ from torch import Tensor, nn
 
 from ..algebra.instructions import instruction_features, token_weights
 from ..algebra.routing import gaussian_scores
-from ..algebra.spread import FeatureMetric
 from ..families.instructions import Instructions, instructions_of
 from ..files.tensor_keys import INSTRUCTION_ROUTER
 from .task_router import TaskRouter
 
-# The attribute of a base model with a router for each adapter that has one.
-ROUTERS = INSTRUCTION_ROUTER
 # Tokens of a batch that are looked at in one step, 100 MB in bfloat16 and float32 if they are 4096 wide.
 _AT_ONCE = 1 << 12
 
@@ -60,24 +57,13 @@ class InstructionRouter(TaskRouter):
         """
         metric = self.metric
         assert metric is not None
-        found = instruction_scores(features, self.prototypes.to(features.device), metric, self.most).cpu()
+        found = gaussian_scores(features, self.prototypes.to(features.device), metric, 1.0, self.most).cpu()
         return found.new_full((len(found), self.tasks), -torch.inf).index_copy(1, torch.tensor(self.columns), found)
-
-
-def instruction_scores(
-    features: Tensor, prototypes: Tensor, metric: FeatureMetric, most: Sequence[float] | None
-) -> Tensor:
-    """Log-likelihoods of instructions, `(rows, tasks)`; `-inf` in rows farther than `most` from every task."""
-    found = gaussian_scores(features, prototypes, metric, 1.0)
-    if most is None:
-        return found
-    strange = (-2 * found > torch.tensor(most, device=found.device)).all(dim=-1, keepdim=True)
-    return found.masked_fill(strange, -torch.inf)
 
 
 def router_of(model: nn.Module | None, adapter_name: str) -> InstructionRouter | None:
     """The router of an adapter of a base model."""
-    routers: Any = getattr(getattr(model, ROUTERS, None), "modules_to_save", {})
+    routers: Any = getattr(getattr(model, INSTRUCTION_ROUTER, None), "modules_to_save", {})
     return routers[adapter_name] if adapter_name in routers else None  # noqa: SIM401
 
 

@@ -146,7 +146,7 @@ class Noted:
         batch, rows = images.places(model, self._arguments)
         if rows is None:
             return None
-        return known.repeated(max(1, batch // len(known.images))).scores_of(rows)
+        return known.scores[rows // max(1, batch // len(known.images))]
 
     @property
     def any_images(self) -> bool:

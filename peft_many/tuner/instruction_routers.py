@@ -8,8 +8,9 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ..files.tensor_keys import INSTRUCTION_ROUTER
 from ..records import MergeRecord
-from ..routing.instructions import ROUTERS, InstructionRouter
+from ..routing.instructions import InstructionRouter
 
 
 class InstructionRouters(ModulesToSaveWrapper):
@@ -46,15 +47,15 @@ def route_instructions(model: nn.Module, adapter_name: str, merge: MergeRecord) 
         merge.options.gates_by_images,
         next(here, torch.device("cpu")),
     )
-    routers = getattr(model, ROUTERS, None)
+    routers = getattr(model, INSTRUCTION_ROUTER, None)
     if routers is None:
-        setattr(model, ROUTERS, InstructionRouters(adapter_name, router))
+        setattr(model, INSTRUCTION_ROUTER, InstructionRouters(adapter_name, router))
     else:
         routers.update(adapter_name, router=router)
 
 
 def forget_instructions(model: nn.Module) -> None:
     """Leave nothing on a model where no adapter has a router."""
-    routers: Any = getattr(model, ROUTERS, None)
+    routers: Any = getattr(model, INSTRUCTION_ROUTER, None)
     if not getattr(routers, "modules_to_save", None):
-        vars(model)["_modules"].pop(ROUTERS, None)
+        vars(model)["_modules"].pop(INSTRUCTION_ROUTER, None)

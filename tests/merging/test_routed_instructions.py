@@ -33,7 +33,7 @@ from peft_many.files.errors import MalformedAdapterError, UnmergeableAdapterErro
 from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics
 from peft_many.files.tensor_keys import INSTRUCTION_ROUTER, KEY_PREFIX
 from peft_many.merging.routed_instructions import LEAST_VARIANCE
-from peft_many.routing.instructions import ROUTERS, features_of_instructions, router_of
+from peft_many.routing.instructions import features_of_instructions, router_of
 from tests import new_process
 from tests.adapters import STATISTICS, WEIGHTS, but_operations, files
 from tests.merging.test_dispatched import to_disk
@@ -421,7 +421,7 @@ def test_records_of_strangers(
     model = base("llama")
     with pytest.raises(MalformedAdapterError, match=said):
         PeftModel.from_pretrained(model, str(whole))
-    assert not hasattr(model, ROUTERS)
+    assert not hasattr(model, INSTRUCTION_ROUTER)
 
 
 def test_what_a_stranger_left_out_of_the_statistics(whole: Path, tmp_path: Path) -> None:

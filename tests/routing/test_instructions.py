@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from peft_many import MAnyConfig, merge_adapter_sequence
-from peft_many.routing.instructions import ROUTERS, features_of_instructions, router_of
+from peft_many.files.tensor_keys import INSTRUCTION_ROUTER
+from peft_many.routing.instructions import features_of_instructions, router_of
 from peft_many.tuner.gated_linear import GatedLinear
 from tests import tiny
 from tests.routing.asked import (
@@ -428,7 +429,7 @@ def test_two_gated_merges_on_one_model(tmp_path: Any) -> None:
     model.set_adapter("default")
     assert_rows_are_of(model, inputs, of_first)
     model.delete_adapter("default")
-    assert list(getattr(model.get_base_model(), ROUTERS).modules_to_save) == ["second"]
+    assert list(getattr(model.get_base_model(), INSTRUCTION_ROUTER).modules_to_save) == ["second"]
     model.set_adapter("second")
     assert_rows_are_of(model, inputs, of_second)
 
@@ -440,9 +441,9 @@ def test_nothing_is_left_behind() -> None:
         generate(model, inputs)
         inside = model.get_base_model()
         take_away(model)
-        assert not hasattr(inside, ROUTERS)
+        assert not hasattr(inside, INSTRUCTION_ROUTER)
         assert watched(inside) == {}
-        assert not [name for name, _ in inside.named_buffers() if ROUTERS in name]
+        assert not [name for name, _ in inside.named_buffers() if INSTRUCTION_ROUTER in name]
 
 
 def test_folding_folds_the_merged_lora() -> None:
@@ -450,7 +451,7 @@ def test_folding_folds_the_merged_lora() -> None:
     without = logits(merged("llama", TEXTS, None), inputs)
     with pytest.warns(PeftWarning, match="merged LoRA for all inputs"):
         folded = model.merge_and_unload()
-    assert not hasattr(folded, ROUTERS)
+    assert not hasattr(folded, INSTRUCTION_ROUTER)
     with warnings.catch_warnings():
         warnings.simplefilter("error", PeftWarning)
         assert close(logits(folded, inputs), without)
