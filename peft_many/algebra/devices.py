@@ -45,17 +45,43 @@ def fetched(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", non_blocking=tensor.device.type == "cuda")
 
 
+class Asked:
+    """Numbers that devices were asked for: they arrive in their turn, and the caller goes on meanwhile.
+
+    Args:
+        tensors (`Sequence[Tensor]`): Whose entries are asked for, as they are now.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._lengths = [tensor.numel() for tensor in tensors]
+        places: dict[torch.device, list[int]] = {}
+        for place, tensor in enumerate(tensors):
+            places.setdefault(tensor.device, []).append(place)
+        self._coming: list[tuple[list[int], Tensor, torch.cuda.Event | None]] = []
+        for device, there in places.items():
+            dtype = torch.float64 if float64_device(device) == device else torch.float32
+            whole = fetched(torch.cat([tensors[place].detach().reshape(-1).to(dtype) for place in there]))
+            event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+            self._coming.append((there, whole, event))
+
+    @property
+    def arrived(self) -> bool:
+        """Whether reading would not wait."""
+        return all(event is None or event.query() for _, _, event in self._coming)
+
+    def read(self) -> list[list[float]]:
+        """The entries of each tensor: one wait for each device, and for what it was told before."""
+        found: list[list[float]] = [[] for _ in self._lengths]
+        for there, whole, event in self._coming:
+            if event is not None:
+                event.synchronize()
+            numbers, end = whole.tolist(), 0
+            for place in there:
+                start, end = end, end + self._lengths[place]
+                found[place] = numbers[start:end]
+        return found
+
+
 def numbers_of(tensors: Sequence[Tensor]) -> list[list[float]]:
     """The entries of each tensor, in float64 where that is known: one wait for each device, and what it did before."""
-    places: dict[torch.device, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        places.setdefault(tensor.device, []).append(place)
-    found: list[list[float]] = [[] for _ in tensors]
-    for device, there in places.items():
-        dtype = torch.float64 if float64_device(device) == device else torch.float32
-        whole = torch.cat([tensors[place].detach().reshape(-1).to(dtype) for place in there]).tolist()
-        end = 0
-        for place in there:
-            start, end = end, end + tensors[place].numel()
-            found[place] = whole[start:end]
-    return found
+    return Asked(tensors).read()

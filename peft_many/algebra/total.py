@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .devices import float64_device, numbers_of
+from .devices import Asked, float64_device
 
 
 class Total:
@@ -39,7 +39,25 @@ class Total:
         return self.sum if self.lost is None else self.sum.cpu().double() + self.lost.cpu().double()
 
 
-def not_finite(numbers: Mapping[str, Tensor]) -> str | None:
-    """The name of the first number that is NaN or Inf; they are read together, once from each device."""
-    known = zip(numbers, numbers_of(list(numbers.values())))
-    return next((name for name, (number,) in known if not math.isfinite(number)), None)
+class FiniteCheck:
+    """Asks whether numbers are finite, all together and as they are now, without waiting for a device.
+
+    Args:
+        numbers (`Mapping[str, Tensor]`): By name, of one entry each.
+        message (`str`): Of the error, with `{}` for the name of the first that is not.
+    """
+
+    def __init__(self, numbers: Mapping[str, Tensor], message: str) -> None:
+        self._names, self._message = list(numbers), message
+        self._asked = Asked(list(numbers.values()))
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the answer can be had without waiting."""
+        return self._asked.arrived
+
+    def refuse(self) -> None:
+        """A `RuntimeError` if one was NaN or Inf."""
+        for name, (number,) in zip(self._names, self._asked.read()):
+            if not math.isfinite(number):
+                raise RuntimeError(self._message.format(name))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..algebra.total import not_finite
+from ..algebra.total import FiniteCheck
 from ..families.image_layouts import image_rows_of
 from ..families.projector_call import features_of
 from ..routing.calls import current_image_call, projector_call
@@ -32,15 +32,14 @@ class PrototypeHooks:
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
-    def check(self) -> None:
-        """A `RuntimeError` if features held NaN or Inf. Other processes may need the whole pass, so not before."""
-        worthless = not_finite({name: found.total.sum() for name, found in self._found.items()})
-        if worthless is not None:
-            raise RuntimeError(f"The vision features at '{worthless}' hold NaN or Inf.")
+    def check(self) -> FiniteCheck:
+        """Asks whether features held NaN or Inf. Other processes may need the whole pass, so not before."""
+        sums = {name: found.total.sum() for name, found in self._found.items()}
+        return FiniteCheck(sums, "The vision features at '{}' hold NaN or Inf.")
 
     def result(self) -> dict[str, PooledFeatures]:
         """What each projector that saw an image got."""
-        self.check()
+        self.check().refuse()
         return {name: found.on_cpu() for name, found in self._found.items()}
 
     def _pool(self, name: str, projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..algebra.sketch import CovarianceAccumulator, CovarianceSketch, finished, running_covariance
 from ..algebra.sums import mean_covariance
-from ..algebra.total import not_finite
+from ..algebra.total import FiniteCheck
 from ..families.linears import features_of_linear
 from ..families.projector_call import features_of
 from ..files.statistics import InputStatistics
@@ -182,18 +182,17 @@ class CovarianceHooks:
             self._add(one.leader, one.rows * weights.sqrt()[:, None])
         self._forget()
 
-    def check(self) -> None:
-        """A `RuntimeError` if an input held NaN or Inf: the one read of a batch from a GPU, for all inputs at once.
+    def check(self) -> FiniteCheck:
+        """Asks whether any input held NaN or Inf: the one read of a batch from a GPU, for all inputs at once.
 
-        Other processes may need the whole pass, so it is not seen before.
+        Other processes may need the whole pass, so it is not asked before.
         """
-        worthless = not_finite({name: running.energy for name, running in self._sums.items()})
-        if worthless is not None:
-            raise RuntimeError(f"The input of '{worthless}' holds NaN or Inf; its covariance would be worthless.")
+        energies = {name: running.energy for name, running in self._sums.items()}
+        return FiniteCheck(energies, "The input of '{}' holds NaN or Inf; its covariance would be worthless.")
 
     def result(self) -> MeasuredInputs:
         """What was measured of every layer that has a sum; sketches stay on their devices."""
-        self.check()
+        self.check().refuse()
         tokens = {name: running.tokens for name, running in self._sums.items()}
         sums = {name: InputStatistics(found, tokens[name]) for name, found in finished(self._sums)}
         inputs: dict[str, InputStatistics] = {}

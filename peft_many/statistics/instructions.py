@@ -10,7 +10,7 @@ from peft.utils import PeftWarning
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..algebra.total import not_finite
+from ..algebra.total import FiniteCheck
 from ..routing.instructions import features_of_instructions
 from ..routing.row_weights import cached_length
 from ..routing.watched import arguments_of
@@ -39,8 +39,8 @@ class InstructionHook:
 
     def result(self) -> dict[str, PooledFeatures]:
         """What was seen, under one name; nothing if no call had token ids."""
-        if not_finite({name: found.total.sum() for name, found in self._found.items()}) is not None:
-            raise RuntimeError("The base model's token embeddings hold NaN or Inf.")
+        sums = {name: found.total.sum() for name, found in self._found.items()}
+        FiniteCheck(sums, "The base model's token embeddings hold NaN or Inf.").refuse()
         return {name: found.on_cpu() for name, found in self._found.items()}
 
     def warn_of_untold(self) -> None:

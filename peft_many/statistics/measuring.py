@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from ..algebra.covariance import Covariance
 from ..algebra.lpm import LowRankDelta
 from ..algebra.spectrum import Truncation
+from ..algebra.total import FiniteCheck
 from ..files.processes import Processes
 from ..routing.watching import watching_calls
 from .forward import device_of, forward, in_inference, run_together
@@ -90,8 +92,14 @@ class Measuring:
         }
 
     def _checked(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches, if nothing was wrong with what was measured of those before."""
+        """The batches, if nothing was wrong with what was measured of those before.
+
+        A GPU is not waited for: while it works on a batch, the next one is given, and what was asked about is read
+        when it has arrived, or after one batch more. Of the last batches, the results ask again.
+        """
+        asked: deque[FiniteCheck] = deque()
         for batch in batches:
             yield batch
-            self.images.check()
-            self.inputs.check()
+            asked.extend((self.images.check(), self.inputs.check()))
+            while asked and (asked[0].arrived or len(asked) > 2):
+                asked.popleft().refuse()

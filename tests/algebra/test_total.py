@@ -1,8 +1,9 @@
 """Sums as exact as float64's, with it and without."""
 
+import pytest
 import torch
 
-from peft_many.algebra.total import Total, not_finite
+from peft_many.algebra.total import FiniteCheck, Total
 
 
 def without_float64(*shape):
@@ -32,6 +33,15 @@ def test_two_parts_in_float32_are_nearly_as_exact_as_float64():
 
 def test_the_first_number_that_is_not_finite_is_named():
     numbers = {"a": torch.tensor(1.0), "b": torch.tensor(torch.inf), "c": torch.tensor(torch.nan).double()}
-    assert not_finite({"a": numbers["a"]}) is None
-    assert not_finite(numbers) == "b"
-    assert not_finite({}) is None
+    FiniteCheck({"a": numbers["a"]}, "'{}' is wrong.").refuse()
+    FiniteCheck({}, "'{}' is wrong.").refuse()
+    with pytest.raises(RuntimeError, match="'b' is wrong"):
+        FiniteCheck(numbers, "'{}' is wrong.").refuse()
+
+
+def test_numbers_are_checked_as_they_were_when_they_were_asked_for():
+    number = torch.zeros(())
+    asked = FiniteCheck({"a": number}, "'{}' is wrong.")
+    number.fill_(torch.nan)
+    assert asked.arrived
+    asked.refuse()

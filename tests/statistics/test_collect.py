@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
 from peft_many.algebra.covariance import LowRankCovariance
 from peft_many.algebra.sketch import CovarianceAccumulator
+from peft_many.algebra.total import FiniteCheck
 from peft_many.families.parts import find_projectors
 from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics
 from peft_many.routing.watching import IMAGE_METHODS
@@ -469,6 +470,20 @@ def test_nan_activations_are_an_error() -> None:
         text.get_input_embeddings().weight[5] = torch.inf
     with pytest.raises(RuntimeError, match=r"'model.layers.0.self_attn.q_proj' holds NaN or Inf"):
         collect(text, [{"input_ids": torch.tensor([[5, 6]])}])
+
+
+@pytest.mark.parametrize("of_first", [True, False])
+def test_a_device_that_answers_late_is_asked_a_batch_later(of_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FiniteCheck, "arrived", False)
+    model = adapted("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = torch.inf
+    broken, fine = ({"input_ids": torch.tensor([[token, 6]])} for token in (5, 7))
+    given: list[Any] = []
+    batches = (given.append(batch) or batch for batch in ([broken, fine, fine] if of_first else [fine, broken]))
+    with pytest.raises(RuntimeError, match="NaN or Inf"):
+        collect(model, batches)
+    assert len(given) == 2
 
 
 class Assorted(nn.Module):
