@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,8 +71,13 @@ class Adapter:
 
     config: PeftConfig
     tasks: tuple[TaskAdapter, ...]
-    files: tuple[TensorFile, ...]  # what everything is mapped from
+    files: tuple[TensorFile, ...]  # what everything is mapped from, the weights' first
     pairs: Mapping[str, StoredPair]  # by layer, the plain LoRA in the file, in a merge the merged one
+
+    @property
+    def weights_path(self) -> Path:
+        """Its weights file."""
+        return self.files[0].path
 
     @property
     def merge(self) -> MergeRecord | None:
@@ -238,7 +242,7 @@ def _origin(source: AdapterSource, config: PeftConfig) -> Origin:
     options = {name: value for name in _TOLD_OPTIONS if (value := getattr(config, name, None)) not in (None, False)}
     pool: PoolRecord | None = getattr(config, "pool", None)
     return Origin(
-        sha256=_sha256(source.folder),
+        sha256="",  # see `with_hashes`
         source=source.public_name,
         revision=source.revision,
         options={"peft_type": name_of(config), **options},
@@ -290,11 +294,3 @@ def _check_statistics_fit(task: TaskAdapter) -> None:
                 f"{task.source}: the covariance of '{module}' has width {covariance.width}, but its LoRA has "
                 f"{delta.shape[1]}."
             )
-
-
-def _sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    with open(folder / SAFETENSORS_WEIGHTS_NAME, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -18,6 +18,7 @@ from ..algebra.lpm import has_full_rank
 from ..algebra.scatter import cost
 from ..files.adapter import Adapter, TaskAdapter, read_adapter
 from ..files.errors import UnmergeableAdapterError
+from ..files.hashes import with_hashes
 from ..files.key_layouts import with_current_names
 from ..files.statistics import TaskStatistics
 from ..files.tensor_file import TensorFile
@@ -187,7 +188,7 @@ def prepare_merge(
         read_adapter(find_adapter(entry, **hub), task_names[i] if task_names is not None else None, base)
         for i, entry in enumerate(tqdm(entries, desc="Reading adapters", unit="adapter", disable=not progress))
     ]
-    everything = with_current_names(read, base)
+    everything = with_current_names(with_hashes(read), base)
     adapters = select_tasks(everything, weights, without)
     tasks = [task for adapter in adapters for task in adapter.tasks]
     tasks.sort(key=lambda task: task.name)  # so that any order of the list gives the same merge to the bit
