@@ -13,7 +13,8 @@ from ..algebra.devices import moved
 from ..algebra.precision import without_autocast
 
 LARGEST_FINGERPRINTED = 1 << 20
-NO_FINGERPRINT = (0.0,) * 9  # in place of a `weight_fingerprint` that is not known yet
+FINGERPRINT_LENGTH = 9
+NO_FINGERPRINT = (0.0,) * FINGERPRINT_LENGTH  # in place of a `weight_fingerprint` that is not known yet
 
 
 def weight_fingerprint(A: Tensor, B: Tensor) -> list[float]:
@@ -26,8 +27,12 @@ def weight_fingerprint(A: Tensor, B: Tensor) -> list[float]:
 
 
 def fingerprint_there(A: Tensor, B: Tensor) -> Tensor:
-    """[`weight_fingerprint`] as a tensor where the weights are, so that a GPU need not be waited for."""
-    return torch.cat([B.detach().float().norm()[None], _components(A), _components(B)])
+    """[`weight_fingerprint`] as a tensor where the weights are, so that a GPU need not be waited for.
+
+    Of several pairs, `(…, r, in)` and `(…, out, r)`, it has the shape `(…, 9)`.
+    """
+    norms = torch.linalg.vector_norm(B.detach().float(), dim=(-2, -1))
+    return torch.cat([norms.unsqueeze(-1), _components(A.flatten(-2)), _components(B.flatten(-2))], dim=-1)
 
 
 def tensors_fingerprint(tensors: Sequence[Tensor]) -> list[float]:
@@ -57,9 +62,10 @@ def same_weights(one: Sequence[float], two: Sequence[float]) -> bool:
 
 
 @without_autocast()
-def _components(matrix: Tensor) -> Tensor:
-    flat = matrix.detach().float().flatten()
-    return _directions(len(flat), flat.device) @ flat / flat.norm().clamp(min=1e-30)
+def _components(flat: Tensor) -> Tensor:
+    flat = flat.detach().float()
+    norms = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
+    return flat @ _directions(flat.shape[-1], flat.device).mT / norms.clamp(min=1e-30)
 
 
 @functools.lru_cache(maxsize=8)  # the layers of a model have few sizes

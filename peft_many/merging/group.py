@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from ..algebra.lpm import LeastSquaresMerge, MergedDelta, SingularMergeError
 from ..algebra.residual import output_energies, residual_shares
 from ..algebra.scatter import slices
 from ..files.errors import UnmergeableAdapterError
-from ..files.fingerprints import fingerprint_there
+from ..files.fingerprints import FINGERPRINT_LENGTH, fingerprint_there
 from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT
 from .by_method import merge_by_method
 from .overlap import overlapped
@@ -85,13 +86,14 @@ def merge_group(prepared: PreparedMerge, inputs: GroupInputs) -> MergedGroup:
     asked = [
         number
         for module, delta in merged.items()
-        for number in (*_fingerprints(inputs, module, delta), _energies(inputs, module, delta))
+        for number in (_fingerprints(inputs, module, delta), _energies(inputs, module, delta))
     ]
     numbers = iter(numbers_of(asked))
     records = {}
     for module, delta in merged.items():
         names = [task.name for task, own in zip(prepared.tasks, inputs.deltas) if module in own]
-        fingerprints = {name: next(numbers) for name in names}
+        found = iter(next(numbers))
+        fingerprints = {name: list(itertools.islice(found, FINGERPRINT_LENGTH)) for name in names}
         shares = dict(zip(names, residual_shares(next(numbers))))
         known = {name: share for name, share in shares.items() if not math.isnan(share)}
         records[module] = LayerRecord(delta.stacked, fingerprints, known)
@@ -129,12 +131,16 @@ def _merge_by_lpm(prepared: PreparedMerge, inputs: GroupInputs) -> dict[str, Mer
     return problem.solve(options.rank, options.dtype, bool(options.gate_lora))
 
 
-def _fingerprints(inputs: GroupInputs, module: str, merged: MergedDelta) -> Iterator[Tensor]:
-    """Of each task's block of the merged weights, or of all of them where they have no blocks."""
-    own = [deltas[module] for deltas in inputs.deltas if module in deltas]
-    for place in slices([len(delta.A) for delta in own]):
-        block = place if merged.stacked else slice(None)
-        yield fingerprint_there(merged.A[block], merged.B[:, block])
+def _fingerprints(inputs: GroupInputs, module: str, merged: MergedDelta) -> Tensor:
+    """Of each task's block of the merged weights, or of all of them where they have no blocks, `(tasks, 9)`."""
+    ranks = [len(deltas[module].A) for deltas in inputs.deltas if module in deltas]
+    if not merged.stacked:
+        return fingerprint_there(merged.A, merged.B).expand(len(ranks), -1)
+    if len(set(ranks)) == 1:  # a GPU takes them together
+        shape = (len(ranks), ranks[0], -1)
+        return fingerprint_there(merged.A.reshape(shape), merged.B.T.reshape(shape).mT)
+    blocks = [fingerprint_there(merged.A[block], merged.B[:, block]) for block in slices(ranks)]
+    return torch.stack(blocks)
 
 
 def _energies(inputs: GroupInputs, module: str, merged: MergedDelta) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -237,18 +238,19 @@ def merge_adapter_files(
     prepared = processes.together(prepare)
     with shared_folder(output, replaced, processes) as folder, contextlib.ExitStack() as meanwhile:
         weights_file = folder / SAFETENSORS_WEIGHTS_NAME
-        complete_statistics: list[Callable[[Mapping[str, LayerRecord]], None]] = []
+        completing: list[Callable[[Mapping[str, LayerRecord]], None]] = []
 
         def begin() -> None:
             lay_out(weights_file, prepared.tensors(), {"format": "pt"})
-            complete_statistics.append(meanwhile.enter_context(statistics_copied_meanwhile(prepared, folder)))
+            completing.append(meanwhile.enter_context(statistics_copied_meanwhile(prepared, folder)))
+            completing.append(meanwhile.enter_context(_whole_tensors_copied_meanwhile(prepared, weights_file)))
 
         processes.in_one(begin)
         groups = processes.share(prepared.groups, prepared.cost_of)
         everyones = processes.every(lambda: _merge_into_file(prepared, groups, weights_file, computing, progress))
         records = {layer: record for found in everyones for layer, record in found.items()}
         processes.in_one(lambda: _complete(prepared, records, folder, output / CARD_NAME))
-        processes.in_one(lambda: complete_statistics[0](records))
+        processes.in_one(lambda: [complete(records) for complete in completing])
     return output
 
 
@@ -268,11 +270,24 @@ def _merge_into_file(
     return records
 
 
+@contextlib.contextmanager
+def _whole_tensors_copied_meanwhile(
+    prepared: PreparedMerge, weights_file: Path
+) -> Iterator[Callable[[Mapping[str, LayerRecord]], None]]:
+    """Copy what a merge takes over as it is while the block merges layers; it gets what waits for the copy."""
+
+    def copy() -> None:
+        with TensorFileWriter(weights_file) as writer:
+            for name, tensor in prepared.whole_tensors.items():
+                writer.write(f"{KEY_PREFIX}{name}", tensor)
+
+    with ThreadPoolExecutor(1, "peft_many projectors") as executor:
+        copying = executor.submit(copy)
+        yield lambda records: copying.result()
+
+
 def _complete(prepared: PreparedMerge, records: dict[str, LayerRecord], folder: Path, card: Path) -> None:
-    """Write all of a merge but its layers and statistics; what is not ours in the card that is replaced stays."""
-    with TensorFileWriter(folder / SAFETENSORS_WEIGHTS_NAME) as writer:
-        for name, tensor in prepared.whole_tensors.items():
-            writer.write(f"{KEY_PREFIX}{name}", tensor)
+    """Write all of a merge but its tensors; what is not ours in the card that is replaced stays."""
     if card.is_file():
         shutil.copyfile(card, folder / CARD_NAME)
     merged_config(prepared, prepared.record(mean_residuals(records))).save_pretrained(folder)
