@@ -33,7 +33,7 @@ def main(wanted: list[str]) -> None:
         sys.exit(
             f"{', '.join(unknown)}: not a model_type of transformers' auto class for images and text. If only the "
             "auto class leaves it out, enter it under `_MORE` in tests/families/rows.py; for a model that is not part "
-            "of transformers see 'A model family of your own' in docs/how-to.md."
+            "of transformers see docs/how-to/your-own-model.md."
         )
     torch.set_num_threads(1)
     logging.captureWarnings(True)

@@ -1,4 +1,4 @@
-"""Measures what the options of merging do to a demo's accuracy: the tables in docs/how-to.md.
+"""Measures what the options of merging do to a demo's accuracy: docs/how-to/options.md and statistics-size.md.
 
     make demo
     .venv/bin/python scripts/measure_options.py many-demo

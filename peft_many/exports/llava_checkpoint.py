@@ -54,7 +54,7 @@ def import_llava_checkpoint(
     is written whole or not at all. Pickles are opened with `torch.load(..., weights_only=True)`: nothing is executed.
 
     Such checkpoints come without statistics. To merge the adapter, load it, run `collect_statistics` on its task's
-    data, and save it again (docs/how-to.md).
+    data, and save it again (docs/how-to/existing-adapters.md).
 
     Args:
         folder (`str`):

@@ -70,7 +70,8 @@ def merge_adapter_sequence(
             The base model, which is wrapped in place as by [`~peft.get_peft_model`]. If merging fails it is untouched.
         adapters (`Sequence[str]`):
             Local folders and Hub ids (`"me/adapter"`, `"me/adapter@revision"`), merges among them; adapters of type
-            MANY, LORA and others (docs/how-to.md) that `collect_statistics` was run on, if the method needs that.
+            MANY, LORA and others (docs/how-to/other-peft-methods.md) that `collect_statistics` was run on, if the
+            method needs that.
         adapter_name (`str`, defaults to `"default"`): What the merge is called inside the returned model.
         weights (`Sequence[float]` or `Mapping[str, float]`, *optional*):
             One weight `w_t ≥ 0` for each adapter, all 1 by default; it multiplies those of a merge's tasks. Or weights

@@ -73,7 +73,7 @@ def collect_statistics(
         model (`torch.nn.Module`):
             A [`~peft.PeftModel`], or a transformers model with adapters; also as prepared by Accelerate (DDP). The
             adapter may be a [`MAnyConfig`] or [`~peft.LoraConfig`] one, or of another PEFT method that can be merged
-            (docs/how-to.md).
+            (docs/how-to/other-peft-methods.md).
         dataloader (`Iterable`):
             Batches as for training: mappings of the model's keyword arguments, with padding marked by
             `attention_mask`, or tuples of positional ones.

@@ -15,7 +15,8 @@ from peft_many.commands import app
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "command-line.md"
-TOLD = [PAGE, ROOT / "README.md", *(ROOT / "docs" / name for name in ("how-to.md", "mini-ucit.md", "index.md"))]
+DOCS = ROOT / "docs"
+TOLD = [PAGE, ROOT / "README.md", DOCS / "mini-ucit.md", DOCS / "index.md", *sorted(DOCS.glob("how-to/*.md"))]
 
 
 def script():

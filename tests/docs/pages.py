@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(path for folder in (".", "docs", "examples", "examples/ucit") for path in (ROOT / folder).glob("*.md"))
+FOLDERS = (".", "docs", "docs/how-to", "examples", "examples/ucit")
+PAGES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 
 _FENCE = re.compile(r"(?:<!-- not run: (?P<why>[^\n]+?) -->\n\n?)?^```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")

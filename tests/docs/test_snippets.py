@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageTextToText
 
-from peft_many import MAnyConfig, collect_statistics, merge_adapter_files, merge_adapter_sequence
+from peft_many import MAnyConfig, collect_statistics, merge_adapter_files
 from peft_many.commands import app
 from peft_many.metrics import AccuracyMatrix
 from tests.adapters import WEIGHTS, batches, scatter
@@ -36,13 +36,8 @@ MEASURED = {"clevr": "clevr", "iconqa": "iconqa", "vizwiz": "vizwiz", "new-task"
     folder: folder for folder in ("task1", "task2", "task3", "pool-49", "task-50")
 }
 LOCAL = ("clevr", "task1", "task2", "task3", "pool-49", "task-50", "merged", "old", "Task4_llava_lora")
-OF_SECTIONS = {"how-to.md"}  # pages whose sections stand for themselves
+OF_SECTIONS = {"how-to"}  # folders of pages whose sections stand for themselves
 OPTIONAL = {"trl"}  # there is no version of it for Python 3.10
-# What snippets may use without importing it.
-KNOWN = {"merge_adapter_sequence": merge_adapter_sequence, "merge_adapter_files": merge_adapter_files} | {
-    "collect_statistics": collect_statistics,
-    "torch": torch,
-}
 
 
 class Examples(Dataset):
@@ -149,7 +144,6 @@ def names(place, tmp_path, monkeypatch, hub) -> dict[str, object]:
     picture = Image.new("RGB", (16, 16), "red")
     train_dataset = Examples(batches(base, "llava", 1, rows=8)[0])
     return {
-        **KNOWN,
         **dict.fromkeys(loaders, loader),
         "train_dataset": train_dataset,
         "collate": lambda rows: {name: torch.stack([row[name] for row in rows]) for name in rows[0]},
@@ -168,7 +162,7 @@ def names(place, tmp_path, monkeypatch, hub) -> dict[str, object]:
 def test_snippets_run(page, names, place):
     found = python_snippets(page)
     for snippet, before in zip(found, [None, *found]):
-        if before is None or (page.name in OF_SECTIONS and snippet.section != before.section):
+        if before is None or (page.parent.name in OF_SECTIONS and snippet.section != before.section):
             lay_out(place)
         lacking = [name for name in imported(snippet) & OPTIONAL if importlib.util.find_spec(name) is None]
         if snippet.not_run is not None or lacking:

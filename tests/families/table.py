@@ -48,7 +48,7 @@ token embeddings. Where that leaves a doubt, an error says what was seen and whi
 - LLaVA's own code: each entry of `images` is one image, with its tiles; what a row without an image brings is none. A
   tower with `delay_load` has to be loaded first.
 - In others each entry of the first dimension of what arrives at the projector is an image, be it a tile, until
-  [a layout is registered](how-to.md#a-model-family-of-your-own).
+  [a layout is registered](how-to/your-own-model.md#a-model-family-of-your-own).
 """
 
 

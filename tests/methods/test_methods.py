@@ -29,7 +29,7 @@ def test_a_name_gives_the_method_with_its_defaults(method):
 def test_the_documentation_knows_it(method):
     kind, docs = type(method), Path(__file__).parents[2] / "docs"
     assert f"::: {kind.__module__}.{kind.__name__}\n" in (docs / "reference.md").read_text(encoding="utf-8")
-    assert f'`"{method.name}"`' in (docs / "how-to.md").read_text(encoding="utf-8")
+    assert f'`"{method.name}"`' in (docs / "how-to" / "other-methods.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("unknown", ["tyes", "", "LPM", None, 3, Ties])
