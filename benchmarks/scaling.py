@@ -16,11 +16,11 @@ from peft_many.algebra.spectrum import Truncation
 from peft_many.editing.pooling import DEFAULT_POOL_RANK
 
 # What was measured for six tasks of LLaVA-1.5-7B's size: docs/results/merge.json and collection.json on two cores of
-# an AMD EPYC; one NVIDIA H200 on 2026-11-27, before what this package does there was made for it.
+# an AMD EPYC; docs/results/gpu-costs.json on one NVIDIA H200.
 TWO_CORES_MERGE = 52.3  # seconds, from disk to disk
 TWO_CORES_FORWARD = 0.482 * 32 / 704  # seconds a token, bfloat16
-H200_MERGE = 11.0
-H200_FORWARD = 3.0 / (12 * 8 * 640)
+H200_MERGE = 4.6
+H200_FORWARD = 2.05 / (8 * 8 * 640)
 # What the hardware gives at best, by its data sheet.
 H200_FLOAT64 = 67e12
 DISK = 2.5e9  # bytes a second, of one NVMe drive

@@ -42,7 +42,7 @@ def collecting(lab: Lab, record: Record) -> None:
         plain = meter.seconds(forward, repeats=2, warm=1)
         record.number("forward passes", plain)
         record.number("collecting, first", meter.seconds(collect))
-        once = meter.seconds(collect, repeats=2)
+        once = meter.seconds(collect, repeats=3)
         record.number("collecting", once)
         record.number("collecting, three times the batches", meter.seconds(lambda: collect(batches * 3)))
         thrice = record.numbers["collecting, three times the batches"]
@@ -78,9 +78,8 @@ def _count_collecting(lab: Lab, record: Record, model: PeftModel, batches: list[
     record.number("kernels for an input and batch", (three["kernels"] - two["kernels"] - alone["kernels"]) / inputs[0])
     record.number("waits for a batch", three["waits"] - two["waits"] - alone["waits"])
     if lab.meter.is_cuda:
-        two, three = (lab.meter.profiled(lambda count=count: collect(count)) for count in (2, 3))
-        if two is not None and three is not None:
-            record.number("CUDA's calls for a batch", {name: three[name] - two[name] for name in three})
+        two, three = (lab.meter.waited(lambda count=count: collect(count)) for count in (2, 3))
+        record.number("CUDA's waits", {"for a batch": three["waits"] - two["waits"], "of three batches": three})
 
 
 def others(lab: Lab, record: Record) -> None:
@@ -163,11 +162,11 @@ def calling(lab: Lab, record: Record) -> None:
                 model.generate(**two_rows, **tokens)
 
             record.number(f"forward, {name}", meter.seconds(forward, sizes.repeats, warm=2))
-            record.number(f"generate, {name}", meter.seconds(generate, 2, warm=1))
+            record.number(f"generate, {name}", meter.seconds(generate, sizes.repeats, warm=1))
             record.number(f"forward, {name}, counted", meter.counted(forward))
             record.number(f"generate, {name}, counted", meter.counted(generate))
             if meter.is_cuda:
-                record.number(f"forward, {name}, CUDA's calls", meter.profiled(forward))
+                record.number(f"forward, {name}, CUDA's waits", meter.waited(forward))
     for what in ("forward", "generate"):
         # Measured before and after, so that a GPU that has become warm, and slow, is no merge's fault.
         least = min(record.numbers[f"{what}, {name}"] for name in ("one adapter", "one adapter, again"))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from .launches import launches
 # What CUDA's runtime and driver call launching a kernel or a graph, and waiting for the device.
 _LAUNCH = ("cudaLaunchKernel", "cuLaunchKernel")
 _GRAPH = ("cudaGraphLaunch", "cuGraphLaunch")
+_WAITED = "called a synchronizing CUDA operation"
 _WAIT = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -66,6 +70,23 @@ class Meter:
         """Kernels and waits that PyTorch's dispatcher sees, on any device."""
         found = launches(call)
         return {"kernels": found.kernels.total(), "waits": found.waits.total()}
+
+    def waited(self, call: Callable[[], Any]) -> dict[str, Any]:
+        """How often PyTorch says that the host waited for the device, and the lines of Python where; CUDA only.
+
+        A profiler would see that too, but takes half a minute for a few forward passes of a large model.
+        """
+        self.wait()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        found = Counter(f"{Path(one.filename).name}:{one.lineno}" for one in told if _WAITED in str(one.message))
+        return {"waits": found.total(), "where": dict(found.most_common(12))}
 
     def profiled(self, call: Callable[[], Any]) -> dict[str, int] | None:
         """Kernels, graphs and waits that CUDA's runtime sees; `None` where the profiler may not look."""

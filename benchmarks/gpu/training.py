@@ -27,7 +27,7 @@ def training(lab: Lab, record: Record) -> None:
         lab.meter.seconds(step, warm=2)
         record.number(f"{name}, counted", lab.meter.counted(step))
         if lab.meter.is_cuda:
-            record.number(f"{name}, CUDA's calls", lab.meter.profiled(step))
+            record.number(f"{name}, CUDA's waits", lab.meter.waited(step))
     for turn in range(TURNS):
         for name, step in list(steps.items())[:: -1 if turn % 2 else 1]:
 
