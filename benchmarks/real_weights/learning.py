@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,10 @@ class Schedule:
     learning_rate: float
     at_once: int = 32
     save_steps: int = 50
+
+    def times(self, count: int) -> Schedule:
+        """So many times as long."""
+        return replace(self, steps=self.steps * count)
 
     @property
     def passes(self) -> int:

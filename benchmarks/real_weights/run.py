@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from .pictures import paint_tasks
 from .tasks import CAPTIONS, SHARING, TASKS, Task
 
 RESULTS_NAME = "results.json"
-ALIGNMENT = Schedule(steps=800, batch_size=32, learning_rate=1e-3)
+ALIGNMENT = Schedule(steps=400, batch_size=32, learning_rate=1e-3)
 TRAINING = Schedule(steps=400, batch_size=32, learning_rate=5e-4)
 
 
@@ -112,6 +113,21 @@ class Bench:
         """A fresh base model, and what makes its batches."""
         return load(self.settings.model or str(self.settings.output / "base"))
 
+    @cached_property
+    def collator(self) -> ChatCollator:
+        """What makes batches for any of its models."""
+        return self.base()[1]
+
+    @property
+    def named(self) -> str:
+        """The tasks, as stages are called that are about all of them."""
+        return "+".join(task.name for task in self.tasks())
+
+    @property
+    def captions(self) -> Path | None:
+        """The captions that the base model was aligned with, if it was aligned here."""
+        return self._captions if self.settings.model is None else None
+
     def adapter(self, task: TaskFiles) -> Path:
         """Where the task's own adapter is."""
         return self.folder / "alone" / task.name
@@ -141,12 +157,12 @@ class Bench:
                 model.save_pretrained(partial)
                 collator.processor.save_pretrained(partial)
         model, collator = self.base()
-        return {**found, **self._asked(model, collator, task)}
+        return {**found, **self.asked(model, collator, task)}
 
     def _train(self, task: TaskFiles) -> dict[str, Any]:
         wants, folder = self.settings, self.adapter(task)
         model, collator = self.base()
-        found: dict[str, Any] = {"schedule": asdict(wants.training), "zero_shot": self._asked(model, collator, task)}
+        found: dict[str, Any] = {"schedule": asdict(wants.training), "zero_shot": self.asked(model, collator, task)}
         if not folder.exists():
             torch.manual_seed(wants.seed)
             config = MAnyConfig(r=wants.rank, lora_alpha=2 * wants.rank, task_name=task.name)
@@ -161,9 +177,9 @@ class Bench:
                 adapted.save_pretrained(partial)
             model, collator = self.base()
         adapted = PeftModel.from_pretrained(model, str(folder))
-        return {**found, **self._asked(adapted, collator, task)}
+        return {**found, **self.asked(adapted, collator, task)}
 
-    def _asked(self, model: Any, collator: ChatCollator, task: TaskFiles) -> dict[str, Any]:
+    def asked(self, model: Any, collator: ChatCollator, task: TaskFiles) -> dict[str, Any]:
         """Accuracy on the task's test questions, and a few answers to look at."""
         examples = task.examples("test", self.settings.tests)
         given = answers(model, collator, examples, label=f"asking {task.name}")

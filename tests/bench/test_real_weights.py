@@ -19,15 +19,17 @@ from torch import nn
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
-from benchmarks.real_weights import drawings, fetching, run
+from benchmarks.real_weights import comparing, drawings, fetching, run
 from benchmarks.real_weights.__main__ import app
 from benchmarks.real_weights.alignment import say_words
 from benchmarks.real_weights.batches import ChatCollator, Rows
 from benchmarks.real_weights.charts import Table
 from benchmarks.real_weights.learning import IGNORED, AnswerTrainer, Schedule, learn
 from benchmarks.real_weights.messages import find_tasks, read_examples
+from benchmarks.real_weights.methods import METHODS
 from benchmarks.real_weights.packages import PICTURES, WEIGHTS, Package
 from benchmarks.real_weights.pictures import paint_tasks
+from benchmarks.real_weights.skills import overlap, perplexity, prose
 from benchmarks.real_weights.tasks import CAPTIONS, SHARING, TASKS
 from benchmarks.real_weights.things import COUNTRIES, GROUP_OF
 from peft_many import MAnyConfig
@@ -335,20 +337,56 @@ def test_a_projector_learns_the_rare_words_of_captions(tmp_path):
     assert said == list(colours), "not 'image', which all captions have"
 
 
+COMPARED = ("zero-shot", "alone", "gated by both", "sequential")
+
+
 def test_one_command_takes_any_model_and_any_tasks(place, tmp_path, monkeypatch):
     options = ["--output", str(tmp_path), "--model", str(place / "base"), "--data", str(place / "data")]
     options += ["--steps", "2", "--batch-size", "4", "--tests", "4"]
+    options += [word for name in COMPARED for word in ("--method", name)]
+    monkeypatch.setattr(comparing, "prose", lambda: "What? " * 40)
     done = CliRunner().invoke(app, options)
     assert done.exit_code == 0, done.output
     results = json.loads((tmp_path / "seed0" / run.RESULTS_NAME).read_text())
-    assert list(results) == ["alone/colours", "alone/others"]
-    for name, stage in results.items():
+    compared = [name for name in results if name.startswith("methods/")]
+    assert compared == [f"methods/{name}/colours+others" for name in COMPARED]
+    for name in compared:
+        found = results[name]["result"]
+        assert list(found["accuracy"]) == ["colours", "others"]
+        assert found["skills"]["perplexity"] > 1
+        assert f"| {name.split('/')[1]} | 1 |" in (tmp_path / "tables.md").read_text()
+    for name in ("alone/colours", "alone/others"):
+        stage = results[name]
         assert 0 <= stage["result"]["accuracy"] <= 100
         assert stage["result"]["losses"]
         assert (tmp_path / "seed0" / name / "adapter_statistics.safetensors").exists()
     monkeypatch.setattr(run, "learn", None)
     again = CliRunner().invoke(app, options)
     assert again.exit_code == 0, again.output
-    wrong = CliRunner().invoke(app, [*options, "--task", "nothing"])
-    assert wrong.exit_code == 2
-    assert "nothing" in wrong.output
+    for wrong in (["--task", "nothing"], ["--method", "nothing"]):
+        refused = CliRunner().invoke(app, [*options, *wrong])
+        assert refused.exit_code == 2
+        assert "nothing" in refused.output
+
+
+def test_prose_is_english_and_what_is_forgotten_is_seen():
+    text = prose()
+    assert 8_000 < len(text) < 80_000
+    assert "handwritten digits" in text
+    assert overlap(["The picture shows an owl."], ["A picture shows a cat"]) == pytest.approx(40.0)
+    model, tokenizer = tiny.build("llava"), lambda text: {"input_ids": [5, 6, 7, 8, 9]}
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(input_ids=ids, labels=ids).loss.exp()
+    assert perplexity(model, tokenizer, "") == pytest.approx(float(expected), rel=1e-2)
+
+
+def test_every_method_can_be_made(place, tmp_path):
+    wants = run.Settings(tmp_path, str(place / "base"), place / "data", training=Schedule(2, 4, 1e-3), tests=2)
+    bench = run.Bench(wants)
+    bench.train()
+    for method in METHODS.values():
+        if method.name in COMPARED:
+            continue
+        answerer = method.make(bench)
+        assert isinstance(answerer(bench.tasks()[0]), nn.Module), method.name
