@@ -1,32 +1,47 @@
 """peft_many: a PEFT plugin for multimodal LLMs that learn task after task without forgetting (MAny, arXiv 2604.14016).
 
-Importing it registers the PEFT type `MANY`.
+Importing it registers the PEFT type `MANY`. In a process of vLLM's, which imports `peft_many.serving` before anything
+else of it and has no need of PEFT, this waits until one of the names below is asked for.
 """
 
-from . import metrics
-from .editing.pooling import pool_adapters
-from .editing.refit import refit_merge
-from .editing.tasks import add_task, remove_task, reweight_tasks
-from .exports import export_lora, export_model, export_routed_model, load_routed_model
-from .exports.llava_checkpoint import import_llava_checkpoint
-from .hub.loading import find_statistics
-from .hub.pushing import keep_cards
-from .merging.merge import merge_adapter_files, merge_adapter_sequence
-from .merging.recipe import read_recipe
-from .records import MergeOptions
-from .reports.inspection import inspect_adapter
-from .reports.plan import plan_merge
-from .reports.report import MergeReport, merge_report, save_report
-from .statistics.callback import MAnyCallback
-from .statistics.collect import collect_statistics
-from .tuner.config import MAnyConfig
-from .tuner.model import MAnyModel
-from .tuner.registration import register
-from .version import __version__
+import sys
 
-register()
-find_statistics()
-keep_cards()
+if "vllm" in sys.modules and "peft" not in sys.modules:
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+        import importlib
+
+        import peft  # noqa: F401
+
+        del globals()["__getattr__"]
+        return getattr(importlib.reload(sys.modules[__name__]), name)
+else:
+    from . import metrics
+    from .editing.pooling import pool_adapters
+    from .editing.refit import refit_merge
+    from .editing.tasks import add_task, remove_task, reweight_tasks
+    from .exports import export_lora, export_model, export_routed_model, load_routed_model
+    from .exports.llava_checkpoint import import_llava_checkpoint
+    from .hub.loading import find_statistics
+    from .hub.pushing import keep_cards
+    from .merging.merge import merge_adapter_files, merge_adapter_sequence
+    from .merging.recipe import read_recipe
+    from .records import MergeOptions
+    from .reports.inspection import inspect_adapter
+    from .reports.plan import plan_merge
+    from .reports.report import MergeReport, merge_report, save_report
+    from .statistics.callback import MAnyCallback
+    from .statistics.collect import collect_statistics
+    from .tuner.config import MAnyConfig
+    from .tuner.model import MAnyModel
+    from .tuner.registration import register
+    from .version import __version__
+
+    register()
+    find_statistics()
+    keep_cards()
 
 __all__ = [
     "MAnyCallback",

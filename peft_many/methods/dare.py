@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft.utils.merge_utils import dare_linear, dare_ties
 from torch import Tensor
 
 from .base import LayerTask, MergeMethod, check_finite, check_share, trained
@@ -59,6 +58,8 @@ class DareLinear(_Dare):
     source = "DARE, arXiv 2311.03099 (with task arithmetic)"
 
     def _combined(self, deltas: list[Tensor], weights: Tensor) -> Tensor:
+        from peft.utils.merge_utils import dare_linear  # when merging, or what reads records would need PEFT
+
         return dare_linear(deltas, weights, self.density)
 
 
@@ -83,6 +84,8 @@ class DareTies(_Dare):
         check_sign_method(self.majority_sign_method)
 
     def _combined(self, deltas: list[Tensor], weights: Tensor) -> Tensor:
+        from peft.utils.merge_utils import dare_ties
+
         return dare_ties(deltas, weights, self.density, self.majority_sign_method)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from peft.utils.merge_utils import prune
 
 from ..algebra.lpm import LowRankDelta
 from .base import LayerTask, MergeMethod, check_finite, check_share, trained
@@ -48,6 +47,8 @@ class RobustMerge(MergeMethod):
 
     def merge(self, tasks: Sequence[LayerTask], layer: str = "") -> LowRankDelta:
         """`B = Σ_t B̃_t S̃_t`, `A = λ Σ_t w_t Ã_t`."""
+        from peft.utils.merge_utils import prune  # when merging, or what reads records would need PEFT
+
         tasks = trained(tasks)
         rank = self.rank_of([task.delta.A.shape[0] for task in tasks])
         first = tasks[0].delta

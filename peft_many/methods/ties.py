@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft.utils.merge_utils import ties
 from torch import Tensor
 
 from ..algebra.lpm import LowRankDelta
@@ -51,6 +50,8 @@ class Ties(MergeMethod):
 
     def combined(self, matrices: list[Tensor], tasks: Sequence[LayerTask]) -> Tensor:
         """`λ · TIES` of one matrix for each task."""
+        from peft.utils.merge_utils import ties  # when merging, or what reads records would need PEFT
+
         weights = weights_of(tasks, matrices[0])
         with unpruned_is_fine():
             return self.scaling * ties(matrices, weights, self.density, self.majority_sign_method)

@@ -49,7 +49,7 @@ def test_the_global_generator_is_left_alone_after_an_error_too(monkeypatch):
         torch.rand(1)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("peft_many.methods.dare.dare_linear", fail)
+    monkeypatch.setattr("peft.utils.merge_utils.dare_linear", fail)
     before = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="memory"):
         DareLinear().merge(layer_tasks(seed=3), "layer")

@@ -1,0 +1,115 @@
+"""The model classes that vLLM is given, made of its own when it asks for them by name."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+from collections.abc import Iterable
+from typing import Any
+from unittest import mock
+
+import vllm
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from .families import FAMILIES, KNOWN_VERSIONS, ROUTED_PREFIX
+from .merge import KEY_PREFIX, ServedMerge
+from .projector import ServedProjector, images_lie, served
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def __getattr__(name: str) -> Any:
+    """The class for an architecture, which may be followed by `@` and vLLM's version."""
+    architecture = name.partition("@")[0]
+    if architecture not in FAMILIES:
+        raise AttributeError(name)
+    return routed_model(architecture)
+
+
+@functools.cache
+def routed_model(architecture: str) -> type[Any]:
+    """vLLM's class for an architecture in `FAMILIES`, which routes projectors if it is told a merge."""
+    family = FAMILIES[architecture]
+    stock = _of_vllm(family.model)
+
+    class Routed(stock):  # type: ignore[valid-type, misc]
+        def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+            self.__dict__["served_merge"] = merge = _merge_to_route_by(vllm_config)
+            if merge is None:
+                super().__init__(vllm_config=vllm_config, prefix=prefix)
+                return
+            module, _, name = family.projector.partition(":")
+            with mock.patch.object(_module_of_vllm(module), name, served(_of_vllm(family.projector))):
+                super().__init__(vllm_config=vllm_config, prefix=prefix)
+            if vllm_config.model_config.multimodal_config.get_limit_per_prompt("image") > 0:  # or there is no tower
+                _route(self, merge)
+
+        def embed_multimodal(self, **kwargs: Any) -> Any:
+            if self.served_merge is None:
+                return super().embed_multimodal(**kwargs)
+            with images_lie(family.shares(kwargs)):
+                return super().embed_multimodal(**kwargs)
+
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+            if self.served_merge is None:
+                return super().load_weights(weights)
+            # In the folder of a routed model lies an adapter too, whose tensors nobody but us can place.
+            of_base = ((name, tensor) for name, tensor in weights if not name.startswith(KEY_PREFIX))
+            return super().load_weights(itertools.chain(of_base, self.served_merge.projector_tensors()))
+
+    Routed.__name__ = Routed.__qualname__ = f"{ROUTED_PREFIX}{stock.__name__}"
+    return Routed
+
+
+def _module_of_vllm(name: str) -> Any:
+    return importlib.import_module(f"vllm.model_executor.models.{name}")
+
+
+def _of_vllm(place: str) -> type[Any]:
+    """A class by `"module:Class"`."""
+    module, _, name = place.partition(":")
+    return getattr(_module_of_vllm(module), name)
+
+
+def _merge_to_route_by(config: VllmConfig) -> ServedMerge | None:
+    """The merge that the server was told, or that lies in the model's own folder if it is called a routed one."""
+    told = config.additional_config.get("peft_many") if isinstance(config.additional_config, dict) else None
+    model = config.model_config
+    if told is None and any(name.startswith(ROUTED_PREFIX) for name in model.architectures):
+        told = model.model if model.revision is None else f"{model.model}@{model.revision}"
+    if told is None:
+        return None
+    if not vllm.__version__.startswith(tuple(f"{known}." for known in KNOWN_VERSIONS)):
+        raise ValueError(
+            f"peft_many knows how to route projectors in vLLM {', '.join(KNOWN_VERSIONS)}, and this is "
+            f'{vllm.__version__}: install one of these, or serve without "peft_many" in `additional_config`.'
+        )
+    for problem, is_there in {
+        "`cudagraph_mm_encoder`: a graph cannot choose": config.compilation_config.cudagraph_mm_encoder,
+        "`compile_mm_encoder`: a graph cannot choose": config.compilation_config.compile_mm_encoder,
+        '`mm_encoder_tp_mode="data"`: images are told apart on one device': model.multimodal_config.mm_encoder_tp_mode
+        == "data",
+    }.items():
+        if is_there:
+            raise ValueError(f"Routed projectors do not go with {problem}.")
+    return ServedMerge.read(told)
+
+
+def _route(model: Any, merge: ServedMerge) -> None:
+    """Let the projectors that a merge routes do so."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    for name, routed in merge.record.routing.items():
+        # A name ends with a dot where vLLM's mapping looks for one.
+        here = name if mapper is None else mapper.apply_list([f"{name}."])[0].rstrip(".")
+        projector = dict(model.named_modules()).get(here)
+        if not isinstance(projector, ServedProjector):
+            raise ValueError(
+                f"The merge in '{merge.folder}' routes '{name}', which is no projector of this "
+                f"{type(model).__name__}: it was made for another base model."
+            )
+        projector.route(routed, merge.record.options)
+    tasks = ", ".join(merge.record.names)
+    logger.info("Images are routed among the projectors of the tasks %s (%s).", tasks, merge.folder)
