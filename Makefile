@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 # What CI runs of PEFT's own tests; `python tests/peft_suite/run.py` runs all parts that concern LoRA.
 PEFT_PARTS := test_config test_custom_models test_decoder_models test_lora_variants test_low_level_api
 
-.PHONY: demo bench gpu test peft-suite lint rooms types docs build clean
+.PHONY: demo bench gpu test serve-test peft-suite lint rooms types docs build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo
@@ -21,6 +21,10 @@ gpu: $(VENV)/.gpu
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses auto
+
+# With a real vLLM, which wants other versions and so has an environment of its own; two cores, CPUs will do.
+serve-test: $(VENV)-vllm/.ready
+	$(VENV)-vllm/bin/python -m pytest tests/serving
 
 peft-suite: $(VENV)/.dev
 	$(BIN)/python tests/peft_suite/run.py --parts $(PEFT_PARTS)
@@ -60,5 +64,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PIP) --editable ".[demo,test,lint,docs,build]"
 	touch $@
 
+$(VENV)-vllm/.ready: scripts/vllm_environment.sh pyproject.toml
+	rm -rf $(VENV)-vllm
+	PYTHON=$(PYTHON) scripts/vllm_environment.sh $(VENV)-vllm
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist site *.egg-info many-demo many-bench many-gpu many-real
+	rm -rf $(VENV) $(VENV)-vllm build dist site *.egg-info many-demo many-bench many-gpu many-real

@@ -61,15 +61,42 @@ def _areas(arguments: Mapping[str, Any]) -> Tensor:
     return torch.tensor([image.shape[-2] * image.shape[-1] for image in arguments["pixel_values"]])
 
 
+_LLAVA = "LlavaMultiModalProjector"
 # By architecture, as models' configs name it.
 FAMILIES = {
-    "LlavaForConditionalGeneration": ServedFamily(
-        "llava:LlavaForConditionalGeneration", "llava:LlavaMultiModalProjector", _alike
+    "Gemma3ForConditionalGeneration": ServedFamily(
+        "gemma3_mm:Gemma3ForConditionalGeneration",
+        "gemma3_mm:Gemma3MultiModalProjector",
+        _numbers_of_tiles("num_patches"),
+    ),
+    "Idefics3ForConditionalGeneration": ServedFamily(
+        "idefics3:Idefics3ForConditionalGeneration", "idefics3:Idefics3Connector", _numbers_of_tiles("num_patches")
+    ),
+    "InternVLForConditionalGeneration": ServedFamily(
+        "interns1:InternS1ForConditionalGeneration",
+        "interns1:InternS1MultiModalProjector",
+        _numbers_of_tiles("image_num_patches"),
+    ),
+    "LlavaForConditionalGeneration": ServedFamily("llava:LlavaForConditionalGeneration", f"llava:{_LLAVA}", _alike),
+    "LlavaNextForConditionalGeneration": ServedFamily(
+        "llava_next:LlavaNextForConditionalGeneration", f"llava_next:{_LLAVA}", _lists_of_tiles
+    ),
+    "Mistral3ForConditionalGeneration": ServedFamily(
+        "mistral3:Mistral3ForConditionalGeneration", "mistral3:Mistral3MultiModalProjector", _areas
+    ),
+    "PaliGemmaForConditionalGeneration": ServedFamily(
+        "paligemma:PaliGemmaForConditionalGeneration", "paligemma:PaliGemmaMultiModalProjector", _alike
     ),
     "Qwen2VLForConditionalGeneration": ServedFamily(
         "qwen2_vl:Qwen2VLForConditionalGeneration", "qwen2_vl:Qwen2VisionPatchMerger", _grids
     ),
     "Qwen2_5_VLForConditionalGeneration": ServedFamily(
         "qwen2_5_vl:Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl:Qwen2_5_VisionPatchMerger", _grids
+    ),
+    "Qwen3VLForConditionalGeneration": ServedFamily(
+        "qwen3_vl:Qwen3VLForConditionalGeneration", "qwen3_vl:Qwen3_VisionPatchMerger", _grids
+    ),
+    "SmolVLMForConditionalGeneration": ServedFamily(
+        "smolvlm:SmolVLMForConditionalGeneration", "idefics3:Idefics3Connector", _numbers_of_tiles("num_patches")
     ),
 }

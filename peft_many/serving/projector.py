@@ -21,7 +21,7 @@ _shares: ContextVar[Tensor | None] = ContextVar("shares", default=None)
 @contextlib.contextmanager
 def images_lie(shares: Tensor) -> Iterator[None]:
     """Tell the projectors that run meanwhile what each image has of their rows, `(images,)`, up to a factor."""
-    token = _shares.set(shares.cpu())
+    token = _shares.set(shares.cpu().long())
     try:
         yield
     finally:

@@ -1,0 +1,92 @@
+"""The plugin without vLLM: what it registers, and that a server's processes never load PEFT."""
+
+from __future__ import annotations
+
+import configparser
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_many.serving.families import FAMILIES, KNOWN_VERSIONS
+from peft_many.serving.plugin import register
+from tests import new_process
+
+ROOT = Path(__file__).parents[2]
+
+
+class Registry:
+    """Stands in for vLLM's."""
+
+    def __init__(self):
+        self.models = {}
+
+    def register_model(self, architecture, model):
+        self.models[architecture] = model
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    found = Registry()
+    models = type(sys)("vllm.model_executor.models")
+    models.ModelRegistry = found
+    vllm = type(sys)("vllm")
+    vllm.__version__ = "0.32.0+cpu"
+    for name, module in {"vllm": vllm, "vllm.model_executor": type(sys)("m"), models.__name__: models}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return found
+
+
+def test_vllm_finds_it_by_itself():
+    packaging = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (place,) = re.findall(r'entry-points\."vllm\.general_plugins"]\npeft_many = "(.+)"\n', packaging)
+    assert importlib.metadata.EntryPoint("peft_many", place, "vllm.general_plugins").load() is register
+
+
+def test_each_family_is_registered_without_being_imported(registry):
+    register()
+    assert registry.models["LlavaForConditionalGeneration"] == (
+        "peft_many.serving.models:LlavaForConditionalGeneration@0.32.0+cpu"
+    )
+    assert registry.models.keys() == {name for known in FAMILIES for name in (known, f"Routed{known}")}
+    assert "peft_many.serving.models" not in sys.modules
+
+
+def test_the_page_lists_the_families_and_versions():
+    page = (ROOT / "docs" / "how-to" / "vllm.md").read_text(encoding="utf-8")
+    assert all(f"`{architecture}`" in page for architecture in FAMILIES)
+    assert all(f"vLLM {version}" in page for version in KNOWN_VERSIONS)
+
+
+def test_a_server_loads_no_peft_but_whoever_asks_gets_everything():
+    program = """
+import sys, types
+sys.modules["vllm"] = types.ModuleType("vllm")
+import peft_many
+import peft_many.serving.families, peft_many.serving.merge, peft_many.serving.plugin, peft_many.serving.projector
+for name in ("peft", "accelerate"):
+    assert name not in sys.modules, name
+try:
+    peft_many.nothing
+except AttributeError as error:
+    print(error)
+from peft_many import MAnyConfig, metrics
+import peft
+assert peft.PeftConfig.from_peft_type(peft_type="MANY").__class__ is MAnyConfig
+assert all(hasattr(peft_many, name) for name in peft_many.__all__)
+"""
+    done = new_process.subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "module 'peft_many' has no attribute 'nothing'" in done.stdout
+
+
+def test_the_contract_holds_it_so():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    contract = config["importlinter:contract:served_without_peft"]
+    assert re.findall(r"\w+", contract["forbidden_modules"]) == ["accelerate", "peft", "transformers"]
+    assert contract["source_modules"].strip() == "peft_many.serving"
