@@ -29,9 +29,9 @@ model = PeftModel.from_pretrained(base_model, "this/adapter")
 def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> Export:
     """Write a merge or an adapter as a plain PEFT LoRA, which loads without this package.
 
-    Every layer has the same rank, the smallest that vLLM knows and that all fit in (8, 16, 32, 64, 128, 256, 320,
-    512), filled up with zeros, and a scaling of one. No base model is loaded. On text the outputs are those of the
-    adapter. The projectors stay behind: images are seen through the base model's.
+    Every layer has the same rank, that of the largest (smaller ones are filled up with zeros), and a scaling of one.
+    vLLM has to be told the next of 8, 16, 32, 64, 128, 256, 320 and 512, which the notes name. No base model is loaded.
+    On text the outputs are those of the adapter. The projectors stay behind: images are seen through the base model's.
 
     Args:
         adapter (`str`): The folder or Hub id of a merge, or of one task's adapter.
@@ -58,16 +58,16 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
     (read,) = with_current_names([read_adapter(source)], None)
     pairs = read_pairs(read)
     largest = largest_rank(pairs)
-    rank = next((served for served in SERVED_RANKS if served >= largest), None)
-    if rank is None:
+    served = next((served for served in SERVED_RANKS if served >= largest), None)
+    if served is None:
         raise UnmergeableAdapterError(
             f"{source.name} has layers of rank {largest}, and vLLM serves at most {SERVED_RANKS[-1]}: merge it again "
             f"with `rank={SERVED_RANKS[-1]}` or less."
         )
     told = {name: getattr(read.config, name) for name in ("task_type", "base_model_name_or_path", "revision")}
-    config, tensors = as_lora(read, pairs, rank, LoraConfig, **told)
+    config, tensors = as_lora(read, pairs, largest, LoraConfig, **told)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    notes = [f"All layers have rank {rank} (vLLM: `max_lora_rank={rank}`), in {dtype}."]
+    notes = [f"All layers have rank {largest} (vLLM: `max_lora_rank={served}`), in {dtype}."]
     if any(task.projectors for task in read.tasks):
         notes.append(
             "The tasks' projectors are not in it: outputs are the adapter's on text, and images are seen through the "

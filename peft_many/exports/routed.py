@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.arguments import output_folder
 from ..merging.prepare import AdapterPath
-from ..records import GATES, MergeRecord
+from ..records import GATES, ROUTED_PREFIX, MergeRecord
 from ..records.options import IMAGES
 from ..tuner.config import MAnyConfig
 from .base_model import BaseModel, fold, model_class
@@ -77,10 +78,11 @@ def export_routed_model(
         model = base.load()
         (renamed,) = with_current_names([read], model)
         fold(model, renamed).save_pretrained(folder)
+        _rename_architecture(folder)
         _save_projectors(read, read.merge, folder)
         notes = [
-            "Loads with peft_many only. Read as a plain model without it, images would be seen through the base "
-            "model's projector.",
+            "Loads with peft_many only, in transformers and in vLLM. Others know no such architecture; made to "
+            "read it as a plain model, they would see images through the base model's projector.",
             *notes_on_gate(read),
             *base.copy_tokenizer(folder),
         ]
@@ -133,7 +135,9 @@ def load_routed_model(
         )
     if not (place / CONFIG_NAME).is_file() or not (place / "config.json").is_file():
         raise ValueError(f"'{folder}' is no model that `export_routed_model` wrote.")
-    kind = model_class(AutoConfig.from_pretrained(place), str(folder))
+    config = AutoConfig.from_pretrained(place)
+    config.architectures = [name.removeprefix(ROUTED_PREFIX) for name in config.architectures or []]
+    kind = model_class(config, str(folder))
     # Transformers finds the adapter beside the weights by itself, and puts it in.
     model: PreTrainedModel = kind.from_pretrained(place, **kwargs)
     return model.eval()
@@ -148,6 +152,14 @@ def without_gate(merge: MergeRecord) -> MergeRecord:
     return replace(
         merge, options=options, instructions=None, expected_routing=expected, task_ranks=None, task_rank_pattern={}
     )
+
+
+def _rename_architecture(folder: Path) -> None:
+    """Say in the config that it is no plain model: servers read the weights and know nothing of the adapter inside."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["architectures"] = [f"{ROUTED_PREFIX}{name}" for name in config["architectures"]]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _save_projectors(adapter: Adapter, merge: MergeRecord, folder: Path) -> None:

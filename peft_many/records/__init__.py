@@ -3,6 +3,7 @@
 from .expected_routing import GATES, ExpectedRouting, most_telling
 from .options import ROUTERS, MergeOptions
 from .record import (
+    ROUTED_PREFIX,
     MergeRecord,
     Operation,
     Origin,
@@ -17,6 +18,7 @@ from .record import (
 
 __all__ = [
     "GATES",
+    "ROUTED_PREFIX",
     "ROUTERS",
     "ExpectedRouting",
     "MergeOptions",

@@ -9,6 +9,9 @@ from .base import Number, Record
 from .expected_routing import ExpectedRouting
 from .options import MergeOptions
 
+# Before the architecture of a whole model with routed projectors: who would not route them knows no such architecture.
+ROUTED_PREFIX = "Routed"
+
 
 @dataclass(frozen=True)
 class PooledTask(Record):

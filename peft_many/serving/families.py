@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 KNOWN_VERSIONS = ("0.32",)
-ROUTED_PREFIX = "Routed"  # of the architecture in what `export_routed_model` writes, so that others refuse it
 
 # What each image has of the rows that a projector gets, `(images,)`, up to a factor: all get what they have in
 # proportion. Of the arguments of `embed_multimodal`, those of a batch of images.

@@ -14,7 +14,8 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from .families import FAMILIES, KNOWN_VERSIONS, ROUTED_PREFIX
+from ..records import ROUTED_PREFIX
+from .families import FAMILIES, KNOWN_VERSIONS
 from .merge import KEY_PREFIX, ServedMerge
 from .projector import ServedProjector, images_lie, served
 

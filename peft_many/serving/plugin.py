@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .families import FAMILIES, ROUTED_PREFIX
+from ..records import ROUTED_PREFIX
+from .families import FAMILIES
 
 
 def register() -> None:

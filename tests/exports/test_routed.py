@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel
@@ -42,6 +44,8 @@ def test_the_outputs_are_those_of_the_merge(shelf, tmp_path, names, options):
         assert not any(isinstance(module, LoraLayer) for module in model.modules())
         assert any(isinstance(module, ProjectorMixture) for module in model.modules())
         assert distance(logits(model, "llava"), expected) < 1e-5
+    config = json.loads((exported.folder / "config.json").read_text())
+    assert config["architectures"] == ["RoutedLlavaForConditionalGeneration"]  # which nobody reads as a plain model
     assert distance(logits(base("llava"), "llava"), expected) > 1e-2
     mean = logits(
         PeftModel.from_pretrained(base("llava"), shelf.merge(names, tmp_path / "m", projectors="mean")), "llava"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -16,13 +17,15 @@ os.environ |= {
     "TORCH_COMPILE_DISABLE": "1",
 }
 
+from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.models import ModelRegistry
 
-from peft_many import export_lora
+from peft_many import export_lora, export_routed_model
 from peft_many.serving.projector import ServedProjector
-from tests.serving.worlds import WORLDS, Served
+from tests.serving.worlds import WORLDS, Served, rename
 
 SHELVES: dict[str, Served] = {}
 
@@ -40,7 +43,7 @@ def shelf(tmp_path_factory):
 def answers(served: Served, model, lora=None, merge=None, dtype="float32", look=None, **options):
     """What a server answers to all prompts; `look` is called with its model."""
     if lora is not None:
-        options |= {"enable_lora": True, "max_lora_rank": 8}
+        options |= {"enable_lora": True, "max_lora_rank": 16}
     llm = LLM(
         str(model),
         dtype=dtype,
@@ -91,6 +94,34 @@ def test_options(shelf, tmp_path, options):
     merged = served.merge("abc", tmp_path / "merged", **options)
     lora = export_lora(merged, tmp_path / "lora").folder
     assert answers(served, served.base, lora, merged) == served.expected(merged)
+
+
+def sharded(folder):
+    """The same model in two files with an index, by which others find its tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    places = {name: f"model-{1 + (n > len(names) // 2):05}-of-00002.safetensors" for n, name in enumerate(names)}
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name in names if places[name] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_a_routed_model(shelf, tmp_path, monkeypatch, family):
+    served = shelf(family)
+    merged = served.merge("abc", tmp_path / "merged")
+    routed = export_routed_model(merged, tmp_path / "routed", base_model=served.base).folder
+    if served.world.rename is not None:
+        rename(routed / "model.safetensors", served.world.rename)
+    expected = served.expected(merged)
+    assert answers(served, routed) == expected
+    assert answers(served, sharded(routed)) == expected
+    for architecture in [name for name in ModelRegistry.models if name.startswith("Routed")]:
+        monkeypatch.delitem(ModelRegistry.models, architecture)  # as if this package were not installed
+    with pytest.raises(ValueError, match=r"architectures \['Routed.*'\] are not supported"):
+        answers(served, routed)
 
 
 def routes(model) -> bool:

@@ -217,9 +217,7 @@ class Served:
         model.save_pretrained(self.base)
         self.processor.save_pretrained(self.base)
         if self.world.rename is not None:
-            path = self.base / "model.safetensors"
-            tensors = {re.sub(*self.world.rename, name): tensor for name, tensor in load_file(path).items()}
-            save_file(tensors, path, metadata={"format": "pt"})
+            rename(self.base / "model.safetensors", self.world.rename)
         self.adapters = {name: self._task(seed, name) for seed, name in enumerate("abc")}
 
     def model(self) -> Any:
@@ -270,6 +268,12 @@ class Served:
             made = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
             found.append(made[0, inputs["input_ids"].shape[1] :].tolist())
         return found
+
+
+def rename(path: Path, pattern: tuple[str, str]) -> None:
+    """Call a file's tensors as those of real checkpoints."""
+    tensors = {re.sub(*pattern, name): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def text(row: int, seed: int) -> str:
