@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -21,7 +22,8 @@ _shares: ContextVar[Tensor | None] = ContextVar("shares", default=None)
 @contextlib.contextmanager
 def images_lie(shares: Tensor) -> Iterator[None]:
     """Tell the projectors that run meanwhile what each image has of their rows, `(images,)`, up to a factor."""
-    token = _shares.set(shares.cpu().long())
+    shares = shares.cpu().long()
+    token = _shares.set(shares // max(1, math.gcd(*shares.tolist())))
     try:
         yield
     finally:
