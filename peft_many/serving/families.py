@@ -44,9 +44,9 @@ def _lists_of_tiles(arguments: Mapping[str, Any]) -> Tensor:
     return torch.tensor([len(tiles) for tiles in arguments["pixel_values"]])
 
 
-def _numbers_of_tiles(name: str) -> Shares:
-    """An argument says how many tiles each image has."""
-    return lambda arguments: torch.as_tensor(arguments[name]).flatten()
+def _numbers_of_tiles(*names: str) -> Shares:
+    """An argument says how many tiles each image has, or frames each video."""
+    return lambda arguments: torch.as_tensor(next(arguments[name] for name in names if name in arguments)).flatten()
 
 
 def _grids(arguments: Mapping[str, Any]) -> Tensor:
@@ -55,36 +55,17 @@ def _grids(arguments: Mapping[str, Any]) -> Tensor:
     return torch.as_tensor(found).prod(-1)
 
 
-def _areas(arguments: Mapping[str, Any]) -> Tensor:
-    """Images of several sizes, none of them padded."""
-    return torch.tensor([image.shape[-2] * image.shape[-1] for image in arguments["pixel_values"]])
-
-
 _LLAVA = "LlavaMultiModalProjector"
 # By architecture, as models' configs name it.
 FAMILIES = {
-    "Gemma3ForConditionalGeneration": ServedFamily(
-        "gemma3_mm:Gemma3ForConditionalGeneration",
-        "gemma3_mm:Gemma3MultiModalProjector",
-        _numbers_of_tiles("num_patches"),
-    ),
-    "Idefics3ForConditionalGeneration": ServedFamily(
-        "idefics3:Idefics3ForConditionalGeneration", "idefics3:Idefics3Connector", _numbers_of_tiles("num_patches")
-    ),
     "InternVLForConditionalGeneration": ServedFamily(
         "interns1:InternS1ForConditionalGeneration",
         "interns1:InternS1MultiModalProjector",
-        _numbers_of_tiles("image_num_patches"),
+        _numbers_of_tiles("image_num_patches", "video_num_patches"),
     ),
     "LlavaForConditionalGeneration": ServedFamily("llava:LlavaForConditionalGeneration", f"llava:{_LLAVA}", _alike),
     "LlavaNextForConditionalGeneration": ServedFamily(
         "llava_next:LlavaNextForConditionalGeneration", f"llava_next:{_LLAVA}", _lists_of_tiles
-    ),
-    "Mistral3ForConditionalGeneration": ServedFamily(
-        "mistral3:Mistral3ForConditionalGeneration", "mistral3:Mistral3MultiModalProjector", _areas
-    ),
-    "PaliGemmaForConditionalGeneration": ServedFamily(
-        "paligemma:PaliGemmaForConditionalGeneration", "paligemma:PaliGemmaMultiModalProjector", _alike
     ),
     "Qwen2VLForConditionalGeneration": ServedFamily(
         "qwen2_vl:Qwen2VLForConditionalGeneration", "qwen2_vl:Qwen2VisionPatchMerger", _grids

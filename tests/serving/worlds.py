@@ -202,6 +202,11 @@ WORLDS = {
 }
 
 
+def architecture(family: str) -> str:
+    """As a model's config names it."""
+    return f"{_FAMILIES[family].prefix}ForConditionalGeneration"
+
+
 class Served:
     """A family's base model on disk, and tasks `a`, `b`, and `c`, which trained no projector."""
 
@@ -210,9 +215,7 @@ class Served:
         self.base, self.processor = root / "base", self.world.processor(_tokenizer(self.world))
         spec = _FAMILIES[family]
         config = getattr(transformers, f"{spec.prefix}Config")(**merged(spec.config(), self.world.changes))
-        model = with_random_weights(
-            getattr(transformers, f"{spec.prefix}ForConditionalGeneration"), config, 0, torch.float32
-        )
+        model = with_random_weights(getattr(transformers, architecture(family)), config, 0, torch.float32)
         model.generation_config.suppress_tokens = None
         model.save_pretrained(self.base)
         self.processor.save_pretrained(self.base)
@@ -221,8 +224,7 @@ class Served:
         self.adapters = {name: self._task(seed, name) for seed, name in enumerate("abc")}
 
     def model(self) -> Any:
-        spec = _FAMILIES[self.family]
-        kind = getattr(transformers, f"{spec.prefix}ForConditionalGeneration")
+        kind = getattr(transformers, architecture(self.family))
         return kind.from_pretrained(self.base, dtype=torch.float32).eval()
 
     def _task(self, seed: int, name: str) -> Path:
