@@ -119,8 +119,8 @@ def test_a_routed_model(shelf, tmp_path, monkeypatch, family):
     expected = served.expected(merged)
     assert answers(served, routed) == expected
     assert answers(served, sharded(routed)) == expected
-    for architecture in [name for name in ModelRegistry.models if name.startswith("Routed")]:
-        monkeypatch.delitem(ModelRegistry.models, architecture)  # as if this package were not installed
+    for known in [name for name in ModelRegistry.models if name.startswith("Routed")]:
+        monkeypatch.delitem(ModelRegistry.models, known)  # as if this package were not installed
     with pytest.raises(ValueError, match=r"architectures \['Routed.*'\] are not supported"):
         answers(served, routed)
 

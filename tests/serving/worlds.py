@@ -180,7 +180,7 @@ WORLDS = {
         named=_GEMMA,
     ),
     "paligemma": World(
-        ["<image>"],
+        ["<image>", "\n"],
         "<image>",
         {
             "text_config": TEXT,
