@@ -41,6 +41,12 @@ def test_every_step_is_done(miniature):
 
 
 @pytest.mark.slow
+def test_the_gate_breaks_no_graph(miniature):
+    graphs = miniature["steps"]["compiled"]["numbers"]
+    assert graphs["gated, graphs"] == graphs["plain, graphs"]
+
+
+@pytest.mark.slow
 def test_what_needs_cuda_is_said(miniature):
     parts = {part for step in miniature["steps"].values() for part in step.get("skipped", {})}
     assert parts == {"flash_attention_2", "CUDA graphs", "memory added"}
