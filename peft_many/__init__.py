@@ -34,6 +34,7 @@ else:
     from .reports.report import MergeReport, merge_report, save_report
     from .statistics.callback import MAnyCallback
     from .statistics.collect import collect_statistics
+    from .statistics.from_data import measure_adapter
     from .tuner.config import MAnyConfig
     from .tuner.model import MAnyModel
     from .tuner.registration import register
@@ -58,6 +59,7 @@ __all__ = [
     "import_llava_checkpoint",
     "inspect_adapter",
     "load_routed_model",
+    "measure_adapter",
     "merge_adapter_files",
     "merge_adapter_sequence",
     "merge_report",

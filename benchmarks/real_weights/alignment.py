@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from .batches import ChatCollator, Rows
+from peft_many.data.batches import ChatCollator, Rows
+from peft_many.data.conversations import Example
+
 from .learning import Schedule, learn
-from .messages import Example
 
 _WARM_UP = 6_000  # pictures whose features are kept for the first part: 0.75 GB
 _ROUNDS = 8

@@ -16,10 +16,8 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from .batches import ChatCollator, Rows, question_batches
-from .messages import Example
-
-IGNORED = -100
+from peft_many.data.batches import IGNORED, ChatCollator, Rows, batches
+from peft_many.data.conversations import Example
 
 
 @dataclass(frozen=True)
@@ -145,8 +143,8 @@ def answers(
     model.eval()
     device = next(model.parameters()).device
     texts: list[str] = []
-    batches = question_batches(examples, collator, batch_size)
-    for batch in tqdm(batches, total=-(-len(examples) // batch_size), desc=label, leave=False, mininterval=1):
+    asked = batches(examples, collator.questions, batch_size)
+    for batch in tqdm(asked, total=-(-len(examples) // batch_size), desc=label, leave=False, mininterval=1):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.autocast(device.type, torch.bfloat16):
             tokens = model.generate(**batch, max_new_tokens=longest, do_sample=False)

@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_many import MAnyConfig, merge_adapter_sequence, refit_merge
+from peft_many.data.batches import batches
 from peft_many.files.atomic import new_folder
 
-from .batches import training_batches
 from .learning import Schedule, learn
 from .messages import TaskFiles
 
@@ -62,7 +62,7 @@ def _merge(bench: Bench, **options: Any) -> Answerer:
 def _refit(bench: Bench, **options: Any) -> Answerer:
     model, (_, collator), wants = _merged(bench, **options), bench.base(), bench.settings
     samples = {
-        task.name: [*training_batches(task.examples("train", wants.measured), collator, wants.training.at_once)]
+        task.name: [*batches(task.examples("train", wants.measured), collator.training, wants.training.at_once)]
         for task in bench.tasks()
     }
     with torch.autocast(model.device.type, torch.bfloat16):

@@ -16,10 +16,10 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from peft_many import MAnyConfig, collect_statistics
+from peft_many.data.batches import ChatCollator, batches
 from peft_many.files.atomic import new_folder, replace_file
 
 from .alignment import align
-from .batches import ChatCollator, training_batches
 from .checkpoint import build_checkpoint
 from .fetching import default_cache, fetch
 from .learning import Schedule, accuracy, answers, learn
@@ -171,8 +171,8 @@ class Bench:
             examples = task.examples("train")
             found["losses"] = learn(adapted, collator, examples, wants.training, state, wants.seed, task.name)
             with torch.autocast(adapted.device.type, torch.bfloat16):
-                batches = training_batches(examples[: wants.measured], collator, wants.training.at_once)
-                collect_statistics(adapted, batches, max_samples=wants.measured, progress=False)
+                measured = batches(examples[: wants.measured], collator.training, wants.training.at_once)
+                collect_statistics(adapted, measured, max_samples=wants.measured, progress=False)
             with new_folder(folder) as partial:
                 adapted.save_pretrained(partial)
             model, collator = self.base()
@@ -205,7 +205,7 @@ def load(name: str) -> tuple[PreTrainedModel, ChatCollator]:
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.bfloat16).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    return model, ChatCollator(AutoProcessor.from_pretrained(name), model.config.model_type)
+    return model, ChatCollator(AutoProcessor.from_pretrained(name), pad_images=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

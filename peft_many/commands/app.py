@@ -10,6 +10,7 @@ from ..version import __version__
 from .edit import add, pool, remove
 from .export import export
 from .look import inspect, report
+from .measure import measure
 from .merge import merge, plan
 from .running import Commands
 
@@ -38,5 +39,5 @@ def main(
     """Merge task adapters of multimodal language models without forgetting (MAny, arXiv 2604.14016)."""
 
 
-for command in (plan, merge, inspect, report, add, remove, pool, export):
+for command in (measure, plan, merge, inspect, report, add, remove, pool, export):
     app.command()(command)

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -41,6 +41,24 @@ Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, â
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the adapter that is in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
+# Of commands that run a base model.
+SomeData = "a .json, .jsonl or .parquet file, or a folder or Hub id that `datasets` reads."
+Base = Annotated[
+    str | None, typer.Option("--base-model", help="Folder or Hub id of another base model than the adapter's.")
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="Where the names of images in a file begin. [dim]default: its folder[/dim]"),
+]
+System = Annotated[
+    str | None, typer.Option(help="The system prompt of training, if the chat template does not put it there.")
+]
+ModelDevice = Annotated[
+    str | None, typer.Option(help="Where to run: cpu, cuda, â€¦ [dim]default: the accelerator, if there is one[/dim]")
+]
+LoadIn = Annotated[
+    Literal["4bit", "8bit"] | None, typer.Option(help="Quantise the base model, by bitsandbytes: 4bit or 8bit.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
@@ -129,3 +147,12 @@ def weights_by_task(given: list[str] | None) -> dict[str, float] | None:
         if not task:
             raise typer.BadParameter(f"'{text}' is not TASK=NUMBER.", param_hint="--weight")
     return weights or None
+
+
+def model_options(load_in: str | None) -> dict[str, Any]:
+    """Arguments of the base model's `from_pretrained` for `--load-in`; projectors, which tasks train, stay whole."""
+    if load_in is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    return {"quantization_config": BitsAndBytesConfig(**{f"load_in_{load_in}": True})}

@@ -1,106 +1,19 @@
-"""The base model of an adapter: loaded, given the adapter's deltas for good, and saved with its tokenizer."""
+"""A base model that is given an adapter's deltas, or its projector, for good."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft import get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..files.adapter import Adapter
 from ..files.errors import UnmergeableAdapterError
-from ..hub.sources import HubArguments, first_line
 from ..merging.base_model import check_fits_model
 from ..tuner.config import MAnyConfig
 from .export import as_lora, largest_rank, read_pairs
-
-# What tokenizers, processors and generation are made of; no weights and no code.
-_BESIDES = (
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*preprocessor_config.json",
-    "processor_config.json",
-    "chat_template.*",
-    "generation_config.json",
-)
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """Which model an adapter belongs to, and how to download it."""
-
-    name: str  # a folder or Hub id
-    revision: str | None
-    hub: HubArguments = field(repr=False)
-
-    @classmethod
-    def of(cls, given: str | os.PathLike[str] | None, adapter: Adapter, hub: HubArguments) -> BaseModel:
-        """The one given (`"me/model@revision"` too), or the one that the adapter's config names."""
-        if not isinstance(given, (str, os.PathLike, type(None))):
-            raise ValueError(f"`base_model` must be a folder or a Hub id, but it is a {type(given).__name__}.")
-        if given is None:
-            name, revision = adapter.config.base_model_name_or_path, adapter.config.revision
-        elif Path(given).expanduser().is_dir():
-            name, revision = str(Path(given).expanduser()), None
-        else:
-            name, _, at = str(given).partition("@")
-            revision = at or None
-        if not name:
-            raise ValueError("The adapter does not say which base model it is of; pass `base_model`.")
-        return cls(name, revision, hub)
-
-    def load(self) -> PreTrainedModel:
-        """The model, in the dtype that it is stored in. No code but transformers' own is run."""
-        try:
-            config = AutoConfig.from_pretrained(self.name, revision=self.revision, **self.hub)
-            kind = model_class(config, self.name)
-            model: PreTrainedModel = kind.from_pretrained(self.name, revision=self.revision, dtype="auto", **self.hub)
-        except OSError as error:  # which those of the Hub are too
-            raise FileNotFoundError(f"The base model '{self.name}' cannot be loaded: {first_line(error)}") from None
-        return model.eval()
-
-    def copy_tokenizer(self, folder: Path) -> list[str]:
-        """Copy the model's tokenizer and processor files; what to note if there are none."""
-        source = Path(self.name)
-        missing = ["No tokenizer or processor was found beside the base model, so none is here."]
-        if not source.is_dir():
-            try:
-                source = Path(
-                    snapshot_download(self.name, revision=self.revision, allow_patterns=list(_BESIDES), **self.hub)
-                )
-            except LocalEntryNotFoundError:  # the model is from a cache that has nothing else of it
-                return missing
-            except (OSError, httpx.HTTPError) as error:
-                raise FileNotFoundError(
-                    f"The tokenizer of the base model '{self.name}' cannot be fetched: {first_line(error)}; try again."
-                ) from None
-        found = [path for pattern in _BESIDES for path in source.glob(pattern) if path.is_file()]
-        for path in found:
-            if not (folder / path.name).exists():  # transformers wrote its own
-                shutil.copyfile(path, folder / path.name)
-        return [] if any(path.name != "generation_config.json" for path in found) else missing
-
-
-def model_class(config: Any, name: str) -> Any:
-    """Transformers' class of the model, as its config says; no other code is run."""
-    kind = getattr(transformers, (config.architectures or ["None"])[0], None)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise ValueError(f"The model '{name}' is of a class that transformers does not have.")
-    return kind
 
 
 def fold(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:

@@ -10,11 +10,12 @@ from ..algebra.precision import without_autocast
 from ..files.adapter import Adapter, read_adapter
 from ..files.atomic import new_folder
 from ..files.key_layouts import with_current_names
+from ..hub.base_model import BaseModel
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.arguments import output_folder
 from ..merging.mean_projectors import average_projectors
 from ..merging.prepare import AdapterPath
-from .base_model import BaseModel, fold, put_projector
+from .base_model import fold, put_projector
 from .export import Export, notes_on_gate, write_card
 
 _USAGE = """from transformers import {kind}
@@ -66,7 +67,7 @@ def export_model(
         ```
     """
     read = read_adapter(find_adapter(adapter, **hub))
-    base = BaseModel.of(base_model, read, hub)
+    base = BaseModel.of(base_model, read.config, hub)
     _check_task(read, projector)
     output = output_folder(output_dir)
     with new_folder(output) as folder:

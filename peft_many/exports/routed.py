@@ -19,13 +19,14 @@ from ..files.adapter import Adapter, read_adapter
 from ..files.atomic import new_folder
 from ..files.key_layouts import with_current_names
 from ..files.tensor_keys import KEY_PREFIX
+from ..hub.base_model import BaseModel, model_class
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.arguments import output_folder
 from ..merging.prepare import AdapterPath
 from ..records import GATES, ROUTED_PREFIX, MergeRecord
 from ..records.options import IMAGES
 from ..tuner.config import MAnyConfig
-from .base_model import BaseModel, fold, model_class
+from .base_model import fold
 from .export import Export, notes_on_gate, write_adapter, write_card
 
 _USAGE = """import peft_many
@@ -72,7 +73,7 @@ def export_routed_model(
     read = read_adapter(source)
     if read.merge is None or not read.merge.routing:
         raise ValueError(f"{source.name} routes no projector; `export_model` loses nothing there.")
-    base = BaseModel.of(base_model, read, hub)
+    base = BaseModel.of(base_model, read.config, hub)
     output = output_folder(output_dir)
     with new_folder(output) as folder:
         model = base.load()

@@ -9,9 +9,11 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftWarning
+from torch import nn
 
+from ..files.adapter import AdapterSource
 from ..files.errors import MalformedAdapterError, StatisticsError, unusable_config
 from ..files.statistics import AdapterStatistics
 from ..files.tensor_file import open_tensors
@@ -19,6 +21,7 @@ from ..files.untrusted import NONSENSE_ERRORS, check_backed, check_config
 from ..files.upstream import wrap_method
 from ..records.checking import RecordError
 from ..tuner.config import MAnyConfig
+from ..tuner.loaded_keys import key_mapping
 from ..tuner.registration import give_statistics
 from .sources import locate_statistics
 
@@ -56,6 +59,15 @@ def _load_with_statistics(
         if isinstance(statistics, AdapterStatistics) or isinstance(config, MAnyConfig):
             give_statistics(config, statistics)
     return config
+
+
+def put_on(base: nn.Module, source: AdapterSource) -> PeftModel:
+    """A base model with an adapter, whatever PEFT type it has, and whatever the model's parts were called then."""
+    mapping = None
+    path = source.folder / SAFETENSORS_WEIGHTS_NAME
+    if path.is_file() and not isinstance(PeftConfig.from_pretrained(str(source.folder)), MAnyConfig):
+        mapping = key_mapping(open_tensors(path, MalformedAdapterError), base) or None  # our own looks by itself
+    return PeftModel.from_pretrained(base, str(source.folder), key_mapping=mapping)
 
 
 class LoadedWeights:

@@ -5,7 +5,8 @@ PEFT renames layers for its own LORA type only, and of projectors it requires th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -53,6 +54,16 @@ def with_current_keys(state_dict: Mapping[str, Tensor], model: nn.Module, adapte
                     "is not whole, or the projector had another name when it was saved (pass `key_mapping`)."
                 )
     return renamed
+
+
+def key_mapping(stored: Iterable[str], base: nn.Module) -> dict[str, str]:
+    """PEFT's argument of that name: what the modules of an adapter's file are called in the base model today."""
+    names, found = names_on(base), {}
+    for key in stored:
+        path = _layer(key) or key.removeprefix(KEY_PREFIX).rpartition(".")[0]
+        if (now := names(path)) not in (path, None):
+            found[rf"^{re.escape(path)}\."] = f"{now}."
+    return found
 
 
 def check_projectors_are_there(

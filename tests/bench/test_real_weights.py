@@ -22,10 +22,9 @@ from typer.testing import CliRunner
 from benchmarks.real_weights import comparing, drawings, fetching, run
 from benchmarks.real_weights.__main__ import app
 from benchmarks.real_weights.alignment import say_words
-from benchmarks.real_weights.batches import ChatCollator, Rows
 from benchmarks.real_weights.charts import Table
 from benchmarks.real_weights.learning import IGNORED, AnswerTrainer, Schedule, learn
-from benchmarks.real_weights.messages import find_tasks, read_examples
+from benchmarks.real_weights.messages import find_tasks
 from benchmarks.real_weights.methods import METHODS
 from benchmarks.real_weights.packages import PICTURES, WEIGHTS, Package
 from benchmarks.real_weights.pictures import paint_tasks
@@ -33,6 +32,7 @@ from benchmarks.real_weights.skills import overlap, perplexity, prose
 from benchmarks.real_weights.tasks import CAPTIONS, SHARING, TASKS
 from benchmarks.real_weights.things import COUNTRIES, GROUP_OF
 from peft_many import MAnyConfig
+from peft_many.data.batches import ChatCollator, Rows
 from tests import tiny
 from tests.examples import toy
 
@@ -172,56 +172,13 @@ def test_questions_have_the_answers_that_the_pictures_have():
 # --- Tasks as files --------------------------------------------------------------------------------------------------
 
 
-def test_all_formats_are_read(tmp_path):
-    for name in ("a.png", "datasets/b.png"):
-        toy.save_image(tmp_path / name, "red")
-    parts = [{"type": "image", "image": "a.png", "text": None}, {"type": "text", "text": "What?", "image": None}]
-    said = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
-    turns = [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "red"}]
-    rows = [
-        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "red"}]},
-        {
-            "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}],
-            "images": ["a.png"],
-        },
-        {
-            "image": "b.png",
-            "conversations": [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "red"}],
-        },
-        {"question_id": 3, "image": "b.png", "text": "What?", "answer": "red"},
-        {"messages": said},
-    ]
-    path = tmp_path / "task" / "train.jsonl"
-    path.parent.mkdir()
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    found = read_examples(path)
-    assert [example.question for example in found] == ["What?"] * 5
-    assert [example.answer for example in found] == ["red"] * 5
-    assert [len(example.images) for example in found] == [1, 1, 1, 1, 0]
-    assert [part["type"] for part in found[2].messages[0]["content"]] == ["text", "image"]
-    turns = [("human", "<image>\nWhat?"), ("gpt", "red"), ("human", "And?"), ("gpt", "no")]
-    long = {"image": "b.png", "conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
-    one, two = read_examples(toy.write(tmp_path / "task" / "test.json", [long]))
-    assert (one.answer, len(one.messages), two.answer, len(two.messages)) == ("red", 1, "no", 3)
-    assert two.images == one.images
-    assert [task.name for task in find_tasks(tmp_path)] == ["task"]
-
-
-@pytest.mark.parametrize(
-    ("row", "error", "match"),
-    [
-        ({"image": "none.png", "text": "What?", "answer": "red"}, FileNotFoundError, "none.png"),
-        ({"question": "What?"}, ValueError, "row 0"),
-        ({"image": ["a.png", "a.png"], "text": "<image>?", "answer": "x"}, ValueError, "no place for the image"),
-        ({"text": "<image>?", "answer": "x"}, ValueError, "row 0"),
-    ],
-)
-def test_what_cannot_be_read_is_named(tmp_path, row, error, match):
-    toy.save_image(tmp_path / "task" / "a.png", "red")
-    with pytest.raises(error, match=match):
-        read_examples(toy.write(tmp_path / "task" / "train.json", [row]))
+def test_tasks_are_the_folders_with_two_files(place, tmp_path):
+    assert [task.name for task in find_tasks(place / "data")] == ["colours", "others"]
+    assert [task.name for task in find_tasks(place / "data", ["others"])] == ["others"]
     with pytest.raises(FileNotFoundError, match="no train and test file"):
         find_tasks(tmp_path, ["task"])
+    with pytest.raises(FileNotFoundError, match="no tasks"):
+        find_tasks(tmp_path)
 
 
 # --- Learning --------------------------------------------------------------------------------------------------------
@@ -237,7 +194,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def trainer_of(place, tmp_path, model):
-    collator = ChatCollator(toy.processor("llava"), "llava")
+    collator = ChatCollator(toy.processor("llava"))
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], remove_unused_columns=False)
     rows = Rows(find_tasks(place / "data")[0].examples("train"))
     return AnswerTrainer(model, arguments), collator.training([rows[i] for i in range(4)])
@@ -270,7 +227,7 @@ def test_frozen_means_stay_in_training(place, tmp_path):
 
 def test_training_goes_on_where_it_stopped(place, tmp_path, monkeypatch):
     examples = find_tasks(place / "data")[0].examples("train")
-    collator = ChatCollator(toy.processor("llava"), "llava")
+    collator = ChatCollator(toy.processor("llava"))
     schedule = Schedule(steps=6, batch_size=4, learning_rate=1e-2, at_once=2, save_steps=2)
 
     def trained(folder, break_at=None):
@@ -323,7 +280,7 @@ def test_a_projector_learns_the_rare_words_of_captions(tmp_path):
     colours = ("red", "blue", "green", "grey")
     toy.add_task(tmp_path, "captions", [f"{colour} image" for colour in colours] * 16)
     examples = find_tasks(tmp_path)[0].examples("train")
-    collator = ChatCollator(toy.processor("llava"), "llava")
+    collator = ChatCollator(toy.processor("llava"))
     torch.manual_seed(0)
     model = Seeing(words=tiny.VOCABULARY)
     shares = say_words(model, collator, examples, rounds=1_600)

@@ -12,8 +12,8 @@ import pytest
 
 import peft_many
 from peft_many import merge_adapter_files
-from tests import tiny
 from tests.adapters import base, batches, make
+from tests.examples import toy
 from tests.exports.llava_files import checkpoint
 
 EXAMPLE = re.compile(r"```py\n(.*?)```", re.DOTALL)
@@ -32,7 +32,8 @@ def shelf(tmp_path_factory):
     for seed, name in enumerate(("iconqa", "clevr", "vizwiz")):
         make(root / name, seed=seed, task_name=name)
     merge_adapter_files([root / "iconqa", root / "clevr"], root / "merged", progress=False)
-    tiny.build("llava").save_pretrained(root / "base")
+    toy.save_base(root / "base")
+    toy.save_image(root / "red.png", "red")
     checkpoint(root / "Task4_llava_lora")
     return root
 

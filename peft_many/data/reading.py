@@ -1,0 +1,173 @@
+"""Where a task's data are: files and folders, data sets of the Hub, or rows in memory; and its images."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .conversations import Example, examples_of
+
+_JSON = (".json", ".jsonl")
+_BY_DATASETS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+_NOT_FILES = ("http://", "https://", "data:")
+
+
+def read_examples(
+    data: Any,
+    *,
+    split: str = "train",
+    images: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+) -> list[Example]:
+    """Read a task's data: one example for each answer in it.
+
+    Rows are conversations as chat templates take them, with images in the parts of a content or in a list beside it,
+
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"},
+                                                   {"type": "text", "text": "What is it?"}]},
+                      {"role": "assistant", "content": "..."}]}
+
+    or LLaVA's (`conversations` of turns with `from` and `value`, where `<image>` stands for the `image`), or TRL's
+    (`prompt` and `completion`), or a question (`question` or `text`) with its `answer`, `answers`, `caption` or
+    `captions`. A row without an image is a question in words.
+
+    Args:
+        data (`str`, `os.PathLike` or `Iterable`):
+            A file (`.json`, `.jsonl`, `.parquet`), a folder that `datasets` reads, the Hub id of a data set
+            (`"me/clevr"`, `"me/clevr@revision"`), a `datasets.Dataset`, or rows.
+        split (`str`, defaults to `"train"`): Which part of a data set that has several.
+        images (`str` or `os.PathLike`, *optional*):
+            The folder that names of images begin at. By default that of the file, or one beside or above it.
+        limit (`int`, *optional*): Read no more than this number of rows.
+        seed (`int`, *optional*): Choose these at random; the first ones by default.
+
+    Returns:
+        `list[Example]`: In the order of the rows.
+
+    Raises:
+        ValueError: A row is in no format that is known, or there is none.
+        FileNotFoundError: The data, or one of its images, are not there.
+        ImportError: The data are read by `datasets`, which is not installed.
+    """
+    rows, name, folders = _rows(data, split, limit if seed is None else None)
+    places: Iterable[int] = range(len(rows))[:limit]
+    if seed is not None and limit is not None:
+        places = random.Random(seed).sample(range(len(rows)), min(limit, len(rows)))
+    if images is not None:
+        folders = [Path(images).expanduser()]
+    found: list[Example] = []
+    for place in places:
+        try:
+            found += examples_of(_plain(rows[place]), lambda image: _located(image, folders, name))
+        except (KeyError, TypeError, AttributeError, IndexError, StopIteration, ValueError) as error:
+            said = str(error) if type(error) is ValueError else repr(error)
+            raise ValueError(f"{name}, row {place}, is in no format that is known: {said}.") from error
+    if not found:
+        raise ValueError(f"{name} holds no row with an answer.")
+    return found
+
+
+def opened(picture: Any) -> Any:
+    """A `PIL.Image.Image` in RGB of what [`read_examples`] gives for an image: a path, an address, its bytes, itself.
+
+    Raises:
+        ValueError: It is no image that can be read.
+        ImportError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+        from transformers.image_utils import load_image
+    except ImportError as error:
+        raise ImportError(f"Images are opened by Pillow: `pip install pillow`. ({error})") from None
+    try:
+        if isinstance(picture, Mapping):
+            content = picture.get("bytes")
+            picture = picture["path"] if content is None else Image.open(io.BytesIO(content))
+        return load_image(str(picture) if isinstance(picture, os.PathLike) else picture)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        shown = picture if isinstance(picture, (str, os.PathLike)) else f"of type {type(picture).__name__}"
+        raise ValueError(f"The image '{shown!s:.200}' cannot be read: {error}.") from error
+
+
+def _rows(data: Any, split: str, first: int | None) -> tuple[Sequence[Any], str, list[Path]]:
+    """The rows of some data, what to call it in errors, and where its images may be."""
+    if not isinstance(data, (str, os.PathLike)):
+        if isinstance(data, Mapping):  # of splits
+            data = data[split]
+        # Images as they are stored: they are opened when they are wanted.
+        rows = data.with_format("arrow") if hasattr(data, "with_format") and hasattr(data, "__len__") else data
+        return rows if hasattr(rows, "__getitem__") else list(islice(rows, first)), "The data", [Path()]
+    path = Path(data).expanduser()
+    if path.suffix in _JSON and (path.is_file() or not path.is_dir()):
+        return _json_rows(path), f"'{path}'", [path.parent, path.parent.parent, path.parent.parent / "datasets"]
+    folder = path if path.is_dir() else path.parent
+    return _by_datasets(str(data), path, split).with_format("arrow"), f"'{data}'", [folder]
+
+
+def _json_rows(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file '{path}'.")
+    text = path.read_text(encoding="utf-8")
+    try:
+        # Not by `splitlines`, which would also cut where a text has one of Unicode's line separators in it.
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(r) for r in text.split("\n") if r.strip()]
+    except ValueError as error:
+        raise ValueError(f"'{path}' is no {path.suffix[1:].upper()} file: {error}.") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"'{path}' must hold a list of rows, but it holds {type(rows).__name__}.")
+    return rows
+
+
+def _by_datasets(given: str, path: Path, split: str) -> Any:
+    if not path.exists() and path.suffix in _BY_DATASETS:
+        raise FileNotFoundError(f"There is no file '{path}'.")
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            f"'{given}' is read by the library `datasets`, which is not installed: `pip install datasets`. Files of "
+            "JSON (.json, .jsonl) need nothing."
+        ) from None
+    if path.is_file():
+        if path.suffix not in _BY_DATASETS:
+            raise ValueError(f"'{path}' is of no kind that is read: {', '.join((*_JSON, *_BY_DATASETS))}.")
+        return datasets.load_dataset(_BY_DATASETS[path.suffix], data_files=str(path), split="train")
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(str(path))
+            return saved[split] if isinstance(saved, Mapping) else saved
+        return datasets.load_dataset(str(path), split=split)
+    name, _, revision = given.partition("@")
+    return datasets.load_dataset(name, split=split, revision=revision or None)
+
+
+def _plain(row: Any) -> Mapping[str, Any]:
+    """A row as a mapping; one of a data set is a table with one row, in which images are not opened yet."""
+    if hasattr(row, "to_pylist"):
+        (row,) = row.to_pylist()
+    if not isinstance(row, Mapping):
+        raise ValueError(f"it is no mapping, but a {type(row).__name__}")
+    return row
+
+
+def _located(image: Any, folders: Sequence[Path], name: str) -> Any:
+    """An image's place: of a name, the first of the folders that has it."""
+    stored = isinstance(image, Mapping) and image.get("bytes") is not None
+    named = image["path"] if isinstance(image, Mapping) and not stored else image
+    if not isinstance(named, (str, os.PathLike)) or str(named).startswith(_NOT_FILES):
+        return named
+    given = str(named).removeprefix("file://")
+    found = next((folder / given for folder in folders if (folder / given).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"The image '{given}' of {name} is in none of {', '.join(map(str, folders))}; say which folder the "
+            "names of images begin at (`images`)."
+        )
+    return found

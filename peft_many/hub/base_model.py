@@ -1,0 +1,133 @@
+"""The base model of an adapter: which it is, loaded, and its tokenizer and processor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+
+from ..families.parts import find_projectors, parts_of
+from .sources import HubArguments, first_line
+
+# What tokenizers, processors and generation are made of; no weights and no code.
+_BESIDES = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.*",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which model an adapter belongs to, and how to download it."""
+
+    name: str  # a folder or Hub id
+    revision: str | None
+    hub: HubArguments = field(repr=False)
+
+    @classmethod
+    def of(cls, given: str | os.PathLike[str] | None, config: Any, hub: HubArguments) -> BaseModel:
+        """The one given (`"me/model@revision"` too), or the one that the adapter's config names."""
+        if not isinstance(given, (str, os.PathLike, type(None))):
+            raise ValueError(f"`base_model` must be a folder or a Hub id, but it is a {type(given).__name__}.")
+        if given is None:
+            name, revision = config.base_model_name_or_path, config.revision
+        elif Path(given).expanduser().is_dir():
+            name, revision = str(Path(given).expanduser()), None
+        else:
+            name, _, at = str(given).partition("@")
+            revision = at or None
+        if not name:
+            raise ValueError("The adapter does not say which base model it is of; pass `base_model`.")
+        return cls(name, revision, hub)
+
+    def load(self, **options: Any) -> PreTrainedModel:
+        """The model, in the dtype that it is stored in unless `options` of `from_pretrained` say otherwise.
+
+        No code but transformers' own is run.
+        """
+        options = {"dtype": "auto", "revision": self.revision, **options, **self.hub}
+        try:
+            config = AutoConfig.from_pretrained(self.name, revision=self.revision, **self.hub)
+            model: PreTrainedModel = model_class(config, self.name).from_pretrained(self.name, **options)
+        except OSError as error:  # which those of the Hub are too
+            raise FileNotFoundError(f"The base model '{self.name}' cannot be loaded: {first_line(error)}") from None
+        return model.eval()
+
+    def load_on(self, device: str | torch.device | None, **options: Any) -> PreTrainedModel:
+        """The model on a device: by default on the accelerator, if there is one.
+
+        With a `quantization_config` of bitsandbytes that does not say what to leave alone, the projectors, which tasks
+        train, and the vision tower are left alone.
+        """
+        if device is None:
+            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        quantised = options.get("quantization_config")
+        if quantised is None:
+            model = self.load(**options)
+            return model if "device_map" in options else model.to(device)
+        if getattr(quantised, "llm_int8_skip_modules", ()) is None:
+            quantised.llm_int8_skip_modules = [*self._visual_parts(), "lm_head"]
+        return self.load(**{"device_map": {"": str(device)}, **options})
+
+    def _visual_parts(self) -> list[str]:
+        """The names of the vision tower and the projectors."""
+        config = AutoConfig.from_pretrained(self.name, revision=self.revision, **self.hub)
+        with torch.device("meta"):
+            empty = model_class(config, self.name)(config)
+        parts = parts_of(empty)
+        return [*(parts.towers if parts is not None else ()), *find_projectors(empty)]
+
+    def load_processor(self) -> Any:
+        """The model's processor; of a model of text its tokenizer."""
+        try:
+            return AutoProcessor.from_pretrained(self.name, revision=self.revision, **self.hub)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"The processor of the base model '{self.name}' cannot be loaded: {first_line(error)}"
+            ) from None
+
+    def copy_tokenizer(self, folder: Path) -> list[str]:
+        """Copy the model's tokenizer and processor files; what to note if there are none."""
+        source = Path(self.name)
+        missing = ["No tokenizer or processor was found beside the base model, so none is here."]
+        if not source.is_dir():
+            try:
+                source = Path(
+                    snapshot_download(self.name, revision=self.revision, allow_patterns=list(_BESIDES), **self.hub)
+                )
+            except LocalEntryNotFoundError:  # the model is from a cache that has nothing else of it
+                return missing
+            except (OSError, httpx.HTTPError) as error:
+                raise FileNotFoundError(
+                    f"The tokenizer of the base model '{self.name}' cannot be fetched: {first_line(error)}; try again."
+                ) from None
+        found = [path for pattern in _BESIDES for path in source.glob(pattern) if path.is_file()]
+        for path in found:
+            if not (folder / path.name).exists():  # transformers wrote its own
+                shutil.copyfile(path, folder / path.name)
+        return [] if any(path.name != "generation_config.json" for path in found) else missing
+
+
+def model_class(config: Any, name: str) -> Any:
+    """Transformers' class of the model, as its config says; no other code is run."""
+    kind = getattr(transformers, (config.architectures or ["None"])[0], None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        raise ValueError(f"The model '{name}' is of a class that transformers does not have.")
+    return kind

@@ -1,0 +1,132 @@
+"""`measure_adapter`: from an adapter and its task's data to the same adapter with statistics, without a loader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..data.batches import ChatCollator, batches
+from ..data.reading import read_examples
+from ..files.atomic import new_folder, writable_place
+from ..files.card import CARD_NAME
+from ..hub.base_model import BaseModel
+from ..hub.loading import put_on
+from ..hub.sources import ADAPTER_FILES, HubArguments, find_adapter
+from ..records import merge_of
+from .collect import collect_statistics
+
+
+def measure_adapter(
+    adapter: str | os.PathLike[str],
+    data: Any,
+    output_dir: str | os.PathLike[str],
+    *,
+    task_name: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
+    processor: Any = None,
+    split: str = "train",
+    images: str | os.PathLike[str] | None = None,
+    system: str | None = None,
+    max_samples: int = 256,
+    batch_size: int = 4,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    statistics_options: Mapping[str, Any] | None = None,
+    push_to: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    **hub: Unpack[HubArguments],
+) -> Path:
+    """Measure an adapter on data of its task, and write it with its statistics: what merging it well needs.
+
+    Loads the base model that the adapter names, makes batches of the data by the processor's chat template, with
+    labels on the answers, and calls [`collect_statistics`]. The adapter may be of any type that can be merged, a plain
+    [`~peft.LoraConfig`] one say; its weights stay as they are. Nothing is written unless all goes well.
+
+    Args:
+        adapter (`str` or `os.PathLike`): A folder or a Hub id (`"me/clevr"`, `"me/clevr@revision"`).
+        data (`str`, `os.PathLike` or `Iterable`):
+            What the adapter was trained on, or like it: a file of conversations or questions (`.json`, `.jsonl`,
+            `.parquet`), a folder or Hub id that `datasets` reads, a `datasets.Dataset`, or rows
+            (docs/how-to/measure.md).
+        output_dir (`str` or `os.PathLike`): The folder to write.
+        task_name (`str`, *optional*):
+            What to call the task in merges. Defaults to the adapter's own, or else to the name of its folder.
+        base_model (`str` or `os.PathLike`, *optional*): Another base model than the one that the adapter names.
+        processor (`transformers.ProcessorMixin`, *optional*): Another one than the base model's.
+        split (`str`, defaults to `"train"`): Which part of a data set that has several.
+        images (`str` or `os.PathLike`, *optional*): The folder that names of images in a file begin at.
+        system (`str`, *optional*):
+            The system prompt that the adapter was trained with, if the chat template does not put it there.
+        max_samples (`int`, defaults to 256): How many answers to measure on, of rows chosen at random.
+        batch_size (`int`, defaults to 4): Conversations in one forward pass.
+        seed (`int`, defaults to 0): Fixes which rows.
+        device (`str` or `torch.device`, *optional*): Where to run. Defaults to the accelerator, or else the CPU.
+        model_options (`Mapping`, *optional*):
+            Goes to the base model's `from_pretrained`: `{"quantization_config": BitsAndBytesConfig(...)}` say.
+        statistics_options (`Mapping`, *optional*): Goes to [`collect_statistics`]: `{"rank": 128}` say.
+        push_to (`str`, *optional*): A Hub repository that the measured adapter goes to as well.
+        overwrite (`bool`, defaults to `False`): Replace an adapter that is in `output_dir`.
+        progress (`bool`, defaults to `True`): Show a progress bar.
+        **hub: `token`, `cache_dir` and `local_files_only`, as in [`merge_adapter_files`].
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: The data are in no format that is known, the adapter is a merge, or the processor has no chat
+            template; all that [`collect_statistics`] raises.
+        FileNotFoundError: The adapter, its base model, the data or an image are not there.
+        FileExistsError: The output folder is there already.
+        ImportError: The data are read by `datasets`, which is not installed.
+
+    Example:
+
+        ```py
+        >>> from peft_many import measure_adapter
+
+        >>> rows = [{"image": "red.png", "question": "What colour is it ?", "answer": "red"}]
+        >>> measure_adapter("clevr", rows, "clevr-measured", base_model="base", progress=False)
+        PosixPath('clevr-measured')
+        ```
+    """
+    folder = Path(output_dir).expanduser()
+    replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
+    writable_place(folder, replaced)
+    source = find_adapter(adapter, **hub)
+    config = PeftConfig.from_pretrained(str(source.folder))
+    if merge_of(config) is not None:
+        raise ValueError(f"{source.name} is a merge, which carries its tasks' statistics; only adapters are measured.")
+    # Files are read before the model is: what is missing shows at once.
+    examples = read_examples(data, split=split, images=images, limit=max_samples, seed=seed)
+    base = BaseModel.of(base_model, config, hub)
+    collator = ChatCollator(base.load_processor() if processor is None else processor, system)
+    model = put_on(base.load_on(device, **(model_options or {})), source)
+    own = model.peft_config["default"]
+    own.task_name = task_name or getattr(own, "task_name", None) or source.short_name
+    with new_folder(folder, replaced) as partial:
+        collect_statistics(
+            model,
+            _as_the_model(batches(examples, collator.training, batch_size), model),
+            **{"max_samples": max_samples, "progress": progress, **(statistics_options or {})},
+        )
+        model.save_pretrained(str(partial))
+    if push_to is not None:
+        model.push_to_hub(push_to, token=hub.get("token"))
+    return folder
+
+
+def _as_the_model(found: Iterator[dict[str, Tensor]], model: PeftModel) -> Iterator[dict[str, Tensor]]:
+    """Batches with numbers in the dtype of the model's weights, as not all models see to that by themselves."""
+    for batch in found:
+        yield {
+            name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()
+        }

@@ -1,0 +1,43 @@
+"""`peft-many measure`: the function, from the command line."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from peft_many import measure_adapter
+from peft_many.commands import app
+from peft_many.commands.arguments import model_options
+from tests.adapters import files
+from tests.statistics.test_from_data import place  # noqa: F401  (a fixture)
+
+
+def run(*words: object, code: int = 0):
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == code, f"{done.output}\n{done.exception!r}"
+    return done
+
+
+def test_it_is_measure_adapter(place, tmp_path):  # noqa: F811
+    words = ["measure", place / "plain", "--data", place / "colours.json", "--name", "colours", "--samples", 6]
+    told = run(*words, "--seed", 1, "--output", tmp_path / "1")
+    assert told.stdout == f"The measured adapter: {tmp_path / '1'}\n"
+    measure_adapter(
+        place / "plain",
+        place / "colours.json",
+        tmp_path / "2",
+        task_name="colours",
+        max_samples=6,
+        seed=1,
+        progress=False,
+    )
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    assert "not empty" in run(*words, "--output", tmp_path / "1", code=1).stderr
+    assert "There is no file" in run(*words[:2], "--data", "none.jsonl", "-o", tmp_path / "3", code=1).stderr
+
+
+def test_bits():
+    pytest.importorskip("bitsandbytes")
+    assert model_options(None) == {}
+    assert model_options("4bit")["quantization_config"].load_in_4bit
+    assert model_options("8bit")["quantization_config"].load_in_8bit

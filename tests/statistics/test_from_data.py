@@ -1,0 +1,146 @@
+"""`measure_adapter`: what `collect_statistics` would have measured, from a file of questions, whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+from peft_many import MAnyConfig, collect_statistics, inspect_adapter, measure_adapter, merge_adapter_files
+from peft_many.data.batches import ChatCollator, batches
+from peft_many.data.reading import read_examples
+from peft_many.files.statistics import AdapterStatistics
+from tests.adapters import STATISTICS, WEIGHTS, files, scatter
+from tests.examples import toy
+from tests.hub.test_sources import hub, made  # noqa: F401  (fixtures)
+
+PLAIN = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["multi_modal_projector"]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("measured")
+    toy.save_base(root / "base")
+    rows = []
+    for number, colour in enumerate(["red", "blue", "green", "grey"] * 3):
+        toy.save_image(root / f"{number}.png", colour)
+        rows.append({"image": f"{number}.png", "question": "What colour is it ?", "answer": colour})
+    toy.write(root / "colours.json", rows)
+    for name, config in (("colours", MAnyConfig(r=2, task_name="of colours")), ("plain", LoraConfig(r=2, **PLAIN))):
+        model = get_peft_model(AutoModelForImageTextToText.from_pretrained(root / "base"), config)
+        scatter(model, 1)
+        model.save_pretrained(root / name)
+    return root
+
+
+def measured(folder: Path) -> AdapterStatistics:
+    return AdapterStatistics.load(folder / STATISTICS)
+
+
+def test_it_is_what_collect_statistics_measures(place, tmp_path):
+    found = measure_adapter(place / "colours", place / "colours.json", tmp_path / "1", progress=False)
+    assert found == tmp_path / "1"
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(place / "base"), place / "colours")
+    examples = read_examples(place / "colours.json", limit=256, seed=0)
+    collate = ChatCollator(toy.processor("llava")).training
+    collect_statistics(model, batches(examples, collate, 4), progress=False)
+    model.save_pretrained(tmp_path / "2")
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    (task,) = measured(tmp_path / "1").tasks
+    assert (task.name, task.samples) == ("of colours", 12)
+    assert task.instructions.count == 12, "labels tell instructions from answers"
+    assert files(tmp_path / "1")[WEIGHTS] == files(place / "colours")[WEIGHTS]
+
+
+def test_a_plain_lora_is_taken_as_it_is_and_gets_its_tasks_name(place, tmp_path):
+    options = {"max_samples": 8, "batch_size": 3, "progress": False}
+    measure_adapter(place / "plain", place / "colours.json", tmp_path / "1", **options)
+    measure_adapter(place / "plain", place / "colours.json", tmp_path / "2", task_name="named", **options)
+    assert [measured(tmp_path / name).tasks[0].name for name in "12"] == ["plain", "named"]
+    assert measured(tmp_path / "1").tasks[0].samples == 8
+    assert PeftConfig.from_pretrained(tmp_path / "2").peft_type == "LORA"
+    merge = merge_adapter_files([tmp_path / "2"], tmp_path / "merged", progress=False)
+    assert [task.name for task in inspect_adapter(merge).tasks] == ["named"]
+
+
+def test_a_lora_from_before_transformers_5(place, tmp_path):
+    old = tmp_path / "old"
+    PeftConfig.from_pretrained(place / "plain").save_pretrained(old)
+    then = {
+        key.replace("model.model.language_model.", "model.language_model.model.").replace(
+            "model.model.multi_modal_projector.", "model.multi_modal_projector."
+        ): tensor
+        for key, tensor in load_file(place / "plain" / WEIGHTS).items()
+    }
+    save_file(then, old / WEIGHTS)
+    for name in ("old", "new"):
+        source = old if name == "old" else place / "plain"
+        measure_adapter(source, place / "colours.json", tmp_path / f"{name}-1", task_name="x", progress=False)
+    assert files(tmp_path / "old-1")[STATISTICS] == files(tmp_path / "new-1")[STATISTICS]
+
+
+def test_options_reach_the_base_model_and_the_measuring(place, tmp_path):
+    folder = measure_adapter(
+        place / "colours",
+        place / "colours.json",
+        tmp_path / "1",
+        model_options={"dtype": torch.bfloat16},
+        statistics_options={"rank": 3},
+        progress=False,
+    )
+    (task,) = measured(folder).tasks
+    assert {one.covariance.factor.shape[0] for one in task.inputs.values()} == {3}
+
+
+def test_quantised_bases_keep_what_tasks_train(place, tmp_path):
+    """In 4 bits, bitsandbytes computes on a CPU with widths from 64 on only."""
+    pytest.importorskip("bitsandbytes")
+    quantised = BitsAndBytesConfig(load_in_8bit=True)
+    options = {"model_options": {"quantization_config": quantised}, "progress": False}
+    measure_adapter(place / "colours", place / "colours.json", tmp_path / "1", **options)
+    assert {"model.multi_modal_projector", "model.vision_tower"} <= set(quantised.llm_int8_skip_modules)
+
+
+def test_the_measured_adapter_goes_to_the_hub(place, tmp_path, hub, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.add("me/colours", place / "colours")
+    measure_adapter(
+        "me/colours", place / "colours.json", tmp_path / "1", push_to="me/measured", progress=False, max_samples=4
+    )
+    assert hub.files("me/measured")[STATISTICS] == files(tmp_path / "1")[STATISTICS]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (
+            {"data": [{"question": "What?"}]},
+            ValueError,
+            "is in no format that is known: it has the columns 'question'",
+        ),
+        ({"adapter": "nowhere"}, FileNotFoundError, "no folder 'nowhere'"),
+        ({"base_model": "nowhere"}, FileNotFoundError, "processor of the base model 'nowhere' cannot be loaded"),
+        ({"output_dir": "."}, FileExistsError, "not empty"),
+        ({"data": [{"question": "What?", "answer": "x"}], "statistics_options": {"rank": 0}}, ValueError, "rank"),
+    ],
+)
+def test_what_fails_leaves_nothing(place, tmp_path, monkeypatch, change, error, match):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    given = {"adapter": place / "colours", "data": place / "colours.json", "output_dir": "new", **change}
+    with pytest.raises(error, match=match):
+        measure_adapter(**given, progress=False)
+    assert [path.name for path in Path().iterdir()] == ["file"]
+
+
+def test_merges_are_not_measured(place, tmp_path):
+    measure_adapter(place / "colours", place / "colours.json", tmp_path / "1", progress=False)
+    merge = merge_adapter_files([tmp_path / "1"], tmp_path / "merged", progress=False)
+    with pytest.raises(ValueError, match="is a merge"):
+        measure_adapter(merge, place / "colours.json", tmp_path / "2", progress=False)
+    again = measure_adapter(place / "plain", place / "colours.json", tmp_path / "1", overwrite=True, progress=False)
+    assert measured(again).tasks[0].name == "plain"
