@@ -29,6 +29,7 @@ else:
     from .merging.merge import merge_adapter_files, merge_adapter_sequence
     from .merging.recipe import read_recipe
     from .records import MergeOptions
+    from .reports.asking import ask_merge
     from .reports.inspection import inspect_adapter
     from .reports.plan import plan_merge
     from .reports.report import MergeReport, merge_report, save_report
@@ -52,6 +53,7 @@ __all__ = [
     "MergeReport",
     "__version__",
     "add_task",
+    "ask_merge",
     "collect_statistics",
     "export_lora",
     "export_model",

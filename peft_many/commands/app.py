@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
+from .ask import ask
 from .edit import add, pool, remove
 from .export import export
 from .look import inspect, report
@@ -39,5 +40,5 @@ def main(
     """Merge task adapters of multimodal language models without forgetting (MAny, arXiv 2604.14016)."""
 
 
-for command in (measure, plan, merge, inspect, report, add, remove, pool, export):
+for command in (measure, plan, merge, ask, inspect, report, add, remove, pool, export):
     app.command()(command)

@@ -56,6 +56,7 @@ System = Annotated[
 ModelDevice = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda, … [dim]default: the accelerator, if there is one[/dim]")
 ]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer.")]
 LoadIn = Annotated[
     Literal["4bit", "8bit"] | None, typer.Option(help="Quantise the base model, by bitsandbytes: 4bit or 8bit.")
 ]

@@ -15,6 +15,7 @@ from rich.text import Text
 from ..files.card import in_words
 from ..records import ExpectedRouting, most_telling
 from ..records.options import BOTH
+from ..reports.asking import Answer
 from ..reports.inspection import AdapterInspection
 from ..reports.plan import MergePlan
 from ..reports.report import MergeReport
@@ -128,6 +129,23 @@ def show_report(report: MergeReport) -> None:
     for one, two, residual in report.conflicting_pairs():
         _say(f"• '{one}' and '{two}' contradict each other: {residual:.3f}")
     _show_routing(report.routing)
+
+
+def show_answer(found: Answer) -> None:
+    """A merge's answer, why it is that, and what others said."""
+    _say(found.answer)
+    for projector, weights in found.routing.items():
+        _say(f"• Images went through the projectors of: {_shares(weights)} ({projector})")
+    if found.gate:
+        _say(f"• The LoRA was that of: {_shares(found.gate)}")
+    for name, answer in found.others.items():
+        _say(f"• {name}: {answer}")
+
+
+def _shares(weights: Mapping[str, float]) -> str:
+    """What has a weight, the largest first."""
+    told = sorted(((weight, name) for name, weight in weights.items() if weight >= 0.005), key=lambda one: -one[0])
+    return ", ".join(f"{name} {weight:.0%}" for weight, name in told)
 
 
 def show_doubts(routing: Mapping[str, ExpectedRouting]) -> None:

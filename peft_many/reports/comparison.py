@@ -81,7 +81,7 @@ def compare(
 
     with _alone, state_kept(model), torch.no_grad():
         model.eval()
-        with _watched(model, projectors) as weights:
+        with watched(model, projectors) as weights:
             routed = answer()
         with _unrouted(projectors):
             base_projector = answer()
@@ -95,7 +95,7 @@ def resembles(
 ) -> dict[str, dict[str, float]]:
     """The weights of [`Comparison`] alone, by one forward pass; arguments and errors are those of `compare`."""
     projectors = routed_projectors(model)
-    with _alone, state_kept(model), torch.no_grad(), _watched(model, projectors) as weights:
+    with _alone, state_kept(model), torch.no_grad(), watched(model, projectors) as weights:
         model.eval()
         model(**_inputs(model, processor, image, "", prompt))
     return weights
@@ -138,7 +138,7 @@ def routed_projectors(model: PeftModel) -> Routed:
 
 
 @contextmanager
-def _watched(model: PeftModel, projectors: Routed) -> Iterator[dict[str, dict[str, float]]]:
+def watched(model: PeftModel, projectors: Routed) -> Iterator[dict[str, dict[str, float]]]:
     """Note the weights that the routers find while the block runs; the last call of each counts."""
     seen: dict[str, dict[str, float]] = {}
 

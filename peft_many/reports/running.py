@@ -1,0 +1,129 @@
+"""A merge on its base model, to be asked: as it is, each of its tasks alone, and the base model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.batches import ChatCollator, batches
+from ..data.conversations import Example
+from ..files.adapter import AdapterSource
+from ..hub.base_model import BaseModel
+from ..hub.loading import put_on
+from ..hub.sources import HubArguments, find_adapter
+from ..merging.merge import merge_adapter_files
+from ..records import MergeRecord, merge_of
+from ..statistics.forward import state_kept
+from ..tuner.projector import ProjectorMixture
+
+MERGE, BASE = "merge", "base model"
+_ALONE = "task_alone"  # the adapter's name while one task's is on the model
+
+
+class RunningMerge:
+    """A merge, or the adapter of one task, on its base model.
+
+    Args:
+        source ([`AdapterSource`]): Where the merge is.
+        model ([`~peft.PeftModel`]): The base model with the merge.
+        collator ([`ChatCollator`]): Makes batches of conversations for it.
+    """
+
+    def __init__(self, source: AdapterSource, model: PeftModel, collator: ChatCollator) -> None:
+        self.source, self.model, self.collator = source, model.eval(), collator
+        self.merge: MergeRecord | None = merge_of(model.peft_config["default"])
+
+    @classmethod
+    def load(
+        cls,
+        adapter: Any,
+        *,
+        base_model: Any = None,
+        processor: Any = None,
+        system: str | None = None,
+        device: str | torch.device | None = None,
+        model_options: Mapping[str, Any] | None = None,
+        hub: HubArguments,
+    ) -> RunningMerge:
+        """Load an adapter's base model and processor, and put the adapter on it."""
+        source = find_adapter(adapter, **hub)
+        base = BaseModel.of(base_model, PeftConfig.from_pretrained(str(source.folder)), hub)
+        collator = ChatCollator(base.load_processor() if processor is None else processor, system)
+        return cls(source, put_on(base.load_on(device, **(model_options or {})), source), collator)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the merge's tasks."""
+        return [] if self.merge is None else self.merge.names
+
+    def answers(
+        self, examples: Sequence[Example], batch_size: int = 8, max_new_tokens: int = 64, label: str | None = None
+    ) -> list[str]:
+        """What the model as it stands says to each example, greedily; with a progress bar if that has a `label`."""
+        said: list[str] = []
+        asked = batches(examples, self.collator.questions, batch_size)
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+        bar = tqdm(total=len(examples), desc=label, unit="question", disable=label is None)
+        with bar, state_kept(self.model), torch.inference_mode():
+            for batch in asked:
+                inputs = self.inputs(batch)
+                tokens = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+                said += self.collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+                bar.update(len(tokens))
+        return [text.strip() for text in said]
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch where the model is, in the dtype of its weights."""
+        model = self.model
+        return {
+            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in batch.items()
+        }
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Let the base model stand by itself while the block runs."""
+        with self.model.disable_adapter():
+            yield
+
+    @contextmanager
+    def alone(self, task: str) -> Iterator[None]:
+        """Let a single task's adapter stand on the base model while the block runs, as it was before it was merged.
+
+        The merge holds all that is needed: it is what is left when all other tasks are forgotten.
+
+        Raises:
+            UnmergeableAdapterError: The task has a part in the mean of several projectors, which cannot be undone.
+        """
+        others = [name for name in self.tasks if name != task]
+        with tempfile.TemporaryDirectory() as place:
+            folder = merge_adapter_files(
+                [self.source.folder], Path(place, "alone"), without=others, gate_lora=False, progress=False
+            )
+            self.model.load_adapter(str(folder), adapter_name=_ALONE)
+        active = self.model.active_adapter
+        try:
+            for module in self.model.modules():
+                if isinstance(module, ProjectorMixture) and len(module.trained) == 1:
+                    module.abstain_above = None  # there is nothing to choose from
+            self.model.set_adapter(_ALONE)
+            yield
+        finally:
+            self.model.set_adapter(active)
+            self.model.delete_adapter(_ALONE)
+
+    def contexts(self, tasks: Sequence[str], base: bool = True) -> Iterator[tuple[str, Any]]:
+        """By name what there is to be asked: the merge, the base model, and each of these tasks alone."""
+        yield MERGE, nullcontext()
+        if base:
+            yield BASE, self.base()
+        for task in tasks:
+            yield task, self.alone(task)
