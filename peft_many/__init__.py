@@ -30,6 +30,7 @@ else:
     from .merging.recipe import read_recipe
     from .records import MergeOptions
     from .reports.asking import ask_merge
+    from .reports.evaluation import evaluate_merge, save_evaluation
     from .reports.inspection import inspect_adapter
     from .reports.plan import plan_merge
     from .reports.report import MergeReport, merge_report, save_report
@@ -55,6 +56,7 @@ __all__ = [
     "add_task",
     "ask_merge",
     "collect_statistics",
+    "evaluate_merge",
     "export_lora",
     "export_model",
     "export_routed_model",
@@ -72,5 +74,6 @@ __all__ = [
     "refit_merge",
     "remove_task",
     "reweight_tasks",
+    "save_evaluation",
     "save_report",
 ]

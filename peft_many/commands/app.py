@@ -9,6 +9,7 @@ import typer
 from ..version import __version__
 from .ask import ask
 from .edit import add, pool, remove
+from .evaluate import evaluate
 from .export import export
 from .look import inspect, report
 from .measure import measure
@@ -40,5 +41,5 @@ def main(
     """Merge task adapters of multimodal language models without forgetting (MAny, arXiv 2604.14016)."""
 
 
-for command in (measure, plan, merge, ask, inspect, report, add, remove, pool, export):
+for command in (measure, plan, merge, ask, evaluate, inspect, report, add, remove, pool, export):
     app.command()(command)

@@ -16,6 +16,7 @@ from ..files.card import in_words
 from ..records import ExpectedRouting, most_telling
 from ..records.options import BOTH
 from ..reports.asking import Answer
+from ..reports.evaluation import Evaluation
 from ..reports.inspection import AdapterInspection
 from ..reports.plan import MergePlan
 from ..reports.report import MergeReport
@@ -140,6 +141,26 @@ def show_answer(found: Answer) -> None:
         _say(f"• The LoRA was that of: {_shares(found.gate)}")
     for name, answer in found.others.items():
         _say(f"• {name}: {answer}")
+
+
+def show_evaluation(found: Evaluation) -> None:
+    """Who answers which task how well, in per cent."""
+    mean = found.mean
+    rows = [
+        {
+            "": who,
+            **{task: f"{row[task]:.1f}" if task in row else "" for task in found.metrics},
+            "mean": f"{mean[who]:.1f}" if who in mean else "",
+            **({"perplexity": f"{found.perplexity.get(who, float('nan')):.3f}"} if found.perplexity else {}),
+        }
+        for who, row in found.scores.items()
+    ]
+    counts = ", ".join(f"{task} {found.questions[task]} ({metric})" for task, metric in found.metrics.items())
+    _show_table("Scores in per cent", rows)
+    _say(f"Questions: {counts}")
+    if found.forgotten:
+        lost = ", ".join(f"{task} {points:.1f}" for task, points in found.forgotten.items())
+        _say(f"Points that each task's adapter alone has more than the merge: {lost}")
 
 
 def _shares(weights: Mapping[str, float]) -> str:

@@ -36,8 +36,9 @@ def say_error(message: str) -> None:
 
 
 def print_json(result: Any) -> None:
-    """Print a dataclass for a script to read."""
-    typer.echo(json.dumps(dataclasses.asdict(result), indent=2, default=str))
+    """Print a dataclass, or its content, for a script to read."""
+    content = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result
+    typer.echo(json.dumps(content, indent=2, default=str))
 
 
 def _told(error: Exception) -> str:

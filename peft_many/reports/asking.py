@@ -59,13 +59,14 @@ def ask_merge(
 ) -> Answer:
     """Ask a merge something, and see which of its tasks it took the question for.
 
+    Arguments that are not listed are as in [`measure_adapter`].
+
     Args:
         merge (`str` or `os.PathLike`): A merge, or the adapter of one task: a folder or a Hub id.
         question (`str`): What to ask.
         images (`str`, `os.PathLike`, `PIL.Image.Image` or a list of them): What to ask it about.
         compare (`bool`, defaults to `False`):
             Ask the base model and each task's adapter alone, too. These are taken from the merge.
-        base_model, processor, system, device, model_options, **hub: As in [`measure_adapter`].
         max_new_tokens (`int`, defaults to 64): The longest answer; decoding is greedy.
 
     Returns:

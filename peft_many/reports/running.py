@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import PeftWarning
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -99,9 +101,6 @@ class RunningMerge:
         """Let a single task's adapter stand on the base model while the block runs, as it was before it was merged.
 
         The merge holds all that is needed: it is what is left when all other tasks are forgotten.
-
-        Raises:
-            UnmergeableAdapterError: The task has a part in the mean of several projectors, which cannot be undone.
         """
         others = [name for name in self.tasks if name != task]
         with tempfile.TemporaryDirectory() as place:
@@ -121,9 +120,21 @@ class RunningMerge:
             self.model.delete_adapter(_ALONE)
 
     def contexts(self, tasks: Sequence[str], base: bool = True) -> Iterator[tuple[str, Any]]:
-        """By name what there is to be asked: the merge, the base model, and each of these tasks alone."""
+        """By name what there is to be asked: the merge, the base model, and these tasks alone, if they can be."""
         yield MERGE, nullcontext()
         if base:
             yield BASE, self.base()
+        if tasks and self.merge is not None and self.merge.averaged_projectors:
+            warnings.warn(
+                "The merge holds the mean of its tasks' projectors, so that no task's adapter can be asked alone.",
+                PeftWarning,
+                stacklevel=3,
+            )
+            return
         for task in tasks:
-            yield task, self.alone(task)
+            yield alone_name(task), self.alone(task)
+
+
+def alone_name(task: str) -> str:
+    """What a task's adapter is called among those that answer."""
+    return f"{task} alone"

@@ -62,7 +62,8 @@ def test_everybody_says_what_they_say_by_themselves(place, merge):
     assert found.others == {
         BASE: said(load(place), place, "red"),
         **{
-            task: said(PeftModel.from_pretrained(load(place), place / task), place, "red") for task in ("cold", "warm")
+            f"{task} alone": said(PeftModel.from_pretrained(load(place), place / task), place, "red")
+            for task in ("cold", "warm")
         },
     }
     assert len({found.answer, *found.others.values()}) > 2, "else nothing is told apart"

@@ -1,0 +1,105 @@
+"""`peft-many evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..data.scores import METRICS
+from ..reports.evaluation import evaluate_merge, save_evaluation
+from . import arguments as a
+from .display import show_evaluation
+from .running import print_json
+
+
+def evaluate(
+    merge: Annotated[str, typer.Argument(help="The folder or Hub id of a merge.", show_default=False)],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[TASK=DATA]...", help="Further data.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", "-d", metavar="TASK=DATA", help=f"Test questions of a task: {a.SomeData} Repeat it."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[TASK=]METRIC", help=f"How answers are scored: {', '.join(METRICS)}. [dim]default: exact[/dim]"
+        ),
+    ] = None,
+    alone: Annotated[
+        Literal["all", "own", "none"],
+        typer.Option(help="Which questions each task's adapter alone is asked: all, its own, none."),
+    ] = "all",
+    text: Annotated[Path | None, typer.Option(help="A text file to compute the perplexity of.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder for scores, answers and a picture.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first questions of each task only.")] = None,
+    split: Annotated[str, typer.Option(help="Which part of a data set.")] = "test",
+    images: a.Images = None,
+    base_model: a.Base = None,
+    system: a.System = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions in one pass.")] = 8,
+    max_new_tokens: a.MaxNewTokens = 64,
+    device: a.ModelDevice = None,
+    load_in: a.LoadIn = None,
+    json: a.Json = False,
+    quiet: a.Quiet = False,
+) -> None:
+    """Ask a merge test questions, and the base model and each task's adapter alone too: who answers what how well.
+
+    The tasks' own adapters are taken from the merge, which holds all of them.
+
+    [bold]Examples[/bold]
+
+    peft-many evaluate merged --data clevr=clevr.jsonl iconqa=iconqa.jsonl
+
+    peft-many evaluate merged --data vqa=me/vqa --metric vqa --limit 500 --alone own --output evaluated
+
+    peft-many evaluate merged --data clevr=clevr.jsonl --text prose.txt --json
+    """
+    found = evaluate_merge(
+        merge,
+        _by_task([*(data or ()), *(more or ())]),
+        metric=_metrics(metric),
+        alone=alone,
+        text=text,
+        limit=limit,
+        split=split,
+        images=images,
+        base_model=base_model,
+        system=system,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        model_options=a.model_options(load_in),
+        progress=not quiet,
+    )
+    folder = None if output is None else save_evaluation(found, output)
+    if json:
+        print_json(found.to_dict())
+        return
+    show_evaluation(found)
+    if folder is not None:
+        typer.echo(f"Scores and answers: {folder}")
+
+
+def _by_task(given: list[str]) -> dict[str, str]:
+    """Data by task; without a name a file's own is the task's."""
+    found = {}
+    for text in given:
+        task, named, place = text.partition("=")
+        found[task if named else Path(text).stem] = place if named else text
+    if not found:
+        raise typer.BadParameter("Give test questions: --data TASK=DATA, for each task.", param_hint="--data")
+    return found
+
+
+def _metrics(given: list[str] | None) -> str | dict[str, str]:
+    """One metric for all tasks, or one for each that is named."""
+    named = dict(text.split("=", 1) for text in given or () if "=" in text)
+    whole = [text for text in given or () if "=" not in text]
+    if len(whole) > 1 or (whole and named):
+        raise typer.BadParameter("Give one metric for all tasks, or TASK=METRIC for some.", param_hint="--metric")
+    return named or (whole[0] if whole else "exact")

@@ -1,0 +1,33 @@
+"""A picture of an evaluation: who answers which task how well."""
+
+from __future__ import annotations
+
+import textwrap
+
+from matplotlib.figure import Figure
+
+from .evaluation import Evaluation
+
+
+def draw_scores(found: Evaluation) -> Figure:
+    """A matrix with a row for each who answered and a column for each task, coloured from 0 to 100 per cent."""
+    names, tasks = list(found.scores), list(found.metrics)
+    height, width = 0.5 * len(names) + 2.0, 0.9 * len(tasks) + 3.5
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    rows = [[found.scores[name].get(task, float("nan")) for task in tasks] for name in names]
+    image = axes.imshow(rows, vmin=0, vmax=100, cmap="Blues", aspect="auto")
+    for y, row in enumerate(rows):
+        for x, value in enumerate(row):
+            if value == value:  # not NaN
+                axes.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if value > 60 else "black")
+    axes.set_xticks(range(len(tasks)), [_short(task) for task in tasks], rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_xlabel("questions of")
+    axes.set_title("Right answers, %" if set(found.metrics.values()) == {"exact"} else "Score, %")
+    figure.colorbar(image)
+    return figure
+
+
+def _short(name: str) -> str:
+    return textwrap.shorten(name, 30, placeholder="…")

@@ -1,0 +1,127 @@
+"""`evaluate_merge`: scores of the models' own answers, by who answered and by task; and what is shown of them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from peft_many import evaluate_merge, merge_adapter_files, save_evaluation
+from peft_many.commands import app
+from peft_many.reports.evaluation import Evaluation
+from peft_many.reports.running import BASE, MERGE
+from tests.examples import toy
+from tests.reports.test_asking import QUESTION, load, place, said  # noqa: F401  (a fixture)
+
+ALONE = ["cold alone", "warm alone"]
+
+
+@pytest.fixture(scope="module")
+def data(place):  # noqa: F811
+    """Questions whose right answer is what the task's own adapter says, so that it always scores full marks."""
+    found = {}
+    for task, colour in (("warm", "red"), ("cold", "blue")):
+        model = PeftModel.from_pretrained(load(place), place / task)
+        answer = said(model, place, colour)
+        rows = [{"image": f"{colour}.png", "question": QUESTION, "answer": answer}] * 3
+        found[task] = toy.write(place / f"{task}-test.json", rows)
+    return found
+
+
+def test_everybody_is_asked_everything(place, data, monkeypatch):  # noqa: F811
+    found = evaluate_merge(place / "gated", data, max_new_tokens=8, progress=False)
+    assert list(found.scores) == [MERGE, BASE, *ALONE]
+    assert all(found.scores[f"{task} alone"][task] == 100 for task in data)
+    assert found.scores[BASE] == {"warm": 0, "cold": 0}
+    merged = PeftModel.from_pretrained(load(place), place / "gated")
+    assert found.answers[MERGE]["warm"] == [said(merged, place, "red")] * 3
+    assert found.questions == {"warm": 3, "cold": 3}
+    assert found.forgotten == {task: 100 - found.scores[MERGE][task] for task in data}
+    assert found.mean["cold alone"] == sum(found.scores["cold alone"].values()) / 2
+    own = evaluate_merge(place / "gated", data, alone="own", limit=2, max_new_tokens=8, progress=False)
+    assert {who: list(row) for who, row in own.scores.items() if who in ALONE} == {
+        "cold alone": ["cold"],
+        "warm alone": ["warm"],
+    }
+    assert own.forgotten == found.forgotten
+    assert own.questions == {"warm": 2, "cold": 2}
+    none = evaluate_merge(place / "gated", {"other": data["warm"]}, alone="none", max_new_tokens=2, progress=False)
+    assert list(none.scores) == [MERGE, BASE]
+    assert none.forgotten == {}
+
+
+def test_means_of_projectors_cannot_be_taken_apart(place, data, tmp_path):  # noqa: F811
+    merge_adapter_files([place / "warm", place / "cold"], tmp_path / "mean", projectors="mean", progress=False)
+    with pytest.warns(match="no task's adapter can be asked alone"):
+        found = evaluate_merge(tmp_path / "mean", data, limit=1, max_new_tokens=2, progress=False)
+    assert list(found.scores) == [MERGE, BASE]
+
+
+def test_perplexity_is_that_of_the_texts_tokens(place, data, tmp_path, monkeypatch):  # noqa: F811
+    text = tmp_path / "prose.txt"
+    text.write_text("What colour is it ? red green blue grey a chat between a curious user and an assistant")
+    monkeypatch.setattr("peft_many.reports.evaluation._WINDOW", 1000)
+    whole = evaluate_merge(place / "merged", data, text=text, alone="none", limit=1, max_new_tokens=1, progress=False)
+    ids = AutoTokenizer.from_pretrained(place / "base")(text.read_text(), return_tensors="pt")["input_ids"]
+    for who, model in {BASE: load(place), MERGE: PeftModel.from_pretrained(load(place), place / "merged")}.items():
+        with torch.no_grad():
+            expected = math.exp(model(input_ids=ids, labels=ids).loss.item())
+        assert whole.perplexity[who] == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr("peft_many.reports.evaluation._WINDOW", 4)
+    cut = evaluate_merge(place / "merged", data, text=text, alone="none", limit=1, max_new_tokens=1, progress=False)
+    assert cut.perplexity[BASE] != whole.perplexity[BASE]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"data": {}}, "nothing to evaluate on"),
+        ({"metric": "bleu"}, "no metric 'bleu'"),
+        ({"metric": {"warm": "bleu"}}, "no metric 'bleu'"),
+        ({"data": {"warm": "nowhere.json"}}, "There is no file"),
+    ],
+)
+def test_mistakes_show_before_the_model_is_loaded(place, data, monkeypatch, options, match):  # noqa: F811
+    monkeypatch.setattr("peft_many.reports.running.RunningMerge.load", None)
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
+        evaluate_merge(place / "merged", **{"data": data, **options})
+
+
+FOUND = Evaluation(
+    {"warm": "exact", "cold": "vqa"},
+    {"warm": 3, "cold": 3},
+    {MERGE: {"warm": 50.0, "cold": 75.0}, "warm alone": {"warm": 60.0}},
+    {MERGE: 9.5, BASE: 9.25},
+)
+
+
+def test_what_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = save_evaluation(FOUND, tmp_path / "new" / "evaluated")
+    assert {path.name for path in folder.iterdir()} == {"evaluation.json", "evaluation.png", "answers.json"}
+    written = json.loads((folder / "evaluation.json").read_text())
+    assert written["forgotten"] == {"warm": 10.0}
+    assert written["mean"] == {MERGE: 62.5}
+    assert (folder / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command(place, data, tmp_path):  # noqa: F811
+    words = ["evaluate", str(place / "gated"), "--data", f"warm={data['warm']}", f"cold={data['cold']}"]
+    words += ["--max-new-tokens", "8", "--limit", "1", "--alone", "own", "--quiet"]
+    told = CliRunner().invoke(app, [*words, "--output", str(tmp_path / "evaluated"), "--metric", "cold=vqa"])
+    assert told.exit_code == 0, told.output
+    for word in ("merge", BASE, *ALONE, "100.0", "Questions: warm 1 (exact), cold 1 (vqa)", "has more than the merge"):
+        assert word in told.stdout
+    found = evaluate_merge(
+        place / "gated", data, metric={"cold": "vqa"}, limit=1, alone="own", max_new_tokens=8, progress=False
+    )
+    assert json.loads((tmp_path / "evaluated" / "evaluation.json").read_text()) == found.to_dict()
+    told = CliRunner().invoke(app, [*words, "--json"])
+    assert json.loads(told.stdout)["scores"].keys() == found.scores.keys()
+    assert CliRunner().invoke(app, words[:2]).exit_code == 2
+    assert CliRunner().invoke(app, [*words, "--metric", "vqa", "--metric", "exact"]).exit_code == 2
