@@ -37,7 +37,7 @@ def say_error(message: str) -> None:
 
 def print_json(result: Any) -> None:
     """Print a dataclass, or its content, for a script to read."""
-    content = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result
+    content = result if isinstance(result, dict) else dataclasses.asdict(result)
     typer.echo(json.dumps(content, indent=2, default=str))
 
 

@@ -205,5 +205,5 @@ def save_evaluation(found: Evaluation, output_dir: str | os.PathLike[str]) -> Pa
     except ImportError:
         return output
     with replace_file(output / "evaluation.png") as temporary:
-        draw_scores(found).savefig(temporary, format="png", dpi=130)
+        draw_scores(found.scores, found.metrics).savefig(temporary, format="png", dpi=130)
     return output

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from .evaluation import Evaluation
 
-
-def draw_scores(found: Evaluation) -> Figure:
+def draw_scores(scores: Mapping[str, Mapping[str, float]], metrics: Mapping[str, str]) -> Figure:
     """A matrix with a row for each who answered and a column for each task, coloured from 0 to 100 per cent."""
-    names, tasks = list(found.scores), list(found.metrics)
+    names, tasks = list(scores), list(metrics)
     height, width = 0.5 * len(names) + 2.0, 0.9 * len(tasks) + 3.5
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
-    rows = [[found.scores[name].get(task, float("nan")) for task in tasks] for name in names]
+    rows = [[scores[name].get(task, float("nan")) for task in tasks] for name in names]
     image = axes.imshow(rows, vmin=0, vmax=100, cmap="Blues", aspect="auto")
     for y, row in enumerate(rows):
         for x, value in enumerate(row):
@@ -24,7 +23,7 @@ def draw_scores(found: Evaluation) -> Figure:
     axes.set_xticks(range(len(tasks)), [_short(task) for task in tasks], rotation=30, ha="right")
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
     axes.set_xlabel("questions of")
-    axes.set_title("Right answers, %" if set(found.metrics.values()) == {"exact"} else "Score, %")
+    axes.set_title("Right answers, %" if set(metrics.values()) == {"exact"} else "Score, %")
     figure.colorbar(image)
     return figure
 
