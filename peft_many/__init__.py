@@ -23,12 +23,14 @@ else:
     from .editing.refit import refit_merge
     from .editing.tasks import add_task, remove_task, reweight_tasks
     from .exports import export_lora, export_model, export_routed_model, load_routed_model
-    from .exports.llava_checkpoint import import_llava_checkpoint
+    from .hub.llava_checkpoint import import_llava_checkpoint
     from .hub.loading import find_statistics
     from .hub.pushing import keep_cards
     from .merging.merge import merge_adapter_files, merge_adapter_sequence
     from .merging.recipe import read_recipe
     from .records import MergeOptions
+    from .reports.asking import ask_merge
+    from .reports.evaluation import evaluate_merge, save_evaluation
     from .reports.asking import ask_merge
     from .reports.evaluation import evaluate_merge, save_evaluation
     from .reports.inspection import inspect_adapter

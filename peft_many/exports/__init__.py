@@ -1,4 +1,4 @@
-"""Other people's formats: adapters and merges for servers and programs that know nothing of this package, and LLaVA's.
+"""Other people's formats: adapters and merges for servers and programs that know nothing of this package.
 
 Each export reads one adapter, writes one folder whole or not at all, and says in its card what it cannot do.
 """

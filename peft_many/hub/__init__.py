@@ -1,1 +1,1 @@
-"""Where adapters come from and go to: folders and Hub repositories."""
+"""Where adapters come from and go to: folders, Hub repositories, checkpoints of the LLaVA repository; base models."""

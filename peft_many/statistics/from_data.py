@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from typing_extensions import Unpack
 
 from ..data.batches import ChatCollator, batches
 from ..data.reading import read_examples
-from ..files.atomic import new_folder, writable_place
+from ..files.adapter import AdapterSource
+from ..files.atomic import new_folder
 from ..files.card import CARD_NAME
 from ..hub.base_model import BaseModel
+from ..hub.llava_checkpoint import PROJECTOR_WEIGHTS_NAME, import_llava_checkpoint
 from ..hub.loading import put_on
 from ..hub.sources import ADAPTER_FILES, HubArguments, find_adapter
 from ..records import merge_of
@@ -52,7 +56,9 @@ def measure_adapter(
     [`~peft.LoraConfig`] one say; its weights stay as they are. Nothing is written unless all goes well.
 
     Args:
-        adapter (`str` or `os.PathLike`): A folder or a Hub id (`"me/clevr"`, `"me/clevr@revision"`).
+        adapter (`str` or `os.PathLike`):
+            A folder or a Hub id (`"me/clevr"`, `"me/clevr@revision"`); or the folder of a checkpoint of the LLaVA
+            repository, which does not say which `base_model` of transformers it is of.
         data (`str`, `os.PathLike` or `Iterable`):
             What the adapter was trained on, or like it: a file of conversations or questions (`.json`, `.jsonl`,
             `.parquet`), a folder or Hub id that `datasets` reads, a `datasets.Dataset`, or rows
@@ -100,19 +106,19 @@ def measure_adapter(
     """
     folder = Path(output_dir).expanduser()
     replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
-    writable_place(folder, replaced)
-    source = find_adapter(adapter, **hub)
-    config = PeftConfig.from_pretrained(str(source.folder))
-    if merge_of(config) is not None:
-        raise ValueError(f"{source.name} is a merge, which carries its tasks' statistics; only adapters are measured.")
-    # Files are read before the model is: what is missing shows at once.
-    examples = read_examples(data, split=split, images=images, limit=max_samples, seed=seed)
-    base = BaseModel.of(base_model, config, hub)
-    collator = ChatCollator(base.load_processor() if processor is None else processor, system)
-    model = put_on(base.load_on(device, **(model_options or {})), source)
-    own = model.peft_config["default"]
-    own.task_name = task_name or getattr(own, "task_name", None) or source.short_name
-    with new_folder(folder, replaced) as partial:
+    with new_folder(folder, replaced) as partial, _as_adapter(find_adapter(adapter, **hub), base_model) as source:
+        config = PeftConfig.from_pretrained(str(source.folder))
+        if merge_of(config) is not None:
+            raise ValueError(
+                f"{source.name} is a merge and holds its tasks' statistics; only adapters are measured."
+            )
+        # Files are read before the model is: what is missing shows at once.
+        examples = read_examples(data, split=split, images=images, limit=max_samples, seed=seed)
+        base = BaseModel.of(base_model, config, hub)
+        collator = ChatCollator(base.load_processor() if processor is None else processor, system)
+        model = put_on(base.load_on(device, **(model_options or {})), source)
+        own = model.peft_config["default"]
+        own.task_name = task_name or getattr(own, "task_name", None) or source.short_name
         collect_statistics(
             model,
             _as_the_model(batches(examples, collator.training, batch_size), model),
@@ -122,6 +128,19 @@ def measure_adapter(
     if push_to is not None:
         model.push_to_hub(push_to, token=hub.get("token"))
     return folder
+
+
+@contextmanager
+def _as_adapter(source: AdapterSource, base_model: Any) -> Iterator[AdapterSource]:
+    """An adapter as PEFT has them: a checkpoint of the LLaVA repository is imported for the time being."""
+    if not (source.folder / PROJECTOR_WEIGHTS_NAME).is_file():
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as place:
+        base = None if base_model is None else str(base_model)
+        adapter = Path(place, "adapter")
+        import_llava_checkpoint(source.folder, adapter, task_name=source.short_name, base_model=base)
+        yield AdapterSource(adapter, source.name)
 
 
 def _as_the_model(found: Iterator[dict[str, Tensor]], model: PeftModel) -> Iterator[dict[str, Tensor]]:

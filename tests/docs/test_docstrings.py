@@ -14,7 +14,7 @@ import peft_many
 from peft_many import merge_adapter_files
 from tests.adapters import base, batches, make
 from tests.examples import toy
-from tests.exports.llava_files import checkpoint
+from tests.hub.llava_files import checkpoint
 
 EXAMPLE = re.compile(r"```py\n(.*?)```", re.DOTALL)
 # Classes that are not made by users, or whose example is a training run (tests/statistics).

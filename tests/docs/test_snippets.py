@@ -29,7 +29,7 @@ from tests.adapters import WEIGHTS, batches, scatter
 from tests.docs.pages import PAGES, ROOT, commands, folders_written, imported, python_snippets, run, snippets
 from tests.examples import toy
 from tests.examples.scripts import EXAMPLES, script
-from tests.exports.llava_files import checkpoint
+from tests.hub.llava_files import checkpoint
 from tests.hub_server import StandInHub, talk_to
 
 # By folder, the task's name. All are on the Hub too, as me/…

@@ -22,7 +22,7 @@ from torch.optim import AdamW
 import peft_many
 from tests import new_process, tiny
 from tests.examples import toy
-from tests.exports.llava_files import checkpoint
+from tests.hub.llava_files import checkpoint
 
 train, merge, evaluate, measure = (toy.example(name) for name in ("train", "merge", "evaluate", "measure"))
 

@@ -10,12 +10,20 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from peft_many import MAnyConfig, collect_statistics, inspect_adapter, measure_adapter, merge_adapter_files
+from peft_many import (
+    MAnyConfig,
+    collect_statistics,
+    import_llava_checkpoint,
+    inspect_adapter,
+    measure_adapter,
+    merge_adapter_files,
+)
 from peft_many.data.batches import ChatCollator, batches
 from peft_many.data.reading import read_examples
 from peft_many.files.statistics import AdapterStatistics
 from tests.adapters import STATISTICS, WEIGHTS, files, scatter
 from tests.examples import toy
+from tests.hub.llava_files import checkpoint
 from tests.hub.test_sources import hub, made  # noqa: F401  (fixtures)
 
 PLAIN = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["multi_modal_projector"]}
@@ -81,6 +89,19 @@ def test_a_lora_from_before_transformers_5(place, tmp_path):
         source = old if name == "old" else place / "plain"
         measure_adapter(source, place / "colours.json", tmp_path / f"{name}-1", task_name="x", progress=False)
     assert files(tmp_path / "old-1")[STATISTICS] == files(tmp_path / "new-1")[STATISTICS]
+
+
+def test_a_checkpoint_of_the_llava_repository(place, tmp_path):
+    source = checkpoint(tmp_path / "iconqa")
+    rows = [{"question": "What colour is it ?", "answer": "red"}] * 4
+    with pytest.raises(ValueError, match="does not say which base model"):
+        measure_adapter(source, rows, tmp_path / "1", progress=False)
+    measure_adapter(source, rows, tmp_path / "1", base_model=place / "base", progress=False)
+    config = PeftConfig.from_pretrained(tmp_path / "1")
+    assert (config.task_name, config.base_model_name_or_path) == ("iconqa", str(place / "base"))
+    imported = import_llava_checkpoint(source, tmp_path / "2")
+    assert files(tmp_path / "1")[WEIGHTS] == files(imported)[WEIGHTS]
+    assert measured(tmp_path / "1").tasks[0].samples == 4
 
 
 def test_options_reach_the_base_model_and_the_measuring(place, tmp_path):

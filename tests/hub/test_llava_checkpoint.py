@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from peft_many import MAnyConfig, collect_statistics, import_llava_checkpoint, merge_adapter_files
 from tests import tiny
 from tests.adapters import batches
-from tests.exports.llava_files import LAYERS, checkpoint, lora, projector
+from tests.hub.llava_files import LAYERS, checkpoint, lora, projector
 
 
 def by_hand(

@@ -19,7 +19,7 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..algebra.precision import without_autocast
@@ -27,7 +27,6 @@ from ..files.adapter import AdapterSource, read_adapter
 from ..files.atomic import new_folder
 from ..files.tensor_keys import KEY_PREFIX
 from ..tuner.config import MAnyConfig
-from .export import write_adapter
 
 PROJECTOR_WEIGHTS_NAME = "non_lora_trainables.bin"
 LANGUAGE_MODEL, PROJECTOR = "model.language_model", "model.multi_modal_projector"
@@ -53,8 +52,8 @@ def import_llava_checkpoint(
     [`~transformers.LlavaForConditionalGeneration`] (`"llava-hf/llava-1.5-7b-hf"` for `liuhaotian/llava-v1.5-7b`). It
     is written whole or not at all. Pickles are opened with `torch.load(..., weights_only=True)`: nothing is executed.
 
-    Such checkpoints come without statistics. To merge the adapter, load it, run `collect_statistics` on its task's
-    data, and save it again (docs/how-to/existing-adapters.md).
+    Such checkpoints come without statistics: measure the adapter on its task's data ([`measure_adapter`], which takes
+    the checkpoint itself too).
 
     Args:
         folder (`str`):
@@ -92,7 +91,9 @@ def import_llava_checkpoint(
     with new_folder(output) as partial:
         # With memory of their own, which safetensors asks for.
         copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-        write_adapter(partial, config, {f"{KEY_PREFIX}{name}": copy for name, copy in copies.items()})
+        named = {f"{KEY_PREFIX}{name}": copy for name, copy in copies.items()}
+        save_file(named, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(partial)
         for pair in read_adapter(AdapterSource(partial, str(source))).pairs.values():
             pair.read()  # both refuse what does not fit together, or is no number
     return output
