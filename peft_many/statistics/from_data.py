@@ -109,9 +109,7 @@ def measure_adapter(
     with new_folder(folder, replaced) as partial, _as_adapter(find_adapter(adapter, **hub), base_model) as source:
         config = PeftConfig.from_pretrained(str(source.folder))
         if merge_of(config) is not None:
-            raise ValueError(
-                f"{source.name} is a merge and holds its tasks' statistics; only adapters are measured."
-            )
+            raise ValueError(f"{source.name} is a merge and holds its tasks' statistics; only adapters are measured.")
         # Files are read before the model is: what is missing shows at once.
         examples = read_examples(data, split=split, images=images, limit=max_samples, seed=seed)
         base = BaseModel.of(base_model, config, hub)
