@@ -6,7 +6,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -124,7 +124,7 @@ Self = TypeVar("Self", bound=Covariance)
 class DenseCovariance(Covariance):
     """A covariance held whole: `G` is a symmetric matrix of shape `(in, in)`, float64 as collected."""
 
-    matrix: Tensor
+    matrix: Tensor = field(repr=False)
 
     @property
     def width(self) -> int:
@@ -173,7 +173,7 @@ class LowRankCovariance(Covariance):
     `scales` (`in_eight_bits`).
     """
 
-    factor: Tensor
+    factor: Tensor = field(repr=False)
     scale: float = 1.0  # a power of two that brings the factor into the range of float16
     scales: Scales | None = None  # what rows and columns of an int8 factor are multiplied by
     is_orthogonal: bool = False  # whether rows are known to be orthogonal and to fall in norm: eigen-directions of `C`

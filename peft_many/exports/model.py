@@ -93,7 +93,7 @@ def _check_task(adapter: Adapter, task_name: str | None) -> None:
     task = next((task for task in adapter.tasks if task.name == task_name), None)
     if task is None:
         names = ", ".join(f"'{task.name}'" for task in adapter.tasks)
-        raise ValueError(f"`projector` names the task '{task_name}', but the tasks are {names}.")
+        raise ValueError(f"There is no task '{task_name}' whose projector could be kept; the tasks are {names}.")
     if task.origin.projectors_left_out:
         raise ValueError(f"'{task_name}' had the weight 0 in this merge, so its projector was not kept.")
     mean = next((name for name, tasks in adapter.averaged_projectors.items() if len(tasks) > 1), None)

@@ -40,12 +40,12 @@ class InputStatistics:
 class FeatureStatistics:
     """What was measured of a task's images where they arrive at one projector, or of its instructions."""
 
-    prototype: Tensor  # mean over images of the mean-pooled projector input, or of instructions; shape (d,), float32
+    prototype: Tensor = field(repr=False)  # mean over images of the mean-pooled projector input, or of instructions; shape (d,), float32
     spread: Covariance | None  # of these features about the prototype, if of two or more
     count: int  # images or instructions
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TaskStatistics:
     """What one pass over one task's data measured.
 
@@ -86,6 +86,10 @@ class TaskStatistics:
     lora_A: Mapping[str, Tensor] = field(default_factory=dict)
     lora_B: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        inputs = f"{len(self.inputs)} inputs of {len(self.input_of)} layers"
+        return f"<TaskStatistics of {self.name!r}: {self.samples} samples, {self.images} images, {inputs}>"
+
     @property
     def images(self) -> int:
         """Images that were seen."""
@@ -119,6 +123,9 @@ class AdapterStatistics:
     def __init__(self, tasks: tuple[TaskStatistics, ...]) -> None:
         self.tasks = tasks
         self._starts: dict[str, list[int]] = {}  # by layer, where each task's columns of the merged `B` begin
+
+    def __repr__(self) -> str:
+        return f"AdapterStatistics([{', '.join(map(repr, self.tasks))}])"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterStatistics:
         return self
@@ -207,16 +214,11 @@ def _about(seen: FeatureStatistics, counted: str) -> dict[str, Any]:
     return {counted: seen.count, "spread": seen.spread and seen.spread.numbers()}
 
 
-def _features_of(task: TaskStatistics) -> dict[str, FeatureStatistics]:
-    """The statistics of features, by the ends of their keys."""
-    words = {} if task.instructions is None else {INSTRUCTIONS: task.instructions}
-    return {**task.projectors, **words}
-
-
 def _tensors_of(t: int, task: TaskStatistics) -> Iterator[tuple[str, Planned]]:
     """What the file holds of a task, by key."""
     covariances = {f"{COVARIANCE}.{key}": measured.covariance for key, measured in task.inputs.items()}
-    features = _features_of(task)
+    words = {} if task.instructions is None else {INSTRUCTIONS: task.instructions}
+    features = {**task.projectors, **words}  # by the ends of their keys
     covariances |= {f"spread.{name}": seen.spread for name, seen in features.items() if seen.spread}
     for key, covariance in covariances.items():
         for part, tensor in covariance.tensors().items():
@@ -255,7 +257,7 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
     for layer, key in task["input_of"].items():
         if key not in inputs:
             raise StatisticsError(f"{file.path}: layer '{layer}' reads an input that the file does not describe.")
-    weight = float(task["weight"])
+    weight, asked = float(task["weight"]), task.get("instructions")
     if not 0 <= weight < math.inf:
         raise StatisticsError(f"{file.path}: a task's weight is {weight}; weights must be finite and not negative.")
     return TaskStatistics(
@@ -266,9 +268,7 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         inputs=inputs,
         input_of=dict(task["input_of"]),
         projectors={name: _read_features(file, t, name, one, "images") for name, one in task["projectors"].items()},
-        instructions=_read_features(file, t, INSTRUCTIONS, asked, "count")
-        if (asked := task.get("instructions"))
-        else None,
+        instructions=_read_features(file, t, INSTRUCTIONS, asked, "count") if asked else None,
         fingerprints=_read_fingerprints(task["fingerprints"]),
         unmoved_projectors=_read_fingerprints(task.get("unmoved_projectors", {})),
         shapes={name: (int(out), int(width)) for name, (out, width) in task["shapes"].items()},

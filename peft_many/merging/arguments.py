@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import CONFIG_NAME
 
 from ..algebra.devices import float64_device
-from ..hub.sources import check_entry
+from ..files.atomic import writable_place
+from ..files.card import CARD_NAME
+from ..hub.sources import ADAPTER_FILES, check_entry
 
 
 def check_arguments(entries: Any, weights: Any, without: Any, task_names: Any) -> None:
@@ -49,6 +52,18 @@ def output_folder(output_dir: Any) -> Path:
     if not isinstance(output_dir, (str, os.PathLike)) or not os.fspath(output_dir):
         raise ValueError(f"The output folder must be a path, but it is {_shown(output_dir)}; adapters come before it.")
     return Path(output_dir).expanduser()
+
+
+def replaceable_files(output: Path, overwrite: bool) -> list[str]:
+    """The files in the output folder that a merge may replace, or `FileExistsError` if it cannot be written there."""
+    replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
+    try:
+        writable_place(output, replaced)
+    except FileExistsError as error:
+        if overwrite or not (output / CONFIG_NAME).is_file():
+            raise
+        raise FileExistsError(f"{error} To replace the adapter in it: `overwrite=True`, or `--overwrite`.") from None
+    return replaced
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -68,7 +68,9 @@ def _check_covariances(task: TaskAdapter) -> None:
     if not task.statistics.is_measured:
         raise UnmergeableAdapterError(
             f"{task.source} has no statistics: load it, run `collect_statistics(model, dataloader)` on its task's "
-            f"data, and save it again; or merge by a method that needs none ({', '.join(without_statistics())})."
+            f"data, and save it again; or merge by a method that needs none ({', '.join(without_statistics())}), with "
+            "averaged projectors: `method='average', projectors='mean'`, on the command line `--method average "
+            "--projectors mean`."
         )
     module = next((module for module in task.deltas if module not in task.statistics.input_of), None)
     if module is not None:
@@ -92,7 +94,8 @@ def _check_prototypes(task: TaskAdapter, projectors: Sequence[str]) -> None:
     if projectors and not task.statistics.is_measured:
         raise UnmergeableAdapterError(
             f"{task.source} has no statistics, so images cannot be routed to its task's projector '{projectors[0]}': "
-            "run `collect_statistics` on it, or pass `projectors='mean'`."
+            "run `collect_statistics` on it, or average the projectors: `projectors='mean'`, on the command line "
+            "`--projectors mean`."
         )
     for projector in task.projectors:
         if projector not in task.statistics.projectors:

@@ -18,17 +18,16 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from ..algebra.precision import without_autocast
-from ..files.atomic import shared_folder, writable_place
+from ..files.atomic import shared_folder
 from ..files.card import CARD_NAME
 from ..files.processes import ALONE, all_processes
 from ..files.tensor_file import TensorFileWriter, lay_out
 from ..files.tensor_keys import KEY_PREFIX
-from ..hub.sources import ADAPTER_FILES
 from ..records import MergeOptions
 from ..records.keywords import takes_merge_options
 from ..tuner.adapter_names import trouble_with
 from ..tuner.merged_linear import round_merge
-from .arguments import output_folder, usable_device
+from .arguments import output_folder, replaceable_files, usable_device
 from .base_model import check_fits_model, untouched_on_failure
 from .group import LayerRecord, MergedGroup, mean_residuals, merge_groups
 from .merged_config import merged_config
@@ -216,14 +215,14 @@ def merge_adapter_files(
         ```
     """
     output = output_folder(output_dir)
-    replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
+    replaced: list[str] = []
 
     computing = torch.device("cpu")
 
     def prepare() -> PreparedMerge:
-        nonlocal computing
+        nonlocal computing, replaced
         chosen, computing = MergeOptions(**options), usable_device(device)
-        writable_place(output, replaced)  # before anything is read
+        replaced = replaceable_files(output, overwrite)  # before anything is read
         return prepare_merge(
             adapters,
             chosen,

@@ -32,7 +32,7 @@ def merged_config(
         modules_to_save=projectors or None,
         projector_modules=list(projectors),
         fan_in_fan_out=any(getattr(config, "fan_in_fan_out", False) for config in configs),
-        task_type=_common(configs, "task_type"),
+        task_type=_task_type(configs) if not projectors else None,
         auto_mapping=_common(configs, "auto_mapping"),
         base_model_name_or_path=base_model,
         revision=revision,
@@ -50,6 +50,12 @@ def _common(configs: Iterable[Any], field: str) -> Any:
     """The value that all configs which have one agree on, else `None`."""
     values = [value for config in configs if (value := getattr(config, field, None))]
     return values[0] if values and all(value == values[0] for value in values) else None
+
+
+def _task_type(configs: Sequence[Any]) -> Any:
+    """What all say alike; one that says none needs no class of PEFT's for its kind of task, so the merge does not."""
+    kinds = {getattr(config, "task_type", None) for config in configs}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def _same_layers(adapters: Sequence[Adapter]) -> bool:

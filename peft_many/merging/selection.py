@@ -22,8 +22,8 @@ def select_tasks(adapters: Sequence[Adapter], weights: TaskWeights, without: Col
         by_name = weights
     elif weights is not None:
         factors = weights
-    _check_known(by_name, adapters, "`weights`")
-    _check_known(without, adapters, "`without`")
+    _check_known(by_name, adapters, "weigh")
+    _check_known(without, adapters, "leave out")
     selected = []
     for adapter, factor in zip(adapters, factors):
         tasks = [
@@ -50,7 +50,7 @@ def _with_tasks(adapter: Adapter, tasks: Sequence[TaskAdapter]) -> Adapter:
     return replace(adapter, config=config, tasks=tuple(tasks))
 
 
-def _check_known(names: Collection[str], adapters: Sequence[Adapter], option: str) -> None:
+def _check_known(names: Collection[str], adapters: Sequence[Adapter], what_for: str) -> None:
     tasks = [task for adapter in adapters for task in adapter.tasks]
     known = [task.name for task in tasks]
     unknown = next((name for name in names if name not in known), None)
@@ -61,7 +61,7 @@ def _check_known(names: Collection[str], adapters: Sequence[Adapter], option: st
                     f"The task '{unknown}' is part of the pool '{task.name}' ({task.source}), which cannot be taken "
                     "apart: its tasks can be neither forgotten nor weighted one by one."
                 )
-        raise ValueError(f"{option} names the task '{unknown}', but the tasks are {', '.join(map(repr, known))}.")
+        raise ValueError(f"There is no task '{unknown}' to {what_for}; the tasks are {', '.join(map(repr, known))}.")
 
 
 def _check_projectors_are_kept(tasks: Sequence[TaskAdapter]) -> None:

@@ -229,7 +229,8 @@ def _inspect_task(task: TaskAdapter, told: TaskRecord | None) -> TaskInspection:
     measured = task.statistics
     covariances = [one.covariance for one in measured.inputs.values()]
     kept = [covariance.rank for covariance in covariances]
-    energies = [1 - c.remainder * c.width / c.trace for c in covariances if c.trace > 0]
+    # The remainder is in every direction, in those that are kept too.
+    energies = [1 - c.remainder * (c.width - c.rank) / c.trace for c in covariances if c.trace > 0]
     return TaskInspection(
         **known_of(task),
         source=task.origin.source or "",

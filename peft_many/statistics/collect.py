@@ -161,7 +161,7 @@ def collect_statistics(
     gathered = gather_inputs(processes.together(measuring.inputs.result), kept, processes, device_of(peft_model))
     config = peft_model.peft_config[measuring.adapter_name]
     task = TaskStatistics(
-        name=getattr(config, "task_name", None),
+        name=measuring.task_name,
         samples=samples,
         inputs=gathered.inputs,
         input_of=gathered.input_of,

@@ -39,6 +39,11 @@ class Measuring:
     images: PrototypeHooks
     asked: InstructionHook
 
+    @property
+    def task_name(self) -> str | None:
+        """What the adapter's config calls its task."""
+        return getattr(self.model.peft_config[self.adapter_name], "task_name", None)
+
     def run(
         self,
         dataloader: Iterable[Any],
@@ -50,7 +55,7 @@ class Measuring:
         """Run the model over the batches; the rows that were seen, over all processes, or a `ValueError` if none."""
         bar = tqdm(
             total=max_samples,
-            desc=f"Measuring '{self.adapter_name}'",
+            desc=f"Measuring '{self.task_name or self.adapter_name}'",
             unit="sample",
             disable=not progress or processes.index > 0,
         )

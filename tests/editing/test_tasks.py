@@ -210,16 +210,16 @@ def test_tasks_are_reweighted_as_if_merged_so(shelf, tmp_path):
     assert but_operations(heavier) == but_operations(at_once)
     assert reweight_tasks(whole, {"b": 3.0}, progress=False) == whole
     assert files(whole) == files(heavier)
-    with pytest.raises(ValueError, match="names the task 'x'"):
+    with pytest.raises(ValueError, match="no task 'x' to weigh"):
         reweight_tasks(whole, {"x": 3.0}, progress=False)
 
 
 def test_mistakes_are_explained(shelf, tmp_path):
     whole = merge(shelf, "a b", tmp_path / "whole")
     before = files(whole)
-    with pytest.raises(ValueError, match=r"names the task 'x', but the tasks are 'a', 'b'"):
+    with pytest.raises(ValueError, match=r"no task 'x' to leave out; the tasks are 'a', 'b'"):
         remove_task(whole, "x", progress=False)
-    with pytest.raises(ValueError, match=r"`weights` names the task 'x', but the tasks are 'a', 'b'"):
+    with pytest.raises(ValueError, match=r"no task 'x' to weigh; the tasks are 'a', 'b'"):
         merge_adapter_files([whole], tmp_path / "new", weights={"x": 1.0}, progress=False)
     with pytest.raises(UnmergeableAdapterError, match="is the adapter of one task and no merge"):
         remove_task(shelf["a"], "a", progress=False)

@@ -145,7 +145,7 @@ def test_mistakes(shelf, tmp_path):
     before = files(tmp_path)
     with pytest.raises(ValueError, match="does not say which base model"):
         export_model(merged, tmp_path / "model")
-    with pytest.raises(ValueError, match=r"names the task 'x', but the tasks are 'a', 'b'"):
+    with pytest.raises(ValueError, match=r"no task 'x' whose projector could be kept; the tasks are 'a', 'b'"):
         export_model(merged, tmp_path / "model", base_model=shelf.base, projector="x")
     with pytest.raises(FileNotFoundError, match="The base model 'me/nowhere' cannot be loaded"):
         export_model(merged, tmp_path / "model", base_model="me/nowhere", local_files_only=True)
