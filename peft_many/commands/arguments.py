@@ -32,6 +32,10 @@ Weights = Annotated[
     list[str] | None,
     typer.Option("--weight", "-w", metavar="TASK=W", help="Weight of a task; repeat it. 1 by default."),
 ]
+Names = Annotated[
+    list[str] | None,
+    typer.Option("--name", metavar="ADAPTER=TASK", help="What to call the task of an adapter; repeat it."),
+]
 Without = Annotated[list[str] | None, typer.Option("--without", metavar="TASK", help="Leave out a task; repeat it.")]
 SameBase = Annotated[
     bool, typer.Option("--same-base", help="The adapters' base models are one, whatever they are called.")
@@ -104,6 +108,7 @@ def merge_arguments(
     adapters: list[str] | None,
     recipe: Path | None,
     weight: list[str] | None,
+    name: list[str] | None,
     without: list[str] | None,
     same_base: bool,
     device: str | None,
@@ -122,6 +127,8 @@ def merge_arguments(
                 param_hint="--weight",
             )
         arguments["weights"] = {**of_recipe, **weights}
+    if name:
+        arguments["task_names"] = _task_names(arguments, name)
     if without:
         arguments["without"] = without
     if same_base:
@@ -134,6 +141,21 @@ def merge_arguments(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return arguments | {name: getattr(chosen, name) for name in given}
+
+
+def _task_names(arguments: Mapping[str, Any], given: list[str]) -> list[Any]:
+    """A name, or none, for each of the adapters; what `--name adapter=task` says goes over what a recipe says."""
+    adapters = arguments["adapters"]
+    names = list(arguments.get("task_names") or [None] * len(adapters))
+    for text in given:
+        adapter, _, task = text.rpartition("=")
+        if adapter not in adapters or not task:
+            raise typer.BadParameter(
+                f"'{text}' is not ADAPTER=TASK; the adapters are {', '.join(map(repr, adapters))}.",
+                param_hint="--name",
+            )
+        names[adapters.index(adapter)] = task
+    return names
 
 
 def weights_by_task(given: list[str] | None) -> dict[str, float] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,18 +10,24 @@ from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from ..files.card import in_words
-from ..records import ExpectedRouting, most_telling
+from ..records import ExpectedRouting, MergeRecord, most_telling
 from ..records.options import BOTH
+from ..records.words import counted, shortened
 from ..reports.asking import Answer
+from ..reports.costs import amount
 from ..reports.evaluation import Evaluation
 from ..reports.inspection import AdapterInspection
 from ..reports.plan import MergePlan
 from ..reports.report import MergeReport
 from .running import say_error
+
+RESIDUAL = "What merging changes of each task's LoRA outputs: 0 is as if alone, 1 as if its LoRA were lost"
 
 
 def show_plan(plan: MergePlan) -> None:
@@ -43,11 +50,12 @@ def show_plan(plan: MergePlan) -> None:
         }
         for task in plan.tasks
     ]
-    _show_table(f"{len(plan.tasks)} tasks to merge", rows)
+    _show_table(f"{counted(len(plan.tasks), 'task')} to merge", rows)
     _say(_pairs("Options", plan.options or {}))
     _say(
-        f"{plan.layers} layers of rank {_span(plan.ranks)}, {plan.groups} problems to solve; the weights file "
-        f"has {decimal(plan.output_bytes)}. Arithmetic: {2e-9 * plan.multiplications:,.0f} Gflop in float64."
+        f"{counted(plan.layers, 'layer')} of rank {_span(plan.ranks)}, {counted(plan.groups, 'problem')} to solve; "
+        f"the weights file has {decimal(plan.output_bytes)}. Arithmetic: {2e-9 * plan.multiplications:,.0f} Gflop in "
+        "float64."
     )
     _show_routing(plan.routing or {}, doubts=False)
     for note in plan.notes:
@@ -56,7 +64,7 @@ def show_plan(plan: MergePlan) -> None:
 
 def show_inspection(found: AdapterInspection) -> None:
     """One adapter or merge."""
-    of_tasks = f" of {len(found.tasks)} tasks" if found.tasks else ""
+    of_tasks = f" of {counted(len(found.tasks), 'task')}" if found.tasks else ""
     kind = f"a merge{of_tasks}" if found.is_merge else "the adapter of one task"
     at = f" at {found.revision}" if found.revision else ""
     _say(Text.assemble((found.name, "bold"), f"{at}: {kind} ({found.peft_type})"))
@@ -111,7 +119,7 @@ def _show_statistics(found: AdapterInspection) -> None:
             "task": task.name,
             "samples": str(task.samples) if task.covariances or task.prototypes else "not measured",
             "images": str(task.images),
-            "instructions": f"{task.instructions}, width {task.instruction_width}" if task.instructions else "0",
+            "instructions": str(task.instructions),
             "inputs": str(task.covariances),
             "directions": _span(task.covariance_ranks),
             "energy": "" if task.energy is None else f"{task.energy:.5f}",
@@ -125,10 +133,13 @@ def _show_statistics(found: AdapterInspection) -> None:
 
 def show_report(report: MergeReport) -> None:
     """What merging costs each task, and which tasks contradict each other most."""
-    rows = [{"task": task, "mean over layers": f"{share:.3f}"} for task, share in report.interference.items()]
-    _show_table("Residual: share of a task's outputs that merging changes", rows)
-    for one, two, residual in report.conflicting_pairs():
-        _say(f"• '{one}' and '{two}' contradict each other: {residual:.3f}")
+    rows = [
+        {"task": task, "residual": f"{share:.3f}", "merging changes": amount(share)}
+        for task, share in report.interference.items()
+    ]
+    _show_table(RESIDUAL, rows)
+    for line in report.conflicts_in_words():
+        _say(f"• {line}")
     _show_routing(report.routing)
 
 
@@ -176,6 +187,28 @@ def show_doubts(routing: Mapping[str, ExpectedRouting]) -> None:
             Console(stderr=True).print(f"Note: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
+def show_merged(merge: MergeRecord, folder: str) -> None:
+    """After a merge, where results do not go: what it costs each task, where images go, and what to do next."""
+    aside = Console(stderr=True)
+    rows = [
+        {"task": task.name, "residual": f"{task.interference:.3f}", "merging changes": amount(task.interference)}
+        for task in merge.tasks
+        if task.interference is not None
+    ]
+    if rows:
+        _show_table(RESIDUAL, rows, aside)
+    if merge.averaged_projectors:
+        _say("All images go through the mean of the tasks' projectors.", aside)
+    for name, expected in most_telling(merge.expected_routing).items():
+        head, *doubts = expected.in_words(name) or [""]
+        for line in [head, *(f"Note: {doubt}" for doubt in doubts)]:
+            _say(line, aside)
+    place = shlex.quote(folder)
+    _say(f"What it is made of: peft-many inspect {place}", aside)
+    _say(f"What it costs, layer by layer: peft-many report {place} --output {shlex.quote(folder + '-report')}", aside)
+    _say(f"To use it: import peft_many; PeftModel.from_pretrained(base, {folder!r})", aside)
+
+
 def _show_routing(routing: Mapping[str, ExpectedRouting], doubts: bool = True) -> None:
     """Where inputs are expected to go, in sentences."""
     for name, expected in most_telling(routing).items():
@@ -184,18 +217,35 @@ def _show_routing(routing: Mapping[str, ExpectedRouting], doubts: bool = True) -
             _say(f"• {line}" if place else line)
 
 
-def _say(text: str | Text) -> None:
+def _say(text: str | Text, console: Console | None = None) -> None:
     """Print a line. Names in it may be anybody's, so it is no markup."""
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    (console or Console()).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _show_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in rows[0]:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row.values()))
-    Console().print(table)
+def _show_table(title: str, rows: Sequence[Mapping[str, str]], console: Console | None = None) -> None:
+    """Print a table, or where the terminal is too narrow for it a paragraph for each row; no word is broken."""
+    console = console or Console()
+    _say(Text(title, "italic"), console)
+    longest = min(40, console.width // 2)
+    shown = [{column: shortened(cell, longest) for column, cell in row.items()} for row in rows]
+    told = [
+        column
+        for column in shown[0]
+        if any(row[column] for row in shown) and (column != "from" or any(row["from"] != row["task"] for row in shown))
+    ]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in told:
+        table.add_column(column, no_wrap=True)
+    for row in shown:
+        table.add_row(*(escape(row[column]) for column in told))
+    if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
+        console.print(table)
+        return
+    first, *others = told
+    for row in shown:
+        about = ", ".join(f"{column} {row[column]}" for column in others if row[column])
+        console.print(Padding(Text.assemble((row[first], "bold"), f": {about}"), (0, 0, 0, 2)), highlight=False)
+    console.print()
 
 
 def _span(ends: tuple[int, int] | None) -> str:

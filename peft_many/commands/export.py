@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,17 +11,23 @@ import typer
 from ..exports import export_lora, export_model, export_routed_model
 from ..files.atomic import writable_place
 from ..files.errors import UnmergeableAdapterError
+from ..records.words import counted
 from ..reports.inspection import inspect_adapter
 from . import arguments as a
-from .running import print_json
+from .running import WRONG_USAGE, print_json, say_error
 
 
 def export(
     adapter: Annotated[str, typer.Argument(help=a.AnAdapter, show_default=False)],
     output: a.Output,
     format: Annotated[
-        Literal["lora", "model", "routed"], typer.Option("--format", "-f", help="lora, model or routed; see above.")
-    ] = "lora",
+        Literal["lora", "model", "routed"] | None,
+        typer.Option(
+            "--format",
+            "-f",
+            help="lora, model or routed; see above. [dim]default: lora, where no task trained a projector[/dim]",
+        ),
+    ] = None,
     base_model: Annotated[
         str | None, typer.Option("--base-model", help="Folder or Hub id, if the adapter does not say it.")
     ] = None,
@@ -33,13 +40,14 @@ def export(
 ) -> None:
     """Write a merge, or one adapter, in a form that loads where adapters of type MANY do not.
 
-    [bold]lora[/bold]: a plain LoRA of the language model, for stock PEFT and for servers such as vLLM; the projectors
-    stay behind. No base model is loaded.
+    [bold]routed[/bold]: a full model that goes on routing images, with nothing lost; `peft_many.load_routed_model`
+    loads it.
 
-    [bold]model[/bold]: a full transformers model with the deltas folded in and one fixed projector; what that loses on
-    images is said.
+    [bold]lora[/bold]: a plain LoRA of the language model, for stock PEFT and for servers such as vLLM. The projectors
+    stay behind: answers on text are the merge's, most answers about images will be wrong. No base model is loaded.
 
-    [bold]routed[/bold]: a folded model that goes on routing; `peft_many.load_routed_model` loads it.
+    [bold]model[/bold]: a full transformers model with the deltas folded in and one fixed projector, the mean or that
+    of one task, whose images alone it then sees rightly.
 
     [bold]Examples[/bold]
 
@@ -49,16 +57,17 @@ def export(
 
     peft-many export me/merged --format routed --base-model llava-hf/llava-1.5-7b-hf --output routed
     """
-    if projector is not None and format != "model":
+    chosen = format or _only_format(adapter, output)
+    if projector is not None and chosen != "model":
         raise typer.BadParameter("Only --format model keeps a single projector.", param_hint="--projector")
-    if base_model is not None and format == "lora":
+    if base_model is not None and chosen == "lora":
         raise typer.BadParameter("--format lora needs no base model.", param_hint="--base-model")
     if dry_run:
-        _say_plan(adapter, output, format, base_model)
+        _say_plan(adapter, output, chosen, base_model)
         return
-    if format == "lora":
+    if chosen == "lora":
         done = export_lora(adapter, output)
-    elif format == "model":
+    elif chosen == "model":
         done = export_model(adapter, output, base_model=base_model, projector=projector)
     else:
         done = export_routed_model(adapter, output, base_model=base_model)
@@ -70,11 +79,27 @@ def export(
     typer.echo(f"The export: {done.folder}")
 
 
+def _only_format(adapter: str, output: Path) -> str:
+    """What an adapter without projectors of its own is exported as; of others the user must say what they give up."""
+    tasks = inspect_adapter(adapter).tasks
+    if not any(task.projectors for task in tasks):
+        return "lora"
+    command = f"peft-many export {shlex.quote(adapter)} --output {shlex.quote(str(output))} --format"
+    say_error(
+        f"{adapter} has projectors that its tasks trained; formats differ in what becomes of them. Give one:\n"
+        f"{command} routed\n  keeps all; it takes peft_many to load\n"
+        f"{command} lora\n  for vLLM and stock PEFT; right on text, mostly wrong about images\n"
+        f"{command} model --projector {shlex.quote(tasks[0].name)}\n"
+        "  for plain transformers; right on text and about that task's images, mostly wrong about others"
+    )
+    raise typer.Exit(WRONG_USAGE)
+
+
 def _say_plan(adapter: str, output: Path, format: str, base_model: str | None) -> None:
     writable_place(output.expanduser())
     found = inspect_adapter(adapter)
     if found.problem is not None:
         raise UnmergeableAdapterError(found.problem)
-    kind = f"merge of {len(found.tasks)} tasks" if found.is_merge else "adapter of one task"
+    kind = f"merge of {counted(len(found.tasks), 'task')}" if found.is_merge else "adapter of one task"
     onto = "" if format == "lora" else f", with the base model {base_model or found.base_model or '(say which)'}"
     typer.echo(f"{found.name}, a {kind}, would be written as {format} to {output}{onto}.")

@@ -8,14 +8,12 @@ from typing import Any
 import typer
 from peft import PeftConfig
 
-from ..files.atomic import writable_place
-from ..files.card import CARD_NAME
-from ..hub.sources import ADAPTER_FILES
+from ..merging.arguments import replaceable_files
 from ..merging.merge import merge_adapter_files
 from ..records import merge_of
 from ..reports.plan import plan_merge
 from . import arguments as a
-from .display import show_doubts, show_plan
+from .display import show_merged, show_plan
 from .running import FAILED, print_json
 
 
@@ -24,6 +22,7 @@ def plan(
     adapters: a.Adapters = None,
     recipe: a.Recipe = None,
     weight: a.Weights = None,
+    name: a.Names = None,
     without: a.Without = None,
     same_base: a.SameBase = False,
     device: a.Device = None,
@@ -42,7 +41,7 @@ def plan(
 
     peft-many plan --recipe tasks.yaml --rank 64 --json
     """
-    show(a.merge_arguments(adapters, recipe, weight, without, same_base, device, options), quiet, json)
+    show(a.merge_arguments(adapters, recipe, weight, name, without, same_base, device, options), quiet, json)
 
 
 @a.with_merge_options
@@ -51,6 +50,7 @@ def merge(
     adapters: a.Adapters = None,
     recipe: a.Recipe = None,
     weight: a.Weights = None,
+    name: a.Names = None,
     without: a.Without = None,
     same_base: a.SameBase = False,
     device: a.Device = None,
@@ -69,13 +69,15 @@ def merge(
 
     peft-many merge me/iconqa me/vizwiz@v2 clevr --output merged
 
+    peft-many merge me/iconqa charts-lora --name charts-lora=charts --output merged [dim]# a task's name[/dim]
+
     peft-many merge --recipe tasks.yaml --output merged --router gaussian
 
     peft-many merge merged --output merged-2 --weight clevr=2 --ridge 1e-5 [dim]# weigh it anew[/dim]
     """
-    arguments = a.merge_arguments(adapters, recipe, weight, without, same_base, device, options)
+    arguments = a.merge_arguments(adapters, recipe, weight, name, without, same_base, device, options)
     if dry_run:
-        writable_place(output.expanduser(), [*ADAPTER_FILES, CARD_NAME] if overwrite else ())
+        replaceable_files(output.expanduser(), overwrite)
         show(arguments, quiet)
         return
     folder = merge_adapter_files(**arguments, output_dir=output, overwrite=overwrite, progress=not quiet)
@@ -83,10 +85,10 @@ def merge(
 
 
 def say_merged(folder: Path, quiet: bool) -> None:
-    """Say where a merge is, and which of its tasks its routing can hardly tell apart."""
+    """Say where a merge is, and before that what it costs, where images go, and what can be done next."""
     merge = merge_of(PeftConfig.from_pretrained(str(folder)))
     if merge is not None and not quiet:
-        show_doubts(merge.expected_routing)
+        show_merged(merge, str(folder))
     typer.echo(f"The merge: {folder}")
 
 

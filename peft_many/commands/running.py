@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-FAILED = 1  # what a command exits with; 2 is typer's, of wrong usage
+FAILED, WRONG_USAGE = 1, 2  # what a command exits with; the second is typer's
 
 
 class Commands(TyperGroup):

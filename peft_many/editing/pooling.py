@@ -34,6 +34,7 @@ from ..merging.reading import read_group
 from ..merging.selection import TaskWeights
 from ..records import MergeOptions, PooledTask, PoolRecord
 from ..records.options import MEAN
+from ..records.words import counted
 from ..tuner.config import MAnyConfig
 
 DEFAULT_POOL_RANK = 128
@@ -113,7 +114,8 @@ def pool_adapters(
     inputs: dict[str, InputStatistics] = {}
     input_of: dict[str, str] = {}
     fingerprints: dict[str, list[float]] = {}
-    for group in tqdm(prepared.groups, desc=f"Pooling {len(names)} tasks", unit="input", disable=not progress):
+    told = f"Pooling {counted(len(names), 'task')}"
+    for group in tqdm(prepared.groups, desc=told, unit="input", disable=not progress):
         merged = merged_deltas(prepared, read_group(prepared, group, computing))
         prepared.release()
         tensors |= tensors_of(merged)

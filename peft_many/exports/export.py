@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..algebra.reduction import padded
 from ..files.adapter import Adapter
-from ..files.card import CARD_NAME, plain
+from ..files.card import CARD_NAME, is_repo_id, plain
 from ..files.tensor_keys import KEY_PREFIX
+from ..records.words import counted, shortened
 from ..version import __version__
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]  # by layer, `A` with the LoRA scaling folded in, and `B`
@@ -87,21 +88,26 @@ def notes_on_gate(adapter: Adapter) -> list[str]:
     return []
 
 
+def public_model(base_model: str | None) -> str | None:
+    """A base model that the Hub could link to; a folder of the user's own is nobody else's business."""
+    return base_model if base_model and is_repo_id(base_model) and not Path(base_model).exists() else None
+
+
 def write_card(
     folder: Path, title: str, adapter: Adapter, base_model: str | None, usage: str, notes: Sequence[str], **data: Any
 ) -> None:
-    """Write the card: what the export is (`{tasks}` in the title becomes "3 tasks"), how to load it, what it lacks."""
-    # A folder of the user's own is nobody else's business, and no model that the Hub could link to.
-    known = base_model if base_model is not None and not Path(base_model).exists() else None
-    about = ModelCardData(base_model=known, tags=["continual-learning", "lora", "merge", "peft-many"], **data)
-    tasks = "1 task" if len(adapter.tasks) == 1 else f"{len(adapter.tasks)} tasks"
+    """Write the card: what the export is (`{tasks}` in the title becomes "3 tasks"), how to use it, what it lacks."""
+    about = ModelCardData(
+        base_model=public_model(base_model), tags=["continual-learning", "lora", "merge", "peft-many"], **data
+    )
+    tasks = counted(len(adapter.tasks), "task")
+    cells = [(shortened(task.name), task.origin.source, task.origin.revision) for task in adapter.tasks]
     rows = "\n".join(
-        f"| {plain(task.name)} | {plain(task.origin.source)} | {plain(task.origin.revision)} | {task.weight:g} |"
-        for task in adapter.tasks
+        f"| {' | '.join(map(plain, cell))} | {task.weight:g} |" for cell, task in zip(cells, adapter.tasks)
     )
     said = "\n".join(f"- {note}" for note in notes)
     text = (
         f"# {title.format(tasks=tasks)}\n\nExported by `peft_many` {__version__} (MAny, arXiv 2604.14016).\n\n"
-        f"```python\n{usage}```\n\n{said}\n\n| task | source | revision | weight |\n|---|---|---|---|\n{rows}\n"
+        f"{usage}\n\n{said}\n\n| task | source | revision | weight |\n|---|---|---|---|\n{rows}\n"
     )
     ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}").save(folder / CARD_NAME)

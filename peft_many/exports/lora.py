@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 from peft import LoraConfig
 from typing_extensions import Unpack
@@ -10,19 +11,36 @@ from typing_extensions import Unpack
 from ..algebra.precision import without_autocast
 from ..files.adapter import read_adapter
 from ..files.atomic import new_folder
+from ..files.card import class_of, quoted
 from ..files.errors import UnmergeableAdapterError
 from ..files.key_layouts import with_current_names
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.arguments import output_folder
 from ..merging.prepare import AdapterPath
-from .export import Export, as_lora, largest_rank, notes_on_gate, read_pairs, write_adapter, write_card
+from .export import (
+    Export,
+    as_lora,
+    largest_rank,
+    notes_on_gate,
+    public_model,
+    read_pairs,
+    write_adapter,
+    write_card,
+)
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for `max_lora_rank`
 
-_USAGE = """from peft import PeftModel
+_USAGE = """```python
+from peft import PeftModel
+from transformers import {kind}
 
-model = PeftModel.from_pretrained(base_model, "this/adapter")
-"""
+base = {kind}.from_pretrained({base})
+model = PeftModel.from_pretrained(base, ".")  # this folder, or its id on the Hub
+```
+
+```bash
+vllm serve {served} --enable-lora --max-lora-rank {rank} --lora-modules merged=.
+```"""
 
 
 @without_autocast()
@@ -70,8 +88,9 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
     notes = [f"All layers have rank {largest} (vLLM: `max_lora_rank={served}`), in {dtype}."]
     if any(task.projectors for task in read.tasks):
         notes.append(
-            "The tasks' projectors are not in it: outputs are the adapter's on text, and images are seen through the "
-            "base model's projector."
+            "The tasks' projectors are not in it. On text, answers are the adapter's. Images are seen through the "
+            "base model's projector, with which the tasks did not train: expect most answers about images to be "
+            "wrong. `export_routed_model` (`--format routed`) keeps the projectors."
         )
     beside = sorted({name for task in read.tasks for name in task.base_tensors})
     if beside:
@@ -83,7 +102,12 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
     output = output_folder(output_dir)
     with new_folder(output) as folder:
         write_adapter(folder, config, tensors)
-        write_card(
-            folder, "A LoRA of {tasks}", read, config.base_model_name_or_path, _USAGE, notes, library_name="peft"
+        base = config.base_model_name_or_path
+        usage = _USAGE.format(
+            kind=class_of(read.config),
+            base=quoted(base) if public_model(base) else "...",
+            served=shlex.quote(base) if public_model(base) else "BASE_MODEL",
+            rank=rank,
         )
+        write_card(folder, "A LoRA of {tasks}", read, base, usage, notes, library_name="peft")
     return Export(output, notes)

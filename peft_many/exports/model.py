@@ -18,10 +18,11 @@ from ..merging.prepare import AdapterPath
 from .base_model import fold, put_projector
 from .export import Export, notes_on_gate, write_card
 
-_USAGE = """from transformers import {kind}
+_USAGE = """```python
+from transformers import {kind}
 
-model = {kind}.from_pretrained("this/model")
-"""
+model = {kind}.from_pretrained(".")  # this folder, or its id on the Hub
+```"""
 
 
 @without_autocast()

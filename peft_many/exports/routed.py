@@ -29,10 +29,11 @@ from ..tuner.config import MAnyConfig
 from .base_model import fold
 from .export import Export, notes_on_gate, write_adapter, write_card
 
-_USAGE = """import peft_many
+_USAGE = """```python
+import peft_many  # pip install peft-many
 
-model = peft_many.load_routed_model("this/model")
-"""
+model = peft_many.load_routed_model(".")  # this folder, or its id on the Hub
+```"""
 
 
 @without_autocast()

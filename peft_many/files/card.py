@@ -26,24 +26,32 @@ from ..records import (
     most_telling,
 )
 from ..records.options import BOTH, INSTRUCTIONS
+from ..records.words import counted, shortened
 from ..version import __version__
 from .atomic import replace_file
 
 CARD_NAME = "README.md"
 _BEGIN, _END = "<!-- peft_many -->", "<!-- /peft_many -->"
 _PLUGIN = "`peft_many` (MAny, arXiv 2604.14016)"
+_GOING_ON = """Tasks can be added to it and forgotten, without the adapters that it was made of:
+
+```bash
+peft-many add . me/new-task --output with-new-task
+peft-many remove . TASK --output without-task
+peft-many export . --format lora --output lora  # for vLLM; without the tasks' projectors
+```"""
 _MOST_IN_TABLE = 12  # tasks
 _LARGEST_CARD = 1 << 20  # bytes that are read of somebody else's card
 
 
 class Described(Protocol):
-    """What a card tells of a config: that of a task's adapter or of a merge."""
+    """What a card tells of a config: that of a task's adapter or of a merge.
 
-    task_name: str | None
-    projector_modules: list[str] | None
+    Those of type MANY have `task_name`, `projector_modules` and `pool` too.
+    """
+
     base_model_name_or_path: str | None
     auto_mapping: dict[str, Any] | None
-    pool: PoolRecord | None
     statistics: Any
 
 
@@ -62,7 +70,7 @@ def update_card(folder: Path, config: Described, repo_id: str | None = None, sub
     data.base_model = config.base_model_name_or_path or data.base_model
     if data.base_model:
         data.base_model_relation = "adapter"
-    if config.projector_modules:
+    if _sees(config):
         data.pipeline_tag = data.pipeline_tag or "image-text-to-text"
     tasks = merge.tasks if (merge := merge_of(config)) is not None else []
     found = [*_listed(data.datasets), *(name for task in tasks for name in task.origin.datasets)]
@@ -71,8 +79,9 @@ def update_card(folder: Path, config: Described, repo_id: str | None = None, sub
     tags = {"lora", "peft-many", "continual-learning", *(["merge"] if merge is not None else [])}
     data.tags = sorted(tags.union(data.tags or []))
     rest = re.sub(f"{_BEGIN}.*?{_END}", "", card.text, flags=re.DOTALL).strip()
-    about = _about_task(config) if merge is None else _about_merge(merge, bool(config.projector_modules))
-    parts = [_BEGIN, about, _usage(config, repo_id, subfolder), f"Saved by peft_many {__version__}.", _END]
+    about = _about_task(config) if merge is None else _about_merge(merge, _sees(config))
+    going_on = [] if merge is None else [_GOING_ON]
+    parts = [_BEGIN, about, _usage(config, repo_id, subfolder), *going_on, f"Saved by peft_many {__version__}.", _END]
     card.text = "\n\n".join(parts) + f"\n\n{rest}\n"
     with replace_file(path) as temporary:
         card.save(temporary)
@@ -88,14 +97,15 @@ def data_sets_of(folder: Path) -> list[str]:
         named = _listed((metadata_load(path) or {}).get("datasets"))
     except (OSError, RecursionError, ValueError, yaml.YAMLError):
         return []
-    return sorted({name for name in named if isinstance(name, str) and _is_repo_id(name)})
+    return sorted({name for name in named if isinstance(name, str) and is_repo_id(name)})
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _is_repo_id(name: str) -> bool:
+def is_repo_id(name: str) -> bool:
+    """Whether something could be called so on the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -107,13 +117,16 @@ def _is_repo_id(name: str) -> bool:
 
 
 def _about_task(config: Described) -> str:
-    task = f" for the task “{plain(config.task_name)}”" if config.task_name else ""
-    about = f"# A task adapter{task}\n\nTrained with {_PLUGIN}, to be merged with others of its kind."
+    name: str | None = getattr(config, "task_name", None)
+    pool: PoolRecord | None = getattr(config, "pool", None)
+    task = f" for the task “{plain(name)}”" if name else ""
+    made = "Trained" if _is_ours(config) else "Measured"
+    about = f"# A task adapter{task}\n\n{made} with {_PLUGIN}, to be merged with others of its kind."
     measured = getattr(config.statistics, "tasks", ())
     if measured:
         samples, images = (sum(getattr(task, of) for task in measured) for of in ("samples", "images"))
-        about += f" Its statistics were measured on {samples} samples with {images} images."
-    return about if config.pool is None else about + _pooled(config.pool.tasks) + _history(config.pool.operations)
+        about += f" Its statistics were measured on {counted(samples, 'sample')} with {counted(images, 'image')}."
+    return about if pool is None else about + _pooled(pool.tasks) + _history(pool.operations)
 
 
 def _about_merge(merge: MergeRecord, has_projectors: bool) -> str:
@@ -122,7 +135,7 @@ def _about_merge(merge: MergeRecord, has_projectors: bool) -> str:
     goes_by = {INSTRUCTIONS: "instruction", BOTH: "images and instruction"}.get(str(merge.options.gate_by), "images")
     gated = f", chosen among by each row's {goes_by}" if merge.options.gate_lora else ""
     parts = [
-        f"# A merge of {len(tasks)} task adapters",
+        f"# A merge of {counted(len(tasks), 'task adapter')}",
         f"Merged with {_PLUGIN}: language-model LoRAs by {_how(merge.options)}{gated}"
         + (f", projectors {projectors}." if has_projectors else "."),
         _table_of(tasks),
@@ -147,8 +160,9 @@ def _routing(routed: str, expected: ExpectedRouting) -> str:
     told, names = plain(" ".join(expected.in_words(routed))), list(expected.shares)
     if not 1 < len(names) <= _MOST_IN_TABLE:
         return told
-    head = [f"{'inputs' if routed == GATES else 'images'} of", *map(plain, names)]
-    rows = [[plain(of), *(f"{share:.2f}" for share in row)] for of, row in zip(names, expected.matrix)]
+    short = [plain(shortened(name)) for name in names]
+    head = [f"{'inputs' if routed == GATES else 'images'} of", *short]
+    rows = [[of, *(f"{share:.2f}" for share in row)] for of, row in zip(short, expected.matrix)]
     return f"{told}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
@@ -164,7 +178,7 @@ def _table_of(tasks: Sequence[TaskRecord]) -> str:
         "interference": lambda task: "" if task.interference is None else f"{task.interference:.3f}",
         "sha256": lambda task: task.origin.sha256[:12],
     }
-    rows = [[plain(cell(task)) for cell in columns.values()] for task in tasks]
+    rows = [[plain(shortened(cell(task) or "")) for cell in columns.values()] for task in tasks]
     told = [place for place in range(len(columns)) if any(row[place] for row in rows)]
     lines = [list(columns), ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line[place] for place in told)} |" for line in lines)
@@ -215,31 +229,42 @@ def _how(options: MergeOptions) -> str:
 
 
 def _usage(config: Described, repo_id: str | None, subfolder: str | None) -> str:
-    kind = _class_of(config)
+    kind = class_of(config)
     base = config.base_model_name_or_path
-    within = f", subfolder={_quoted(subfolder)}" if subfolder else ""
-    where = f"{_quoted(repo_id)}{within})" if repo_id else '".")  # this folder, or its id on the Hub'
+    within = f", subfolder={quoted(subfolder)}" if subfolder else ""
+    where = f"{quoted(repo_id)}{within})" if repo_id else '".")  # this folder, or its id on the Hub'
     lines = [
-        "import peft_many  # pip install peft-many; registers the adapter type MANY",
+        *(["import peft_many  # pip install peft-many; registers the adapter type MANY"] if _is_ours(config) else []),
         "from peft import PeftModel",
         *([f"from transformers import {kind}"] if base else []),
         "",
-        f"base = {kind}.from_pretrained({_quoted(base)})" if base else "base = ...  # what the adapter was trained on",
+        f"base = {kind}.from_pretrained({quoted(base)})" if base else "base = ...  # what the adapter was trained on",
         f"model = PeftModel.from_pretrained(base, {where}",
     ]
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """As a Python string, without what could end our part of the card."""
     return json.dumps(text).replace("<", r"\u003c")
 
 
-def _class_of(config: Described) -> str:
+def class_of(config: Any) -> str:
     """The class to load the base model with: the one that PEFT noted down, or the auto class of its kind."""
     noted = config.auto_mapping or {}
     name, library = noted.get("base_model_class"), str(noted.get("parent_library"))
     # Names in a downloaded config are not to become code in a card that people copy from.
     if isinstance(name, str) and re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) and library.startswith("transformers."):
         return name
-    return "AutoModelForImageTextToText" if config.projector_modules else "AutoModelForCausalLM"
+    return "AutoModelForImageTextToText" if _sees(config) else "AutoModelForCausalLM"
+
+
+def _is_ours(config: Any) -> bool:
+    """Whether its type is MANY, which PEFT does not know without this package."""
+    return hasattr(config, "projector_modules")
+
+
+def _sees(config: Any) -> bool:
+    """Whether the adapter is one of a model that takes images, as far as it and its statistics tell."""
+    measured = getattr(config.statistics, "tasks", ()) if hasattr(config, "statistics") else ()
+    return bool(getattr(config, "projector_modules", None)) or any(task.projectors for task in measured)

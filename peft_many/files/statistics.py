@@ -40,7 +40,7 @@ class InputStatistics:
 class FeatureStatistics:
     """What was measured of a task's images where they arrive at one projector, or of its instructions."""
 
-    prototype: Tensor = field(repr=False)  # mean over images of the mean-pooled projector input, or of instructions; shape (d,), float32
+    prototype: Tensor = field(repr=False)  # mean of the images' mean-pooled projector inputs, or of instructions; (d,)
     spread: Covariance | None  # of these features about the prototype, if of two or more
     count: int  # images or instructions
 

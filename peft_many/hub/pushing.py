@@ -39,8 +39,12 @@ def _push_to_hub(push: Callable[..., Any], model: PeftModel, repo_id: str, **kwa
 
 
 def _folders(model: PeftModel, folder: str) -> dict[str, Path]:
-    """Where PEFT saves a model's adapters of our type."""
-    ours = [name for name, config in model.peft_config.items() if isinstance(config, MAnyConfig)]
+    """Where PEFT saves a model's adapters of our type, and others that were measured."""
+    ours = [
+        name
+        for name, config in model.peft_config.items()
+        if isinstance(config, MAnyConfig) or getattr(config, "statistics", None) is not None
+    ]
     return {name: Path(folder, "" if name == "default" else name) for name in ours}
 
 

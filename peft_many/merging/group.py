@@ -19,6 +19,7 @@ from ..algebra.scatter import slices
 from ..files.errors import UnmergeableAdapterError
 from ..files.fingerprints import FINGERPRINT_LENGTH, fingerprint_there
 from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT
+from ..records.words import counted
 from .by_method import merge_by_method
 from .overlap import overlapped
 from .prepare import PreparedMerge
@@ -66,7 +67,7 @@ def merge_groups(
         keep,
         GROUPS_AHEAD.get(device.type, GROUPS_AHEAD["cpu"]),
     )
-    label = f"Merging {len(prepared.tasks)} tasks"
+    label = f"Merging {counted(len(prepared.tasks), 'task')}"
     with (
         contextlib.closing(done),
         tqdm(total=sum(map(len, groups)), desc=label, unit="layer", disable=not progress) as bar,

@@ -27,6 +27,9 @@ from ..merging.expected_routing import DrawnInputs
 from ..merging.prepare import group_by_input
 from ..records import ExpectedRouting, MergeRecord, most_telling
 
+_LEAST = 0.1  # of a residual that is worth naming
+_AMOUNTS = ((2 / 3, "most"), (1 / 3, "much"), (_LEAST, "a little"), (-1.0, "hardly anything"))
+
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -97,11 +100,28 @@ class MergeReport:
         ]
         return sorted(pairs, key=lambda pair: -pair[2])[:count]
 
+    def conflicts_in_words(self) -> list[str]:
+        """Sentences on the pairs of tasks that contradict each other."""
+        pairs = self.conflicting_pairs()
+        told = [
+            f"'{one}' and '{two}' contradict each other: merged as a pair, one loses {amount(lost)} ({lost:.3f})."
+            for one, two, lost in pairs
+            if lost >= _LEAST
+        ]
+        if pairs and not told:
+            return [f"No two tasks contradict each other: merged as a pair, they lose {pairs[0][2]:.3f} at most."]
+        return told
+
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON; NaN is `None`."""
         found = {one.name: _json(getattr(self, one.name)) for one in dataclasses.fields(self)}
         derived = {name: _json(getattr(self, name)) for name in ("interference", "routing_accuracy")}
         return {**found, **derived, "doubts": self.doubts()}
+
+
+def amount(residual: float) -> str:
+    """A residual in words. The limits are round numbers: how much of it answers can bear differs between tasks."""
+    return next(words for least, words in _AMOUNTS if not residual < least)
 
 
 def _json(value: Any) -> Any:

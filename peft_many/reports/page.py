@@ -15,7 +15,8 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from ..records import GATES, most_telling
-from .costs import MergeReport
+from ..records.words import counted, shortened
+from .costs import MergeReport, amount
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -32,11 +33,11 @@ _PAGE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>A merge of {{ report.tasks | length }} tasks</title>
+<title>A merge of {{ tasks }}</title>
 <style>{{ style }}</style>
 </head>
 <body>
-<h1>A merge of {{ report.tasks | length }} tasks</h1>
+<h1>A merge of {{ tasks }}</h1>
 <p>What merging costs each task, before any evaluation: no model was run for this page.</p>
 <table>
 <tr><th>task</th><th>residual</th><th>largest, in layer</th><th>loses most by</th><th>directions of its outputs</th>
@@ -45,10 +46,12 @@ _PAGE = """<!DOCTYPE html>
 {% endfor %}</table>
 <p><b>Residual</b>: how far the merged LoRA's outputs on the task's inputs are from those of the task's own LoRA,
 relative to their size, mean over {{ report.layers | length }} layers: 0 is as if alone, 1 as if the task's LoRA were
-lost. It compares merges of the same tasks; how much residual a task can bear, it does not tell.
+lost. It compares merges of the same tasks; how much residual a task can bear, it does not tell: on our toy some
+answers bore a half, others not a third.
 <b>Directions</b> are effective ranks, mean over layers. The merged LoRA takes {{ weights }}.</p>
 {% if report.conflicts is not none %}<p><b>Conflicts</b>, in the picture, are the residuals that the task of the row
-would have in a merge with the task of the column alone.</p>{% endif %}
+would have in a merge with the task of the column alone.</p>
+<ul>{% for line in report.conflicts_in_words() %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
 {% if report.routing %}<p><b>Where inputs go</b>: the mean weight that images of the row's task would have for the
 column's, and with a gated LoRA the share of all its inputs that would get the column's own, were they Gaussian with
 the mean and covariance that were measured. How far these are off for the number of samples is allowed for.</p>
@@ -66,6 +69,7 @@ def page(report: MergeReport, figure: Figure) -> str:
     template = Environment(autoescape=True).from_string(_PAGE)
     return template.render(
         report=report,
+        tasks=counted(len(report.tasks), "task"),
         told=most_telling(report.routing),
         style=STYLE,
         rows=[_row(report, t) for t in range(len(report.tasks))],
@@ -102,26 +106,28 @@ def draw(report: MergeReport) -> Figure:
 
 def _draw_square(axis: Axes, title: str, values: Tensor, names: Sequence[str]) -> None:
     """A heatmap of tasks by tasks; what is not known, as the diagonal of conflicts, stays empty."""
-    largest = max(values.nan_to_num(0.0).max().item(), 1e-9)
-    axis.imshow(values.numpy(), cmap="YlOrRd" if title == "conflicts" else "YlGn", vmin=0, vmax=largest)
+    # From 0 to 1 whatever is found: a small number is no dark field.
+    axis.imshow(values.numpy(), cmap="YlOrRd" if title == "conflicts" else "YlGn", vmin=0, vmax=1)
     for i, row in enumerate(values.tolist() if len(names) <= 16 else []):
         for j, value in enumerate(row):
             if value == value:
-                colour = "white" if value > 0.7 * largest else "black"
+                colour = "white" if value > 0.7 else "black"
                 axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     axis.set_title(title, fontsize=9)
-    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.set_yticks(range(len(names)), [shortened(name) for name in names], fontsize=7)
     _name_columns(axis, names)
 
 
 def _name_columns(axis: Axes, names: Sequence[str]) -> None:
-    axis.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+    short = [shortened(name) for name in names]
+    axis.set_xticks(range(len(names)), short, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
 
 
 def _draw_residuals(axis: Axes, report: MergeReport) -> None:
-    image = axis.imshow(report.residuals.numpy(), aspect="auto", cmap="YlOrRd", vmin=0, interpolation="nearest")
+    residuals = report.residuals.numpy()
+    image = axis.imshow(residuals, aspect="auto", cmap="YlOrRd", vmin=0, vmax=1, interpolation="nearest")
     assert axis.figure is not None
-    axis.figure.colorbar(image, ax=axis, shrink=0.5, pad=0.02)
+    axis.figure.colorbar(image, ax=axis, shrink=0.5, pad=0.02, extend="max")
     axis.set_title("residual by layer and task", fontsize=9)
     _name_columns(axis, report.tasks)
     places = _labelled(report.layers)
@@ -148,10 +154,10 @@ def _row(report: MergeReport, t: int) -> list[str]:
     rival = ""
     if report.conflicts is not None and len(report.tasks) > 1:
         by = int(report.conflicts[t].nan_to_num(0.0).argmax())
-        rival = f"{report.tasks[by]} ({report.conflicts[t, by]:.2f})"
+        rival = f"{shortened(report.tasks[by])} ({report.conflicts[t, by]:.2f})"
     return [
-        report.tasks[t],
-        f"{report.interference[report.tasks[t]]:.3f}",
+        shortened(report.tasks[t]),
+        f"{(share := report.interference[report.tasks[t]]):.3f}, {amount(share)}",
         f"{report.residuals[worst, t]:.3f}, {report.layers[worst]}",
         rival,
         f"{report.output_ranks[:, t].nanmean():.1f}",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
+from ..files.card import update_card
 from ..files.upstream import enter_peft_type, wrap_method
 from .config import MAnyConfig, MAnyPeftType, Statistics
 from .model import MAnyModel
@@ -31,3 +33,4 @@ def _save_with_statistics(save: Callable[..., None], config: Any, save_directory
     save(config, save_directory, **kwargs)
     if not isinstance(config, MAnyConfig) and getattr(config, "statistics", None) is not None:
         config.statistics.save(save_directory)
+        update_card(Path(save_directory), config)

@@ -92,6 +92,8 @@ def test_a_recipe_and_what_the_command_line_says_over_it(shelf, tmp_path):
     options = {"task_names": ["first", None], "ridge": 1e-3, "router": "gaussian"}
     merge_adapter_files([shelf["a"], shelf["b"]], tmp_path / "2", **options, progress=False)
     assert files(tmp_path / "1") == files(tmp_path / "2")
+    run("merge", "--recipe", recipe, "-o", tmp_path / "3", "--ridge", "1e-3", "--name", f"{shelf['b']}=second", "-q")
+    assert inspect_adapter(tmp_path / "3").tasks[1].name == "second"
 
 
 def test_weights_of_the_command_line_replace_one_by_one_those_of_a_recipe(shelf, tmp_path):
@@ -154,9 +156,10 @@ def test_dry_runs_write_nothing(shelf, merged, tmp_path):
     told = run("merge", shelf["a"], shelf["c"], "-o", tmp_path / "new", "--dry-run", "-q").stdout
     assert "2 tasks to merge" in told
     assert "3 tasks to merge" in run("add", merged, shelf["c"], "--dry-run", "-q").stdout
-    assert "1 tasks to merge" in run("remove", merged, "a", "--dry-run", "-q").stdout
-    assert "not empty" in run("merge", shelf["a"], "-o", merged, "--dry-run", "-q", code=1).stderr
-    assert "names the task 'x'" in run("remove", merged, "x", "--dry-run", "-q", code=1).stderr
+    assert "1 task to merge" in run("remove", merged, "a", "--dry-run", "-q").stdout
+    assert "`--overwrite`" in run("merge", shelf["a"], "-o", merged, "--dry-run", "-q", code=1).stderr
+    told = run("remove", merged, "x", "--dry-run", "-q", code=1).stderr
+    assert "no task 'x' to leave out; the tasks are 'a', 'b'" in told
     assert files(tmp_path) == before
 
 
@@ -170,6 +173,17 @@ def test_inspect_shows_it(merged):
     assert read["files"][STATISTICS] == (merged / STATISTICS).stat().st_size
     run("remove", merged, "b", "-q")
     assert "a merge of 1 task" in run("inspect", merged).stdout
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_no_word_of_a_table_is_broken(shelf, tmp_path, monkeypatch, columns):
+    """Not by a narrow terminal, nor by a task's name of 300 characters, which would push all else out."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    run("merge", shelf["a"], shelf["b"], "-o", tmp_path / "1", "--name", f"{shelf['a']}={'long' * 75}", "-q")
+    told = run("inspect", tmp_path / "1").stdout.partition("Tasks\n")[2].partition("1. merge")[0]
+    assert "…longlonglong" in told
+    assert max(map(len, told.splitlines())) <= columns
+    assert {"samples", "instructions", "directions", "interference", "energy"} <= set(re.findall(r"\w+", told))
 
 
 def test_inspect_says_why_an_adapter_cannot_be_merged(shelf, tmp_path):
@@ -190,7 +204,7 @@ def test_report_writes_and_says_it(merged, tmp_path):
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == found.to_dict()
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.png", "report.json"}
     assert all(f"{share:.3f}" in told for share in found.interference.values())
-    assert "'a' and 'b' contradict each other" in told
+    assert "'a' and 'b' contradict each other: merged as a pair, one loses " in told
     told = run("report", merged, "-o", tmp_path / "2", "--no-conflicts", "-q").stdout
     assert "contradict" not in told
 
@@ -202,7 +216,10 @@ def test_exports_are_the_functions(merged, tmp_path):
     told = run("export", merged, "-f", "model", "-o", tmp_path / "1", "--base-model", place, "--dry-run").stdout
     assert "a merge of 2 tasks, would be written as model" in told
     assert files(tmp_path) == before
-    run("export", merged, "-o", tmp_path / "1")
+    asked = run("export", merged, "-o", tmp_path / "1", code=2).stderr
+    assert f"peft-many export {merged} --output {tmp_path / '1'} --format routed\n  keeps all" in asked
+    told = run("export", merged, "-f", "lora", "-o", tmp_path / "1").stderr
+    assert "expect most answers about images to be wrong" in told
     export_lora(merged, tmp_path / "2")
     assert files(tmp_path / "1") == files(tmp_path / "2")
     more = ["--format", "model", "--base-model", place]
@@ -228,6 +245,7 @@ def test_exports_are_the_functions(merged, tmp_path):
         (["merge", "--recipe", "nowhere.yaml", "-o", "y"], 1, "There is no recipe"),
         (["merge", "a", "-o", "y", "--weight", "a"], 2, "'a' is not TASK=NUMBER"),
         (["merge", "a", "-o", "y", "--weight", "a=b"], 2, "'a=b' is not TASK=NUMBER"),
+        (["merge", "a", "-o", "y", "--name", "b=c"], 2, "'b=c' is not ADAPTER=TASK; the adapters are 'a'"),
         (["merge", "a", "-o", "y", "--dtype", "int8"], 2, "`dtype` must be one of"),
         (["merge", "a", "-o", "y", "--rank", "0"], 2, "`rank` must be at least 1"),
         (["merge", "a", "-o", "y", "--method", "magic"], 2, "unknown method 'magic'"),
@@ -236,8 +254,8 @@ def test_exports_are_the_functions(merged, tmp_path):
         (["remove", "nowhere", "a"], 1, "no local folder that could be replaced"),
         (["export", "nowhere", "-o", "y"], 1, "There is no folder 'nowhere'"),
         (["export", "a", "-o", "y", "-f", "gguf"], 2, "'gguf' is not one of 'lora', 'model', 'routed'"),
-        (["export", "a", "-o", "y", "--projector", "a"], 2, "Only --format model keeps"),
-        (["export", "a", "-o", "y", "--base-model", "a"], 2, "needs no base model"),
+        (["export", "a", "-o", "y", "-f", "lora", "--projector", "a"], 2, "Only --format model keeps"),
+        (["export", "a", "-o", "y", "-f", "lora", "--base-model", "a"], 2, "needs no base model"),
         (["report", "nowhere", "-o", "y"], 1, "There is no folder 'nowhere'"),
         (["inspect", "nowhere"], 1, "There is no folder 'nowhere'"),
         (["magic"], 2, "magic"),
@@ -285,6 +303,8 @@ def test_a_merge_ends_with_the_tasks_that_its_routing_confuses(shelf, tmp_path):
     assert told.stdout == f"The merge: {tmp_path / '1'}\n"
     line = next(line for line in told.stderr.splitlines() if line.startswith("Note: "))
     assert line.startswith("Note: 'a' and 'b' look alike: ")
+    assert "residual" in told.stderr
+    assert f"peft-many report {tmp_path / '1'} --output" in told.stderr
     assert "Note" not in run("merge", *chosen, "-o", tmp_path / "2", "--quiet").output
     head = "Expected routing of images at 'model.multi_modal_projector': "
     for words in (["inspect", tmp_path / "1"], ["plan", *chosen], ["report", tmp_path / "1", "-o", tmp_path / "r"]):

@@ -1,11 +1,12 @@
 """The model card: says how to load the adapter, keeps what a user wrote, and is renewed in place."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from peft_many import MAnyConfig, add_task, merge_adapter_files, merge_report, remove_task
 from peft_many.files.card import data_sets_of, update_card
@@ -102,6 +103,23 @@ def test_what_was_done_is_told_in_its_order(merged, tmp_path):
     assert lines == ["merge: iconqa, 1 since forgotten", "add: vizwiz", "remove: 1 since forgotten"]
     assert "clevr" not in (left / "README.md").read_text()
     assert ModelCard.load(left / "README.md").data.datasets == ["me/both", "me/iconqa"]
+
+
+def test_a_measured_adapter_of_another_type_says_that_it_is_measured(tmp_path):
+    made = make(
+        tmp_path / "lora", kind=LoraConfig, target_modules=["q_proj"], modules_to_save=["multi_modal_projector"]
+    )
+    card = ModelCard.load(made.folder / "README.md")
+    assert "Measured with `peft_many`" in card.text
+    assert "statistics were measured on 4 samples with 4 images" in card.text
+    assert "import peft_many" not in snippet(made.folder)  # it loads without
+    assert "PeftModel.from_pretrained(base, " in snippet(made.folder)
+    assert card.data.library_name == "peft"
+
+
+def test_a_long_name_does_not_flood_the_table(tmp_path):
+    MAnyConfig(merge=replace(MERGE, tasks=[replace(MERGE.tasks[0], name="clevr" * 60)])).save_pretrained(tmp_path)
+    assert "| clevrclevrclevrclevrclevrcl…vrclevrclevr | me/clevr |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

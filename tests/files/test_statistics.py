@@ -170,6 +170,15 @@ def test_layers_are_grouped_by_what_they_read_in_every_task():
     ]
 
 
+def test_it_is_shown_in_a_line_each():
+    inputs = InputStatistics(DenseCovariance(0.0, torch.eye(64)), 7)
+    task = TaskStatistics("clevr", 5, {"a": inputs}, {"a": "a", "b": "a"})
+    assert repr(AdapterStatistics((task,))) == (
+        "AdapterStatistics([<TaskStatistics of 'clevr': 5 samples, 0 images, 1 inputs of 2 layers>])"
+    )
+    assert "tensor" not in repr(inputs)
+
+
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
 def test_what_was_truncated_is_saved_as_it_is(tmp_path, energy):
     statistics = AdapterStatistics((truncated(task(), Truncation(energy=energy)),))

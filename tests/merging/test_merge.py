@@ -592,6 +592,10 @@ def test_config_type_of_a_merge(shelf, tmp_path):
     config = MAnyConfig.from_pretrained(folder)
     assert config.is_merge
     assert config.task_type == "CAUSAL_LM"
+    # `AutoPeftModel` refuses a merge with a task type that only some of its adapters have.
+    mixed = merge(tmp_path, shelf("llama a").folder, shelf("llama one row").folder, name="mixed")
+    assert MAnyConfig.from_pretrained(mixed).task_type is None
+    assert MAnyConfig.from_pretrained(mixed).auto_mapping is not None
     assert config.target_modules == set(
         json.loads((shelf("llama a").folder / "adapter_config.json").read_text())["target_modules"]
     )

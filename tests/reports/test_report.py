@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from peft_many import merge_adapter_files, merge_adapter_sequence, merge_report, save_report
 from peft_many.files.errors import StatisticsError
+from peft_many.reports.costs import amount
+from peft_many.reports.page import draw
 from tests import adapters
 
 
@@ -70,6 +73,17 @@ def test_a_report_without_conflicts_and_of_one_task_can_be_drawn(folders, tmp_pa
     one = merge_adapter_files(folders[:1], tmp_path / "one", progress=False)
     for conflicts in (True, False):
         assert save_report(merge_report(one, conflicts=conflicts, progress=False), tmp_path / f"{conflicts}").is_file()
+
+
+def test_colours_and_words_do_not_depend_on_what_else_is_found(merge):
+    report = merge_report(merge, progress=False)
+    pictures = [image for axis in draw(report).axes for image in axis.get_images()]
+    assert len(pictures) == 3
+    assert {image.get_clim() for image in pictures} == {(0, 1)}
+    assert [amount(residual) for residual in (0.0, 0.133, 0.4, 1.2)] == ["hardly anything", "a little", "much", "most"]
+    small = replace(report, conflicts=report.conflicts / 100)
+    (line,) = small.conflicts_in_words()
+    assert line.startswith("No two tasks contradict each other")
 
 
 def test_single_adapters_are_refused(folders):
