@@ -42,7 +42,8 @@ class Measuring:
     @property
     def task_name(self) -> str | None:
         """What the adapter's config calls its task."""
-        return getattr(self.model.peft_config[self.adapter_name], "task_name", None)
+        configs: Any = self.model.peft_config
+        return getattr(configs[self.adapter_name], "task_name", None)
 
     def run(
         self,
