@@ -88,7 +88,7 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
     notes = [f"All layers have rank {largest} (vLLM: `max_lora_rank={served}`), in {dtype}."]
     if any(task.projectors for task in read.tasks):
         notes.append(
-            "The tasks' projectors are not in it. On text, answers are the adapter's. Images are seen through the "
+            "The tasks' projectors are not in it. On text, answers are the adapter's; images are seen through the "
             "base model's projector, with which the tasks did not train: expect most answers about images to be "
             "wrong. `export_routed_model` (`--format routed`) keeps the projectors."
         )
