@@ -39,7 +39,7 @@ model = PeftModel.from_pretrained(base, ".")  # this folder, or its id on the Hu
 ```
 
 ```bash
-vllm serve {served} --enable-lora --max-lora-rank {rank} --lora-modules merged=.
+vllm serve {base_model} --enable-lora --max-lora-rank {rank} --lora-modules merged=.
 ```"""
 
 
@@ -106,8 +106,8 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
         usage = _USAGE.format(
             kind=class_of(read.config),
             base=quoted(base) if public_model(base) else "...",
-            served=shlex.quote(base) if public_model(base) else "BASE_MODEL",
-            rank=rank,
+            base_model=shlex.quote(base) if public_model(base) else "BASE_MODEL",
+            rank=served,
         )
         write_card(folder, "A LoRA of {tasks}", read, base, usage, notes, library_name="peft")
     return Export(output, notes)
