@@ -180,13 +180,6 @@ def _shares(weights: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {weight:.0%}" for weight, name in told)
 
 
-def show_doubts(routing: Mapping[str, ExpectedRouting]) -> None:
-    """After a merge, where results do not go: tasks that its routing can hardly tell apart."""
-    for name, expected in most_telling(routing).items():
-        for line in expected.doubts(name):
-            Console(stderr=True).print(f"Note: {line}", markup=False, highlight=False, soft_wrap=True)
-
-
 def show_merged(merge: MergeRecord, folder: str) -> None:
     """After a merge, where results do not go: what it costs each task, where images go, and what to do next."""
     aside = Console(stderr=True)
