@@ -33,7 +33,7 @@ def test_the_page_is_up_to_date():
 def calls():
     for page in TOLD:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            for line in block.splitlines():
+            for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 if words[:1] == ["peft-many"] and words[1][0].isalpha():
                     yield pytest.param(words[1:], id=f"{page.name}: {' '.join(words)}")
