@@ -170,8 +170,8 @@ def show_evaluation(found: Evaluation) -> None:
     _show_table("Scores in per cent", rows)
     _say(f"Questions: {counts}")
     if found.forgotten:
-        lost = ", ".join(f"{task} {points:.1f}" for task, points in found.forgotten.items())
-        _say(f"Points that each task's adapter alone has more than the merge: {lost}")
+        changed = ", ".join(f"{task} {-points:+.1f}" for task, points in found.forgotten.items())
+        _say(f"What merging changed, against each task's adapter alone, in points: {changed}")
 
 
 def _shares(weights: Mapping[str, float]) -> str:

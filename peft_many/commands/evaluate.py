@@ -16,7 +16,9 @@ from .running import print_json
 
 def evaluate(
     merge: Annotated[str, typer.Argument(help="The folder or Hub id of a merge.", show_default=False)],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[TASK=DATA]...", help="Further data.")] = None,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="TASK=DATA", help="Data of further tasks.", show_default=False)
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", "-d", metavar="TASK=DATA", help=f"Test questions of a task: {a.SomeData} Repeat it."),

@@ -16,7 +16,7 @@ from ..hub.sources import HubArguments
 from ..routing.row_weights import remembered
 from ..statistics.forward import state_kept
 from .comparison import routed_projectors, watched
-from .running import MERGE, RunningMerge
+from .running import RunningMerge
 
 MERGED_LORA = "merged LoRA"  # where a gate chooses no task's own
 
@@ -102,7 +102,7 @@ def ask_merge(
         for name, context in running.contexts(running.tasks if compare else (), base=compare)
     }
     routing, gate = decided(running, example)
-    return Answer(question, said.pop(MERGE), routing, gate, said)
+    return Answer(question, said.pop(next(iter(said))), routing, gate, said)
 
 
 def decided(running: RunningMerge, example: Example) -> tuple[dict[str, dict[str, float]], dict[str, float]]:

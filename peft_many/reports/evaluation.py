@@ -20,7 +20,7 @@ from ..data.scores import check_metric, score
 from ..files.atomic import replace_file
 from ..hub.sources import HubArguments
 from ..statistics.forward import state_kept
-from .running import BASE, MERGE, RunningMerge, alone_name
+from .running import ADAPTER, BASE, MERGE, RunningMerge, alone_name
 
 _WINDOW = 512  # tokens of a text that are seen at once
 
@@ -33,8 +33,8 @@ class Evaluation:
         metrics (`dict[str, str]`): By task, what its answers were scored by.
         questions (`dict[str, int]`): By task, how many were asked.
         scores (`dict[str, dict[str, float]]`):
-            By who answered (`"merge"`, `"base model"`, or a task's adapter, `"clevr alone"`) and by task, the mean
-            score in per cent.
+            By who answered (`"merge"`, or `"adapter"` if it is none, `"base model"`, and a task's adapter,
+            `"clevr alone"`) and by task, the mean score in per cent.
         perplexity (`dict[str, float]`): Of a text, by the merge and by the base model.
         answers (`dict[str, dict[str, list[str]]]`): What was said, by who answered and by task.
     """
@@ -54,7 +54,7 @@ class Evaluation:
     @property
     def forgotten(self) -> dict[str, float]:
         """By task, what its adapter alone scores more than the merge; below zero where merging helped."""
-        merge = self.scores[MERGE]
+        merge = self.scores.get(MERGE, {})
         own = {task: self.scores.get(alone_name(task), {}).get(task) for task in merge}
         return {task: score - merge[task] for task, score in own.items() if score is not None}
 
@@ -154,7 +154,7 @@ def evaluate_merge(
                 task: running.answers(examples, batch_size, max_new_tokens, f"{who} on {task}" if progress else None)
                 for task, examples in asked.items()
             }
-            if tokens is not None and who in (MERGE, BASE):
+            if tokens is not None and who in (MERGE, ADAPTER, BASE):
                 perplexity[who] = perplexity_of(running, tokens, progress)
     scores = {
         who: {task: score(metrics[task], said, questions[task]) for task, said in by_task.items()}

@@ -26,7 +26,7 @@ from ..records import MergeRecord, merge_of
 from ..statistics.forward import state_kept
 from ..tuner.projector import ProjectorMixture
 
-MERGE, BASE = "merge", "base model"
+MERGE, ADAPTER, BASE = "merge", "adapter", "base model"
 _ALONE = "task_alone"  # the adapter's name while one task's is on the model
 
 
@@ -121,7 +121,7 @@ class RunningMerge:
 
     def contexts(self, tasks: Sequence[str], base: bool = True) -> Iterator[tuple[str, Any]]:
         """By name what there is to be asked: the merge, the base model, and these tasks alone, if they can be."""
-        yield MERGE, nullcontext()
+        yield MERGE if self.merge is not None else ADAPTER, nullcontext()
         if base:
             yield BASE, self.base()
         if tasks and self.merge is not None and self.merge.averaged_projectors:

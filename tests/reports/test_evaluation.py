@@ -55,6 +55,12 @@ def test_everybody_is_asked_everything(place, data, monkeypatch):  # noqa: F811
     assert none.forgotten == {}
 
 
+def test_one_tasks_adapter_is_evaluated_too(place, data):  # noqa: F811
+    found = evaluate_merge(place / "warm", data, limit=1, max_new_tokens=8, progress=False)
+    assert list(found.scores) == ["adapter", BASE]
+    assert (found.scores["adapter"]["warm"], found.forgotten) == (100, {})
+
+
 def test_means_of_projectors_cannot_be_taken_apart(place, data, tmp_path):  # noqa: F811
     merge_adapter_files([place / "warm", place / "cold"], tmp_path / "mean", projectors="mean", progress=False)
     with pytest.warns(match="no task's adapter can be asked alone"):
@@ -115,7 +121,7 @@ def test_the_command(place, data, tmp_path):  # noqa: F811
     words += ["--max-new-tokens", "8", "--limit", "1", "--alone", "own", "--quiet"]
     told = CliRunner().invoke(app, [*words, "--output", str(tmp_path / "evaluated"), "--metric", "cold=vqa"])
     assert told.exit_code == 0, told.output
-    for word in ("merge", BASE, *ALONE, "100.0", "Questions: warm 1 (exact), cold 1 (vqa)", "has more than the merge"):
+    for word in ("merge", BASE, *ALONE, "100.0", "Questions: warm 1 (exact), cold 1 (vqa)", "What merging changed"):
         assert word in told.stdout
     found = evaluate_merge(
         place / "gated", data, metric={"cold": "vqa"}, limit=1, alone="own", max_new_tokens=8, progress=False
