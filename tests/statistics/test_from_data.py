@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from peft_many import (
     MAnyConfig,
@@ -21,7 +21,9 @@ from peft_many import (
 from peft_many.data.batches import ChatCollator, batches
 from peft_many.data.reading import read_examples
 from peft_many.files.statistics import AdapterStatistics
+from tests import tiny
 from tests.adapters import STATISTICS, WEIGHTS, files, scatter
+from tests.data.test_batches import TEXT
 from tests.examples import toy
 from tests.hub.llava_files import checkpoint
 from tests.hub.test_sources import hub, made  # noqa: F401  (fixtures)
@@ -165,3 +167,18 @@ def test_merges_are_not_measured(place, tmp_path):
         measure_adapter(merge, place / "colours.json", tmp_path / "2", progress=False)
     again = measure_adapter(place / "plain", place / "colours.json", tmp_path / "1", overwrite=True, progress=False)
     assert measured(again).tasks[0].name == "plain"
+
+
+def test_models_of_text_are_measured_by_their_tokenizer(tmp_path):
+    base = tiny.build_text("llama")
+    base.save_pretrained(tmp_path / "base")
+    tokenizer = toy.tokenizer("llava")
+    tokenizer.chat_template = TEXT
+    tokenizer.save_pretrained(tmp_path / "base")
+    get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(r=2, target_modules=["q_proj"])
+    ).save_pretrained(tmp_path / "adapter")
+    rows = [{"question": "What colour is it ?", "answer": "red"}] * 5
+    folder = measure_adapter(tmp_path / "adapter", rows, tmp_path / "measured", progress=False)
+    (task,) = measured(folder).tasks
+    assert (task.samples, task.instructions.count) == (5, 5)
