@@ -30,7 +30,7 @@ RANK = 8
 MEASURED = 128  # samples for covariances and prototypes
 # O-LoRA's strength. Of 0.5, the paper's, 0.1, 0.02 and 0.004, seed 0 of `llava` keeps 9.0, 15.4, 13.5 and 15.6 points.
 ORTHOGONALITY = 0.1
-DRAWN = 80 * BATCH_SIZE  # training examples of a task
+DRAWN = 80 * BATCH_SIZE  # training examples of a task, at the most
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +223,8 @@ class Workshop:
         label: str,
         penalty: Callable[[], torch.Tensor] | None = None,
     ) -> None:
-        examples = [example for task in tasks for example in task.examples(DRAWN, "train", self.seed)]
+        drawn = min(DRAWN, steps * BATCH_SIZE)
+        examples = [example for task in tasks for example in task.examples(drawn, "train", self.seed)]
         batches = shuffled_batches(examples, Collator(self.tiny), BATCH_SIZE, self.seed)
         torch.manual_seed(self.seed)
         train(model, batches, steps, LEARNING_RATE, penalty=penalty, label=label)

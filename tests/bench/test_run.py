@@ -7,6 +7,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from typer.testing import CliRunner
 
+from benchmarks.mini_ucit import plain_merge, workshop
 from benchmarks.mini_ucit.__main__ import app
 from benchmarks.mini_ucit.ablations import ablations
 from benchmarks.mini_ucit.gates import gates
@@ -21,9 +22,10 @@ from benchmarks.mini_ucit.routers import routers
 from benchmarks.mini_ucit.run import Settings, all_methods, run
 from benchmarks.mini_ucit.tables import tables_of
 from benchmarks.mini_ucit.tasks import TASKS
-from benchmarks.mini_ucit.workshop import BATCH_SIZE, MEASURED, Workshop
+from benchmarks.mini_ucit.workshop import MEASURED, Workshop
 
 LLAVA = MODELS["llava"]
+ROWS = 8  # of a batch
 FEW = [task for task in TASKS if task.name in ("charts", "scenes", "captions")]
 
 
@@ -31,11 +33,19 @@ class FewSamples(Workshop):
     """Measures on two batches at the most, the second smaller than the first."""
 
     def samples(self, task, count=MEASURED):
-        return super().samples(task, min(count, BATCH_SIZE + 8))
+        return super().samples(task, min(count, ROWS + 2))
 
 
 def few_steps(folder, steps=2, tests=4, tasks=FEW[:2], kind=FewSamples):
     return kind(LLAVA, None, tasks, folder, seed=0, steps=steps, tests=tests)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_batches():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (workshop, plain_merge):
+            patch.setattr(module, "BATCH_SIZE", ROWS)
+        yield
 
 
 @pytest.fixture(scope="module")
