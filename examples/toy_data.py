@@ -2,15 +2,17 @@
 
     python toy_data.py toy
 
-makes `toy/model` and, for the tasks charts, scenes and icons, a file of questions such as `toy/charts.jsonl`.
+makes `toy/model` and, for the tasks charts, scenes and icons, a file of questions such as `toy/charts.jsonl`, and half
+as many on other pictures in `toy/charts-test.jsonl`, to evaluate on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from transformers import CLIPImageProcessor, LlavaProcessor
@@ -53,13 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ).save_pretrained(args.folder / "model")
     for task in TASKS:
         if task.name in NAMES:
-            (args.folder / task.name).mkdir(exist_ok=True)
-            with open(args.folder / f"{task.name}.jsonl", "w", encoding="utf-8") as file:
-                for number, example in enumerate(task.examples(args.examples, "train", args.seed)):
-                    name = f"{task.name}/{number}.png"
-                    Image.fromarray(example.image).save(args.folder / name)
-                    row = {"image": name, "question": example.question, "answer": example.answer}
-                    print(json.dumps(row), file=file)
+            write(args.folder, task.name, task.examples(args.examples, "train", args.seed))
+            write(args.folder, f"{task.name}-test", task.examples(args.examples // 2, "test", args.seed))
+
+
+def write(folder: Path, name: str, examples: Iterable[Any]) -> None:
+    """Write pictures and the questions about them."""
+    (folder / name).mkdir(exist_ok=True)
+    with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+        for number, example in enumerate(examples):
+            Image.fromarray(example.image).save(folder / name / f"{number}.png")
+            row = {"image": f"{name}/{number}.png", "question": example.question, "answer": example.answer}
+            print(json.dumps(row), file=file)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,8 @@ def test_wrong_command_lines_do_not_parse(wrong):
 
 SCRIPTS = [
     pytest.param(name, words, id=" ".join(words))
-    for name in ("train_with_trainer", "train_with_accelerate", "merge_from_hub")
+    for name in ("train_with_trainer", "train_with_trl", "train_with_accelerate", "merge_from_hub")
+    if name != "train_with_trl" or importlib.util.find_spec("trl") is not None
     for start in (("python",), ("accelerate", "launch"))
     for text in [(EXAMPLES / "README.md").read_text(encoding="utf-8")]
     for words in commands(text, *start, f"{name}.py")

@@ -44,6 +44,13 @@ def adapters(toy, tmp_path_factory) -> dict[str, Path]:
     return {task: folder / task for task in NAMES}
 
 
+def test_questions_to_evaluate_on_are_about_other_pictures(toy):
+    seen, held_out = ({path.read_bytes() for path in (toy / name).glob("*.png")} for name in ("icons", "icons-test"))
+    assert len(held_out) > 40
+    assert not seen & held_out
+    assert len((toy / "icons-test.jsonl").read_text().splitlines()) == 48
+
+
 def test_batches_are_those_the_model_was_pre_trained_on(toy):
     data = script("question_data")
     rows = data.Questions(toy / "icons.jsonl")

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 
 from peft_many import MAnyCallback, MAnyConfig, merge_adapter_files, merge_adapter_sequence
 from tests import tiny
-from tests.examples.scripts import script, write_toy
+from tests.examples.scripts import script, training_arguments, write_toy
 
 trl = pytest.importorskip("trl", reason="TRL needs Python 3.11")
 datasets = pytest.importorskip("datasets")
@@ -81,6 +81,14 @@ def test_sft_trainer_with_pictures(toy, tmp_path):
         own = PeftModel.from_pretrained(base[0], tmp_path / "scenes")(**batch).logits
         merged = merge_adapter_sequence(base[1], [tmp_path / "scenes"], progress=False)(**batch).logits
     torch.testing.assert_close(merged, own, atol=1e-4, rtol=1e-4)
+
+
+def test_the_example_leaves_a_measured_adapter(toy, tmp_path):
+    more = ["--batch-size", "8", "--epochs", "0.2", "--rank", "2", "--samples", "16", "--cpu"]
+    script("train_with_trl").main(training_arguments(toy, "charts", tmp_path / "charts", more))
+    task = PeftConfig.from_pretrained(tmp_path / "charts").statistics.tasks[0]
+    assert (task.name, task.samples, task.images) == ("charts", 16, 16)
+    assert task.instructions.count == 16
 
 
 @pytest.mark.parametrize("packing", [False, True])
