@@ -3,52 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor, nn
 
 from ..records import MergeRecord, Operation, Origin, PoolRecord, merge_of
 from .base_tensors import split_base_tensors
 from .card import data_sets_of
-from .errors import UnmergeableAdapterError, unusable_config
+from .errors import UnmergeableAdapterError
+from .hashes import sha256_of_each
 from .lora_pairs import lora_pairs
 from .mergeable import check_mergeable, layers_in_file
 from .peft_deltas import deltas_by_peft
 from .peft_methods import check_method, is_plain_lora, name_of
 from .projectors import projectors_in_merge, projectors_of_adapter
+from .source import AdapterSource, open_weights, read_config
 from .statistics import STATISTICS_NAME, AdapterStatistics, TaskStatistics, open_statistics
 from .stored_delta import StoredDelta, StoredPair, check_whole, delta_of_adapter, deltas_in_merge
-from .tensor_file import TensorFile, open_tensors
+from .tensor_file import TensorFile
 from .tensor_keys import KEY_PREFIX, tensor_keys
-from .untrusted import LARGEST_CONFIG, NONSENSE_ERRORS, check_config
+from .untrusted import NONSENSE_ERRORS
 
 # Of the options that a task's adapter was trained with, those that a merge's config keeps.
 _TOLD_OPTIONS = ("r", "lora_alpha", "use_rslora")
-_KEY = re.compile(r"[\w-]+(?:\.[\w-]+)*")
-
-
-@dataclass(frozen=True)
-class AdapterSource:
-    """A local copy of an adapter, and where it came from."""
-
-    folder: Path
-    name: str  # what the user called it: a path or a Hub id
-    revision: str | None = None  # the commit, for a Hub repository
-
-    @property
-    def short_name(self) -> str:
-        """The last part of the name, the default name of the task."""
-        return Path(self.folder if self.revision is None else self.name).resolve().name
-
-    @property
-    def public_name(self) -> str:
-        """What a merge's config and card call it: local paths are nobody else's business."""
-        return self.short_name if self.revision is None else self.name
 
 
 @dataclass(frozen=True)
@@ -73,11 +52,6 @@ class Adapter:
     tasks: tuple[TaskAdapter, ...]
     files: tuple[TensorFile, ...]  # what everything is mapped from, the weights' first
     pairs: Mapping[str, StoredPair]  # by layer, the plain LoRA in the file, in a merge the merged one
-
-    @property
-    def weights_path(self) -> Path:
-        """Its weights file."""
-        return self.files[0].path
 
     @property
     def merge(self) -> MergeRecord | None:
@@ -110,11 +84,32 @@ def read_adapter(
     adapter without a statistics file nothing is known; whether the merge can do without is for the caller to say. The
     deltas of some PEFT methods depend on the base model.
     """
+    return with_hashes([read_without_hash(source, task_names, base)])[0]
+
+
+def read_without_hash(
+    source: AdapterSource, task_names: str | Sequence[str] | None = None, base: nn.Module | None = None
+) -> Adapter:
+    """As [`read_adapter`], but for the hash of the weights in its origin, for which the whole file has to be read."""
     try:
         return _read(source, task_names, base)
     except NONSENSE_ERRORS as error:
         # Configs and headers are JSON that anybody may have written; what is in them may have any type.
         raise UnmergeableAdapterError(f"{source.name} is malformed: {error!r}.") from error
+
+
+def with_hashes(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Adapters with the hashes of their weights in their origins. The tasks of merges have theirs already."""
+    files = [adapter.files[0].path for adapter in adapters if adapter.merge is None]
+    hashes = iter(sha256_of_each(files))
+    return [adapter if adapter.merge is not None else _with_hash(adapter, next(hashes)) for adapter in adapters]
+
+
+def _with_hash(adapter: Adapter, sha256: str) -> Adapter:
+    tasks = [
+        dataclasses.replace(task, origin=dataclasses.replace(task.origin, sha256=sha256)) for task in adapter.tasks
+    ]
+    return dataclasses.replace(adapter, tasks=tuple(tasks))
 
 
 def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: nn.Module | None) -> Adapter:
@@ -170,51 +165,6 @@ def _read_statistics(source: AdapterSource, config: PeftConfig) -> tuple[list[Te
             "is missing. Merge the tasks' own adapters, or get the file from where the merge comes from."
         )
     return [], AdapterStatistics((TaskStatistics(name=None, samples=0),))
-
-
-def read_config(source: AdapterSource) -> PeftConfig:
-    """An adapter's config, checked as any adapter's can be, be it one to merge or not."""
-    if not (source.folder / CONFIG_NAME).is_file():
-        raise UnmergeableAdapterError(f"{source.name} has no {CONFIG_NAME}: {_what_else(source)}.")
-    if (source.folder / CONFIG_NAME).stat().st_size > LARGEST_CONFIG:
-        raise UnmergeableAdapterError(f"{source.name}: {CONFIG_NAME} is larger than {LARGEST_CONFIG >> 20} MiB.")
-    try:
-        # As `PeftConfig.from_pretrained` does, but for the statistics that it would look for and read
-        fields = PeftConfig.from_json_file(str(source.folder / CONFIG_NAME))
-        config: PeftConfig = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**fields))
-    except (*NONSENSE_ERRORS, ValueError) as error:
-        # ValueError covers broken JSON and the messages of configs, which are written for people.
-        reason = f"{error} is unknown" if isinstance(error, KeyError) else str(error).rstrip(".")
-        raise unusable_config(source.name, reason) from error
-    check_config(config, source.name)
-    return config
-
-
-def _what_else(source: AdapterSource) -> str:
-    """What a folder without an adapter's config is, for messages."""
-    inside = sorted(path.parent for path in source.folder.glob(f"*/{CONFIG_NAME}"))
-    if inside:
-        several = "adapters lie in subfolders of it; give one of them" if len(inside) > 1 else "give its subfolder"
-        return f"{several}, {', '.join(map(repr, map(str, inside[:5])))}"
-    if (source.folder / "config.json").is_file():
-        return "it is a whole model; give the adapters' folders alone"
-    at_hub = "; if the adapter lies in a subfolder, download that and give the folder"
-    return f"it is no PEFT adapter{at_hub if source.revision else ''}"
-
-
-def open_weights(source: AdapterSource) -> TensorFile:
-    """Its tensors, of which nothing is read yet."""
-    path = source.folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        why = "."
-        if (source.folder / WEIGHTS_NAME).is_file():
-            why = f"; its {WEIGHTS_NAME} is a pickle, which is never opened. Save it again as safetensors."
-        raise UnmergeableAdapterError(f"{source.name} has no {SAFETENSORS_WEIGHTS_NAME}{why}")
-    weights = open_tensors(path, UnmergeableAdapterError)
-    strange = next((key for key in weights if not _KEY.fullmatch(key)), None)
-    if strange is not None:  # it would be part of patterns, tables and messages
-        raise UnmergeableAdapterError(f"{source.name}: tensor {strange!r:.200} is not called as modules are.")
-    return weights
 
 
 def _single_task(

@@ -6,29 +6,24 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-
-from .adapter import Adapter
+from pathlib import Path
 
 _CHUNK = 1 << 20
 
 
-def with_hashes(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """The adapters with the hashes of their weights files in their origins; the tasks of merges have theirs already.
+def sha256_of_each(files: Sequence[Path]) -> list[str]:
+    """Hashes of files that are read at the same time, as many as there are cores.
 
-    Files are read at the same time, as many as there are cores: hashing releases Python's lock, and one after another
-    would take a quarter of a merge on a GPU.
+    Hashing releases Python's lock, and one file after another would take a quarter of a merge on a GPU.
     """
     with ThreadPoolExecutor(os.cpu_count(), "peft_many hashes") as executor:
-        return list(executor.map(_with_hash, adapters))
+        return list(executor.map(sha256_of, files))
 
 
-def _with_hash(adapter: Adapter) -> Adapter:
-    if adapter.merge is not None:
-        return adapter
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()
-    with open(adapter.weights_path, "rb") as file:
-        while chunk := file.read(_CHUNK):
+    with open(file, "rb") as opened:
+        while chunk := opened.read(_CHUNK):
             digest.update(chunk)
-    tasks = [replace(task, origin=replace(task.origin, sha256=digest.hexdigest())) for task in adapter.tasks]
-    return replace(adapter, tasks=tuple(tasks))
+    return digest.hexdigest()

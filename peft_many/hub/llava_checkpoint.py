@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..algebra.precision import without_autocast
-from ..files.adapter import AdapterSource, read_adapter
+from ..files.adapter import read_adapter
 from ..files.atomic import new_folder
+from ..files.source import AdapterSource
 from ..files.tensor_keys import KEY_PREFIX
 from ..tuner.config import MAnyConfig
 

@@ -13,8 +13,8 @@ from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftWarning
 from torch import nn
 
-from ..files.adapter import AdapterSource
 from ..files.errors import MalformedAdapterError, StatisticsError, unusable_config
+from ..files.source import AdapterSource
 from ..files.statistics import AdapterStatistics
 from ..files.tensor_file import open_tensors
 from ..files.untrusted import NONSENSE_ERRORS, check_backed, check_config

@@ -22,9 +22,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftWarning
 from torch import nn
 from typing_extensions import Unpack
 
-from ..files.adapter import AdapterSource
 from ..files.card import CARD_NAME
 from ..files.errors import StatisticsError
+from ..files.source import AdapterSource
 from ..files.statistics import STATISTICS_NAME, AdapterStatistics
 
 # All that merging reads; nothing else is downloaded, pickles least of all.

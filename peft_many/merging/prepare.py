@@ -16,9 +16,8 @@ from tqdm.auto import tqdm
 
 from ..algebra.lpm import has_full_rank
 from ..algebra.scatter import cost
-from ..files.adapter import Adapter, TaskAdapter, read_adapter
+from ..files.adapter import Adapter, TaskAdapter, read_without_hash, with_hashes
 from ..files.errors import UnmergeableAdapterError
-from ..files.hashes import with_hashes
 from ..files.key_layouts import with_current_names
 from ..files.statistics import TaskStatistics
 from ..files.tensor_file import TensorFile
@@ -185,7 +184,7 @@ def prepare_merge(
         entries = list(entries)
     check_arguments(entries, weights, without, task_names)
     read = [
-        read_adapter(find_adapter(entry, **hub), task_names[i] if task_names is not None else None, base)
+        read_without_hash(find_adapter(entry, **hub), task_names[i] if task_names is not None else None, base)
         for i, entry in enumerate(tqdm(entries, desc="Reading adapters", unit="adapter", disable=not progress))
     ]
     everything = with_current_names(with_hashes(read), base)

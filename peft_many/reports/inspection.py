@@ -11,10 +11,11 @@ from peft import PeftConfig
 from typing_extensions import Unpack
 
 from ..algebra.precision import without_autocast
-from ..files.adapter import AdapterSource, TaskAdapter, open_weights, read_adapter, read_config
+from ..files.adapter import TaskAdapter, read_adapter
 from ..files.card import CARD_NAME
 from ..files.errors import UnmergeableAdapterError
 from ..files.peft_methods import name_of
+from ..files.source import AdapterSource, open_weights, read_config
 from ..files.tensor_file import TensorFile
 from ..files.tensor_keys import tensor_keys
 from ..files.untrusted import NONSENSE_ERRORS

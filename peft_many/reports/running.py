@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data.batches import ChatCollator, batches
 from ..data.conversations import Example
-from ..files.adapter import AdapterSource
+from ..files.source import AdapterSource
 from ..hub.base_model import BaseModel
 from ..hub.loading import put_on
 from ..hub.sources import HubArguments, find_adapter

@@ -16,9 +16,9 @@ from typing_extensions import Unpack
 
 from ..data.batches import ChatCollator, batches
 from ..data.reading import read_examples
-from ..files.adapter import AdapterSource
 from ..files.atomic import new_folder
 from ..files.card import CARD_NAME
+from ..files.source import AdapterSource
 from ..hub.base_model import BaseModel
 from ..hub.llava_checkpoint import PROJECTOR_WEIGHTS_NAME, import_llava_checkpoint
 from ..hub.loading import put_on
