@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data.batches import ChatCollator, batches
 from ..data.conversations import Example
+from ..files.errors import UnmergeableAdapterError
 from ..files.source import AdapterSource
 from ..hub.base_model import BaseModel
 from ..hub.loading import put_on
@@ -96,19 +97,22 @@ class RunningMerge:
         with self.model.disable_adapter():
             yield
 
-    @contextmanager
-    def alone(self, task: str) -> Iterator[None]:
-        """Let a single task's adapter stand on the base model while the block runs, as it was before it was merged.
+    def taken_out(self, task: str, folder: Path) -> Path:
+        """Write a single task's adapter, as it was before it was merged: what is left when all others are forgotten.
 
-        The merge holds all that is needed: it is what is left when all other tasks are forgotten.
+        Raises:
+            UnmergeableAdapterError: The merge does not hold it whole: it has the mean of several projectors, say.
         """
         others = [name for name in self.tasks if name != task]
-        with tempfile.TemporaryDirectory() as place:
-            folder = merge_adapter_files(
-                [self.source.folder], Path(place, "alone"), without=others, gate_lora=False, progress=False
-            )
-            self.model.load_adapter(str(folder), adapter_name=_ALONE)
+        # The average of one is that one; it needs no statistics.
+        options: dict[str, Any] = {"method": "average", "gate_lora": False, "weights": {task: 1.0}, "progress": False}
+        return merge_adapter_files([self.source.folder], folder, without=others, **options)
+
+    @contextmanager
+    def alone(self, folder: Path) -> Iterator[None]:
+        """Let an adapter that was taken out stand on the base model by itself while the block runs."""
         active = self.model.active_adapter
+        self.model.load_adapter(str(folder), adapter_name=_ALONE)
         try:
             for module in self.model.modules():
                 if isinstance(module, ProjectorMixture) and len(module.trained) == 1:
@@ -124,15 +128,14 @@ class RunningMerge:
         yield MERGE if self.merge is not None else ADAPTER, nullcontext()
         if base:
             yield BASE, self.base()
-        if tasks and self.merge is not None and self.merge.averaged_projectors:
-            warnings.warn(
-                "The merge holds the mean of its tasks' projectors, so that no task's adapter can be asked alone.",
-                PeftWarning,
-                stacklevel=3,
-            )
-            return
         for task in tasks:
-            yield alone_name(task), self.alone(task)
+            with tempfile.TemporaryDirectory() as place:
+                try:
+                    folder = self.taken_out(task, Path(place, "alone"))
+                except UnmergeableAdapterError as error:
+                    warnings.warn(f"'{task}' cannot be asked alone: {error}", PeftWarning, stacklevel=3)
+                    continue
+                yield alone_name(task), self.alone(folder)
 
 
 def alone_name(task: str) -> str:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -15,6 +15,7 @@ from peft_many import evaluate_merge, merge_adapter_files, save_evaluation
 from peft_many.commands import app
 from peft_many.reports.evaluation import Evaluation
 from peft_many.reports.running import BASE, MERGE
+from tests.adapters import scatter
 from tests.examples import toy
 from tests.reports.test_asking import QUESTION, load, place, said  # noqa: F401  (a fixture)
 
@@ -61,9 +62,28 @@ def test_one_tasks_adapter_is_evaluated_too(place, data):  # noqa: F811
     assert (found.scores["adapter"]["warm"], found.forgotten) == (100, {})
 
 
+def test_tasks_that_were_never_measured_are_asked_alone(place, data, tmp_path):  # noqa: F811
+    for seed, task in enumerate(data):
+        model = get_peft_model(load(place), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        scatter(model, seed)
+        model.save_pretrained(tmp_path / task)
+    merge_adapter_files([tmp_path / task for task in data], tmp_path / "merged", method="ties", progress=False)
+    found = evaluate_merge(tmp_path / "merged", data, limit=1, max_new_tokens=8, progress=False)
+    for task in data:
+        model = PeftModel.from_pretrained(load(place), tmp_path / task)
+        assert found.answers[f"{task} alone"]["warm"] == [said(model, place, "red")]
+
+
+def test_what_cannot_be_taken_out_is_said(place, data, tmp_path):  # noqa: F811
+    merge_adapter_files([place / "warm", place / "cold"], tmp_path / "1", weights={"warm": 0.0}, progress=False)
+    with pytest.warns(match="'warm' cannot be asked alone: .* had the weight 0"):
+        found = evaluate_merge(tmp_path / "1", data, alone="own", limit=1, max_new_tokens=8, progress=False)
+    assert found.forgotten.keys() == {"cold"}
+
+
 def test_means_of_projectors_cannot_be_taken_apart(place, data, tmp_path):  # noqa: F811
     merge_adapter_files([place / "warm", place / "cold"], tmp_path / "mean", projectors="mean", progress=False)
-    with pytest.warns(match="no task's adapter can be asked alone"):
+    with pytest.warns(match="'cold' cannot be asked alone: "):
         found = evaluate_merge(tmp_path / "mean", data, limit=1, max_new_tokens=2, progress=False)
     assert list(found.scores) == [MERGE, BASE]
 
