@@ -174,7 +174,7 @@ def test_snippets_run(page, names, place):
             continue
         for folder in folders_written(snippet):
             shutil.rmtree(folder, ignore_errors=True)
-        names["base"] = load_base(place)
+        names["base"], names["new_base"] = load_base(place), load_base(place)
         run(snippet, page, names)
 
 
