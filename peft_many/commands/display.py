@@ -199,7 +199,7 @@ def show_merged(merge: MergeRecord, folder: str) -> None:
     place = shlex.quote(folder)
     _say(f"What it is made of: peft-many inspect {place}", aside)
     _say(f"What it costs, layer by layer: peft-many report {place} --output {shlex.quote(folder + '-report')}", aside)
-    _say(f"To use it: import peft_many; PeftModel.from_pretrained(base, {folder!r})", aside)
+    _say(f"To ask it: peft-many ask {place} --image IMAGE QUESTION", aside)
 
 
 def _show_routing(routing: Mapping[str, ExpectedRouting], doubts: bool = True) -> None:

@@ -140,12 +140,12 @@ def _notes(prepared: PreparedMerge) -> list[str]:
         silent = [module for module in missing if module not in task.statistics.input_of]
         if task.weight == 0:
             kept = "its LoRA is kept, its projector is not" if task.projectors else "it is kept"
-            notes.append(f"'{task.name}' has weight 0: {kept}, and it has no say.")
+            notes.append(f"'{task.name}' has weight 0: {kept}, and it does not count.")
         if missing:
             note = f"'{task.name}' did not train {len(missing)} of {len(layers)} layers ('{missing[0]}', …)"
             note += "; its delta counts as zero there."
             if silent and needs_covariances:
-                note = note[:-1] + f", but in {len(silent)} of them nothing was measured and it has no say."
+                note = note[:-1] + f", but in {len(silent)} of them nothing was measured, so that it does not count there."
             notes.append(note)
         if 0 < task.statistics.samples < _FEW_SAMPLES:
             notes.append(f"'{task.name}' was measured on {task.statistics.samples} samples; 32 to 128 are enough.")
