@@ -88,7 +88,8 @@ def _only_format(adapter: str, output: Path) -> str:
     say_error(
         f"{adapter} has projectors that its tasks trained; formats differ in what becomes of them. Give one:\n"
         f"{command} routed\n  keeps all; it takes peft_many to load\n"
-        f"{command} lora\n  for vLLM and stock PEFT; right on text, mostly wrong about images\n"
+        f"{command} lora\n  for stock PEFT and servers; right on text, mostly wrong about images, but in vLLM with\n"
+        "  peft_many beside it, which takes the projectors from the merge (--additional-config)\n"
         f"{command} model --projector {shlex.quote(tasks[0].name)}\n"
         "  for plain transformers; right on text and about that task's images, mostly wrong about others"
     )

@@ -90,7 +90,8 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
         notes.append(
             "The tasks' projectors are not in it. On text, answers are the adapter's; images are seen through the "
             "base model's projector, with which the tasks did not train: expect most answers about images to be "
-            "wrong. `export_routed_model` (`--format routed`) keeps the projectors."
+            "wrong. `export_routed_model` (`--format routed`) keeps the projectors, and vLLM with peft_many beside it "
+            "takes them from the merge (docs/how-to/vllm.md)."
         )
     beside = sorted({name for task in read.tasks for name in task.base_tensors})
     if beside:

@@ -38,7 +38,14 @@ _GOING_ON = """Tasks can be added to it and forgotten, without the adapters that
 ```bash
 peft-many add . me/new-task --output with-new-task
 peft-many remove . TASK --output without-task
-peft-many export . --format lora --output lora  # for vLLM; without the tasks' projectors
+```
+
+vLLM serves it, with `peft_many` beside it; the export says which rank it takes:
+
+```bash
+peft-many export . --format lora --output lora
+vllm serve BASE_MODEL --enable-lora --max-lora-rank RANK --lora-modules merged=lora \\
+    --additional-config '{"peft_many": "."}'
 ```"""
 _MOST_IN_TABLE = 12  # tasks
 _LARGEST_CARD = 1 << 20  # bytes that are read of somebody else's card

@@ -145,7 +145,7 @@ def _notes(prepared: PreparedMerge) -> list[str]:
             note = f"'{task.name}' did not train {len(missing)} of {len(layers)} layers ('{missing[0]}', …)"
             note += "; its delta counts as zero there."
             if silent and needs_covariances:
-                note = note[:-1] + f", but in {len(silent)} of them nothing was measured, so that it does not count there."
+                note = note[:-1] + f", but in {len(silent)} of them nothing was measured and it does not count."
             notes.append(note)
         if 0 < task.statistics.samples < _FEW_SAMPLES:
             notes.append(f"'{task.name}' was measured on {task.statistics.samples} samples; 32 to 128 are enough.")

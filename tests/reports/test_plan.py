@@ -85,7 +85,7 @@ def test_statistics_are_read_once(shelf, monkeypatch):
 def test_it_notes_what_may_surprise(shelf):
     notes = "\n".join(plan_merge([shelf[name] for name in ("a", "few", "blind", "text")], progress=False).notes)
     assert "'few' did not train 10 of 14 layers ('model.language_model.layers.0.mlp.gate_proj', …); its delta" in notes
-    assert "but in 6 of them nothing was measured, so that it does not count there" in notes
+    assert "but in 6 of them nothing was measured and it does not count" in notes
     assert "'blind' has no projector 'model.multi_modal_projector' of its own: the base model's serves." in notes
     assert "'text' saw no image at 'model.multi_modal_projector', so no image is sent to it." in notes
     assert "'a' was measured on 4 samples" in notes
