@@ -84,7 +84,7 @@ def test_merge(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["sketches", "collection", "routing", "lifelong", "instructions"])
+@pytest.mark.parametrize("script", ["sketches", "collection", "routing", "gates", "lifelong", "instructions"])
 def test_other_benchmarks(tmp_path: Path, script: str) -> None:
     content = results(script, tmp_path)
     assert content["benchmark"] == script

@@ -81,7 +81,7 @@ def current_gates(adapter_name: str, ranks: tuple[int, ...], x: Tensor) -> Gates
     known = asked_for.gates.get(key)
     if known is None or len(known[0]) != len(x):
         known = asked_for.gates[key] = _gates_in_graph(adapter_name, ranks, x.shape, x.dtype, x.device)
-    return known
+    return Gates(*known)
 
 
 def _gates(
@@ -114,11 +114,11 @@ def _gates_in_graph(
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("This version of torch would put a gate into a CUDA graph; compile without CUDA graphs.")
     found = _gates(adapter_name, ranks, shape, dtype, device)
-    merged, own = (None, None) if found is None else found
     rows, rank = shape[0], sum(ranks)
-    if own is None:
+    if found is None:
         return torch.ones(rows, 1, dtype=dtype, device=device), torch.zeros(rows, rank, dtype=dtype, device=device)
-    return torch.zeros(rows, 1, dtype=dtype, device=device) if merged is None else merged.clone(), own.clone()
+    merged = torch.zeros(rows, 1, dtype=dtype, device=device) if found.merged is None else found.merged.clone()
+    return merged, found.own.clone()
 
 
 @_gates_in_graph.register_fake

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils import PeftWarning
@@ -27,9 +27,13 @@ _MOVES_ROWS = ("reorder_cache", "batch_select_indices")
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
-# What a layer's products with `A*` and with the tasks' own `A_t` are multiplied by: shape `(rows, 1)`, `None` where it
-# is zero in all rows, and shape `(rows, Σ r_t)`.
-Gates = tuple[Tensor | None, Tensor]
+class Gates(NamedTuple):
+    """What a layer's products with `A*` and with the tasks' own `A_t` are multiplied by."""
+
+    merged: Tensor | None  # (rows, 1); `None` where it is zero in all rows
+    own: Tensor  # (rows, Σ r_t)
+    columns: slice = slice(None)  # outside of which both are zero, so that nothing is computed there
+    are_one: bool = False  # whether all of `own` is, there
 
 
 class RowWeights:
@@ -88,11 +92,12 @@ class RowWeights:
             return None
         key = (ranks, repeats, dtype, device)
         if key not in self._gates:
-            merged, own = (
-                moved(gate.to(dtype).repeat_interleave(repeats, dim=0), device)
-                for gate in gates(self.weights, confidence(self.weights), self.merged, ranks)
-            )
-            self._gates[key] = (merged if self.merged.any() else None, own)
+            merged, own = gates(self.weights, confidence(self.weights), self.merged, ranks)
+            used, any_merged = own.any(0).nonzero()[:, 0].tolist(), bool(self.merged.any())
+            columns = slice(used[0], used[-1] + 1) if used and not any_merged else slice(None)
+            merged, there = (moved(one.to(dtype).repeat_interleave(repeats, dim=0), device) for one in (merged, own))
+            are_one = bool((own[:, columns] == 1).all())
+            self._gates[key] = Gates(merged if any_merged else None, there, columns, are_one)
         return self._gates[key]
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""The `lora_A` of a merge with `gate_lora`: the merged one, and the tasks' own beside it."""
+"""The factors of a merge with `gate_lora`: the merged `lora_A`, the tasks' own beside it, and `lora_B`."""
 
 from __future__ import annotations
 
@@ -32,12 +32,33 @@ class GatedLinear(MergedLinear):
         gates = current_gates(self.adapter_name, self.ranks, input)
         if gates is None:
             return super().forward(input)
-        of_merged, of_own = gates
         between = [1] * (input.dim() - 2)
-        own = nn.functional.linear(input, self.task_weight) * of_own.reshape(-1, *between, self.out_features)
-        if of_merged is None:
+        own = nn.functional.linear(input, self.task_weight[gates.columns])
+        if not gates.are_one:
+            own = own * gates.own[:, gates.columns].reshape(-1, *between, own.shape[-1])
+        if gates.merged is None:
             return own
-        return super().forward(input) * of_merged.reshape(-1, *between, 1) + own
+        return super().forward(input) * gates.merged.reshape(-1, *between, 1) + own
+
+
+class ColumnsLinear(MergedLinear):
+    """The `lora_B` behind a `GatedLinear`, which may give it a part of the columns: those of the tasks that are there.
+
+    A call costs what one adapter costs, however many tasks were merged, where all its rows belong to one of them.
+    """
+
+    def __init__(self, lora_B: nn.Linear, lora_A: GatedLinear) -> None:
+        super().__init__(lora_B)
+        self.adapter_name = lora_A.adapter_name
+        self.ranks = lora_A.ranks
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `lora_B`'s; `input` has shape `(rows, …, columns)`."""
+        if input.shape[-1] == self.in_features:
+            return super().forward(input)
+        gates = current_gates(self.adapter_name, self.ranks, input)
+        assert gates is not None
+        return nn.functional.linear(input, self.weight[:, gates.columns], self.bias)
 
 
 def gate_layers(model: nn.Module, adapter_name: str, merge: MergeRecord) -> None:
@@ -51,4 +72,5 @@ def gate_layers(model: nn.Module, adapter_name: str, merge: MergeRecord) -> None
                 f"The adapter's config has `gate_lora`, but its `task_ranks` {ranks} do not make up the rank "
                 f"{layer.r[adapter_name]} of '{name}'. Only merging writes these."
             )
-        layer.lora_A[adapter_name] = GatedLinear(layer.lora_A[adapter_name], adapter_name, ranks)
+        gated = layer.lora_A[adapter_name] = GatedLinear(layer.lora_A[adapter_name], adapter_name, ranks)
+        layer.lora_B[adapter_name] = ColumnsLinear(layer.lora_B[adapter_name], gated)
