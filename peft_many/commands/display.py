@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ..files.card import in_words
 from ..records import ExpectedRouting, MergeRecord, most_telling
-from ..records.options import BOTH
+from ..records.options import BOTH, IMAGES
 from ..records.words import counted, shortened
 from ..reports.asking import Answer
 from ..reports.costs import amount
@@ -77,11 +77,11 @@ def show_inspection(found: AdapterInspection) -> None:
     _say(_pairs("Files", {name: decimal(count) for name, count in found.files.items()}))
     if found.options:
         _say(_pairs("Options", found.options))
+    goes_by = {name: "images and instructions" if by == BOTH else by for name, by in found.options.items()}
     for projector, tasks in found.routing.items():
-        _say(f"Routed projector {projector}: {', '.join(tasks)}")
+        _say(f"Routed projector {projector}, by {goes_by.get('route_by', IMAGES)}: {', '.join(tasks)}")
     if found.options.get("gate_lora"):
-        by = "images and instructions" if found.options["gate_by"] == BOTH else found.options["gate_by"]
-        _say(f"Gated LoRA: each input gets its task's own, by its {by}")
+        _say(f"Gated LoRA: each input gets its task's own, by its {goes_by['gate_by']}")
     _show_routing(found.expected_routing)
     for projector, tasks in found.averaged_projectors.items():
         _say(f"Averaged projector {projector}: {', '.join(tasks)}")

@@ -138,8 +138,10 @@ def _about_task(config: Described) -> str:
 
 def _about_merge(merge: MergeRecord, has_projectors: bool) -> str:
     tasks = merge.tasks
-    projectors = "averaged" if merge.averaged_projectors else "routed per image by visual prototypes"
-    goes_by = {INSTRUCTIONS: "instruction", BOTH: "images and instruction"}.get(str(merge.options.gate_by), "images")
+    kinds, by = {INSTRUCTIONS: "instruction", BOTH: "images and instruction"}, str(merge.options.route_by)
+    routed = f"routed by each row's {kinds[by]}" if by in kinds else "routed per image by visual prototypes"
+    projectors = "averaged" if merge.averaged_projectors else routed
+    goes_by = kinds.get(str(merge.options.gate_by), "images")
     gated = f", chosen among by each row's {goes_by}" if merge.options.gate_lora else ""
     parts = [
         f"# A merge of {counted(len(tasks), 'task adapter')}",

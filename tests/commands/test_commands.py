@@ -175,6 +175,16 @@ def test_inspect_shows_it(merged):
     assert "a merge of 1 task" in run("inspect", merged).stdout
 
 
+def test_inspect_says_what_chooses(shelf, tmp_path):
+    for name, by, said in (("1", "images", "by images"), ("2", "both", "by images and instructions")):
+        merge_adapter_files(
+            [shelf["a"], shelf["b"]], tmp_path / name, gate_by="both", route_by=by, progress=False, router="gaussian"
+        )
+        told = " ".join(run("inspect", tmp_path / name).stdout.split())
+        assert f"multi_modal_projector, {said}: a, b" in told
+        assert "by its images and instructions" in told
+
+
 @pytest.mark.parametrize("columns", [40, 80, 200])
 def test_no_word_of_a_table_is_broken(shelf, tmp_path, monkeypatch, columns):
     """Not by a narrow terminal, nor by a task's name of 300 characters, which would push all else out."""
