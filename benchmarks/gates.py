@@ -1,6 +1,6 @@
 """What gates cost at inference, for 1 to 64 tasks: calls of a gated merge beside the same calls of one adapter.
 
-A LLaVA of width 1024 in float32, of four layers, on two images with 32 words each. Ranks are to the width what r = 16
+A LLaVA of width 1024 in float32, of two layers, on two images with 32 words each. Ranks are to the width what r = 16
 is to that of a 7B model. "Spread" rows belong to different tasks, "one task" means all the same.
 
 Writes gates.json and gates.png.
@@ -45,12 +45,12 @@ class Sizes:
     model: ModelSizes
     r: int = 4
     new_tokens: int = 32
-    repetitions: int = 7
+    repetitions: int = 5
 
 
 WIDE = ModelSizes(
     vision={**CHECKED.vision, "image_size": 112},
-    text={**CHECKED.text, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4},
+    text={**CHECKED.text, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2},
     rows=2,
     words=32,
 )

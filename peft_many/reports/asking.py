@@ -120,9 +120,8 @@ def decided(running: RunningMerge, example: Example) -> tuple[dict[str, dict[str
     gates = None if known is None else known.gates((1,) * len(merge.names), 1, torch.float32, torch.device("cpu"))
     if gates is None:
         return routing, {**dict.fromkeys(merge.names, 0.0), MERGED_LORA: 1.0}
-    merged, own = gates
-    by_task = dict(zip(merge.names, own[0].tolist(), strict=True))
-    return routing, {**by_task, MERGED_LORA: 0.0 if merged is None else merged[0].item()}
+    by_task = dict(zip(merge.names, gates.own[0].tolist(), strict=True))
+    return routing, {**by_task, MERGED_LORA: 0.0 if gates.merged is None else gates.merged[0].item()}
 
 
 def _said(running: RunningMerge, context: Any, example: Example, max_new_tokens: int) -> str:
