@@ -55,9 +55,17 @@ def _grids(arguments: Mapping[str, Any]) -> Tensor:
     return torch.as_tensor(found).prod(-1)
 
 
+def _areas(arguments: Mapping[str, Any]) -> Tensor:
+    """Images of several sizes, none of them padded."""
+    return torch.tensor([image.shape[-2] * image.shape[-1] for image in arguments["pixel_values"]])
+
+
 _LLAVA = "LlavaMultiModalProjector"
 # By architecture, as models' configs name it.
 FAMILIES = {
+    "Idefics3ForConditionalGeneration": ServedFamily(
+        "idefics3:Idefics3ForConditionalGeneration", "idefics3:Idefics3Connector", _numbers_of_tiles("num_patches")
+    ),
     "InternVLForConditionalGeneration": ServedFamily(
         "interns1:InternS1ForConditionalGeneration",
         "interns1:InternS1MultiModalProjector",
@@ -66,6 +74,9 @@ FAMILIES = {
     "LlavaForConditionalGeneration": ServedFamily("llava:LlavaForConditionalGeneration", f"llava:{_LLAVA}", _alike),
     "LlavaNextForConditionalGeneration": ServedFamily(
         "llava_next:LlavaNextForConditionalGeneration", f"llava_next:{_LLAVA}", _lists_of_tiles
+    ),
+    "Mistral3ForConditionalGeneration": ServedFamily(
+        "mistral3:Mistral3ForConditionalGeneration", "mistral3:Mistral3MultiModalProjector", _areas
     ),
     "Qwen2VLForConditionalGeneration": ServedFamily(
         "qwen2_vl:Qwen2VLForConditionalGeneration", "qwen2_vl:Qwen2VisionPatchMerger", _grids
