@@ -35,6 +35,13 @@ def export(
         str | None,
         typer.Option(metavar="TASK", help="model: whose projector to keep. [dim]default: the mean of all[/dim]"),
     ] = None,
+    with_tasks: Annotated[
+        bool, typer.Option("--with-tasks", help="lora: write the LoRAs of the merge's tasks too, in folders within.")
+    ] = False,
+    check_for: Annotated[
+        Literal["vllm"] | None,
+        typer.Option("--check-for", help="lora: make sure that the server knows each layer of it."),
+    ] = None,
     dry_run: a.DryRun = False,
     json: a.Json = False,
 ) -> None:
@@ -45,13 +52,14 @@ def export(
 
     [bold]lora[/bold]: a plain LoRA of the language model, for stock PEFT and for servers such as vLLM. The projectors
     stay behind: answers on text are the merge's, most answers about images will be wrong. No base model is loaded.
+    With --with-tasks, a server can choose among the tasks' own by the images.
 
     [bold]model[/bold]: a full transformers model with the deltas folded in and one fixed projector, the mean or that
     of one task, whose images alone it then sees rightly.
 
     [bold]Examples[/bold]
 
-    peft-many export merged --format lora --output lora
+    peft-many export merged --format lora --check-for vllm --output lora
 
     peft-many export merged --format model --projector clevr --output model
 
@@ -60,13 +68,17 @@ def export(
     chosen = format or _only_format(adapter, output)
     if projector is not None and chosen != "model":
         raise typer.BadParameter("Only --format model keeps a single projector.", param_hint="--projector")
-    if base_model is not None and chosen == "lora":
+    if with_tasks and chosen != "lora":
+        raise typer.BadParameter("Only --format lora writes the tasks' own LoRAs.", param_hint="--with-tasks")
+    if check_for is not None and chosen != "lora":
+        raise typer.BadParameter("Only --format lora is checked.", param_hint="--check-for")
+    if base_model is not None and chosen == "lora" and check_for is None:
         raise typer.BadParameter("--format lora needs no base model.", param_hint="--base-model")
     if dry_run:
         _say_plan(adapter, output, chosen, base_model)
         return
     if chosen == "lora":
-        done = export_lora(adapter, output)
+        done = export_lora(adapter, output, with_tasks=with_tasks, check_for=check_for, base_model=base_model)
     elif chosen == "model":
         done = export_model(adapter, output, base_model=base_model, projector=projector)
     else:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import torch
 from peft import LoraConfig
 from typing_extensions import Unpack
 
 from ..algebra.precision import without_autocast
-from ..files.adapter import read_adapter
+from ..files.adapter import Adapter, read_adapter
 from ..files.atomic import new_folder
-from ..files.card import class_of, quoted
+from ..files.card import class_of, plain, quoted
 from ..files.errors import UnmergeableAdapterError
 from ..files.key_layouts import with_current_names
+from ..hub.base_model import BaseModel
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.arguments import output_folder
 from ..merging.prepare import AdapterPath
+from ..records.values import one_of
 from .export import (
     Export,
     as_lora,
@@ -27,6 +33,7 @@ from .export import (
     write_adapter,
     write_card,
 )
+from .served import SERVERS, as_served
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for `max_lora_rank`
 
@@ -44,7 +51,15 @@ vllm serve {base_model} --enable-lora --max-lora-rank {rank} --lora-modules merg
 
 
 @without_autocast()
-def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> Export:
+def export_lora(
+    adapter: AdapterPath,
+    output_dir: str | os.PathLike[str],
+    *,
+    with_tasks: bool = False,
+    check_for: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
+    **hub: Unpack[HubArguments],
+) -> Export:
     """Write a merge or an adapter as a plain PEFT LoRA, which loads without this package.
 
     Every layer has the same rank, that of the largest (smaller ones are filled up with zeros), and a scaling of one.
@@ -54,13 +69,21 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
     Args:
         adapter (`str`): The folder or Hub id of a merge, or of one task's adapter.
         output_dir (`str`): The folder to create; it must not exist, or be empty.
+        with_tasks (`bool`, defaults to `False`):
+            Write the LoRAs of a merge's tasks too, in the folders `task_0`, `task_1` and so on within, in the order of
+            its tasks: what a server chooses among to do as `gate_lora` does (`peft_many.serving.gate`).
+        check_for (`str`, *optional*):
+            `"vllm"` makes sure that each of its layers is one of the base model's language model, by the base model's
+            config alone: vLLM leaves out others without a word. It gets the names that transformers has today.
+        base_model (`str`, *optional*): For that: a folder or Hub id, if the adapter does not say it.
         **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
     Returns:
         [`Export`]: The folder, and what is lost.
 
     Raises:
-        UnmergeableAdapterError: It is no additive LoRA, or a rank is above 512.
+        ValueError: `with_tasks` is asked for, and it is no merge; or there is no base model to check it for.
+        UnmergeableAdapterError: It is no additive LoRA, a rank is above 512, or a layer would not be served.
         AdapterNotFoundError, StatisticsError, FileExistsError: As in [`merge_adapter_files`].
 
     Example:
@@ -74,6 +97,9 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
     """
     source = find_adapter(adapter, **hub)
     (read,) = with_current_names([read_adapter(source)], None)
+    if check_for is not None:
+        one_of("check_for", check_for, SERVERS)
+        read = as_served(read, BaseModel.of(base_model, read.config, hub))
     pairs = read_pairs(read)
     largest = largest_rank(pairs)
     served = next((served for served in SERVED_RANKS if served >= largest), None)
@@ -82,9 +108,12 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
             f"{source.name} has layers of rank {largest}, and vLLM serves at most {SERVED_RANKS[-1]}: merge it again "
             f"with `rank={SERVED_RANKS[-1]}` or less."
         )
+    if with_tasks and read.merge is None:
+        raise ValueError(f"{source.name} is no merge, so there are no tasks' LoRAs beside it (`with_tasks`).")
     told = {name: getattr(read.config, name) for name in ("task_type", "base_model_name_or_path", "revision")}
     config, tensors = as_lora(read, pairs, largest, LoraConfig, **told)
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    stored = next(iter(tensors.values())).dtype
+    dtype = str(stored).removeprefix("torch.")
     notes = [f"All layers have rank {largest} (vLLM: `max_lora_rank={served}`), in {dtype}."]
     if any(task.projectors for task in read.tasks):
         notes.append(
@@ -99,10 +128,16 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
             f"'{beside[0]}', which lies beside the adapter untrained, is not in it: if the vocabulary was resized, "
             "save the base model with it."
         )
-    notes += notes_on_gate(read)
+    if with_tasks:
+        names = ", ".join(f"{plain(task.name)} (`task_{t}`)" for t, task in enumerate(read.tasks))
+        notes.append(f"The tasks' own LoRAs are in folders of their own: {names}.")
+    else:
+        notes += notes_on_gate(read)
     output = output_folder(output_dir)
     with new_folder(output) as folder:
         write_adapter(folder, config, tensors)
+        if with_tasks:
+            _write_tasks(folder, read, stored, told)
         base = config.base_model_name_or_path
         usage = _USAGE.format(
             kind=class_of(read.config),
@@ -112,3 +147,12 @@ def export_lora(adapter: AdapterPath, output_dir: str | os.PathLike[str], **hub:
         )
         write_card(folder, "A LoRA of {tasks}", read, base, usage, notes, library_name="peft")
     return Export(output, notes)
+
+
+def _write_tasks(folder: Path, adapter: Adapter, dtype: torch.dtype, told: Mapping[str, Any]) -> None:
+    """The LoRAs of a merge's tasks, each in a folder of its own."""
+    for t, task in enumerate(adapter.tasks):
+        read = {module: delta.read() for module, delta in sorted(task.deltas.items())}
+        pairs = {module: (delta.A.to(dtype), delta.B.to(dtype)) for module, delta in read.items()}
+        (folder / f"task_{t}").mkdir()
+        write_adapter(folder / f"task_{t}", *as_lora(adapter, pairs, largest_rank(pairs), LoraConfig, **told))

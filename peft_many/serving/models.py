@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 from unittest import mock
 
+import torch
 import vllm
 from torch import Tensor
 from vllm.config import VllmConfig
@@ -53,6 +54,18 @@ def routed_model(architecture: str) -> type[Any]:
                 return super().embed_multimodal(**kwargs)
             with images_lie(family.shares(kwargs)):
                 return super().embed_multimodal(**kwargs)
+
+        def task_weights(self, **kwargs: Any) -> Tensor:
+            """What each task of the merge counts for each image, `(images, tasks)`: those that a gate goes by.
+
+            Of the arguments of `embed_multimodal`. Of several projectors the last one counts, as it does there.
+            """
+            with images_lie(family.shares(kwargs)) as images:
+                super().embed_multimodal(**kwargs)
+            projector, weights = images.decided[-1]
+            record = self.served_merge.record
+            places = [record.names.index(task.name) for task in projector.routed.tasks]
+            return weights.new_zeros(len(weights), len(record.names)).index_copy_(1, torch.tensor(places), weights)
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
             if self.served_merge is None:

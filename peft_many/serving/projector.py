@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,18 +17,33 @@ from ..algebra.routing import pool_segments, task_weights
 from ..algebra.spread import FeatureMetric
 from ..records import MergeOptions, RoutedProjector
 
-_shares: ContextVar[Tensor | None] = ContextVar("shares", default=None)
+
+@dataclass
+class Images:
+    """How the images of a batch lie in the rows of features, and what was decided about them.
+
+    Args:
+        shares (`Tensor`): What each has of the rows, `(images,)`, in lowest terms.
+        decided (`list`): Projectors in the order in which they ran, and their tasks' weights, `(images, tasks)`.
+    """
+
+    shares: Tensor
+    decided: list[tuple[ServedProjector, Tensor]] = field(default_factory=list)
+
+
+_images: ContextVar[Images | None] = ContextVar("images", default=None)
 
 
 @contextlib.contextmanager
-def images_lie(shares: Tensor) -> Iterator[None]:
+def images_lie(shares: Tensor) -> Iterator[Images]:
     """Tell the projectors that run meanwhile what each image has of their rows, `(images,)`, up to a factor."""
     shares = shares.cpu().long()
-    token = _shares.set(shares // max(1, math.gcd(*shares.tolist())))
+    images = Images(shares // max(1, math.gcd(*shares.tolist())))
+    token = _images.set(images)
     try:
-        yield
+        yield images
     finally:
-        _shares.reset(token)
+        _images.reset(token)
 
 
 class ServedProjector(nn.Module):
@@ -48,7 +64,7 @@ class ServedProjector(nn.Module):
 
     def route(self, routed: RoutedProjector, options: MergeOptions) -> None:
         """Make room for experts and prototypes, to be loaded into. The latter stay float32: they decide."""
-        self._options = options
+        self._options, self.routed = options, routed
         self._is_gaussian = routed.directions is not None
         self._trained = [task.trained for task in routed.tasks]
         self.experts = nn.ModuleDict(
@@ -65,13 +81,15 @@ class ServedProjector(nn.Module):
         """Of vision features, `(rows, …, d)`, and in some families one more argument with something for each image."""
         if self._options is None:
             return super().forward(features, *of_images)
-        shares = _shares.get()
-        total = 0 if shares is None else int(shares.sum())
-        if shares is None or total == 0 or len(features) % total:
-            told = "nothing is known of them" if shares is None else f"they should lie as {shares.tolist()}"
+        images_here = _images.get()
+        total = 0 if images_here is None else int(images_here.shares.sum())
+        if images_here is None or total == 0 or len(features) % total:
+            told = "nothing is known" if images_here is None else f"they should lie as {images_here.shares.tolist()}"
             raise RuntimeError(f"The images in {len(features)} rows of features cannot be told apart: {told}.")
-        lengths = shares * (len(features) // total)
-        by_expert = self._by_expert(self._task_weights(features, lengths))
+        lengths = images_here.shares * (len(features) // total)
+        task_weights = self._task_weights(features, lengths)
+        images_here.decided.append((self, task_weights))
+        by_expert = self._by_expert(task_weights)
         busy = (by_expert != 0).any(dim=0).nonzero()[:, 0].tolist()  # NaN counts: broken features stay broken
         if len(busy) == 1:
             return self._run(busy[0], features, of_images)

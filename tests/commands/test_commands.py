@@ -228,9 +228,11 @@ def test_exports_are_the_functions(merged, tmp_path):
     assert files(tmp_path) == before
     asked = run("export", merged, "-o", tmp_path / "1", code=2).stderr
     assert f"peft-many export {merged} --output {tmp_path / '1'} --format routed\n  keeps all" in asked
-    told = run("export", merged, "-f", "lora", "-o", tmp_path / "1").stderr
+    more = ["--with-tasks", "--check-for", "vllm", "--base-model", place]
+    told = run("export", merged, "-f", "lora", "-o", tmp_path / "1", *more).stderr
     assert "expect most answers about images to be wrong" in told
-    export_lora(merged, tmp_path / "2")
+    assert (tmp_path / "1" / "task_1" / "adapter_config.json").is_file()
+    export_lora(merged, tmp_path / "2", with_tasks=True)
     assert files(tmp_path / "1") == files(tmp_path / "2")
     more = ["--format", "model", "--base-model", place]
     told = run("export", merged, *more, "--projector", "a", "-o", tmp_path / "3")
@@ -266,6 +268,8 @@ def test_exports_are_the_functions(merged, tmp_path):
         (["export", "a", "-o", "y", "-f", "gguf"], 2, "'gguf' is not one of 'lora', 'model', 'routed'"),
         (["export", "a", "-o", "y", "-f", "lora", "--projector", "a"], 2, "Only --format model keeps"),
         (["export", "a", "-o", "y", "-f", "lora", "--base-model", "a"], 2, "needs no base model"),
+        (["export", "a", "-o", "y", "-f", "model", "--with-tasks"], 2, "Only --format lora writes the"),
+        (["export", "a", "-o", "y", "-f", "model", "--check-for", "vllm"], 2, "Only --format lora is checked"),
         (["report", "nowhere", "-o", "y"], 1, "There is no folder 'nowhere'"),
         (["inspect", "nowhere"], 1, "There is no folder 'nowhere'"),
         (["magic"], 2, "magic"),

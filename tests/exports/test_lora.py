@@ -119,6 +119,42 @@ def test_images_are_seen_through_the_base_projector(shelf, tmp_path):
     assert distance(found, logits(PeftModel.from_pretrained(base("llava"), merged), "llava")) > 1e-3
 
 
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}])
+def test_the_tasks_own_lie_within(shelf, tmp_path, options):
+    merged = shelf.merge("abc", tmp_path / "merged", gate_lora=True, **options)
+    exported = export_lora(merged, tmp_path / "lora", with_tasks=True)
+    assert exported.notes[-1] == (
+        "The tasks' own LoRAs are in folders of their own: a (`task_0`), b (`task_1`), c (`task_2`)."
+    )
+    assert not any("gate_lora" in note for note in exported.notes)
+    for t, name in enumerate("abc"):
+        found = text_logits(PeftModel.from_pretrained(base("llava"), exported.folder / f"task_{t}"))
+        expected = text_logits(PeftModel.from_pretrained(base("llava"), shelf.adapters[name]))
+        assert distance(found, expected) < (0.05 if options else 1e-5)  # rounded as the merge is
+    with pytest.raises(ValueError, match=r"is no merge, so there are no tasks' LoRAs beside it"):
+        export_lora(shelf.adapters["a"], tmp_path / "none", with_tasks=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_layers_that_a_server_would_leave_out(shelf, tmp_path):
+    merged = shelf.merge("ab", tmp_path / "merged")
+    options = {"check_for": "vllm", "base_model": shelf.base}
+    exported = export_lora(merged, tmp_path / "lora", **options)
+    expected = text_logits(PeftModel.from_pretrained(base("llava"), merged))
+    assert distance(text_logits(PeftModel.from_pretrained(base("llava"), exported.folder)), expected) < 1e-5
+    other = make(tmp_path / "b", "gpt2", kind=LoraConfig, target_modules=["c_fc"], fan_in_fan_out=True, r=2).folder
+    with pytest.raises(UnmergeableAdapterError, match=r"'.*c_fc' matches no module of LlavaForConditionalGeneration"):
+        export_lora(other, tmp_path / "none", **options)
+    tower = make(tmp_path / "c", kind=LoraConfig, target_modules=r".*vision_tower.*q_proj", r=2).folder
+    with pytest.raises(UnmergeableAdapterError, match=r"vision_tower.*outside the language model 'model\."):
+        export_lora(tower, tmp_path / "none", **options)
+    with pytest.raises(FileNotFoundError, match="The base model 'no/model' cannot be read"):
+        export_lora(merged, tmp_path / "none", check_for="vllm", base_model="no/model", local_files_only=True)
+    with pytest.raises(ValueError, match="`check_for` must be one of 'vllm', but it is 'other'"):
+        export_lora(merged, tmp_path / "none", check_for="other")
+    assert not (tmp_path / "none").exists()
+
+
 def test_ranks_that_no_server_takes(tmp_path):
     options = {"lora_alpha": 1, "target_modules": ["q_proj"]}
     large = make(tmp_path / "a", "llama", r=300, **options).folder

@@ -25,6 +25,8 @@ from vllm.model_executor.models import ModelRegistry
 
 from peft_many import export_lora, export_routed_model
 from peft_many.serving.families import FAMILIES
+from peft_many.serving.gate import Gate, LoRAs
+from peft_many.serving.merge import ServedMerge
 from peft_many.serving.projector import ServedProjector
 from tests.serving.worlds import WORLDS, Served, architecture, rename
 
@@ -44,16 +46,15 @@ def shelf(tmp_path_factory):
 def answers(served: Served, model, lora=None, merge=None, dtype="float32", look=None, **options):
     """What a server answers to all prompts; `look` is called with its model."""
     if lora is not None:
-        options |= {"enable_lora": True, "max_lora_rank": 16}
+        options = {"enable_lora": True, "max_lora_rank": 16, **options}
     llm = LLM(
         str(model),
         dtype=dtype,
         enforce_eager=True,
         max_model_len=256,
-        max_num_seqs=4,
+        **{"max_num_seqs": 4, **options},
         limit_mm_per_prompt={"image": served.world.most},
         additional_config={} if merge is None else {"peft_many": str(merge)},
-        **options,
     )
     try:
         if look is not None:
@@ -62,7 +63,7 @@ def answers(served: Served, model, lora=None, merge=None, dtype="float32", look=
             {"prompt": served.prompt(words, images), **({"multi_modal_data": {"image": images}} if images else {})}
             for words, images in served.prompts()
         ]
-        request = None if lora is None else LoRARequest("merged", 1, str(lora))
+        request = None if lora is None else lora(llm) if callable(lora) else LoRARequest("merged", 1, str(lora))
         sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
         found = llm.generate(prompts, sampling, lora_request=request, use_tqdm=False)
         return [list(one.outputs[0].token_ids) for one in found]
@@ -95,6 +96,29 @@ def test_options(shelf, tmp_path, options):
     merged = served.merge("abc", tmp_path / "merged", **options)
     lora = export_lora(merged, tmp_path / "lora").folder
     assert answers(served, served.base, lora, merged) == served.expected(merged)
+
+
+@pytest.mark.parametrize(("family", "options"), [("llava", {}), ("qwen3_vl", {}), ("llava", OPTIONS["gaussian"])])
+def test_a_gate_chooses_loras(shelf, tmp_path, family, options):
+    served = shelf(family)
+    merged = served.merge("abc", tmp_path / "merged", gate_lora=True, **options)
+    loras = export_lora(merged, tmp_path / "lora", with_tasks=True).folder
+    chosen = []
+
+    def choose(llm):
+        gate = Gate(llm, loras)
+        chosen.extend(gate.lora_for(images) for _, images in served.prompts())
+        return chosen
+
+    extension = "peft_many.serving.gate.RoutingWorker"
+    # On CPUs, vLLM 0.32 gives a request without a LoRA one that another in its batch has (`torch_ops`: index -1).
+    rows = {"max_num_seqs": 1} if "abstain_above" in options else {}
+    found = answers(served, served.base, choose, merged, max_loras=4, worker_extension_cls=extension, **rows)
+    assert (None in chosen) == bool(rows)
+    assert found == served.expected(merged)
+    assert {one and one.lora_name for one in chosen} >= {"merged", "a", "b"}
+    with pytest.raises(ValueError, match=r"lacks the LoRA of the task 'a': export it again, with `with_tasks=True`"):
+        LoRAs(ServedMerge.read(str(merged)), tmp_path)
 
 
 def sharded(folder):

@@ -208,10 +208,10 @@ def architecture(family: str) -> str:
 
 
 class Served:
-    """A family's base model on disk, and tasks `a`, `b`, and `c`, which trained no projector."""
+    """A family's base model on disk, and tasks that are letters; `c` trained no projector."""
 
-    def __init__(self, root: Path, family: str) -> None:
-        self.root, self.family, self.world = root, family, WORLDS[family]
+    def __init__(self, root: Path, family: str, tasks: str = "abc", world: World | None = None) -> None:
+        self.root, self.family, self.world = root, family, world or WORLDS[family]
         self.base, self.processor = root / "base", self.world.processor(_tokenizer(self.world))
         spec = _FAMILIES[family]
         config = getattr(transformers, f"{spec.prefix}Config")(**merged(spec.config(), self.world.changes))
@@ -221,7 +221,7 @@ class Served:
         self.processor.save_pretrained(self.base)
         if self.world.rename is not None:
             rename(self.base / "model.safetensors", self.world.rename)
-        self.adapters = {name: self._task(seed, name) for seed, name in enumerate("abc")}
+        self.adapters = {name: self._task(seed, name) for seed, name in enumerate(tasks)}
 
     def model(self) -> Any:
         kind = getattr(transformers, architecture(self.family))

@@ -1,0 +1,39 @@
+"""Whether a server would use all of a LoRA: it may leave out layers that it does not know, without a word."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig
+
+from ..families.parts import parts_of
+from ..files.adapter import Adapter
+from ..files.errors import UnmergeableAdapterError
+from ..files.key_layouts import with_current_names
+from ..hub.base_model import BaseModel, model_class
+from ..hub.sources import first_line
+
+SERVERS = ("vllm",)
+
+
+def as_served(adapter: Adapter, base: BaseModel) -> Adapter:
+    """The adapter with the names that its layers have in the base model, of which only the config is read.
+
+    An `UnmergeableAdapterError` names a layer that the model does not have, or that is outside its language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base.name, revision=base.revision, **base.hub)
+    except OSError as error:
+        raise FileNotFoundError(f"The base model '{base.name}' cannot be read: {first_line(error)}") from None
+    with torch.device("meta"):
+        model = model_class(config, base.name)(config)
+    (adapter,) = with_current_names([adapter], model)
+    parts = parts_of(model)
+    inside = "" if parts is None or parts.language_model is None else f"{parts.language_model}."
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    stray = next((name for name in adapter.pairs if not name.startswith(inside) and name not in head), None)
+    if stray is not None:
+        raise UnmergeableAdapterError(
+            f"The layer '{stray}' is outside the language model '{inside[:-1]}', where vLLM leaves a LoRA out without "
+            "a word (but for `--enable-tower-connector-lora`): serve a folded model (`export_model`)."
+        )
+    return adapter
