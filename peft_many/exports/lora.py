@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,24 +115,7 @@ def export_lora(
     stored = next(iter(tensors.values())).dtype
     dtype = str(stored).removeprefix("torch.")
     notes = [f"All layers have rank {largest} (vLLM: `max_lora_rank={served}`), in {dtype}."]
-    if any(task.projectors for task in read.tasks):
-        notes.append(
-            "The tasks' projectors are not in it. On text, answers are the adapter's; images are seen through the "
-            "base model's projector, with which the tasks did not train: expect most answers about images to be "
-            "wrong. `export_routed_model` (`--format routed`) keeps the projectors, and vLLM with peft_many beside it "
-            "takes them from the merge (docs/how-to/vllm.md)."
-        )
-    beside = sorted({name for task in read.tasks for name in task.base_tensors})
-    if beside:
-        notes.append(
-            f"'{beside[0]}', which lies beside the adapter untrained, is not in it: if the vocabulary was resized, "
-            "save the base model with it."
-        )
-    if with_tasks:
-        names = ", ".join(f"{plain(task.name)} (`task_{t}`)" for t, task in enumerate(read.tasks))
-        notes.append(f"The tasks' own LoRAs are in folders of their own: {names}.")
-    else:
-        notes += notes_on_gate(read)
+    notes += [*_left_behind(read), *(_beside(read) if with_tasks else notes_on_gate(read))]
     output = output_folder(output_dir)
     with new_folder(output) as folder:
         write_adapter(folder, config, tensors)
@@ -147,6 +130,28 @@ def export_lora(
         )
         write_card(folder, "A LoRA of {tasks}", read, base, usage, notes, library_name="peft")
     return Export(output, notes)
+
+
+def _left_behind(read: Adapter) -> Iterator[str]:
+    """What an adapter has that its LoRA has not."""
+    if any(task.projectors for task in read.tasks):
+        yield (
+            "The tasks' projectors are not in it. On text, answers are the adapter's; images are seen through the "
+            "base model's projector, with which the tasks did not train: expect most answers about images to be "
+            "wrong. `export_routed_model` (`--format routed`) keeps the projectors, and vLLM with peft_many beside it "
+            "takes them from the merge (docs/how-to/vllm.md)."
+        )
+    beside = sorted({name for task in read.tasks for name in task.base_tensors})
+    if beside:
+        yield (
+            f"'{beside[0]}', which lies beside the adapter untrained, is not in it: if the vocabulary was resized, "
+            "save the base model with it."
+        )
+
+
+def _beside(read: Adapter) -> Iterator[str]:
+    names = ", ".join(f"{plain(task.name)} (`task_{t}`)" for t, task in enumerate(read.tasks))
+    yield f"The tasks' own LoRAs are in folders of their own: {names}."
 
 
 def _write_tasks(folder: Path, adapter: Adapter, dtype: torch.dtype, told: Mapping[str, Any]) -> None:
