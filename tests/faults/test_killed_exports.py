@@ -35,7 +35,7 @@ def export(shelf, request) -> Callable[[Path], Any]:
     merged = shelf.root / "merged"
 
     def by_command(output: Path) -> None:
-        done = CliRunner().invoke(app, ["export", str(merged), "--output", str(output)])
+        done = CliRunner().invoke(app, ["export", str(merged), "--format", "lora", "--output", str(output)])
         if done.exit_code != 0:
             raise OSError(done.output)
 
