@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from peft_many.reports.evaluation import perplexity_of
+
 from .learning import answers
 from .messages import find_tasks
 from .methods import METHODS, Method
-from .skills import overlap, perplexity, prose
+from .skills import overlap, prose
 
 if TYPE_CHECKING:
     from .run import Bench
@@ -49,7 +53,8 @@ def _measured(bench: Bench, method: Method) -> dict[str, Any]:
 def _skills(bench: Bench, model: Any) -> dict[str, float]:
     """The perplexity of prose; and of a base model that was aligned here, how well it still describes pictures."""
     collator = bench.collator
-    found = {"perplexity": perplexity(model, collator.processor.tokenizer, prose())}
+    with torch.autocast(model.device.type, torch.bfloat16):
+        found = {"perplexity": perplexity_of(model, collator.processor.tokenizer, prose())}
     if bench.captions is not None:
         (task,) = find_tasks(bench.captions)
         examples = task.examples("test", bench.settings.tests)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any
 
-import torch
-from torch.nn import functional
-
-_LENGTH = 256  # tokens that are read at once
 _PARAGRAPH = re.compile(r"[A-Z][^|=+*]{120,}", re.DOTALL)  # no table, list or heading
 
 
@@ -22,21 +16,6 @@ def prose() -> str:
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".rst")), key=lambda file: file.name)
     paragraphs = [part for file in files for part in re.split(r"\n\s*\n", file.read_text(encoding="utf-8"))]
     return "\n\n".join(" ".join(one.split()) for one in paragraphs if _PARAGRAPH.match(one))
-
-
-@torch.inference_mode()
-def perplexity(model: Any, tokenizer: Any, text: str, length: int = _LENGTH) -> float:
-    """Of a text, read in pieces of `length` tokens without an image."""
-    ids = torch.tensor(tokenizer(text)["input_ids"], device=next(model.parameters()).device)
-    total, count = 0.0, 0
-    for piece in ids.split(length):
-        if len(piece) < 2:
-            continue
-        with torch.autocast(piece.device.type, torch.bfloat16):
-            logits = model(input_ids=piece[None]).logits
-        total += float(functional.cross_entropy(logits[0, :-1].float(), piece[1:], reduction="sum"))
-        count += len(piece) - 1
-    return math.exp(total / count)
 
 
 def overlap(given: Sequence[str], right: Sequence[str]) -> float:

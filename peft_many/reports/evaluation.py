@@ -155,7 +155,7 @@ def evaluate_merge(
                 for task, examples in asked.items()
             }
             if tokens is not None and who in (MERGE, ADAPTER, BASE):
-                perplexity[who] = perplexity_of(running, tokens, progress)
+                perplexity[who] = perplexity_of(running.model, running.collator.tokenizer, tokens, progress)
     scores = {
         who: {task: score(metrics[task], said, questions[task]) for task, said in by_task.items()}
         for who, by_task in answers.items()
@@ -163,17 +163,17 @@ def evaluate_merge(
     return Evaluation(metrics, {task: len(rows) for task, rows in questions.items()}, scores, perplexity, answers)
 
 
-def perplexity_of(running: RunningMerge, text: str, progress: bool = False) -> float:
+def perplexity_of(model: Any, tokenizer: Any, text: str, progress: bool = False) -> float:
     """`exp` of the mean negative log-likelihood of a text's tokens, read in windows that follow one another."""
-    ids = running.collator.tokenizer(text, return_tensors="pt")["input_ids"].to(running.model.device)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
     if ids.shape[1] < 2:
         raise ValueError("The text for the perplexity has fewer than two tokens.")
     total = 0.0
     windows = tqdm(range(0, ids.shape[1] - 1, _WINDOW), desc="Reading the text", disable=not progress)
-    with state_kept(running.model), torch.inference_mode():
+    with state_kept(model), torch.inference_mode():
         for start in windows:
             window = ids[:, start : start + _WINDOW + 1]
-            logits = running.model(input_ids=window[:, :-1], attention_mask=torch.ones_like(window[:, :-1])).logits
+            logits = model(input_ids=window[:, :-1], attention_mask=torch.ones_like(window[:, :-1])).logits
             total += functional.cross_entropy(logits[0].float(), window[0, 1:], reduction="sum").item()
     return math.exp(total / (ids.shape[1] - 1))
 

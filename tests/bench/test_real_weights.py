@@ -28,11 +28,12 @@ from benchmarks.real_weights.messages import find_tasks
 from benchmarks.real_weights.methods import METHODS
 from benchmarks.real_weights.packages import PICTURES, WEIGHTS, Package
 from benchmarks.real_weights.pictures import paint_tasks
-from benchmarks.real_weights.skills import overlap, perplexity, prose
+from benchmarks.real_weights.skills import overlap, prose
 from benchmarks.real_weights.tasks import CAPTIONS, SHARING, TASKS
 from benchmarks.real_weights.things import COUNTRIES, GROUP_OF
 from peft_many import MAnyConfig
 from peft_many.data.batches import ChatCollator, Rows
+from peft_many.reports.evaluation import perplexity_of
 from tests import tiny
 from tests.examples import toy
 
@@ -331,11 +332,11 @@ def test_prose_is_english_and_what_is_forgotten_is_seen():
     assert 8_000 < len(text) < 80_000
     assert "handwritten digits" in text
     assert overlap(["The picture shows an owl."], ["A picture shows a cat"]) == pytest.approx(40.0)
-    model, tokenizer = tiny.build("llava"), lambda text: {"input_ids": [5, 6, 7, 8, 9]}
+    model, tokenizer = tiny.build("llava"), lambda text, return_tensors: {"input_ids": ids}
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.autocast("cpu", torch.bfloat16):
-        expected = model(input_ids=ids, labels=ids).loss.exp()
-    assert perplexity(model, tokenizer, "") == pytest.approx(float(expected), rel=1e-2)
+        expected, found = model(input_ids=ids, labels=ids).loss.exp(), perplexity_of(model, tokenizer, "")
+    assert found == pytest.approx(float(expected), rel=1e-2)
 
 
 def test_every_method_can_be_made(place, tmp_path):
