@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -10,15 +9,6 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(add_completion=False)
-# Of what is built from the registries; somebody's own model and tasks need none of it.
-_NEEDED = {
-    "gguf": "model",
-    "timm": "model",
-    "resvg_py": "data",
-    "matplotlib": "data",
-    "skimage": "data",
-    "sklearn": "data",
-}
 
 
 @app.command()
@@ -43,6 +33,7 @@ def bench(
     captions: Annotated[int | None, typer.Option(min=1, help="Captions to align with.")] = None,
     tests: Annotated[int | None, typer.Option(min=1, help="Questions asked of each task.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where fetched packages are kept.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Adapters and methods at the same time; for a GPU.")] = 1,
     method: Annotated[list[str] | None, typer.Option(help="A method; all if not given. Repeatable.")] = None,
     only_prepare: Annotated[bool, typer.Option("--only-prepare", help="Build and align; train no adapter.")] = False,
     licences: Annotated[bool, typer.Option("--licences", help="List what would be fetched, and stop.")] = False,
@@ -54,6 +45,8 @@ def bench(
 
     python -m benchmarks.real_weights  (a night on two cores)
 
+    python -m benchmarks.real_weights --jobs 8 --at-once 64  (on a GPU)
+
     python -m benchmarks.real_weights --model HuggingFaceTB/SmolVLM-256M-Instruct  (another model)
 
     python -m benchmarks.real_weights --model llava-hf/llava-1.5-7b-hf --data UCIT  (and other tasks)
@@ -64,14 +57,11 @@ def bench(
         for package in (*WEIGHTS, *PICTURES):
             typer.echo(f"{package.registry}  {package.name} {package.version}  {package.licence}  {package.about}")
         return
-    given = {"model": model, "data": data}
-    missing = [name for name, part in _NEEDED.items() if given[part] is None and not importlib.util.find_spec(name)]
-    if missing:
-        _stop(f"Building needs {', '.join(missing)}: pip install -e '.[real]'")
     from transformers.utils import logging
 
     from .comparing import compare
     from .fetching import default_cache
+    from .jobs import at_the_same_time
     from .run import RESULTS_NAME, Bench, Settings
     from .tables import write_tables
 
@@ -94,13 +84,17 @@ def bench(
     run = Bench(settings)
     try:
         run.prepare()
-        if not only_prepare:
+        if only_prepare:
+            return
+        if jobs > 1:
+            at_the_same_time(settings, method, jobs)
+        else:
             run.train()
             compare(run, method)
-            typer.echo(write_tables(output, RESULTS_NAME))
-    except (FileNotFoundError, RuntimeError, ValueError) as error:
+        typer.echo(write_tables(output, RESULTS_NAME))
+    except (FileNotFoundError, ModuleNotFoundError, RuntimeError, ValueError) as error:
         _stop(str(error))
-    typer.echo(f"Results: {run.path}")
+    typer.echo(f"Results: {run.records.path}")
 
 
 def _given(options: dict[str, int | float | None]) -> dict[str, int | float]:

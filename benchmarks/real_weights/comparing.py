@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .run import Bench
 
 
-def compare(bench: Bench, names: Sequence[str] | None = None) -> None:
-    """Record what each of the methods, or those of these names, knows of the tasks and of what was before them.
+def chosen(names: Sequence[str] | None = None) -> list[Method]:
+    """The methods of these names, in the table's order; all if none is given.
 
     Raises:
         ValueError: There is no method of a name.
@@ -27,9 +27,13 @@ def compare(bench: Bench, names: Sequence[str] | None = None) -> None:
     unknown = [name for name in names or () if name not in METHODS]
     if unknown:
         raise ValueError(f"There is no method {unknown[0]!r}; there are {', '.join(METHODS)}.")
-    for method in METHODS.values():
-        if names is None or method.name in names:
-            bench.record(f"methods/{method.name}/{bench.named}", lambda method=method: _measured(bench, method))
+    return [method for method in METHODS.values() if names is None or method.name in names]
+
+
+def compare(bench: Bench, names: Sequence[str] | None = None) -> None:
+    """Record what each of the methods, or those of these names, knows of the tasks and of what was before them."""
+    for method in chosen(names):
+        bench.records.record(f"methods/{method.name}/{bench.named}", lambda method=method: _measured(bench, method))
 
 
 def _measured(bench: Bench, method: Method) -> dict[str, Any]:
@@ -40,7 +44,7 @@ def _measured(bench: Bench, method: Method) -> dict[str, Any]:
     for task in bench.tasks():
         before, model = model, answerer(task)
         if method.is_known:
-            known = bench.results[f"alone/{task.name}"]["result"]
+            known = bench.records[f"alone/{task.name}"]
             accuracy[task.name] = (known["zero_shot"] if method.name == "zero-shot" else known)["accuracy"]
         else:
             accuracy[task.name] = bench.asked(model, bench.collator, task)["accuracy"]
@@ -58,6 +62,6 @@ def _skills(bench: Bench, model: Any) -> dict[str, float]:
     if bench.captions is not None:
         (task,) = find_tasks(bench.captions)
         examples = task.examples("test", bench.settings.tests)
-        said = answers(model, collator, examples, label="describing pictures")
+        said = answers(model, collator, examples, bench.settings.training.at_once, label="describing pictures")
         found["captions"] = overlap(said, [example.answer for example in examples])
     return found

@@ -19,6 +19,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from peft_many.data.batches import IGNORED, ChatCollator, Rows, batches
 from peft_many.data.conversations import Example
 
+_WORKERS = 2  # processes that open pictures while a GPU computes
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -100,6 +102,7 @@ def learn(
     Returns:
         `list`: Losses on the way.
     """
+    on_gpu = torch.accelerator.is_available()
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=schedule.steps,
@@ -110,8 +113,9 @@ def learn(
         warmup_steps=max(1, schedule.steps // 20),
         weight_decay=0.0,
         bf16=True,
-        use_cpu=not torch.accelerator.is_available(),
-        dataloader_pin_memory=torch.accelerator.is_available(),
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        dataloader_num_workers=_WORKERS if on_gpu else 0,  # a CPU has better things to do
         remove_unused_columns=False,
         label_names=["labels"],
         logging_steps=10,
@@ -135,7 +139,7 @@ def answers(
     model: Any,
     collator: ChatCollator,
     examples: Sequence[Example],
-    batch_size: int = 50,
+    batch_size: int,
     longest: int = 24,
     label: str = "",
 ) -> list[str]:

