@@ -30,7 +30,7 @@ from .tasks import CAPTIONS, SHARING, TASKS, Task
 RESULTS_NAME = "results.json"
 PREPARED_NAME = "prepared.json"
 ALIGNMENT = Schedule(steps=400, batch_size=32, learning_rate=1e-3)
-TRAINING = Schedule(steps=200, batch_size=64, learning_rate=7e-4)
+TRAINING = Schedule(steps=150, batch_size=64, learning_rate=7e-4)
 
 # Libraries that the stages of preparing take: building and aligning the model, or else painting.
 _NEEDED = {"checkpoint": ("gguf", "timm"), "alignment": ("timm",)}
