@@ -35,6 +35,7 @@ def bench(
     cache: Annotated[Path | None, typer.Option(help="Where fetched packages are kept.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Adapters and methods at the same time; for a GPU.")] = 1,
     method: Annotated[list[str] | None, typer.Option(help="A method; all if not given. Repeatable.")] = None,
+    variants: Annotated[bool, typer.Option("--variants", help="Also MAny with one option changed at a time.")] = False,
     only_prepare: Annotated[bool, typer.Option("--only-prepare", help="Build and align; train no adapter.")] = False,
     licences: Annotated[bool, typer.Option("--licences", help="List what would be fetched, and stop.")] = False,
 ) -> None:
@@ -62,6 +63,7 @@ def bench(
     from .comparing import compare
     from .fetching import default_cache
     from .jobs import at_the_same_time
+    from .methods import METHODS, VARIANTS
     from .run import RESULTS_NAME, Bench, Settings
     from .tables import write_tables
 
@@ -81,6 +83,8 @@ def bench(
         replace(defaults.training, **_given(training)),
         **_given(sizes),
     )
+    if variants:
+        method = [*(method or METHODS), *VARIANTS]
     run = Bench(settings)
     try:
         run.prepare()

@@ -11,7 +11,7 @@ from peft_many.reports.evaluation import perplexity_of
 
 from .learning import answers
 from .messages import find_tasks
-from .methods import METHODS, Method
+from .methods import METHODS, VARIANTS, Method
 from .skills import overlap, prose
 
 if TYPE_CHECKING:
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 
 def chosen(names: Sequence[str] | None = None) -> list[Method]:
-    """The methods of these names, in the table's order; all if none is given.
+    """The methods of these names, in the table's order; all if none is given, but no variants.
 
     Raises:
         ValueError: There is no method of a name.
     """
-    unknown = [name for name in names or () if name not in METHODS]
+    every = {**METHODS, **VARIANTS}
+    unknown = [name for name in names or () if name not in every]
     if unknown:
-        raise ValueError(f"There is no method {unknown[0]!r}; there are {', '.join(METHODS)}.")
-    return [method for method in METHODS.values() if names is None or method.name in names]
+        raise ValueError(f"There is no method {unknown[0]!r}; there are {'; '.join(every)}.")
+    return [every[name] for name in (METHODS if names is None else every) if names is None or name in names]
 
 
 def compare(bench: Bench, names: Sequence[str] | None = None) -> None:

@@ -134,3 +134,21 @@ _LISTED = (
     Method("joint", "One LoRA and projector, trained on all tasks at once.", _joint, trains=True),
 )
 METHODS: Mapping[str, Method] = {method.name: method for method in _LISTED}
+# One option at a time, away from the defaults: how much these matter.
+_CHANGED: Sequence[tuple[str, dict[str, Any]]] = (
+    *((f"MAny, ridge={ridge:g}", {"ridge": ridge}) for ridge in (1e-6, 1e-3, 1e-2, 1e-1)),
+    *((f"MAny, rank={rank}", {"rank": rank}) for rank in (16, 32, 64)),
+    *((f"MAny, temperature={value:g}", {"temperature": value}) for value in (0.005, 0.05, 0.2)),
+    *(
+        (f"MAny, Gaussian router, temperature={value:g}", {"router": "gaussian", "temperature": value})
+        for value in (0.25, 4, 16)
+    ),
+    *((f"MAny, top_k={count}", {"top_k": count}) for count in (1, 2)),
+    *(
+        (f"gated by both, abstain_above={value}", {**_GATED, "gate_by": "both", "abstain_above": value})
+        for value in (3, 4)
+    ),
+)
+VARIANTS: Mapping[str, Method] = {
+    name: Method(name, "An option changed.", partial(_merge, **options)) for name, options in _CHANGED
+}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .methods import METHODS
+from .methods import METHODS, VARIANTS
 
 _HEADINGS = {"perplexity": "perplexity of prose", "captions": "captions"}
 _STAGE = "methods/"
@@ -27,7 +27,8 @@ def _table(runs: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
     """In per cent: accuracy by task and on average, and as a share of each adapter's own; and the base's skills."""
     named = "+".join(tasks)
     by_method = {
-        name: [run[stage]["result"] for run in runs if (stage := f"{_STAGE}{name}/{named}") in run] for name in METHODS
+        name: [run[stage]["result"] for run in runs if (stage := f"{_STAGE}{name}/{named}") in run]
+        for name in (*METHODS, *VARIANTS)
     }
     skills = [
         name for name in _HEADINGS if any(name in found["skills"] for all_ in by_method.values() for found in all_)

@@ -26,14 +26,14 @@ from benchmarks.real_weights.alignment import say_words
 from benchmarks.real_weights.charts import Table
 from benchmarks.real_weights.learning import IGNORED, AnswerTrainer, Schedule, learn
 from benchmarks.real_weights.messages import find_tasks
-from benchmarks.real_weights.methods import METHODS
+from benchmarks.real_weights.methods import METHODS, VARIANTS
 from benchmarks.real_weights.packages import PICTURES, WEIGHTS, Package
 from benchmarks.real_weights.pictures import paint_tasks
 from benchmarks.real_weights.records import Records
 from benchmarks.real_weights.skills import overlap, prose
 from benchmarks.real_weights.tasks import CAPTIONS, SHARING, TASKS
 from benchmarks.real_weights.things import COUNTRIES, GROUP_OF
-from peft_many import MAnyConfig
+from peft_many import MAnyConfig, MergeOptions
 from peft_many.data.batches import ChatCollator, Rows
 from peft_many.reports.evaluation import perplexity_of
 from tests import tiny
@@ -327,6 +327,12 @@ def test_one_command_takes_any_model_and_any_tasks(place, tmp_path, monkeypatch)
         refused = CliRunner().invoke(app, [*options, *wrong])
         assert refused.exit_code == 2
         assert "nothing" in refused.output
+
+
+def test_variants_are_options_that_there_are():
+    assert [method.name for method in comparing.chosen(["MAny, ridge=0.01", "MAny"])] == ["MAny", "MAny, ridge=0.01"]
+    for variant in VARIANTS.values():
+        MergeOptions(**variant.make.keywords)
 
 
 def test_several_at_once_find_what_one_after_the_other_do(place, tmp_path, monkeypatch):
