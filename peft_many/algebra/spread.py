@@ -40,6 +40,12 @@ class FeatureMetric:
             found.append(inside + (rest - r).square().sum(-1) / variances[-1])
         return torch.stack(found, dim=-1)
 
+    def whitened(self, rows: Tensor) -> Tensor:
+        """`Σ^(−1/2) x` of each row, `(m, d)`: between these, plain distances are those of the metric."""
+        V, inverses = self.directions.to(rows), self.variances.to(rows).rsqrt()
+        along = rows @ V.T
+        return inverses[-1] * rows + (along * (inverses[:-1] - inverses[-1])) @ V
+
     def mean_distance(self, covariance: Covariance) -> float:
         """`tr(Σ⁻¹ C)`: the mean squared distance of features with the covariance `C` from their own mean."""
         rows = covariance.factor_rows().double()

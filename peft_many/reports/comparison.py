@@ -20,7 +20,7 @@ NO_TASK = "no task (base projector)"  # where a router abstains
 Routed = dict[str, tuple[ProjectorWrapper, list[str]]]  # by name, a projector and the tasks that it is routed to
 
 # A comparison switches parts of the model off for a while, and a page has several visitors.
-_alone = threading.Lock()
+alone = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def compare(
         ValueError: The active adapter routes no projector, or the processor has no chat template.
     """
     projectors = routed_projectors(model)
-    inputs = _inputs(model, processor, image, question, prompt)
+    inputs = inputs_of(model, processor, image, question, prompt)
     asked = inputs["input_ids"].shape[1]
 
     def answer() -> str:
@@ -79,7 +79,7 @@ def compare(
         text: str = processor.tokenizer.decode(generated[0, asked:], skip_special_tokens=True)
         return text.strip()
 
-    with _alone, state_kept(model), torch.no_grad():
+    with alone, state_kept(model), torch.no_grad():
         model.eval()
         with watched(model, projectors) as weights:
             routed = answer()
@@ -95,15 +95,16 @@ def resembles(
 ) -> dict[str, dict[str, float]]:
     """The weights of [`Comparison`] alone, by one forward pass; arguments and errors are those of `compare`."""
     projectors = routed_projectors(model)
-    with _alone, state_kept(model), torch.no_grad(), watched(model, projectors) as weights:
+    with alone, state_kept(model), torch.no_grad(), watched(model, projectors) as weights:
         model.eval()
-        model(**_inputs(model, processor, image, "", prompt))
+        model(**inputs_of(model, processor, image, "", prompt))
     return weights
 
 
-def _inputs(
+def inputs_of(
     model: PeftModel, processor: Any, image: Any, question: str, prompt: Callable[[str], str] | None
 ) -> dict[str, Any]:
+    """One question about one image, where the model is."""
     if prompt is not None:
         text = prompt(question)
     elif getattr(processor, "chat_template", None) is None:
@@ -142,24 +143,37 @@ def watched(model: PeftModel, projectors: Routed) -> Iterator[dict[str, dict[str
     """Note the weights that the routers find while the block runs; the last call of each counts."""
     seen: dict[str, dict[str, float]] = {}
 
-    def watch(name: str, mixture: ProjectorMixture, tasks: list[str]) -> None:
+    def note(name: str, mixture: ProjectorMixture, pooled: Tensor, weights: Tensor) -> None:
+        by_task = weights.float().mean(0).tolist()
+        seen[name] = dict(zip(projectors[name][1], by_task, strict=True))
+        if mixture.abstain_above is not None:
+            seen[name][NO_TASK] = max(0.0, 1 - sum(by_task))
+
+    with noting(model, projectors, note):
+        yield seen
+
+
+@contextmanager
+def noting(
+    model: PeftModel, projectors: Routed, note: Callable[[str, ProjectorMixture, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """While the block runs, tell each projector's name, router, pooled images and the weights that it finds."""
+
+    def watch(name: str, mixture: ProjectorMixture) -> None:
         find = mixture.task_weights
 
-        def noting(*args: Any, **kwargs: Any) -> Tensor:
-            weights = find(*args, **kwargs)
-            by_task = weights.float().mean(0).tolist()
-            seen[name] = dict(zip(tasks, by_task, strict=True))
-            if mixture.abstain_above is not None:
-                seen[name][NO_TASK] = max(0.0, 1 - sum(by_task))
+        def found(pooled: Tensor) -> Tensor:
+            weights = find(pooled)
+            note(name, mixture, pooled, weights)
             return weights
 
-        mixture.__dict__["task_weights"] = noting
+        mixture.__dict__["task_weights"] = found
         stack.callback(mixture.__dict__.pop, "task_weights")
 
     with ExitStack() as stack:
-        for name, (wrapper, tasks) in projectors.items():
-            watch(name, wrapper.modules_to_save[model.active_adapter], tasks)
-        yield seen
+        for name, (wrapper, _) in projectors.items():
+            watch(name, wrapper.modules_to_save[model.active_adapter])
+        yield
 
 
 @contextmanager

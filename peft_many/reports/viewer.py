@@ -1,4 +1,4 @@
-"""A page in the browser: drop an image, see which tasks a merge takes it for, and what routing does to the answer.
+"""A page in the browser: drop an image, or a folder of them, and see which tasks a merge takes them for.
 
     python -m peft_many.reports.viewer llava-hf/llava-1.5-7b-hf merged
 
@@ -35,6 +35,19 @@ def build(
         import gradio as gr
     except ImportError as error:
         raise ImportError(f'The viewer needs {error.name}: pip install "peft-many[viewer]"') from None
+    from .viewer_of_many import many_images
+
+    with gr.Blocks(title="peft_many: routing", analytics_enabled=False) as page:
+        with gr.Tab("One image"):
+            _one_image(gr, model, processor, max_new_tokens, prompt)
+        with gr.Tab("Many images"):
+            many_images(gr, model, processor, max_new_tokens, prompt)
+    return page
+
+
+def _one_image(
+    gr: Any, model: PeftModel, processor: Any, max_new_tokens: int, prompt: Callable[[str], str] | None
+) -> None:
     names = list(routed_projectors(model))
 
     def look(image: Any) -> dict[Any, Any]:
@@ -48,26 +61,20 @@ def build(
         seen = {label: found.weights.get(name) for label, name in zip(weights, names)}
         return {**seen, routed: found.routed, base_projector: found.base_projector, base_model: found.base_model}
 
-    with gr.Blocks(title="peft_many: routing", analytics_enabled=False) as page:
-        gr.Markdown("Drop an image to see which tasks the merge takes it for; ask, to see what routing does.")
-        with gr.Row():
-            with gr.Column():
-                image = gr.Image(type="pil", label="Image", elem_id="image")
-                question = gr.Textbox(label="Question", elem_id="question")
-                button = gr.Button("Ask", elem_id="ask", variant="primary")
-            with gr.Column():
-                weights = [
-                    gr.Label(label=f"Resembles ({name})", elem_id=f"weights-{i}") for i, name in enumerate(names)
-                ]
-                routed = gr.Textbox(label="Answer of the merge", elem_id="routed")
-                base_projector = gr.Textbox(
-                    label="Without routing: the base model's projector", elem_id="base-projector"
-                )
-                base_model = gr.Textbox(label="Base model alone", elem_id="base-model")
-        answers = [routed, base_projector, base_model]
-        image.change(look, image, weights, api_name="resembles")
-        gr.on([button.click, question.submit], ask, [image, question], [*weights, *answers], api_name="ask")
-    return page
+    gr.Markdown("Drop an image to see which tasks the merge takes it for; ask, to see what routing does.")
+    with gr.Row():
+        with gr.Column():
+            image = gr.Image(type="pil", label="Image", elem_id="image")
+            question = gr.Textbox(label="Question", elem_id="question")
+            button = gr.Button("Ask", elem_id="ask", variant="primary")
+        with gr.Column():
+            weights = [gr.Label(label=f"Resembles ({name})", elem_id=f"weights-{i}") for i, name in enumerate(names)]
+            routed = gr.Textbox(label="Answer of the merge", elem_id="routed")
+            base_projector = gr.Textbox(label="Without routing: the base model's projector", elem_id="base-projector")
+            base_model = gr.Textbox(label="Base model alone", elem_id="base-model")
+    answers = [routed, base_projector, base_model]
+    image.change(look, image, weights, api_name="resembles")
+    gr.on([button.click, question.submit], ask, [image, question], [*weights, *answers], api_name="ask")
 
 
 def launch(

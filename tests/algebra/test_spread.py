@@ -48,6 +48,15 @@ def test_distances_are_those_of_the_shrunken_covariance(seed, images):
 
 
 @given(seeds, st.integers(0, WIDTH))
+def test_between_whitened_rows_plain_distances_are_the_metrics(seed, rank):
+    means, rows = tasks_of(seed)
+    metric = shared_metric([centred(part) for part in rows], [len(part) for part in rows], rank)
+    one, other = rows[0].double(), means.double()
+    found = torch.cdist(metric.whitened(one), metric.whitened(other)).square()
+    assert relative_error(found, metric.squared_distances(one, other)) < 1e-5
+
+
+@given(seeds, st.integers(0, WIDTH))
 def test_directions_that_are_not_kept_share_their_mean_variance(seed, rank):
     _, rows = tasks_of(seed)
     spreads = [centred(part) for part in rows]

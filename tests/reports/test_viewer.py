@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from peft_many import MAnyConfig, merge_adapter_sequence
 from peft_many.reports import viewer
+from peft_many.reports.image_map import map_images
 from tests.examples.scripts import script, training_arguments, write_toy
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -120,6 +121,17 @@ def test_what_cannot_be_viewed_is_said(toy, merged, processor):
     )
 
 
+def test_many_images_are_seen_as_one_by_one(toy, merged, processor):
+    files = [toy / task / f"{i}.png" for task in QUESTIONS for i in range(2)]
+    (found,) = map_images(merged, processor, (Image.open(file) for file in files), progress=False).values()
+    assert found.belongs() == [task for task in QUESTIONS for _ in range(2)]
+    for weights, file in zip(found.weights(), files):
+        alone = viewer.resembles(merged, processor, Image.open(file))[PROJECTOR]
+        assert dict(zip(found.tasks, weights.tolist())) == pytest.approx(alone, abs=1e-5)
+    with pytest.raises(ValueError, match="no images to look at"):
+        map_images(merged, processor, [])
+
+
 def test_without_gradio_the_page_says_what_to_install(merged, processor, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=r'gradio: pip install "peft-many\[viewer\]"'):
@@ -189,5 +201,17 @@ def test_the_page_in_a_browser(toy, merged, processor, address):
             shown = {"routed": found.routed, "base-projector": found.base_projector, "base-model": found.base_model}
             for place, text in shown.items():
                 sync_api.expect(page.locator(f"#{place} textarea")).to_have_value(text, timeout=60_000)
+        page.get_by_role("tab", name="Many images").click()
+        pictures = [toy / task / f"{i}.png" for task in QUESTIONS for i in range(3)]
+        with page.expect_file_chooser() as chooser:
+            page.get_by_role("button", name="Or choose images").click()
+        chooser.value.set_files([str(file) for file in pictures])
+        table = page.locator("#table")
+        for picture in {file.name for file in pictures}:
+            sync_api.expect(table).to_contain_text(picture, timeout=60_000)
+        page.locator("#question-of-all textarea").fill(QUESTIONS["scenes"])
+        page.locator("#ask-all").click()
+        found = viewer.compare(merged, processor, Image.open(pictures[-1]), QUESTIONS["scenes"], max_new_tokens=16)
+        sync_api.expect(table).to_contain_text(found.routed, timeout=60_000)
         assert not errors
         browser.close()
