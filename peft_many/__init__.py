@@ -1,12 +1,13 @@
 """peft_many: a PEFT plugin for multimodal LLMs that learn task after task without forgetting (MAny, arXiv 2604.14016).
 
-Importing it registers the PEFT type `MANY`. In a process of vLLM's, which imports `peft_many.serving` before anything
-else of it and has no need of PEFT, this waits until one of the names below is asked for.
+Importing it imports PEFT, and registers the type `MANY` there. In two programs this waits until one of the names below
+is asked for: in vLLM, whose processes import `peft_many.serving` and have no need of PEFT, and in the command
+`peft-many` (`peft_many_command`), which answers `--help` without it.
 """
 
 import sys
 
-if "vllm" in sys.modules and "peft" not in sys.modules:
+if sys.modules.keys() & {"vllm", "peft_many_command"} and "peft" not in sys.modules:
 
     def __getattr__(name: str) -> object:
         if name not in __all__:

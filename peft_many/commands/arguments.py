@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
-
-from ..merging.recipe import read_recipe
-from ..records import MergeOptions
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
 
 AnAdapter = "A folder or a Hub id: me/adapter, me/adapter@revision."
 Adapters = Annotated[
@@ -67,43 +58,6 @@ LoadIn = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
-def with_merge_options(command: Command) -> Command:
-    """Give a command with `**options` an option for each field of `MergeOptions`, before its `--device`."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    place = [one.name for one in own].index("device")
-    options = [
-        inspect.Parameter(one.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=_typed(one))
-        for one in dataclasses.fields(MergeOptions)
-    ]
-
-    @functools.wraps(command)
-    def with_options(**arguments: Any) -> Any:
-        return command(**arguments)
-
-    with_options.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*own[:place], *options, *own[place:]]
-    )
-    with_options.__annotations__ = {one.name: one.annotation for one in (*own, *options)}
-    return with_options  # type: ignore[return-value]
-
-
-def _typed(option: dataclasses.Field[Any]) -> Any:
-    """The option of the command line for a field of `MergeOptions`."""
-    known, declared = option.metadata["choices"], str(option.type)
-    kind = next((kind for name, kind in {"bool": bool, "float": float, "int": int}.items() if name in declared), str)
-    kind = str if known else kind
-    help = option.metadata["help"] + (f" One of {', '.join(known)}." if known else "")
-    if option.metadata["default"]:
-        help += f" [dim]default: {option.metadata['default']}[/dim]"
-    names = [f"--{option.name}/--no-{option.name}".replace("_", "-")] if kind is bool else []
-
-    def completions(incomplete: str) -> list[str]:
-        return [one for one in known if one.startswith(incomplete)]
-
-    return Annotated[kind | None, typer.Option(*names, help=help, autocompletion=completions, show_default=False)]
-
-
 def merge_arguments(
     adapters: list[str] | None,
     recipe: Path | None,
@@ -117,6 +71,8 @@ def merge_arguments(
     """Arguments of the merging functions: those of the recipe, and over them what the command line says."""
     if bool(adapters) == bool(recipe):
         raise typer.BadParameter("Give the adapters here or by --recipe, one of the two.")
+    from .. import MergeOptions, read_recipe
+
     arguments: dict[str, Any] = read_recipe(recipe) if recipe is not None else {"adapters": adapters}
     if weights := weights_by_task(weight):
         of_recipe = arguments.get("weights") or {}

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..reports.asking import ask_merge
 from . import arguments as a
-from .display import show_answer
 from .running import print_json
 
 
@@ -37,6 +35,9 @@ def ask(
 
     peft-many ask me/merged --image x.png "How many?" --compare --json
     """
+    from .. import ask_merge
+    from .display import show_answer
+
     found = ask_merge(
         merge,
         question,

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..editing.pooling import DEFAULT_POOL_RANK, DEFAULT_STATISTICS_RANK, pool_adapters
-from ..editing.tasks import add_task, merge_options, remove_task
+from ..editing.pool_sizes import DEFAULT_POOL_RANK, DEFAULT_STATISTICS_RANK
 from . import arguments as a
 from .merge import say_merged, show
 
@@ -51,6 +50,8 @@ def add(
 
     peft-many add merged me/new-task@v2 --name charts --weight charts=0.5 --output merged-2
     """
+    from .. import add_task
+
     weights = a.weights_by_task(weight)
     if dry_run:
         names = None if name is None else [None, name]
@@ -90,6 +91,8 @@ def remove(
 
     peft-many inspect merged [dim]# it is gone[/dim]
     """
+    from .. import remove_task
+
     weights = a.weights_by_task(weight)
     if dry_run:
         _show_change([merge], weights, device, quiet, without=[task])
@@ -102,6 +105,8 @@ def _show_change(
     adapters: list[str], weights: dict[str, float] | None, device: str | None, quiet: bool, **change: Any
 ) -> None:
     """Show what a merge, the first of the adapters, would be after a change; its options stay."""
+    from ..editing.tasks import merge_options
+
     options = vars(merge_options(adapters[0]))
     show({"adapters": adapters, "weights": weights, "device": device or "cpu", **change, **options}, quiet)
 
@@ -130,6 +135,8 @@ def pool(
 
     peft-many pool me/clevr me/iconqa --name counting --rank 64 --output counting
     """
+    from .. import pool_adapters
+
     folder = pool_adapters(
         adapters,
         output,

@@ -8,9 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..data.scores import METRICS
-from ..reports.evaluation import evaluate_merge, save_evaluation
 from . import arguments as a
-from .display import show_evaluation
 from .running import print_json
 
 
@@ -61,6 +59,9 @@ def evaluate(
 
     peft-many evaluate merged --data clevr=clevr.jsonl --text prose.txt --json
     """
+    from .. import evaluate_merge, save_evaluation
+    from .display import show_evaluation
+
     found = evaluate_merge(
         merge,
         _by_task([*(data or ()), *(more or ())]),

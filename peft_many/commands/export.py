@@ -8,11 +8,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..exports import export_lora, export_model, export_routed_model
-from ..files.atomic import writable_place
-from ..files.errors import UnmergeableAdapterError
-from ..records.words import counted
-from ..reports.inspection import inspect_adapter
 from . import arguments as a
 from .running import WRONG_USAGE, print_json, say_error
 
@@ -77,6 +72,8 @@ def export(
     if dry_run:
         _say_plan(adapter, output, chosen, base_model)
         return
+    from .. import export_lora, export_model, export_routed_model
+
     if chosen == "lora":
         done = export_lora(adapter, output, with_tasks=with_tasks, check_for=check_for, base_model=base_model)
     elif chosen == "model":
@@ -93,6 +90,8 @@ def export(
 
 def _only_format(adapter: str, output: Path) -> str:
     """What an adapter without projectors of its own is exported as; of others the user must say what they give up."""
+    from .. import inspect_adapter
+
     tasks = inspect_adapter(adapter).tasks
     if not any(task.projectors for task in tasks):
         return "lora"
@@ -109,6 +108,11 @@ def _only_format(adapter: str, output: Path) -> str:
 
 
 def _say_plan(adapter: str, output: Path, format: str, base_model: str | None) -> None:
+    from .. import inspect_adapter
+    from ..files.atomic import writable_place
+    from ..files.errors import UnmergeableAdapterError
+    from ..records.words import counted
+
     writable_place(output.expanduser())
     found = inspect_adapter(adapter)
     if found.problem is not None:

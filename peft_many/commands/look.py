@@ -6,10 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..reports.inspection import inspect_adapter
-from ..reports.report import merge_report, save_report
 from . import arguments as a
-from .display import show_inspection, show_report
 from .running import print_json
 
 
@@ -25,6 +22,9 @@ def inspect(
 
     peft-many inspect me/iconqa@v2 --json
     """
+    from .. import inspect_adapter
+    from .display import show_inspection
+
     found = inspect_adapter(adapter)
     if json:
         print_json(found)
@@ -49,6 +49,9 @@ def report(
 
     peft-many report me/merged --output merged-report --no-conflicts [dim]# in half the time[/dim]
     """
+    from .. import merge_report, save_report
+    from .display import show_report
+
     found = merge_report(merge, conflicts=conflicts, device=device or "cpu", progress=not quiet)
     page = save_report(found, output)
     show_report(found)

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from ..statistics.from_data import measure_adapter
 from . import arguments as a
 
 
@@ -44,6 +43,8 @@ def measure(
 
     peft-many measure me/clevr --data clevr.parquet --load-in 4bit --push me/clevr-measured --output clevr-measured
     """
+    from .. import measure_adapter
+
     folder = measure_adapter(
         adapter,
         data,

@@ -6,18 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from peft import PeftConfig
 
-from ..merging.arguments import replaceable_files
-from ..merging.merge import merge_adapter_files
-from ..records import merge_of
-from ..reports.plan import plan_merge
 from . import arguments as a
-from .display import show_merged, show_plan
+from .merge_options import with_merge_options
 from .running import FAILED, print_json
 
 
-@a.with_merge_options
+@with_merge_options
 def plan(
     adapters: a.Adapters = None,
     recipe: a.Recipe = None,
@@ -44,7 +39,7 @@ def plan(
     show(a.merge_arguments(adapters, recipe, weight, name, without, same_base, device, options), quiet, json)
 
 
-@a.with_merge_options
+@with_merge_options
 def merge(
     output: a.Output,
     adapters: a.Adapters = None,
@@ -75,6 +70,9 @@ def merge(
 
     peft-many merge merged --output merged-2 --weight clevr=2 --ridge 1e-5 [dim]# weigh it anew[/dim]
     """
+    from .. import merge_adapter_files
+    from ..merging.arguments import replaceable_files
+
     arguments = a.merge_arguments(adapters, recipe, weight, name, without, same_base, device, options)
     if dry_run:
         replaceable_files(output.expanduser(), overwrite)
@@ -86,6 +84,11 @@ def merge(
 
 def say_merged(folder: Path, quiet: bool) -> None:
     """Say where a merge is, and before that what it costs, where images go, and what can be done next."""
+    from peft import PeftConfig
+
+    from ..records import merge_of
+    from .display import show_merged
+
     merge = merge_of(PeftConfig.from_pretrained(str(folder)))
     if merge is not None and not quiet:
         show_merged(merge, str(folder))
@@ -94,6 +97,9 @@ def say_merged(folder: Path, quiet: bool) -> None:
 
 def show(arguments: dict[str, Any], quiet: bool, json: bool = False) -> None:
     """Show what merging with these arguments would be, and exit with an error if it cannot be done."""
+    from .. import plan_merge
+    from .display import show_plan
+
     found = plan_merge(**arguments, progress=not quiet)
     if json:
         print_json(found)

@@ -36,9 +36,7 @@ from ..records import MergeOptions, PooledTask, PoolRecord
 from ..records.options import MEAN
 from ..records.words import counted
 from ..tuner.config import MAnyConfig
-
-DEFAULT_POOL_RANK = 128
-DEFAULT_STATISTICS_RANK = 256
+from .pool_sizes import DEFAULT_POOL_RANK, DEFAULT_STATISTICS_RANK
 
 
 @without_autocast()

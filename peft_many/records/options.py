@@ -19,24 +19,22 @@ IMAGES, INSTRUCTIONS, BOTH = "images", "instructions", "both"
 
 
 def _option(
-    help: str,
     check: Callable[[str, Any, Sequence[str]], None] | None = None,
     *,
     default: Any = None,
     of: Sequence[str] = (),
     inherited: bool | Sequence[str] = False,
     otherwise: Any = None,
-    shown: str | None = None,
     choices: Sequence[str] = (),
 ) -> Any:
     """A field of [`MergeOptions`], with all that the rest of the package must know of it.
 
     `of` says where it has a meaning: `LPM`, `ROUTED` or both. One that is left open is `inherited` from merges among
     the adapters where these agree (on the options named here, too), and is `otherwise` this, or what this makes of the
-    options before it. The command line shows `help`, `choices` and the default as `shown`.
+    options before it. What the command line says of it is in `commands/merge_options.py`.
     """
-    about = {"help": help, "check": check, "of": of, "inherited": inherited, "otherwise": otherwise}
-    return field(default=default, metadata={**about, "choices": choices, "default": shown})
+    about = {"check": check, "of": of, "inherited": inherited, "otherwise": otherwise, "choices": choices}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,61 +98,46 @@ class MergeOptions:
         ```
     """
 
-    method: str | MergeMethod = _option("How to merge the LoRA deltas.", default=LPM, choices=(LPM, *METHODS))  # noqa: RUF009
-    projectors: str = _option(
-        "Route each image, or average the projectors' weights.", one_of, default=ROUTED, choices=(ROUTED, MEAN)
-    )
-    ridge: float | None = _option(
-        "The ridge λ of LPM.", not_negative, of=(LPM,), inherited=True, otherwise=1e-4, shown="1e-4"
-    )
+    method: str | MergeMethod = _option(default=LPM, choices=(LPM, *METHODS))  # noqa: RUF009
+    projectors: str = _option(one_of, default=ROUTED, choices=(ROUTED, MEAN))
+    ridge: float | None = _option(not_negative, of=(LPM,), inherited=True, otherwise=1e-4)
     router: str | None = _option(
-        "How images are compared with tasks.",
         one_of,
         of=(ROUTED,),
         inherited=True,
         otherwise="cosine",
-        shown="cosine",
         choices=tuple(ROUTERS),
     )
     # Another router measures other distances, so that these two are inherited along with it.
     temperature: float | None = _option(
-        "τ of the routing.",
         positive,
         of=(ROUTED,),
         inherited=("router",),
         otherwise=lambda options: ROUTERS[options.router],
-        shown="0.02, gaussian: 1",
     )
-    top_k: int | None = _option("The most projectors an image is sent through.", count, of=(ROUTED,), inherited=True)
-    rank: int | None = _option("The largest rank of a merged layer.", count, shown="Σ r")
-    gate_lora: bool | None = _option(
-        "Let each input choose the LoRA too.", flag, of=(LPM, ROUTED), inherited=True, otherwise=False
-    )
+    top_k: int | None = _option(count, of=(ROUTED,), inherited=True)
+    rank: int | None = _option(count)
+    gate_lora: bool | None = _option(flag, of=(LPM, ROUTED), inherited=True, otherwise=False)
     gate_by: str | None = _option(
-        "What it chooses by.",
         one_of,
         of=(LPM, ROUTED),
         inherited=("gate_lora",),
         otherwise=lambda options: IMAGES if options.gate_lora else None,
-        shown="images",
         choices=(IMAGES, INSTRUCTIONS, BOTH),
     )
     route_by: str | None = _option(
-        "What chooses among the projectors.",
         one_of,
         of=(ROUTED,),
         inherited=("gate_by",),
         otherwise=lambda options: IMAGES if options.gates_by_instructions else None,
-        shown="images",
         choices=(IMAGES, INSTRUCTIONS, BOTH),
     )
     abstain_above: float | None = _option(
-        "From which distance on images and instructions are like no task's.",
         positive,
         of=(ROUTED,),
         inherited=("router", "gate_by"),
     )
-    dtype: torch.dtype = _option("Of the merged weights.", dtype, default=torch.float32, choices=tuple(DTYPES))  # noqa: RUF009
+    dtype: torch.dtype = _option(dtype, default=torch.float32, choices=tuple(DTYPES))  # noqa: RUF009
 
     def __post_init__(self) -> None:
         method = as_method(self.method)

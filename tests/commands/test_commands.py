@@ -289,7 +289,7 @@ def test_only_debug_shows_a_traceback(tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("peft_many.commands.look.inspect_adapter", fails)
+    monkeypatch.setattr("peft_many.inspect_adapter", fails)
     told = run("inspect", "x", code=1).stderr
     assert "Unexpected RuntimeError: a bug" in told
     assert "please report" in told
@@ -334,7 +334,7 @@ def test_a_merge_ends_with_the_tasks_that_its_routing_confuses(shelf, tmp_path):
 def test_the_real_thing(shelf, tmp_path):
     """The entry point in a process of its own, progress bars and all."""
     scripts = re.search(r'^peft-many = "(.*):(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    program = f"from {scripts[1]} import {scripts[2]} as app; app(prog_name='peft-many')"
+    program = f"import sys; sys.argv[0] = 'peft-many'; from {scripts[1]} import {scripts[2]} as run; run()"
 
     def call(*words):
         return new_process.run(program, *words, cwd=tmp_path)
