@@ -1,4 +1,4 @@
-"""How the command starts: help and wrong usage import neither torch nor PEFT; what does the work registers the type."""
+"""Help and wrong usage import neither torch nor PEFT; a command that does its work registers the type first."""
 
 from __future__ import annotations
 
