@@ -10,13 +10,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-import vllm
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from ..records import ROUTED_PREFIX
-from .families import FAMILIES, KNOWN_VERSIONS
+from .asked import merge_to_route_by
+from .families import FAMILIES
 from .merge import KEY_PREFIX, ServedMerge
 from .projector import ServedProjector, images_lie, served
 
@@ -39,7 +39,7 @@ def routed_model(architecture: str) -> type[Any]:
 
     class Routed(stock):  # type: ignore[valid-type, misc]
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-            self.__dict__["served_merge"] = merge = _merge_to_route_by(vllm_config)
+            self.__dict__["served_merge"] = merge = merge_to_route_by(vllm_config)
             if merge is None:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
                 return
@@ -86,30 +86,6 @@ def _of_vllm(place: str) -> type[Any]:
     """A class by `"module:Class"`."""
     module, _, name = place.partition(":")
     return getattr(_module_of_vllm(module), name)
-
-
-def _merge_to_route_by(config: VllmConfig) -> ServedMerge | None:
-    """The merge that the server was told, or that lies in the model's own folder if it is called a routed one."""
-    told = config.additional_config.get("peft_many") if isinstance(config.additional_config, dict) else None
-    model = config.model_config
-    if told is None and any(name.startswith(ROUTED_PREFIX) for name in model.architectures):
-        told = model.model if model.revision is None else f"{model.model}@{model.revision}"
-    if told is None:
-        return None
-    if not vllm.__version__.startswith(tuple(f"{known}." for known in KNOWN_VERSIONS)):
-        raise ValueError(
-            f"peft_many knows how to route projectors in vLLM {', '.join(KNOWN_VERSIONS)}, and this is "
-            f'{vllm.__version__}: install one of these, or serve without "peft_many" in `additional_config`.'
-        )
-    for problem, is_there in {
-        "`cudagraph_mm_encoder`: a graph cannot choose": config.compilation_config.cudagraph_mm_encoder,
-        "`compile_mm_encoder`: a graph cannot choose": config.compilation_config.compile_mm_encoder,
-        '`mm_encoder_tp_mode="data"`: images are told apart on one device': model.multimodal_config.mm_encoder_tp_mode
-        == "data",
-    }.items():
-        if is_there:
-            raise ValueError(f"Routed projectors do not go with {problem}.")
-    return ServedMerge.read(told)
 
 
 def _route(model: Any, merge: ServedMerge) -> None:

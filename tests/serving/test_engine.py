@@ -167,6 +167,16 @@ def test_another_version_refuses_to_route(shelf, tmp_path, monkeypatch):
         answers(served, served.base, merge=tmp_path)
 
 
+def test_a_model_that_nobody_would_route(shelf, tmp_path):
+    merged = shelf("llava").merge("ab", tmp_path / "merged")
+    gemma = Served(tmp_path / "gemma3", "gemma3", tasks="")
+    said = r"no projectors of 'Gemma3ForConditionalGeneration' in vLLM, .* It knows those of Idefics3ForCond.*, Smol"
+    with pytest.raises(ValueError, match=said):
+        answers(gemma, gemma.base, merge=merged)
+    with pytest.raises(ValueError, match=r"projectors of 'LlavaFor.*serve it as 'Transformers.*leave out `--model-impl`"):
+        answers(shelf("llava"), shelf("llava").base, merge=merged, model_impl="transformers")
+
+
 def test_a_merge_for_another_base_model(shelf, tmp_path):
     merged = shelf("qwen2_vl").merge("ab", tmp_path / "merged")
     with pytest.raises(ValueError, match=r"routes 'model\.visual\.merger', which is no projector of this RoutedLlava"):

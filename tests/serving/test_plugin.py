@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import importlib.metadata
+import logging
 import re
 import sys
 from pathlib import Path
@@ -52,6 +53,34 @@ def test_each_family_is_registered_without_being_imported(registry):
     )
     assert registry.models.keys() == {name for known in FAMILIES for name in (known, f"Routed{known}")}
     assert "peft_many.serving.models" not in sys.modules
+
+
+class Arguments:
+    """Stands in for vLLM's `EngineArgs`."""
+
+    def __init__(self, **asked):
+        self.additional_config = asked
+
+    def create_engine_config(self):
+        return self  # what it is asked is all that is looked at
+
+
+def test_what_is_broken_stops_those_who_ask_for_a_merge_and_no_others(registry, monkeypatch, caplog):
+    module = type(sys)("vllm.engine.arg_utils")
+    module.EngineArgs = Arguments
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(Arguments, "create_engine_config", Arguments.create_engine_config)  # undone afterwards
+    for broken in ("asked", "families"):
+        monkeypatch.setitem(sys.modules, f"peft_many.serving.{broken}", None)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    register()
+    register()  # as vLLM may
+    assert registry.models == {}
+    assert "peft_many cannot be loaded, so that nothing can be routed" in caplog.text
+    other = Arguments(other=1)
+    assert other.create_engine_config() is other
+    with pytest.raises(ImportError, match="asked"):
+        Arguments(peft_many="merged").create_engine_config()
 
 
 def test_the_page_lists_the_families_and_versions():

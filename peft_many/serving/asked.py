@@ -1,0 +1,56 @@
+"""What a server was asked to route by, and whether it can: an error says so before anything is loaded."""
+
+from __future__ import annotations
+
+import vllm
+from vllm.config import VllmConfig
+
+from ..records import ROUTED_PREFIX
+from .families import FAMILIES, KNOWN_VERSIONS
+from .merge import ServedMerge
+
+
+def merge_to_route_by(config: VllmConfig) -> ServedMerge | None:
+    """The merge that the server was told, or that lies in the model's own folder if it is called a routed one.
+
+    Raises:
+        ValueError: It cannot be routed by: the model, vLLM's version, another of its options, or the merge.
+    """
+    told = config.additional_config.get("peft_many") if isinstance(config.additional_config, dict) else None
+    model = config.model_config
+    if told is None and any(name.startswith(ROUTED_PREFIX) for name in model.architectures):
+        told = model.model if model.revision is None else f"{model.model}@{model.revision}"
+    if told is None:
+        return None
+    if not vllm.__version__.startswith(tuple(f"{known}." for known in KNOWN_VERSIONS)):
+        raise ValueError(
+            f"peft_many knows how to route projectors in vLLM {', '.join(KNOWN_VERSIONS)}, and this is "
+            f'{vllm.__version__}: install one of these, or serve without "peft_many" in `additional_config`.'
+        )
+    _check_architecture(model.architecture, model.architectures)
+    for problem, is_there in {
+        "`cudagraph_mm_encoder`: a graph cannot choose": config.compilation_config.cudagraph_mm_encoder,
+        "`compile_mm_encoder`: a graph cannot choose": config.compilation_config.compile_mm_encoder,
+        '`mm_encoder_tp_mode="data"`: images are told apart on one device': model.multimodal_config.mm_encoder_tp_mode
+        == "data",
+    }.items():
+        if is_there:
+            raise ValueError(f"Routed projectors do not go with {problem}.")
+    return ServedMerge.read(told)
+
+
+def _check_architecture(served_as: str, named: list[str]) -> None:
+    """Refuse models that nobody here would route: of what vLLM serves a model as, and what its config names."""
+    if served_as.removeprefix(ROUTED_PREFIX) in FAMILIES:
+        return
+    known = next((name for name in named if name.removeprefix(ROUTED_PREFIX) in FAMILIES), None)
+    if known is not None:
+        raise ValueError(
+            f"peft_many routes projectors of '{known}' in vLLM's own class for it, but vLLM was told to serve it as "
+            f"'{served_as}': leave out `--model-impl`."
+        )
+    raise ValueError(
+        f"peft_many knows no projectors of '{served_as}' in vLLM, so that its images would all go through the base "
+        f"model's. It knows those of {', '.join(FAMILIES)}. Merge with `projectors='mean'` and serve what "
+        '`peft-many export --format model` writes, or serve without "peft_many" in `additional_config`.'
+    )
