@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from peft import PeftConfig
 from torch import Tensor
 
+from ..records import INSTRUCTION_ROUTER
 from .fingerprints import tensors_fingerprint
 from .upstream import prefix_of
 
 KEY_PREFIX = "base_model.model."  # PEFT's, of every tensor that belongs to a module of the base model
 TASK_WEIGHT = "lora_A.task_weight"  # of a layer of a merge with `gate_lora`: the tasks' own `A_t`, stacked
-INSTRUCTION_ROUTER = "instruction_routers"  # of a base model: what merges with `gate_by` compare instructions with
 # Of tensors that are not whole; what to do about it.
 SHARDED = (
     "the file was saved from weights that are sharded over processes (DeepSpeed ZeRO-3, FSDP): save it again from "

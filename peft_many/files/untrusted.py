@@ -8,12 +8,11 @@ from typing import Any, TypedDict
 
 from peft import PeftConfig
 
-from ..records import RoutedInstructions, RoutedProjector, merge_of
+from ..records import INSTRUCTION_ROUTER, RoutedInstructions, RoutedProjector, merge_of
 from ..records.checking import check_types, nonsense
 from .errors import unusable_config
 from .peft_methods import RANKS, name_of
 from .tensor_file import TensorFile
-from .tensor_keys import INSTRUCTION_ROUTER
 
 # Up to here a config is taken at its word: a LoRA of this rank is smaller than the base model's layers.
 UNBACKED_RANK = 512

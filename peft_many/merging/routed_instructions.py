@@ -11,8 +11,7 @@ from ..algebra.sums import mean_covariance
 from ..files.adapter import TaskAdapter
 from ..files.errors import UnmergeableAdapterError
 from ..files.statistics import FeatureStatistics
-from ..files.tensor_keys import INSTRUCTION_ROUTER
-from ..records import RoutedInstructions
+from ..records import INSTRUCTION_ROUTER, RoutedInstructions
 from .checks import check_same_shape
 from .routed_projectors import router_tensors
 

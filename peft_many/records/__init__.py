@@ -3,6 +3,7 @@
 from .expected_routing import GATES, ExpectedRouting, most_telling
 from .options import ROUTERS, MergeOptions
 from .record import (
+    INSTRUCTION_ROUTER,
     ROUTED_PREFIX,
     MergeRecord,
     Operation,
@@ -18,6 +19,7 @@ from .record import (
 
 __all__ = [
     "GATES",
+    "INSTRUCTION_ROUTER",
     "ROUTED_PREFIX",
     "ROUTERS",
     "ExpectedRouting",

@@ -11,6 +11,8 @@ from .options import MergeOptions
 
 # Before the architecture of a whole model with routed projectors: who would not route them knows no such architecture.
 ROUTED_PREFIX = "Routed"
+# Of a base model: what merges with `gate_by` compare instructions with.
+INSTRUCTION_ROUTER = "instruction_routers"
 
 
 @dataclass(frozen=True)

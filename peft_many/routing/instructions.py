@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..algebra.instructions import instruction_features, token_weights
 from ..algebra.routing import gaussian_scores
 from ..families.instructions import Instructions, instructions_of
-from ..files.tensor_keys import INSTRUCTION_ROUTER
+from ..records import INSTRUCTION_ROUTER
 from .task_router import TaskRouter
 
 # Tokens of a batch that are looked at in one step, 100 MB in bfloat16 and float32 if they are 4096 wide.

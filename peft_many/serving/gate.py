@@ -1,7 +1,7 @@
-"""The gate in vLLM: each request gets the LoRA of the task that its images are like, or the merged one.
+"""The gate in vLLM: each request gets the LoRA of the task that its images and words are like, or the merged one.
 
 vLLM wants to know the LoRA when a request comes, before anything is encoded. So the images are encoded by themselves
-first, and again with the request: vision encoder and projectors see each image twice.
+first, and again with the request: vision encoder and projectors see each image twice. Words are looked up only.
 """
 
 from __future__ import annotations
@@ -13,36 +13,83 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from vllm import LLM
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from ..algebra.gating import confidence
+from ..records.options import INSTRUCTIONS
 from .merge import ServedMerge
+from .words import Words, placeholders, weights_of_request
 
 
 class RoutingWorker:
     """Extends vLLM's workers: `worker_extension_cls="peft_many.serving.gate.RoutingWorker"`."""
 
-    def route_images(self: Any, images: list[bytes]) -> list[list[float]]:
-        """What each task of the merge counts for each image, given as the bytes of an image file."""
-        config = self.model_runner.model_config
-        processor = MULTIMODAL_REGISTRY.create_processor(config)
-        prompt = processor.dummy_inputs.get_dummy_text({"image": 1})
-        found = []
-        for content in images:
-            picture = Image.open(io.BytesIO(content)).convert("RGB")
-            inputs = processor(prompt, processor.info.parse_mm_data({"image": [picture]}))
-            items = [("image", item) for item in inputs["mm_kwargs"]["image"]]
-            with torch.inference_mode():
-                for _, _, arguments in group_and_batch_mm_kwargs(items, device=self.device):
-                    found += self.model_runner.get_model().task_weights(**arguments).tolist()
-        return found
+    def route_request(self: Any, images: list[bytes], prompt: str | list[int] | None = None) -> list[float] | None:
+        """What each task of the merge counts for a request, by what its gates go by; `None` if nothing tells.
+
+        Images are the bytes of image files. A prompt is a text with a placeholder for each of them, or token ids in
+        which these are as long as the model sees them.
+        """
+        merge = self.model_runner.get_model().served_merge
+        pictures = [Image.open(io.BytesIO(content)).convert("RGB") for content in images]
+        with torch.inference_mode():
+            by_images = None if merge.record.options.gate_by == INSTRUCTIONS else _by_images(self, pictures)
+            scores = None
+            if merge.record.instructions is not None:
+                scores = _by_words(self, merge, _token_ids(self, pictures, prompt))
+            found = weights_of_request(by_images, scores)
+        return None if found is None else found.tolist()
+
+
+def _by_images(worker: Any, pictures: list[Image.Image]) -> Tensor | None:
+    """What each task counts for each image, `(images, tasks)`."""
+    runner, found = worker.model_runner, []
+    processor = MULTIMODAL_REGISTRY.create_processor(runner.model_config)
+    prompt = processor.dummy_inputs.get_dummy_text({"image": 1})
+    for picture in pictures:
+        inputs = processor(prompt, processor.info.parse_mm_data({"image": [picture]}))
+        items = [("image", item) for item in inputs["mm_kwargs"]["image"]]
+        for _, _, arguments in group_and_batch_mm_kwargs(items, device=worker.device):
+            found.append(runner.get_model().task_weights(**arguments))
+    return torch.cat(found) if found else None
+
+
+def _by_words(worker: Any, merge: ServedMerge, ids: list[int]) -> Tensor | None:
+    """How well each task explains a prompt, `(tasks,)`."""
+    known = vars(worker)
+    if "served_words" not in known:
+        known["served_words"] = Words.read(merge, worker.device)
+    images = placeholders(worker.model_runner.model_config.hf_config)
+    return known["served_words"].scores(
+        [one for one in ids if one not in images], _embedding(worker.model_runner.get_model())
+    )
+
+
+def _token_ids(worker: Any, pictures: list[Image.Image], prompt: str | list[int] | None) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt or []
+    processor = MULTIMODAL_REGISTRY.create_processor(worker.model_runner.model_config)
+    shown = processor.info.parse_mm_data({"image": pictures} if pictures else {})
+    return list(processor(prompt, shown)["prompt_token_ids"])
+
+
+def _embedding(model: Any) -> VocabParallelEmbedding:
+    """The base model's own token embedding, without what a LoRA may add to it."""
+    modules = model.get_language_model().modules()
+    return next(
+        module
+        for module in modules
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    )
 
 
 class Gate:
-    """Chooses the LoRA of a request by its images, as a merge with `gate_lora=True` does.
+    """Chooses the LoRA of a request, as a merge with `gate_lora=True` does: by images, by words or both (`gate_by`).
 
     Args:
         llm ([`~vllm.LLM`]):
@@ -65,8 +112,9 @@ class Gate:
             worker_extension_cls="peft_many.serving.gate.RoutingWorker",
         )
         gate = Gate(llm, "merged-lora")
-        prompts = [{"prompt": "USER: <image>\\nWhat is it? ASSISTANT:", "multi_modal_data": {"image": image}}]
-        llm.generate(prompts, lora_request=[gate.lora_for([image])])
+        prompt = "USER: <image>\\nWhat is it? ASSISTANT:"
+        request = {"prompt": prompt, "multi_modal_data": {"image": image}}
+        llm.generate([request], lora_request=[gate.lora_for([image], prompt)])
         ```
     """
 
@@ -75,18 +123,26 @@ class Gate:
         self.loras = LoRAs(ServedMerge.read(told), Path(loras))
         self._llm = llm
 
-    def lora_for(self, images: Sequence[Image.Image]) -> LoRARequest | None:
-        """The LoRA for a request with these images: the merged one without images, none if they are like no task's."""
-        if not images:
-            return self.loras.merged
-        weights = self._llm.collective_rpc("route_images", args=([as_file(image) for image in images],))[0]
-        return self.loras.chosen(weights)
+    def lora_for(self, images: Sequence[Image.Image], prompt: str | list[int] | None = None) -> LoRARequest | None:
+        """The LoRA for a request: the merged one if nothing tells its task, none if it is like no task's.
+
+        A merge whose gates go by instructions needs its prompt, as `generate` gets it, or as token ids in which each
+        image has all of its placeholders.
+        """
+        by = self.loras.merge.record.options.gate_by
+        if prompt is None and self.loras.merge.record.options.gates_by_instructions:
+            raise ValueError(
+                f"The gates of '{self.loras.merge.folder}' go by instructions (`gate_by='{by}'`): pass the `prompt`."
+            )
+        contents = [as_file(image) for image in images]
+        return self.loras.chosen(self._llm.collective_rpc("route_request", args=(contents, prompt))[0])
 
 
 class LoRAs:
     """The merged LoRA and those of the tasks, as requests."""
 
     def __init__(self, merge: ServedMerge, folder: Path) -> None:
+        self.merge = merge
         names = merge.record.names
         missing = next((t for t in range(len(names)) if not (folder / f"task_{t}").is_dir()), None)
         if missing is not None:
@@ -97,12 +153,14 @@ class LoRAs:
         self.merged = LoRARequest("merged", 1, str(folder))
         self.of_tasks = [LoRARequest(name, 2 + t, str(folder / f"task_{t}")) for t, name in enumerate(names)]
 
-    def chosen(self, weights: list[list[float]]) -> LoRARequest | None:
-        """By the tasks' weights for each image of a request, `(images, tasks)`."""
-        mean = torch.tensor(weights).mean(dim=0, keepdim=True)
-        if not mean.any():
+    def chosen(self, weights: list[float] | None) -> LoRARequest | None:
+        """By what each task counts for a request; `None` is the base model."""
+        if weights is None:
+            return self.merged
+        if not any(weights):
             return None
-        return self.of_tasks[int(mean.argmax())] if confidence(mean).item() else self.merged
+        row = torch.tensor([weights])
+        return self.of_tasks[int(row.argmax())] if confidence(row).item() else self.merged
 
 
 def as_file(image: Image.Image) -> bytes:

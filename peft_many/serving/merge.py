@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
-from ..records import MergeRecord
+from ..records import INSTRUCTION_ROUTER, MergeRecord
 from ..records.options import IMAGES
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
@@ -63,7 +63,15 @@ class ServedMerge:
 
     def projector_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The experts and prototypes of its routed projectors, by their names in the base model."""
-        within = tuple(f"{KEY_PREFIX}{name}." for name in self.record.routing)
+        yield from self._tensors_within(*self.record.routing)
+
+    def instruction_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The prototypes of its router of instructions and their metric, by their last names."""
+        for name, tensor in self._tensors_within(INSTRUCTION_ROUTER):
+            yield name.rpartition(".")[-1], tensor
+
+    def _tensors_within(self, *modules: str) -> Iterator[tuple[str, Tensor]]:
+        within = tuple(f"{KEY_PREFIX}{name}." for name in modules)
         with safe_open(self.folder / WEIGHTS_NAME, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - it is no mapping
                 if key.startswith(within):

@@ -1,4 +1,4 @@
-"""The gate in vLLM's OpenAI server: who asks for the merge gets the LoRA of the task that the images are like."""
+"""The gate in vLLM's OpenAI server: who asks for the merge gets the LoRA of the task that images or words are like."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import envs
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.media import MediaConnector
@@ -20,7 +21,8 @@ class GateMiddleware:
 
     Gated is whoever asks for a LoRA in whose folder those of the tasks lie (`export_lora(..., with_tasks=True)`). All
     of them have to be served, under any names. Other requests pass as they are. An image by its address is fetched
-    twice, as the server does it. Whoever lacks the server's key gets no further than to be told so.
+    twice, as the server does it, and once more where gates go by instructions; videos do not count. Whoever lacks the
+    server's key gets no further than to be told so.
 
     Example:
 
@@ -62,7 +64,7 @@ class GateMiddleware:
 
 
 async def _gated(body: bytes, state: Any) -> bytes:
-    """A request's body, with the model that its images choose."""
+    """A request's body, with the model that its images and words choose."""
     try:
         asked = json.loads(body)
         contents = [message["content"] for message in asked["messages"]]
@@ -71,21 +73,33 @@ async def _gated(body: bytes, state: Any) -> bytes:
         lora = state.openai_serving_models.lora_requests.get(asked["model"])
     except (AttributeError, KeyError, TypeError, ValueError):
         return body  # the server says what is wrong with it
-    if lora is None or not urls or not Path(lora.lora_path, "task_0").is_dir():
+    if lora is None or not Path(lora.lora_path, "task_0").is_dir():
         return body
     config = state.engine_client.vllm_config
+    merge = ServedMerge.read(config.additional_config.get("peft_many"))
+    by_words = merge.record.options.gates_by_instructions
+    if not urls and not by_words:
+        return body
     media = MediaConnector(
         allowed_local_media_path=config.model_config.allowed_local_media_path,
         allowed_media_domains=config.model_config.allowed_media_domains,
     )
     try:
         images = [as_file(await media.fetch_image_async(url)) for url in urls]
+        prompt = await _token_ids(body, state) if by_words else None
     except Exception:  # whatever it is, the server meets it too, and answers
         return body
-    weights = (await state.engine_client.collective_rpc("route_images", args=(images,)))[0]
-    merge = ServedMerge.read(config.additional_config.get("peft_many"))
+    weights = (await state.engine_client.collective_rpc("route_request", args=(images, prompt)))[0]
     chosen = LoRAs(merge, Path(lora.lora_path)).chosen(weights)
     return json.dumps({**asked, "model": _name_of(chosen, state.openai_serving_models)}).encode()
+
+
+async def _token_ids(body: bytes, state: Any) -> list[int]:
+    """Those of a request, as the server will give them to the model."""
+    request = ChatCompletionRequest.model_validate_json(body)
+    # A cache would take it for told that the engine has these images now.
+    _, inputs = await state.online_renderer.render_chat(request, skip_mm_cache=True)
+    return list(inputs[0]["prompt_token_ids"])
 
 
 def _name_of(chosen: LoRARequest | None, models: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..files.tensor_keys import INSTRUCTION_ROUTER
+from ..records import INSTRUCTION_ROUTER
 
 # Parts of the names of tensors that adapters add.
 _OF_ADAPTERS = {"base_layer", "base_model", "experts", "lora_A", "lora_B", "modules_to_save", "original_module"}

@@ -8,8 +8,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..files.tensor_keys import INSTRUCTION_ROUTER
-from ..records import MergeRecord
+from ..records import INSTRUCTION_ROUTER, MergeRecord
 from ..routing.instructions import InstructionRouter
 
 

@@ -31,8 +31,9 @@ from peft_many import (
 from peft_many.commands import app
 from peft_many.files.errors import MalformedAdapterError, UnmergeableAdapterError
 from peft_many.files.statistics import STATISTICS_NAME, AdapterStatistics
-from peft_many.files.tensor_keys import INSTRUCTION_ROUTER, KEY_PREFIX
+from peft_many.files.tensor_keys import KEY_PREFIX
 from peft_many.merging.routed_instructions import LEAST_VARIANCE
+from peft_many.records import INSTRUCTION_ROUTER
 from peft_many.routing.instructions import features_of_instructions, router_of
 from tests import new_process
 from tests.adapters import STATISTICS, WEIGHTS, but_operations, files

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from peft_many import MAnyConfig, merge_adapter_sequence
-from peft_many.files.tensor_keys import INSTRUCTION_ROUTER
+from peft_many.records import INSTRUCTION_ROUTER
 from peft_many.routing.instructions import features_of_instructions, router_of
 from peft_many.tuner.gated_linear import GatedLinear
 from tests import tiny

@@ -98,7 +98,23 @@ def test_options(shelf, tmp_path, options):
     assert answers(served, served.base, lora, merged) == served.expected(merged)
 
 
-@pytest.mark.parametrize(("family", "options"), [("llava", {}), ("qwen3_vl", {}), ("llava", OPTIONS["gaussian"])])
+WORDS = {
+    "words": {"gate_by": "instructions"},
+    "both": {"gate_by": "both"},
+    "strange": {"gate_by": "both", "abstain_above": 4.0, "router": "gaussian"},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llava", {}),
+        ("qwen3_vl", {}),
+        ("llava", OPTIONS["gaussian"]),
+        *[("llava", options) for options in WORDS.values()],
+        *[(family, WORDS["both"]) for family in ("qwen3_vl", "idefics3")],
+    ],
+)
 def test_a_gate_chooses_loras(shelf, tmp_path, family, options):
     served = shelf(family)
     merged = served.merge("abc", tmp_path / "merged", gate_lora=True, **options)
@@ -107,7 +123,12 @@ def test_a_gate_chooses_loras(shelf, tmp_path, family, options):
 
     def choose(llm):
         gate = Gate(llm, loras)
-        chosen.extend(gate.lora_for(images) for _, images in served.prompts())
+        by_words = "gate_by" in options
+        if by_words:
+            with pytest.raises(ValueError, match=f"instructions .*{options['gate_by']}.*: pass the `prompt`"):
+                gate.lora_for([])
+        for words, images in served.prompts():
+            chosen.append(gate.lora_for(images, served.prompt(words, images) if by_words else None))
         return chosen
 
     extension = "peft_many.serving.gate.RoutingWorker"
@@ -116,7 +137,9 @@ def test_a_gate_chooses_loras(shelf, tmp_path, family, options):
     found = answers(served, served.base, choose, merged, max_loras=4, worker_extension_cls=extension, **rows)
     assert (None in chosen) == bool(rows)
     assert found == served.expected(merged)
-    assert {one and one.lora_name for one in chosen} >= {"merged", "a", "b"}
+    names = [one and one.lora_name for one in chosen]
+    assert set(names) >= {"a", "b"}
+    assert ("merged" in names[:3]) == ("gate_by" not in options)  # of text, only words can tell the task
     with pytest.raises(ValueError, match=r"lacks the LoRA of the task 'a': export it again, with `with_tasks=True`"):
         LoRAs(ServedMerge.read(str(merged)), tmp_path)
 
@@ -173,7 +196,7 @@ def test_a_model_that_nobody_would_route(shelf, tmp_path):
     said = r"no projectors of 'Gemma3ForConditionalGeneration' in vLLM, .* It knows those of Idefics3ForCond.*, Smol"
     with pytest.raises(ValueError, match=said):
         answers(gemma, gemma.base, merge=merged)
-    with pytest.raises(ValueError, match=r"projectors of 'LlavaFor.*serve it as 'Transformers.*leave out `--model-impl`"):
+    with pytest.raises(ValueError, match=r"of 'LlavaFor.*serve it as 'Transformers.*leave out `--model-impl`"):
         answers(shelf("llava"), shelf("llava").base, merge=merged, model_impl="transformers")
 
 

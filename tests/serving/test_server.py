@@ -81,9 +81,10 @@ def answer(address, model, words, images, key="secret"):
     return said["choices"][0]["token_ids"], said["model"]
 
 
-def test_the_gate_in_the_server(tmp_path):
+@pytest.mark.parametrize("by", ["images", "both"])
+def test_the_gate_in_the_server(tmp_path, by):
     served = Served(tmp_path / "llava", "llava")
-    merged = served.merge("ab", tmp_path / "merged", gate_lora=True)
+    merged = served.merge("ab", tmp_path / "merged", gate_lora=True, gate_by=by)
     loras = export_lora(merged, tmp_path / "loras", with_tasks=True).folder
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
     options += ["--enable-lora", "--max-loras", "3", "--max-lora-rank", "8", "--chat-template", TEMPLATE]
@@ -94,7 +95,7 @@ def test_the_gate_in_the_server(tmp_path):
     with serving(served.base, tmp_path / "log", *options) as address:
         found = [answer(address, "merged", words, images) for words, images in served.prompts()]
         assert [tokens for tokens, _ in found] == served.expected(merged)
-        assert {model for _, model in found} == {"merged", "first", "second"}
+        assert {model for _, model in found} == {"first", "second", *(["merged"] if by == "images" else [])}
         words, images = served.prompts()[3]
         assert answer(address, "second", words, images)[1] == "second"  # nobody else is gated
         with pytest.raises(urllib.error.HTTPError, match="401"):
