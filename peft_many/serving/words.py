@@ -42,8 +42,8 @@ class Words:
             return None
         routed = merge.record.instructions
         tensors = {name: tensor.to(device).float() for name, tensor in merge.instruction_tensors()}
-        shapes = {"prototypes": (len(routed.tasks), routed.width), "directions": (routed.directions, routed.width)}
-        shapes |= {"variances": (routed.directions + 1,)}
+        shapes: dict[str, tuple[int, ...]] = {"prototypes": (len(routed.tasks), routed.width)}
+        shapes |= {"directions": (routed.directions, routed.width), "variances": (routed.directions + 1,)}
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
             raise ValueError(f"The merge in '{merge.folder}' lacks what instructions are compared with: {shapes}.")
         return cls(merge.record, tensors["prototypes"], FeatureMetric(tensors["directions"], tensors["variances"]))
@@ -57,7 +57,7 @@ class Words:
         assert routed is not None
         tokens = torch.tensor([ids], dtype=torch.long, device=self.prototypes.device)
         parts = zip(tokens.split(_AT_ONCE, dim=1), token_weights(torch.ones_like(tokens)).split(_AT_ONCE, dim=2))
-        features = sum(instruction_features(embed(some), weights) for some, weights in parts)
+        features = torch.stack([instruction_features(embed(some), weights) for some, weights in parts]).sum(0)
         most = None if above is None else [above * distance for distance in routed.distances]
         found = gaussian_scores(features, self.prototypes, self.metric, 1.0, most)[0].cpu()
         places = torch.tensor([self.record.names.index(name) for name in routed.tasks])
