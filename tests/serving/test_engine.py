@@ -124,12 +124,21 @@ def expected_in(dtype: torch.dtype, served: Served, merge: Path):
     return found
 
 
+def dtypes_of(model):
+    """Of the parameters of its experts, and of the prototypes."""
+    known = list(model.named_parameters())
+    return {part: {p.dtype for name, p in known if f".{part}" in name} for part in ("experts", "prototypes")}
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "idefics3"])
 def test_bfloat16(shelf, tmp_path, family):
     served = shelf(family)
     merged = served.merge("abc", tmp_path / "merged")
     lora = export_lora(merged, tmp_path / "lora").folder
-    found = answers(served, served.base, lora, merged, "bfloat16", max_logprobs=-1)
+    dtypes = []
+    options = {"look": lambda model: dtypes.append(dtypes_of(model)), "max_logprobs": -1}
+    found = answers(served, served.base, lora, merged, "bfloat16", **options)
+    assert dtypes[0] == {"experts": {torch.bfloat16}, "prototypes": {torch.float32}}
     expected = expected_in(torch.bfloat16, served, merged)
     assert [is_near(*both) for both in zip(found, expected)] == [True] * len(expected)
     assert sum(one[0] == other[0] for one, other in zip(found, expected)) > len(expected) // 2

@@ -66,6 +66,21 @@ def by_hand(projector, image):
     return sum(weight * part for weight, part in zip(weights, through))
 
 
+def test_an_expert_takes_what_the_projector_takes_in_the_same_place():
+    with torch.device("meta"):
+        projector = served(Merger)(WIDTH, OUT).bfloat16()
+        own = sum(parameter.nbytes for parameter in projector.parameters())
+        torch.set_default_dtype(torch.bfloat16)  # as a server does while it makes a model
+        try:
+            tasks = [RoutedTask(f"t{t}", trained) for t, trained in enumerate((True, True, False))]
+            projector.route(RoutedProjector(WIDTH, tasks, 2), MergeOptions(router="gaussian", temperature=1.0))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    of_router = 4 * ((3 + 2) * WIDTH + 3)  # prototypes, directions and variances, in float32
+    assert sum(parameter.nbytes for parameter in projector.parameters()) == 3 * own + of_router
+    assert {parameter.device.type for parameter in projector.parameters()} == {"meta"}
+
+
 OPTIONS = {
     "mixed": {},
     "top": {"top_k": 1},
