@@ -12,50 +12,63 @@ AnAdapter = "A folder or a Hub id: me/adapter, me/adapter@revision."
 Adapters = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Folders and Hub ids (me/adapter, me/adapter@revision), merges among them.", show_default=False
+        help="Folders or Hub ids (me/adapter, me/adapter@revision) of adapters and merges.", show_default=False
     ),
 ]
 Recipe = Annotated[
-    Path | None, typer.Option("--recipe", "-r", help="A YAML file with adapters and options.", show_default=False)
+    Path | None,
+    typer.Option("--recipe", "-r", help="A YAML file that lists the adapters and options.", show_default=False),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write.", show_default=False)]
 Weights = Annotated[
     list[str] | None,
-    typer.Option("--weight", "-w", metavar="TASK=W", help="Weight of a task; repeat it. 1 by default."),
+    typer.Option(
+        "--weight", "-w", metavar="TASK=W", help="How much a task counts, 1 by default. Can be given several times."
+    ),
 ]
 Names = Annotated[
     list[str] | None,
-    typer.Option("--name", metavar="ADAPTER=TASK", help="What to call the task of an adapter; repeat it."),
+    typer.Option("--name", metavar="ADAPTER=TASK", help="The name of an adapter's task. Can be given several times."),
 ]
-Without = Annotated[list[str] | None, typer.Option("--without", metavar="TASK", help="Leave out a task; repeat it.")]
+Without = Annotated[
+    list[str] | None,
+    typer.Option("--without", metavar="TASK", help="Leave out this task. Can be given several times."),
+]
 SameBase = Annotated[
-    bool, typer.Option("--same-base", help="The adapters' base models are one, whatever they are called.")
+    bool,
+    typer.Option(
+        "--same-base", help="Accept adapters that name different base models: these are one model under several names."
+    ),
 ]
-Ridge = Annotated[float | None, typer.Option(min=0, help="The ridge λ of LPM. [dim]default: 1e-4[/dim]")]
+Ridge = Annotated[float | None, typer.Option(min=0, help="The ridge λ of the method lpm. [dim]default: 1e-4[/dim]")]
 Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, … [dim]default: cpu[/dim]")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the adapter that is in the output folder.")]
-Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 # Of commands that run a base model.
 SomeData = "a .json, .jsonl or .parquet file, or a folder or Hub id that `datasets` reads."
 Base = Annotated[
-    str | None, typer.Option("--base-model", help="Folder or Hub id of another base model than the adapter's.")
+    str | None,
+    typer.Option(
+        "--base-model", help="Folder or Hub id of a base model to use in place of the one that the adapter names."
+    ),
 ]
 Images = Annotated[
     Path | None,
-    typer.Option(help="Where the names of images in a file begin. [dim]default: its folder[/dim]"),
+    typer.Option(help="The folder that image paths in the data are relative to. [dim]default: the data file's[/dim]"),
 ]
 System = Annotated[
-    str | None, typer.Option(help="The system prompt of training, if the chat template does not put it there.")
+    str | None,
+    typer.Option(help="The system prompt that the adapter was trained with, if the chat template does not add it."),
 ]
 ModelDevice = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda, … [dim]default: the accelerator, if there is one[/dim]")
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="The longest answer.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")]
 LoadIn = Annotated[
-    Literal["4bit", "8bit"] | None, typer.Option(help="Quantise the base model, by bitsandbytes: 4bit or 8bit.")
+    Literal["4bit", "8bit"] | None, typer.Option(help="Load the base model quantised by bitsandbytes: 4bit or 8bit.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.")]
 
 
 def merge_arguments(
@@ -70,7 +83,7 @@ def merge_arguments(
 ) -> dict[str, Any]:
     """Arguments of the merging functions: those of the recipe, and over them what the command line says."""
     if bool(adapters) == bool(recipe):
-        raise typer.BadParameter("Give the adapters here or by --recipe, one of the two.")
+        raise typer.BadParameter("Give either adapters or a --recipe.")
     from .. import MergeOptions, read_recipe
 
     arguments: dict[str, Any] = read_recipe(recipe) if recipe is not None else {"adapters": adapters}
@@ -78,8 +91,8 @@ def merge_arguments(
         of_recipe = arguments.get("weights") or {}
         if not isinstance(of_recipe, Mapping):
             raise typer.BadParameter(
-                "The recipe gives weights by adapter, and --weight one by task; give the recipe's by task too, under "
-                "`options: weights`.",
+                "The recipe gives weights by adapter, but --weight gives one by task. Give those of the recipe by "
+                "task too, under `options: weights`.",
                 param_hint="--weight",
             )
         arguments["weights"] = {**of_recipe, **weights}

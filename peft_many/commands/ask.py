@@ -14,9 +14,12 @@ from .running import print_json
 def ask(
     merge: Annotated[str, typer.Argument(help="The folder or Hub id of a merge.", show_default=False)],
     question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
-    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="What it is about; repeat it.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", "-i", help="An image that the question is about. Can be given several times."),
+    ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Ask the base model and each task's adapter alone, too.")
+        bool, typer.Option("--compare", help="Also ask the base model and each task's adapter alone.")
     ] = False,
     base_model: a.Base = None,
     system: a.System = None,
@@ -25,9 +28,9 @@ def ask(
     load_in: a.LoadIn = None,
     json: a.Json = False,
 ) -> None:
-    """Ask a merge something: its answer, and which tasks it took the question for.
+    """Ask a merge a question; shows the answer, and which tasks' projectors and LoRAs it came from.
 
-    With --compare, the tasks' own adapters answer too: they are taken from the merge, which holds all of them.
+    With --compare, each task's adapter answers too. The adapters' files are not needed: the merge contains them.
 
     [bold]Examples[/bold]
 

@@ -27,7 +27,9 @@ from ..reports.plan import MergePlan
 from ..reports.report import MergeReport
 from .running import say_error
 
-RESIDUAL = "What merging changes of each task's LoRA outputs: 0 is as if alone, 1 as if its LoRA were lost"
+RESIDUAL = (
+    "How merging changes the outputs of each task's LoRA: residual 0 is not at all, 1 is as if the LoRA were lost"
+)
 
 
 def show_plan(plan: MergePlan) -> None:
@@ -54,8 +56,8 @@ def show_plan(plan: MergePlan) -> None:
     _say(_pairs("Options", plan.options or {}))
     _say(
         f"{counted(plan.layers, 'layer')} of rank {_span(plan.ranks)}, {counted(plan.groups, 'problem')} to solve; "
-        f"the weights file has {decimal(plan.output_bytes)}. Arithmetic: {2e-9 * plan.multiplications:,.0f} Gflop in "
-        "float64."
+        f"the weights file will have {decimal(plan.output_bytes)}. Arithmetic: "
+        f"{2e-9 * plan.multiplications:,.0f} Gflop in float64."
     )
     _show_routing(plan.routing or {}, doubts=False)
     for note in plan.notes:
@@ -81,7 +83,7 @@ def show_inspection(found: AdapterInspection) -> None:
     for projector, tasks in found.routing.items():
         _say(f"Routed projector {projector}, by {goes_by.get('route_by', IMAGES)}: {', '.join(tasks)}")
     if found.options.get("gate_lora"):
-        _say(f"Gated LoRA: each input gets its task's own, by its {goes_by['gate_by']}")
+        _say(f"Gated LoRA: each input chooses among the tasks' own, by its {goes_by['gate_by']}")
     _show_routing(found.expected_routing)
     for projector, tasks in found.averaged_projectors.items():
         _say(f"Averaged projector {projector}: {', '.join(tasks)}")
@@ -171,13 +173,13 @@ def show_evaluation(found: Evaluation) -> None:
     _say(f"Questions: {counts}")
     if found.forgotten:
         changed = ", ".join(f"{task} {-points:+.1f}" for task, points in found.forgotten.items())
-        _say(f"What merging changed, against each task's adapter alone, in points: {changed}")
+        _say(f"The merge compared with each task's adapter alone, in points: {changed}")
 
 
 def _shares(weights: Mapping[str, float]) -> str:
     """What has a weight, the largest first."""
     told = sorted(((weight, name) for name, weight in weights.items() if weight >= 0.005), key=lambda one: -one[0])
-    return ", ".join(f"{name} {weight:.0%}" for weight, name in told) or "no task, as none has anything like it"
+    return ", ".join(f"{name} {weight:.0%}" for weight, name in told) or "no task: the input resembles none of them"
 
 
 def show_merged(merge: MergeRecord, folder: str) -> None:

@@ -25,7 +25,7 @@ def _tasks_of(ctx: typer.Context, incomplete: str) -> list[str]:
 AMerge = Annotated[str, typer.Argument(help="The folder or Hub id of a merge.", show_default=False)]
 NewPlace = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="The folder to write. Without it the merge's own is replaced, whole."),
+    typer.Option("--output", "-o", help="The folder to write. By default the merge's own folder is replaced."),
 ]
 
 
@@ -33,16 +33,16 @@ def add(
     merge: AMerge,
     adapter: Annotated[str, typer.Argument(help=a.AnAdapter, show_default=False)],
     output: NewPlace = None,
-    name: Annotated[str | None, typer.Option(help="What to call the task in the merge.")] = None,
+    name: Annotated[str | None, typer.Option(help="The name of the task in the merge.")] = None,
     weight: a.Weights = None,
     same_base: a.SameBase = False,
     device: a.Device = None,
     dry_run: a.DryRun = False,
     quiet: a.Quiet = False,
 ) -> None:
-    """Add a task to a merge, without the adapters that it was made of.
+    """Add a task to a merge; the adapters that it was made of are not needed.
 
-    The result is what merging all of them at once, with the merge's options, would have given.
+    The result is the same as merging all of them at once, with the merge's options.
 
     [bold]Examples[/bold]
 
@@ -72,14 +72,16 @@ def add(
 
 def remove(
     merge: AMerge,
-    task: Annotated[str, typer.Argument(help="Its name in the merge.", autocompletion=_tasks_of, show_default=False)],
+    task: Annotated[
+        str, typer.Argument(help="The task's name in the merge.", autocompletion=_tasks_of, show_default=False)
+    ],
     output: NewPlace = None,
     weight: a.Weights = None,
     device: a.Device = None,
     dry_run: a.DryRun = False,
     quiet: a.Quiet = False,
 ) -> None:
-    """Forget a task of a merge, exactly: the result is as if it had never been merged.
+    """Remove a task from a merge, exactly: the result is as if it had never been merged.
 
     No tensor of the task is left in the files.
 
@@ -114,20 +116,20 @@ def _show_change(
 def pool(
     adapters: Annotated[list[str], typer.Argument(help=a.AnAdapter, show_default=False)],
     output: a.Output,
-    name: Annotated[str | None, typer.Option(help="What to call the pool in merges.")] = None,
+    name: Annotated[str | None, typer.Option(help="The name of the pool in merges.")] = None,
     weight: a.Weights = None,
     rank: Annotated[int, typer.Option(min=1, help="The largest rank of a pooled layer.")] = DEFAULT_POOL_RANK,
     statistics_rank: Annotated[
-        int, typer.Option(min=1, help="The most directions of a pooled covariance.")
+        int, typer.Option(min=1, help="The largest rank of a pooled covariance.")
     ] = DEFAULT_STATISTICS_RANK,
     same_base: a.SameBase = False,
     ridge: a.Ridge = None,
     device: a.Device = None,
     quiet: a.Quiet = False,
 ) -> None:
-    """Make one adapter of several, whose size does not depend on how many, for merging without end.
+    """Combine several adapters into one, a pool, whose size does not grow with their number.
 
-    A pool cannot be taken apart: its tasks share one projector and none of them can be forgotten.
+    A pool cannot be taken apart: its tasks share one projector, and none of them can be removed again.
 
     [bold]Examples[/bold]
 

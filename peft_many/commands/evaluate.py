@@ -15,11 +15,17 @@ from .running import print_json
 def evaluate(
     merge: Annotated[str, typer.Argument(help="The folder or Hub id of a merge.", show_default=False)],
     more: Annotated[
-        list[str] | None, typer.Argument(metavar="TASK=DATA", help="Data of further tasks.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="TASK=DATA", help="Further tasks and their data, as in --data.", show_default=False),
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", "-d", metavar="TASK=DATA", help=f"Test questions of a task: {a.SomeData} Repeat it."),
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="TASK=DATA",
+            help=f"Test questions of a task: {a.SomeData} Can be given several times.",
+        ),
     ] = None,
     metric: Annotated[
         list[str] | None,
@@ -29,27 +35,29 @@ def evaluate(
     ] = None,
     alone: Annotated[
         Literal["all", "own", "none"],
-        typer.Option(help="Which questions each task's adapter alone is asked: all, its own, none."),
+        typer.Option(help="Which questions each task's adapter is asked: all, those of its own task, none."),
     ] = "all",
     text: Annotated[Path | None, typer.Option(help="A text file to compute the perplexity of.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A folder for scores, answers and a picture.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first questions of each task only.")] = None,
-    split: Annotated[str, typer.Option(help="Which part of a data set.")] = "test",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Ask only this many questions of each task, the first ones.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split of a data set.")] = "test",
     images: a.Images = None,
     base_model: a.Base = None,
     system: a.System = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions in one pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 8,
     max_new_tokens: a.MaxNewTokens = 64,
     device: a.ModelDevice = None,
     load_in: a.LoadIn = None,
     json: a.Json = False,
     quiet: a.Quiet = False,
 ) -> None:
-    """Ask a merge test questions, and the base model and each task's adapter alone too: who answers what how well.
+    """Score a merge on test questions, beside the base model and each task's adapter alone.
 
-    The tasks' own adapters are taken from the merge, which holds all of them.
+    The adapters' files are not needed: the merge contains them.
 
     [bold]Examples[/bold]
 
@@ -104,5 +112,8 @@ def _metrics(given: list[str] | None) -> str | dict[str, str]:
     named = dict(text.split("=", 1) for text in given or () if "=" in text)
     whole = [text for text in given or () if "=" not in text]
     if len(whole) > 1 or (whole and named):
-        raise typer.BadParameter("Give one metric for all tasks, or TASK=METRIC for some.", param_hint="--metric")
+        raise typer.BadParameter(
+            "Give one metric for all tasks, or TASK=METRIC for each that is not scored by exact.",
+            param_hint="--metric",
+        )
     return named or (whole[0] if whole else "exact")

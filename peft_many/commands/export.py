@@ -20,37 +20,40 @@ def export(
         typer.Option(
             "--format",
             "-f",
-            help="lora, model or routed; see above. [dim]default: lora, where no task trained a projector[/dim]",
+            help="lora, model or routed; see above. Required if tasks trained projectors. [dim]default: lora[/dim]",
         ),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option("--base-model", help="Folder or Hub id, if the adapter does not say it.")
+        str | None,
+        typer.Option("--base-model", help="Folder or Hub id of the base model, if the adapter does not name it."),
     ] = None,
     projector: Annotated[
         str | None,
-        typer.Option(metavar="TASK", help="model: whose projector to keep. [dim]default: the mean of all[/dim]"),
+        typer.Option(
+            metavar="TASK", help="model: the task whose projector to keep. [dim]default: the mean of all[/dim]"
+        ),
     ] = None,
     with_tasks: Annotated[
-        bool, typer.Option("--with-tasks", help="lora: write the LoRAs of the merge's tasks too, in folders within.")
+        bool, typer.Option("--with-tasks", help="lora: also write each task's own LoRA, in a subfolder.")
     ] = False,
     check_for: Annotated[
         Literal["vllm"] | None,
-        typer.Option("--check-for", help="lora: make sure that the server knows each layer of it."),
+        typer.Option("--check-for", help="lora: check that this server can load every layer."),
     ] = None,
     dry_run: a.DryRun = False,
     json: a.Json = False,
 ) -> None:
-    """Write a merge, or one adapter, in a form that loads where adapters of type MANY do not.
+    """Convert a merge, or one adapter, to a plain LoRA or to a full model.
 
-    [bold]routed[/bold]: a full model that goes on routing images, with nothing lost; `peft_many.load_routed_model`
-    loads it.
+    [bold]routed[/bold]: a full model that still routes images, so that nothing is lost. Load it by
+    `peft_many.load_routed_model`.
 
-    [bold]lora[/bold]: a plain LoRA of the language model, for stock PEFT and for servers such as vLLM. The projectors
-    stay behind: answers on text are the merge's, most answers about images will be wrong. No base model is loaded.
-    With --with-tasks, a server can choose among the tasks' own by the images.
+    [bold]lora[/bold]: a plain LoRA of the language model, for stock PEFT and for servers such as vLLM. Projectors are
+    left out: answers on text are the merge's, most answers about images will be wrong. No base model is loaded.
+    --with-tasks adds the tasks' own LoRAs, for a server that chooses among them by the image.
 
-    [bold]model[/bold]: a full transformers model with the deltas folded in and one fixed projector, the mean or that
-    of one task, whose images alone it then sees rightly.
+    [bold]model[/bold]: a full transformers model with the LoRA folded in and one fixed projector: the mean of the
+    tasks' projectors, or one task's. Most answers about other tasks' images will be wrong.
 
     [bold]Examples[/bold]
 
@@ -97,10 +100,10 @@ def _only_format(adapter: str, output: Path) -> str:
         return "lora"
     command = f"peft-many export {shlex.quote(adapter)} --output {shlex.quote(str(output))} --format"
     say_error(
-        f"{adapter} has projectors that its tasks trained; formats differ in what becomes of them. Give one:\n"
-        f"{command} routed\n  keeps all; it takes peft_many to load\n"
-        f"{command} lora\n  for stock PEFT and servers; right on text, mostly wrong about images, but in vLLM with\n"
-        "  peft_many beside it, which takes the projectors from the merge (--additional-config)\n"
+        f"{adapter} has projectors that its tasks trained, and formats differ in what happens to them. Choose one:\n"
+        f"{command} routed\n  keeps all projectors; loads only with peft_many\n"
+        f"{command} lora\n  for stock PEFT and servers; right on text, mostly wrong about images, except in vLLM\n"
+        "  with peft_many installed, which takes the projectors from the merge (--additional-config)\n"
         f"{command} model --projector {shlex.quote(tasks[0].name)}\n"
         "  for plain transformers; right on text and about that task's images, mostly wrong about others"
     )
@@ -118,5 +121,9 @@ def _say_plan(adapter: str, output: Path, format: str, base_model: str | None) -
     if found.problem is not None:
         raise UnmergeableAdapterError(found.problem)
     kind = f"merge of {counted(len(found.tasks), 'task')}" if found.is_merge else "adapter of one task"
-    onto = "" if format == "lora" else f", with the base model {base_model or found.base_model or '(say which)'}"
+    onto = (
+        ""
+        if format == "lora"
+        else f", with the base model {base_model or found.base_model or '(not named, give --base-model)'}"
+    )
     typer.echo(f"{found.name}, a {kind}, would be written as {format} to {output}{onto}.")

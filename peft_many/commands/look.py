@@ -36,12 +36,15 @@ def report(
     merge: Annotated[str, typer.Argument(help="The folder or Hub id of a merge.", show_default=False)],
     output: a.Output,
     conflicts: Annotated[
-        bool, typer.Option("--conflicts/--no-conflicts", help="Find the tasks that contradict each other.")
+        bool,
+        typer.Option(
+            "--conflicts/--no-conflicts", help="Find tasks that contradict each other; takes half of the time."
+        ),
     ] = True,
     device: a.Device = None,
     quiet: a.Quiet = False,
 ) -> None:
-    """Say what a merge costs each task, layer by layer, before any evaluation: an HTML page, a PNG and JSON.
+    """Report how much merging changes each task's LoRA, layer by layer: an HTML page, a PNG and JSON. No model is run.
 
     [bold]Examples[/bold]
 

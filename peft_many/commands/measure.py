@@ -13,27 +13,26 @@ def measure(
     adapter: Annotated[str, typer.Argument(help=a.AnAdapter, show_default=False)],
     data: Annotated[str, typer.Option("--data", "-d", help=f"Data of its task: {a.SomeData}", show_default=False)],
     output: a.Output,
-    name: Annotated[str | None, typer.Option(help="What to call the task in merges.")] = None,
+    name: Annotated[str | None, typer.Option(help="The name of the task in merges.")] = None,
     base_model: a.Base = None,
-    split: Annotated[str, typer.Option(help="Which part of a data set.")] = "train",
+    split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
     images: a.Images = None,
     system: a.System = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many answers to measure on.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Conversations in one forward pass.")] = 4,
-    seed: Annotated[int, typer.Option(help="Fixes which rows are measured on.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="The number of answers to measure on.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Conversations per batch.")] = 4,
+    seed: Annotated[int, typer.Option(help="The random seed that chooses the rows.")] = 0,
     device: a.ModelDevice = None,
     load_in: a.LoadIn = None,
     push: Annotated[
-        str | None, typer.Option(metavar="REPO_ID", help="A Hub repository that the adapter goes to as well.")
+        str | None, typer.Option(metavar="REPO_ID", help="Also push the measured adapter to this Hub repository.")
     ] = None,
     overwrite: a.Overwrite = False,
     quiet: a.Quiet = False,
 ) -> None:
-    """Measure an adapter on data of its task, which merging it well needs: run its base model over some hundred
-    samples, and write the adapter with its statistics.
+    """Measure an adapter on data of its task, and write a copy with these statistics, which merging uses.
 
-    A plain LoRA is taken as it is. Data are rows of conversations or of questions with answers; any format that
-    trainers read will do.
+    Runs the base model over a few hundred samples. Plain LoRA adapters can be measured too. Data are rows of
+    conversations, or of questions with answers, in the formats that trainers read.
 
     [bold]Examples[/bold]
 

@@ -25,10 +25,9 @@ def plan(
     json: a.Json = False,
     **options: Any,
 ) -> None:
-    """Say what a merge would be: tasks, ranks, layers, sizes, mismatches, and where routing would send inputs. Nothing
-    is written.
+    """Show what a merge would be: tasks, ranks, layers, sizes, mismatches, and where routing would send inputs.
 
-    Adapters on the Hub are downloaded to its cache. Exits with 1 if they cannot be merged.
+    Nothing is written, but adapters on the Hub are downloaded to its cache. Exits with 1 if they cannot be merged.
 
     [bold]Examples[/bold]
 
@@ -56,9 +55,9 @@ def merge(
 ) -> None:
     """Merge task adapters into one, without training and without a base model.
 
-    A merge among them is merged further, without the adapters that it was made of; one alone can be merged again with
-    other weights, ridge or rank. Ridge, gate and routing options that are left out are those of the merges among the
-    adapters, if they agree.
+    Merges can be given too; the adapters that they were made of are not needed. One merge alone is made anew with
+    other weights, ridge or rank. Options of ridge, gate and routing that are not given are taken from the merges, if
+    these agree.
 
     [bold]Examples[/bold]
 

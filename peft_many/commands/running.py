@@ -45,8 +45,8 @@ def _told(error: Exception) -> str:
     if isinstance(error, (ImportError, OSError, ValueError)):  # all of ours are; they are written for people
         return str(error)
     return (
-        f"Unexpected {type(error).__name__}: {error}\nThis should not happen. `peft-many --debug …` shows where it "
-        "did; please report that."
+        f"Unexpected {type(error).__name__}: {error}\nThis should not happen. `peft-many --debug …` shows where; "
+        "please report that."
     )
 
 

@@ -69,7 +69,7 @@ def examples_of(row: Mapping[str, Any], find: Callable[[Any], Any]) -> Iterator[
                 images.append(find(beside.pop(0) if own is None else own))
         before.append({"role": role, "content": parts})
     if beside:
-        raise ValueError(f"there is no place for the image '{beside[0]}'")
+        raise ValueError(f"it has more images than its text has places for; '{beside[0]}' is left over")
 
 
 def _messages(row: Mapping[str, Any]) -> list[Message]:
@@ -83,8 +83,8 @@ def _messages(row: Mapping[str, Any]) -> list[Message]:
     references = _references(row)
     if question is None or not references:
         raise ValueError(
-            f"it has the columns {', '.join(map(repr, row)) or 'of nothing'}, but conversations are in 'messages' or "
-            "'conversations', or in 'prompt' and 'completion', or in 'question' (or 'text') and 'answer'"
+            f"it has the columns {', '.join(map(repr, row)) or '(none)'}, but 'messages' or 'conversations' are "
+            "expected, or 'prompt' and 'completion', or 'question' (or 'text') and 'answer'"
         )
     most_frequent = Counter(references).most_common(1)[0][0]  # the first one, if none is
     return [{"role": "user", "content": question}, {"role": "assistant", "content": most_frequent}]

@@ -68,7 +68,7 @@ def read_examples(
             found += examples_of(_plain(rows[place]), lambda image: _located(image, folders, name))
         except (KeyError, TypeError, AttributeError, IndexError, StopIteration, ValueError) as error:
             said = str(error) if type(error) is ValueError else repr(error)
-            raise ValueError(f"{name}, row {place}, is in no format that is known: {said}.") from error
+            raise ValueError(f"{name}, row {place}, cannot be used: {said}.") from error
     if not found:
         raise ValueError(f"{name} holds no row with an answer.")
     return found
@@ -137,7 +137,7 @@ def _by_datasets(given: str, path: Path, split: str) -> Any:
         ) from None
     if path.is_file():
         if path.suffix not in _BY_DATASETS:
-            raise ValueError(f"'{path}' is of no kind that is read: {', '.join((*_JSON, *_BY_DATASETS))}.")
+            raise ValueError(f"'{path}' is no data file; these end in {', '.join((*_JSON, *_BY_DATASETS))}.")
         return datasets.load_dataset(_BY_DATASETS[path.suffix], data_files=str(path), split="train")
     if path.is_dir():
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -153,7 +153,7 @@ def _plain(row: Any) -> Mapping[str, Any]:
     if hasattr(row, "to_pylist"):
         (row,) = row.to_pylist()
     if not isinstance(row, Mapping):
-        raise ValueError(f"it is no mapping, but a {type(row).__name__}")
+        raise ValueError(f"it must map columns to values, but it is a {type(row).__name__}")
     return row
 
 
@@ -167,7 +167,7 @@ def _located(image: Any, folders: Sequence[Path], name: str) -> Any:
     found = next((folder / given for folder in folders if (folder / given).is_file()), None)
     if found is None:
         raise FileNotFoundError(
-            f"The image '{given}' of {name} is in none of {', '.join(map(str, folders))}; say which folder the "
-            "names of images begin at (`images`)."
+            f"The image '{given}' of {name} is not in {', '.join(map(str, folders))}; say by `images` which folder "
+            "the image paths are relative to."
         )
     return found

@@ -180,7 +180,9 @@ def _merged_anew(
     if not isinstance(change["weights"], (Mapping, type(None))):
         raise ValueError(f"`weights` must map tasks' names to weights, but it is {change['weights']!r}.")
     if output_dir is None and not Path(merge).expanduser().is_dir():
-        raise ValueError(f"'{merge}' is no local folder that could be replaced; say where the new merge should go.")
+        raise ValueError(
+            f"'{merge}' is not a local folder, so it cannot be replaced; give a folder for the new merge."
+        )
     return merge_adapter_files(
         [merge, *further],
         output_dir=merge if output_dir is None else output_dir,

@@ -84,7 +84,7 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor
 def notes_on_gate(adapter: Adapter) -> list[str]:
     """What no export can keep of a merge with `gate_lora`."""
     if adapter.is_gated:
-        return ["It has the merged LoRA for all inputs; none chooses a task's own any more (`gate_lora`)."]
+        return ["All inputs get the merged LoRA; the choice among the tasks' own (`gate_lora`) cannot be exported."]
     return []
 
 

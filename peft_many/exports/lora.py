@@ -136,15 +136,15 @@ def _left_behind(read: Adapter) -> Iterator[str]:
     """What an adapter has that its LoRA has not."""
     if any(task.projectors for task in read.tasks):
         yield (
-            "The tasks' projectors are not in it. On text, answers are the adapter's; images are seen through the "
-            "base model's projector, with which the tasks did not train: expect most answers about images to be "
-            "wrong. `export_routed_model` (`--format routed`) keeps the projectors, and vLLM with peft_many beside it "
+            "The tasks' projectors are not exported. Answers on text are the adapter's; images go through the base "
+            "model's projector, with which the tasks were not trained: expect most answers about images to be "
+            "wrong. `export_routed_model` (`--format routed`) keeps the projectors, and vLLM with peft_many installed "
             "takes them from the merge (docs/how-to/vllm.md)."
         )
     beside = sorted({name for task in read.tasks for name in task.base_tensors})
     if beside:
         yield (
-            f"'{beside[0]}', which lies beside the adapter untrained, is not in it: if the vocabulary was resized, "
+            f"'{beside[0]}', saved with the adapter but not trained, is not exported: if the vocabulary was resized, "
             "save the base model with it."
         )
 

@@ -64,7 +64,7 @@ def export_model(
 
         >>> exported = export_model("merged", "model", base_model="base", projector="clevr")
         >>> exported.notes[0]
-        "The projector 'model.multi_modal_projector' is that of 'clevr', and not routed any more. ...
+        "The projector 'model.multi_modal_projector' is that of 'clevr' and is no longer routed. ...
         ```
     """
     read = read_adapter(find_adapter(adapter, **hub))
@@ -99,7 +99,7 @@ def _check_task(adapter: Adapter, task_name: str | None) -> None:
         raise ValueError(f"'{task_name}' had the weight 0 in this merge, so its projector was not kept.")
     mean = next((name for name, tasks in adapter.averaged_projectors.items() if len(tasks) > 1), None)
     if mean is not None:
-        raise ValueError(f"The projector '{mean}' is the mean of several tasks' already; leave `projector` out.")
+        raise ValueError(f"The projector '{mean}' is already the mean of several tasks'; leave out `projector`.")
 
 
 def _notes_on_projectors(adapter: Adapter, task_name: str | None) -> list[str]:
@@ -110,7 +110,8 @@ def _notes_on_projectors(adapter: Adapter, task_name: str | None) -> list[str]:
     kept = "the mean of the tasks' by their weights" if task_name is None else f"that of '{task_name}'"
     names = " and ".join(f"'{name}'" for name in routed)
     return [
-        f"The projector {names} is {kept}, and not routed any more. Text is not affected; of what the tasks learnt "
-        "about images most is lost. On the tiny LLaVA of peft_many's Mini-UCIT, right answers about images fell from "
-        "71 % to 19 % with the mean, and to 18 and 20 % with one task's own. `export_routed_model` keeps the routing."
+        f"The projector {names} is {kept} and is no longer routed. Answers on text are not affected; most of what "
+        "the tasks learnt about images is lost. On the tiny LLaVA of peft_many's Mini-UCIT, right answers about "
+        "images fell from 71 % to 19 % with the mean, and to 18 and 20 % with one task's own. "
+        "`export_routed_model` keeps the routing."
     ]

@@ -73,7 +73,7 @@ def export_routed_model(
     source = find_adapter(adapter, **hub)
     read = read_adapter(source)
     if read.merge is None or not read.merge.routing:
-        raise ValueError(f"{source.name} routes no projector; `export_model` loses nothing there.")
+        raise ValueError(f"{source.name} routes no projector; use `export_model`, which loses nothing here.")
     base = BaseModel.of(base_model, read.config, hub)
     output = output_folder(output_dir)
     with new_folder(output) as folder:
@@ -83,8 +83,8 @@ def export_routed_model(
         _rename_architecture(folder)
         _save_projectors(read, read.merge, folder)
         notes = [
-            "Loads with peft_many only, in transformers and in vLLM. Others know no such architecture; made to "
-            "read it as a plain model, they would see images through the base model's projector.",
+            "Loads only with peft_many, in transformers and in vLLM. Other programs do not know the architecture; "
+            "read as a plain model, it would use the base model's projector for images.",
             *notes_on_gate(read),
             *base.copy_tokenizer(folder),
         ]

@@ -33,7 +33,7 @@ def as_served(adapter: Adapter, base: BaseModel) -> Adapter:
     stray = next((name for name in adapter.pairs if not name.startswith(inside) and name not in head), None)
     if stray is not None:
         raise UnmergeableAdapterError(
-            f"The layer '{stray}' is outside the language model '{inside[:-1]}', where vLLM leaves a LoRA out without "
-            "a word (but for `--enable-tower-connector-lora`): serve a folded model (`export_model`)."
+            f"The layer '{stray}' is outside the language model '{inside[:-1]}', where vLLM ignores a LoRA silently "
+            "(unless it has `--enable-tower-connector-lora`): serve a folded model (`export_model`)."
         )
     return adapter

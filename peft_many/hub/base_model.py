@@ -54,7 +54,7 @@ class BaseModel:
             name, _, at = str(given).partition("@")
             revision = at or None
         if not name:
-            raise ValueError("The adapter does not say which base model it is of; pass `base_model`.")
+            raise ValueError("The adapter does not name its base model; pass `base_model`.")
         return cls(name, revision, hub)
 
     def load(self, **options: Any) -> PreTrainedModel:
@@ -106,7 +106,7 @@ class BaseModel:
     def copy_tokenizer(self, folder: Path) -> list[str]:
         """Copy the model's tokenizer and processor files; what to note if there are none."""
         source = Path(self.name)
-        missing = ["No tokenizer or processor was found beside the base model, so none is here."]
+        missing = ["The base model has no tokenizer or processor, so none was written."]
         if not source.is_dir():
             try:
                 source = Path(

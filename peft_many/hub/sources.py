@@ -40,7 +40,7 @@ _WHAT_IS_WRONG: dict[type[Exception], str] = {
     LocalEntryNotFoundError: (
         "There is no folder {entry}, and the Hub cannot be reached for '{repo_id}', which is not in the cache."
     ),
-    HfHubHTTPError: "The Hub did not give {entry}: {error}",
+    HfHubHTTPError: "{entry} cannot be downloaded from the Hub: {error}",
     # A connection that breaks off, or a file that comes short.
     httpx.HTTPError: "The connection to the Hub broke off while {entry} was downloaded ({error}); try again.",
 }
@@ -119,7 +119,7 @@ def check_entry(entry: Any) -> None:
     if not isinstance(entry, (str, os.PathLike)) or not os.fspath(entry):
         what = repr(entry) if not entry else f"a {type(entry).__name__}"
         how = "; save it (`save_pretrained(folder)`) and give the folder" if isinstance(entry, nn.Module) else ""
-        raise ValueError(f"An adapter is given as a folder or a Hub id, but one is {what}{how}.")
+        raise ValueError(f"Adapters must be given as folders or Hub ids, but one is {what}{how}.")
 
 
 def find_adapter(entry: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> AdapterSource:

@@ -110,7 +110,7 @@ def inputs_of(
     elif getattr(processor, "chat_template", None) is None:
         raise ValueError(
             f"{type(processor).__name__} has no chat template to put the question into; pass `prompt=`, a function "
-            "from the question to the whole text, the mark of the image included."
+            "that returns the whole prompt for a question, with the image token."
         )
     else:
         content = [{"type": "image"}, {"type": "text", "text": question}]

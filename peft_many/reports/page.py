@@ -46,15 +46,15 @@ _PAGE = """<!DOCTYPE html>
 {% endfor %}</table>
 <p><b>Residual</b>: how far the merged LoRA's outputs on the task's inputs are from those of the task's own LoRA,
 relative to their size, mean over {{ report.layers | length }} layers: 0 is as if alone, 1 as if the task's LoRA were
-lost. It compares merges of the same tasks; how much residual a task can bear, it does not tell: on our toy some
-answers bore a half, others not a third.
+lost. Use it to compare merges of the same tasks. It does not tell how many answers become wrong: on the toy of this
+project some answers stayed right at a half, others became wrong at a third.
 <b>Directions</b> are effective ranks, mean over layers. The merged LoRA takes {{ weights }}.</p>
 {% if report.conflicts is not none %}<p><b>Conflicts</b>, in the picture, are the residuals that the task of the row
 would have in a merge with the task of the column alone.</p>
 <ul>{% for line in report.conflicts_in_words() %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
 {% if report.routing %}<p><b>Where inputs go</b>: the mean weight that images of the row's task would have for the
 column's, and with a gated LoRA the share of all its inputs that would get the column's own, were they Gaussian with
-the mean and covariance that were measured. How far these are off for the number of samples is allowed for.</p>
+the mean and covariance that were measured. The error of these from few samples is taken into account.</p>
 <ul>
 {% for name, expected in told.items() %}{% for line in expected.in_words(name) %}<li>{{ line }}</li>
 {% endfor %}{% endfor %}</ul>{% endif %}

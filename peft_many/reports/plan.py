@@ -139,13 +139,15 @@ def _notes(prepared: PreparedMerge) -> list[str]:
         missing = [module for module in layers if module not in task.deltas]
         silent = [module for module in missing if module not in task.statistics.input_of]
         if task.weight == 0:
-            kept = "its LoRA is kept, its projector is not" if task.projectors else "it is kept"
-            notes.append(f"'{task.name}' has weight 0: {kept}, and it does not count.")
+            kept = "its LoRA is kept, its projector is not" if task.projectors else "its LoRA is kept"
+            notes.append(f"'{task.name}' has weight 0, so it does not influence the merge; {kept}.")
         if missing:
             note = f"'{task.name}' did not train {len(missing)} of {len(layers)} layers ('{missing[0]}', …)"
             note += "; its delta counts as zero there."
             if silent and needs_covariances:
-                note = note[:-1] + f", but in {len(silent)} of them nothing was measured and it does not count."
+                note = (
+                    note[:-1] + f", but in {len(silent)} of them nothing was measured, and the task is left out there."
+                )
             notes.append(note)
         if 0 < task.statistics.samples < _FEW_SAMPLES:
             notes.append(f"'{task.name}' was measured on {task.statistics.samples} samples; 32 to 128 are enough.")
@@ -153,7 +155,9 @@ def _notes(prepared: PreparedMerge) -> list[str]:
             if projector not in task.statistics.projectors:
                 notes.append(f"'{task.name}' saw no image at '{projector}', so no image is sent to it.")
             elif projector not in task.projectors:
-                notes.append(f"'{task.name}' has no projector '{projector}' of its own: the base model's serves.")
+                notes.append(
+                    f"'{task.name}' has no projector '{projector}' of its own: its images get the base model's."
+                )
     told = most_telling(prepared.expected_routing)
     doubts = [line for name, found in told.items() for line in found.doubts(name)]
     return [*notes, *doubts, *_better_gates(prepared)]

@@ -61,7 +61,7 @@ def _one_image(
         seen = {label: found.weights.get(name) for label, name in zip(weights, names)}
         return {**seen, routed: found.routed, base_projector: found.base_projector, base_model: found.base_model}
 
-    gr.Markdown("Drop an image to see which tasks the merge takes it for; ask, to see what routing does.")
+    gr.Markdown("Drop an image to see which tasks it resembles, and ask a question to see what routing changes.")
     with gr.Row():
         with gr.Column():
             image = gr.Image(type="pil", label="Image", elem_id="image")
@@ -100,8 +100,8 @@ def main(
     base: Annotated[str, typer.Argument(help="The base model, by Hub id or folder.")],
     merge: Annotated[str, typer.Argument(help="The merge, by Hub id or folder.")],
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
-    port: Annotated[int | None, typer.Option(help="Of the page; a free one from 7860 on if not given.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    port: Annotated[int | None, typer.Option(help="The page's port; the first free one from 7860 by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 64,
 ) -> None:
     """Show in the browser which tasks a merge takes an image for, and what routing does to its answer."""
     from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -68,12 +68,12 @@ def test_all_formats_are_read(tmp_path):
     [
         ({"image": "none.png", "text": "What?", "answer": "red"}, FileNotFoundError, "none.png"),
         ({"question": "What?"}, ValueError, "row 0"),
-        ({"image": ["a.png", "a.png"], "text": "<image>?", "answer": "x"}, ValueError, "no place for the image"),
+        ({"image": ["a.png", "a.png"], "text": "<image>?", "answer": "x"}, ValueError, "'a.png' is left over"),
         ({"text": "<image>?", "answer": "x"}, ValueError, "row 0"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, ValueError, "begins with the assistant"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "v"}]}]}, ValueError, "type 'video'"),
         ({"messages": [{"role": "user", "content": "?"}]}, ValueError, "no row with an answer"),
-        ("What?", ValueError, "no mapping, but a str"),
+        ("What?", ValueError, "must map columns to values, but it is a str"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, row, error, match):
@@ -172,7 +172,7 @@ def test_data_sets_of_the_hub_are_asked_for_by_id_revision_and_split(monkeypatch
 def test_images_begin_at_the_folder_that_is_named(tmp_path):
     toy.save_image(tmp_path / "elsewhere" / "a.png", "red")
     path = toy.write(tmp_path / "deep" / "down" / "rows.json", [ROW])
-    with pytest.raises(FileNotFoundError, match="say which folder"):
+    with pytest.raises(FileNotFoundError, match="which folder the image paths are relative to"):
         read_examples(path)
     (found,) = read_examples(path, images=tmp_path / "elsewhere")
     assert found.images == (tmp_path / "elsewhere" / "a.png",)
@@ -200,7 +200,7 @@ def test_lines_end_where_lines_end(tmp_path):
         ("none.parquet", None, FileNotFoundError, "There is no file"),
         ("bad.jsonl", "{", ValueError, "is no JSONL file"),
         ("map.json", "{}", ValueError, "must hold a list of rows"),
-        ("rows.xml", "<a/>", ValueError, "is of no kind that is read: .json"),
+        ("rows.xml", "<a/>", ValueError, "is no data file; these end in .json"),
         ("empty.json", "[]", ValueError, "no row with an answer"),
     ],
 )

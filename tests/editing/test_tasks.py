@@ -225,7 +225,7 @@ def test_mistakes_are_explained(shelf, tmp_path):
         remove_task(shelf["a"], "a", progress=False)
     with pytest.raises(UnmergeableAdapterError, match="The same adapter is given twice"):
         add_task(whole, shelf["a"], progress=False)
-    with pytest.raises(ValueError, match="say where the new merge should go"):
+    with pytest.raises(ValueError, match="so it cannot be replaced; give a folder for the new merge"):
         remove_task("me/on-the-hub", "a", progress=False, local_files_only=True)
     config = json.loads((whole / "adapter_config.json").read_text())
     copy = shutil.copytree(whole, tmp_path / "copy")

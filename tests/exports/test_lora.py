@@ -114,7 +114,7 @@ def test_single_adapters_with_scalings_and_patterns(tmp_path, family):
 def test_images_are_seen_through_the_base_projector(shelf, tmp_path):
     merged = shelf.merge("ab", tmp_path / "merged")
     exported = export_lora(merged, tmp_path / "lora")
-    assert any("images are seen through the base model's projector" in note for note in exported.notes)
+    assert any("images go through the base model's projector" in note for note in exported.notes)
     found = logits(PeftModel.from_pretrained(base("llava"), exported.folder), "llava")
     assert distance(found, logits(PeftModel.from_pretrained(base("llava"), merged), "llava")) > 1e-3
 

@@ -51,7 +51,7 @@ def test_what_is_lost_is_said(shelf, tmp_path):
     merged = shelf.merge("abc", tmp_path / "merged")
     exported = export_model(merged, tmp_path / "model", base_model=shelf.base)
     (note,) = exported.notes[:-1]  # the last is about the tokenizer
-    assert f"'{PROJECTOR}' is the mean of the tasks' by their weights, and not routed any more" in note
+    assert f"'{PROJECTOR}' is the mean of the tasks' by their weights and is no longer routed" in note
     card = (exported.folder / "README.md").read_text()
     assert all(note in card for note in exported.notes)
     assert "LlavaForConditionalGeneration.from_pretrained" in card
@@ -87,7 +87,7 @@ def test_gated_and_averaged_merges(shelf, tmp_path):
     exported = export_model(mean, tmp_path / "2", base_model=shelf.base)
     expected = logits(PeftModel.from_pretrained(base("llava"), mean), "llava")
     assert distance(logits(reload(exported.folder), "llava"), expected) < 1e-5
-    with pytest.raises(ValueError, match="is the mean of several tasks' already"):
+    with pytest.raises(ValueError, match="is already the mean of several tasks'"):
         export_model(mean, tmp_path / "3", base_model=shelf.base, projector="a")
 
 
@@ -134,16 +134,16 @@ def test_tokenizers_and_processors_come_along(shelf, tmp_path):
     assert found["tokenizer.json"] == b"tokenizer.json"
     assert {"preprocessor_config.json", "chat_template.jinja"} < set(found)
     assert not {"evil.py", "weights.bin"} & set(found)
-    assert not any("No tokenizer" in note for note in exported.notes)
+    assert not any("has no tokenizer" in note for note in exported.notes)
     for name in ("tokenizer.json", "preprocessor_config.json", "chat_template.jinja", "evil.py", "weights.bin"):
         (shelf.base / name).unlink()
-    assert "No tokenizer" in export_model(shelf.adapters["a"], tmp_path / "2", base_model=shelf.base).notes[-1]
+    assert "has no tokenizer" in export_model(shelf.adapters["a"], tmp_path / "2", base_model=shelf.base).notes[-1]
 
 
 def test_mistakes(shelf, tmp_path):
     merged = shelf.merge("ab", tmp_path / "merged")
     before = files(tmp_path)
-    with pytest.raises(ValueError, match="does not say which base model"):
+    with pytest.raises(ValueError, match="does not name its base model"):
         export_model(merged, tmp_path / "model")
     with pytest.raises(ValueError, match=r"no task 'x' whose projector could be kept; the tasks are 'a', 'b'"):
         export_model(merged, tmp_path / "model", base_model=shelf.base, projector="x")

@@ -141,7 +141,14 @@ def test_the_command(place, data, tmp_path):  # noqa: F811
     words += ["--max-new-tokens", "8", "--limit", "1", "--alone", "own", "--quiet"]
     told = CliRunner().invoke(app, [*words, "--output", str(tmp_path / "evaluated"), "--metric", "cold=vqa"])
     assert told.exit_code == 0, told.output
-    for word in ("merge", BASE, *ALONE, "100.0", "Questions: warm 1 (exact), cold 1 (vqa)", "What merging changed"):
+    for word in (
+        "merge",
+        BASE,
+        *ALONE,
+        "100.0",
+        "Questions: warm 1 (exact), cold 1 (vqa)",
+        "The merge compared with each task's adapter alone, in points",
+    ):
         assert word in told.stdout
     found = evaluate_merge(
         place / "gated", data, metric={"cold": "vqa"}, limit=1, alone="own", max_new_tokens=8, progress=False

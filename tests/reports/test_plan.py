@@ -85,8 +85,9 @@ def test_statistics_are_read_once(shelf, monkeypatch):
 def test_it_notes_what_may_surprise(shelf):
     notes = "\n".join(plan_merge([shelf[name] for name in ("a", "few", "blind", "text")], progress=False).notes)
     assert "'few' did not train 10 of 14 layers ('model.language_model.layers.0.mlp.gate_proj', …); its delta" in notes
-    assert "but in 6 of them nothing was measured and it does not count" in notes
-    assert "'blind' has no projector 'model.multi_modal_projector' of its own: the base model's serves." in notes
+    assert "but in 6 of them nothing was measured, and the task is left out there" in notes
+    own = "'blind' has no projector 'model.multi_modal_projector' of its own: its images get the base model's."
+    assert own in notes
     assert "'text' saw no image at 'model.multi_modal_projector', so no image is sent to it." in notes
     assert "'a' was measured on 4 samples" in notes
     assert "look alike" not in notes
@@ -95,7 +96,7 @@ def test_it_notes_what_may_surprise(shelf):
         r"'a' and 'b' look alike: (each takes \d+ % of the other's|'[ab]' takes \d+ % of the) images", hot
     )
     light = plan_merge([shelf["a"], shelf["b"]], weights={"b": 0.0}, router="gaussian", progress=False).notes
-    assert "'b' has weight 0: its LoRA is kept, its projector is not, and it does not count." in light
+    assert "'b' has weight 0, so it does not influence the merge; its LoRA is kept, its projector is not." in light
 
 
 def test_it_says_where_inputs_will_go_and_what_would_tell_more(shelf):

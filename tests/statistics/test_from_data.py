@@ -96,7 +96,7 @@ def test_a_lora_from_before_transformers_5(place, tmp_path):
 def test_a_checkpoint_of_the_llava_repository(place, tmp_path):
     source = checkpoint(tmp_path / "iconqa")
     rows = [{"question": "What colour is it ?", "answer": "red"}] * 4
-    with pytest.raises(ValueError, match="does not say which base model"):
+    with pytest.raises(ValueError, match="does not name its base model"):
         measure_adapter(source, rows, tmp_path / "1", progress=False)
     measure_adapter(source, rows, tmp_path / "1", base_model=place / "base", progress=False)
     config = PeftConfig.from_pretrained(tmp_path / "1")
@@ -143,7 +143,7 @@ def test_the_measured_adapter_goes_to_the_hub(place, tmp_path, hub, monkeypatch)
         (
             {"data": [{"question": "What?"}]},
             ValueError,
-            "is in no format that is known: it has the columns 'question'",
+            "cannot be used: it has the columns 'question'",
         ),
         ({"adapter": "nowhere"}, FileNotFoundError, "no folder 'nowhere'"),
         ({"base_model": "nowhere"}, FileNotFoundError, "processor of the base model 'nowhere' cannot be loaded"),
