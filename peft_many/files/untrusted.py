@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from peft import PeftConfig
+from torch import Tensor
 
+from ..algebra.devices import numbers_of
 from ..records import INSTRUCTION_ROUTER, RoutedInstructions, RoutedProjector, merge_of
 from ..records.checking import check_types, nonsense
-from .errors import unusable_config
+from .errors import MalformedAdapterError, unusable_config
 from .peft_methods import RANKS, name_of
+from .stored_delta import total_of
 from .tensor_file import TensorFile
+from .tensor_keys import TASK_WEIGHT
 
 # Up to here a config is taken at its word: a LoRA of this rank is smaller than the base model's layers.
 UNBACKED_RANK = 512
@@ -144,3 +149,24 @@ def _check_router(
                 source, f"it routes '{name}' by {part} of shape {shape}, but its weights have {found or 'none'}"
             )
     return inside
+
+
+# Of routers and gates. NaN in one would send every input to the same task, or each to none, without a word.
+_DECIDING = (".prototypes", ".directions", ".variances", f".{TASK_WEIGHT}")
+
+
+def check_deciding(tensors: Mapping[str, Tensor], config: PeftConfig, adapter_name: str) -> None:
+    """Raise `MalformedAdapterError` naming a tensor of a merge's routers or gates that holds NaN or Inf.
+
+    Or variances that are not positive, which distances are divided by.
+    """
+    if merge_of(config) is None:
+        return
+    source = getattr(config, "loaded_from", f"The adapter '{adapter_name}'")
+    deciding = {key: tensor for key, tensor in tensors.items() if f".{key}".endswith(_DECIDING) and not tensor.is_meta}
+    for key, total in zip(deciding, numbers_of([total_of(tensor) for tensor in deciding.values()])):
+        where = f"{source}: tensor '{key.replace(f'.modules_to_save.{adapter_name}.', '.')}'"  # as in the file
+        if not math.isfinite(total[0]):
+            raise MalformedAdapterError(f"{where} holds NaN or Inf; save or merge it again.")
+        if key.endswith(".variances") and not (deciding[key] > 0).all():
+            raise MalformedAdapterError(f"{where} must be positive; save or merge it again.")

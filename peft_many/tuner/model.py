@@ -23,7 +23,7 @@ from ..files.errors import MalformedAdapterError
 from ..files.patterns import check_patterns
 from ..files.statistics import AdapterStatistics
 from ..files.tensor_keys import KEY_PREFIX
-from ..files.untrusted import NONSENSE_ERRORS
+from ..files.untrusted import NONSENSE_ERRORS, check_deciding
 from ..records import MergeRecord, merge_of
 from ..routing.gates import GateTarget
 from ..routing.watching import unwatch_calls, watch_calls
@@ -162,6 +162,7 @@ class MAnyModel(LoraModel):
             adapter_name=adapter_name,
             state_dict=with_current_keys(state_dict, model, adapter_name),
         )
+        check_deciding(state_dict, config, adapter_name)
         require_known(remapped, model, adapter_name)  # PEFT ignores other keys, which leaves an adapter untrained
         return remapped
 

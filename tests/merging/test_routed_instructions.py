@@ -441,3 +441,23 @@ def test_what_a_stranger_left_out_of_the_statistics(whole: Path, tmp_path: Path)
     save_file(tensors, path, metadata)
     with pytest.raises(Exception, match=r"\(instructions\)' holds NaN or Inf"):
         merge_adapter_files([whole], tmp_path / "never", **QUIET)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("which", ["prototypes", "directions", "variances", "task_weight"])
+def test_a_router_or_gate_that_holds_nan_is_not_loaded(tmp_path, which, value):
+    folder = merge_adapter_files(folders("llava", MIXED), tmp_path / "m", router="gaussian", gate_by="both", **QUIET)
+    tensors, model = load_file(folder / WEIGHTS), base("llava")
+    keys = [key for key in tensors if key.endswith(f".{which}")]
+    assert len(keys) >= (1 if which == "task_weight" else 2)  # the images' and the instructions'
+    for key in keys[:2]:
+        broken = {**tensors, key: tensors[key].clone()}
+        broken[key].view(-1)[-1] = value
+        save_file(broken, folder / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(MalformedAdapterError, match="NaN or Inf") as caught:
+            PeftModel.from_pretrained(copy.deepcopy(model), folder)
+        assert f"{folder}: tensor '{key}'" in str(caught.value)
+    if which == "variances":
+        save_file({**tensors, key: torch.zeros_like(tensors[key])}, folder / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(MalformedAdapterError, match="must be positive"):
+            PeftModel.from_pretrained(copy.deepcopy(model), folder)
