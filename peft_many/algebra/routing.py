@@ -28,12 +28,12 @@ def task_weights(
     metric: FeatureMetric | None,
     temperature: float,
     top_k: int | None = None,
-    abstain_above: float | None = None,
+    limits: Sequence[float] | None = None,
 ) -> Tensor:
     """What each task counts for each image: `gaussian_weights` where there is a metric, else `routing_weights`."""
     if metric is None:
         return routing_weights(features, prototypes, temperature, top_k)
-    return gaussian_weights(features, prototypes, metric, temperature, top_k, abstain_above)
+    return gaussian_weights(features, prototypes, metric, temperature, top_k, limits)
 
 
 def routing_weights(features: Tensor, prototypes: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
@@ -55,17 +55,16 @@ def gaussian_weights(
     metric: FeatureMetric,
     temperature: float,
     top_k: int | None = None,
-    abstain_above: float | None = None,
+    limits: Sequence[float] | None = None,
 ) -> Tensor:
     """The tasks' posterior probabilities, were their images Gaussian about the prototypes with one covariance.
 
     `softmax(−d_t² / 2τ)`, with the squared Mahalanobis distances `d_t²` of the metric: linear discriminant analysis
     (Fisher 1936), in which directions that vary within every task count little; `τ = 1` is the posterior. Shapes, and
-    what is negligible, as in [`routing_weights`]. Images whose nearest prototype is at `d_t² / d` above
-    `abstain_above` are like no task's, and all their weights are zero; the tasks' own images are at 1, on average.
+    what is negligible, as in [`routing_weights`]. Tasks take no images whose `d_t²` is above theirs of the `limits`;
+    of images that none takes, all weights are zero.
     """
-    most = None if abstain_above is None else abstain_above * features.shape[-1]
-    return _softmax(gaussian_scores(features, prototypes, metric, temperature, most), top_k)
+    return _softmax(gaussian_scores(features, prototypes, metric, temperature, limits), top_k)
 
 
 def gaussian_scores(
@@ -73,32 +72,29 @@ def gaussian_scores(
     prototypes: Tensor,
     metric: FeatureMetric,
     temperature: float,
-    most: float | Sequence[float] | None = None,
+    limits: Sequence[float] | None = None,
 ) -> Tensor:
-    """The log-likelihoods `−d_t² / 2τ` of [`gaussian_weights`], `(rows, tasks)`.
-
-    `-inf` in rows like no task's: those farther than `most` from every prototype, or than that of each.
-    """
+    """The log-likelihoods `−d_t² / 2τ` of [`gaussian_weights`], `(rows, tasks)`; `-inf` above a task's limit."""
     distances = metric.squared_distances(features.float(), prototypes.float())
     scores = -distances / (2 * temperature)
-    if most is None:
+    if limits is None:
         return scores
-    limits = torch.tensor(most, device=distances.device) if isinstance(most, Sequence) else most
-    strange = (distances > limits).all(dim=-1, keepdim=True)
-    return scores.masked_fill(strange, -torch.inf)
+    return scores.masked_fill(distances > torch.tensor(limits, device=distances.device), -torch.inf)
 
 
-def joint_weights(scores: Tensor, image_weights: Tensor | None) -> Tensor:
+def joint_weights(scores: Tensor, image_weights: Tensor | None, fits: Tensor | None = None) -> Tensor:
     """The tasks' weights of rows by their instructions' `scores` and, if there are any, their images' weights.
 
     `α_t ∝ exp(s_t) (α_t(images) + ε)`, shapes `(rows, tasks)`. Images are believed up to `1 / ε`, as no weight below
     that is told from zero: they decide among tasks that ask the same, and instructions among those that show the same.
-    Rows that are like no task's, by either, are zero.
+    A task takes no row whose instruction it does not take, `s_t = -inf`, or whose images do not fit it, by `fits`,
+    shape `(rows, tasks)`. Each is judged by itself, or else what a task asks would make up for images that it never
+    showed. Rows that no task takes are zero.
     """
     if image_weights is not None:
         strange = (image_weights == 0).all(dim=-1, keepdim=True)
         scores = (scores + (image_weights + NEGLIGIBLE_WEIGHT).log()).masked_fill(strange, -torch.inf)
-    return _softmax(scores, None)
+    return _softmax(scores if fits is None else scores.masked_fill(~fits, -torch.inf), None)
 
 
 def _softmax(logits: Tensor, top_k: int | None) -> Tensor:

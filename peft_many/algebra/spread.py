@@ -20,6 +20,7 @@ class FeatureMetric:
 
     directions: Tensor  # (k, d), orthonormal rows
     variances: Tensor  # (k + 1,), positive: along the directions, and along every other one
+    share: float = 0.0  # of `Σ` that is the covariance of the samples which it is from; the rest is shrinkage
 
     @without_autocast()
     def squared_distances(self, features: Tensor, prototypes: Tensor) -> Tensor:
@@ -89,4 +90,31 @@ def shared_metric(
     share = ((1 - 2 / width) * squared + trace**2) / ((sum(images) + 1 - 2 / width) * gap) if gap > 0 else 1.0
     share = min(1.0, share)
     variances = torch.cat([values, values.new_tensor([level])])
-    return FeatureMetric(spectrum.directions, (1 - share) * variances + share * mean + least)
+    return FeatureMetric(spectrum.directions, (1 - share) * variances + share * mean + least, 1 - share)
+
+
+# Of a sample's leverage, whose expectation can come out above one where covariances were truncated.
+_MOST_LEVERAGE = 0.9
+
+
+def new_distances(metric: FeatureMetric, spreads: Sequence[Covariance], samples: Sequence[int]) -> list[float]:
+    """The squared distance of each task's new inputs from its prototype, on average; at least that of all together.
+
+    That of the measured ones, `d = tr(Σ⁻¹ C_t)`, is smaller: prototype and metric are from these. By leaving one out
+    of `n_t`, with the leverage `h = s n_t d / ((n_t − 1) N)` of a sample in the share `s` of `Σ` that is from all `N`:
+
+        d (1 + 1 / n_t) / (1 − h)^(3/2)
+
+    Without shrinkage, and of one Gaussian, `1 / (1 − h)` is what makes of `χ²` the mean of the scaled `F` distribution
+    that new distances have; `(1 − h)^(−1/2)` makes up for its spread, which grows by this beside the mean. Tasks count
+    by themselves, as some have inputs of any kind, and by their mean, as few samples hardly tell.
+    """
+    total = max(1, sum(samples))
+
+    def new(seen: float, count: float) -> float:
+        leverage = metric.share * count * seen / (max(1.0, count - 1) * total)
+        return seen * (1 + 1 / max(1.0, count)) / (1 - min(leverage, _MOST_LEVERAGE)) ** 1.5
+
+    all_together = metric.mean_distance(mean_covariance(spreads, samples))
+    least = max(1.0, new(all_together, total / max(1, len(samples))))
+    return [max(least, new(metric.mean_distance(one), count)) for one, count in zip(spreads, samples, strict=True)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..algebra.gating import confidence, decided, gates
 from ..algebra.precision import without_autocast
 from ..algebra.routing import gaussian_scores, joint_weights, task_weights
-from ..algebra.spread import FeatureMetric, shared_metric
+from ..algebra.spread import FeatureMetric, new_distances, shared_metric
 from ..files.statistics import FeatureStatistics, TaskStatistics
 from ..records import GATES, ExpectedRouting, MergeOptions
 from ..records.options import IMAGES, INSTRUCTIONS
@@ -51,13 +51,13 @@ class DrawnInputs:
 
     def projector(self, projector: str) -> ExpectedRouting:
         """Where a routed projector would send images, by what `route_by` says."""
-        by, names, weights = self.options.route_by or IMAGES, self.routing[projector], self._image_weights[projector]
+        by, names, images = self.options.route_by or IMAGES, self.routing[projector], self._images[projector]
+        weights = [weight for weight, _ in images]
         if by != IMAGES:
             places = [list(self.tasks).index(name) for name in names]
-            weights = [
-                decided(joint_weights(self._scores[place][:, places], None if by == INSTRUCTIONS else weight))
-                for place, weight in zip(places, weights)
-            ]
+            scores = [self._scores[place][:, places] for place in places]
+            believed = [(None, None)] * len(images) if by == INSTRUCTIONS else images
+            weights = [decided(joint_weights(asked, *shown)) for asked, shown in zip(scores, believed)]
         return _expected(by, names, weights, like_none=[1 - weight.sum(1) for weight in weights])
 
     @property
@@ -74,15 +74,19 @@ class DrawnInputs:
         scores: Sequence[Tensor | None] = self._scores if by != IMAGES else [None] * len(names)
         shares, undecided, like_none = [], [], []
         for name, score in zip(names, scores):
-            sums, images = torch.zeros(_DRAWN, len(names)), torch.zeros(_DRAWN)
+            sums, fits, images = torch.zeros(_DRAWN, len(names)), None, torch.zeros(_DRAWN)
             if projector is not None and name in self.routing[projector]:
                 routed, task = self.routing[projector], self.tasks[name]
                 # As many rows as there were in the data have images.
                 shown = min(1.0, task.projectors[projector].count / max(1, task.samples))
                 images[: round(shown * _DRAWN)] = 1.0
-                weights = self._image_weights[projector][routed.index(name)]
-                sums[:, [names.index(other) for other in routed]] = weights * images[:, None]
-            row = RowWeights(sums, images, 0, score)
+                weights, taken = self._images[projector][routed.index(name)]
+                columns = [names.index(other) for other in routed]
+                sums[:, columns] = weights * images[:, None]
+                if taken is not None:
+                    fits = torch.zeros_like(sums, dtype=torch.bool)
+                    fits[:, columns] = taken
+            row = RowWeights(sums, images, 0, score, fits=fits)
             own = gates(row.weights, confidence(row.weights), row.merged, [1] * len(names))[1]
             # Rows that get the merged LoRA count by their weights, which tell what they are undecided between.
             shares.append(own + row.merged[:, None] * row.weights)
@@ -91,22 +95,23 @@ class DrawnInputs:
         return _expected(by, names, shares, undecided, like_none)
 
     @functools.cached_property
-    def _image_weights(self) -> dict[str, list[Tensor]]:
-        """By projector and task, the routing weights of drawn images, `(images, routed tasks)`."""
+    def _images(self) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
+        """By projector and task, the routing weights of drawn images, `(images, routed tasks)`, and which tasks take
+        each of them, bool, or `None` if any may."""
         options, found = self.options, {}
         for projector, names in self.routing.items():
             seen = [self.tasks[name].projectors[projector] for name in names]
             known = [one for one in seen if one.spread is not None]
             spreads = [one.spread for one in known if one.spread is not None]
             metric = shared_metric(spreads, [one.count for one in known]) if options.router == "gaussian" else None
-            weigh = functools.partial(
-                task_weights,
-                metric=metric,
-                temperature=float(options.temperature or 0),
-                top_k=options.top_k,
-                abstain_above=options.abstain_above,
-            )
-            found[projector] = _of_draws(seen, metric, weigh)
+            above, temperature = options.abstain_above, float(options.temperature or 0)
+            if metric is None or above is None:
+                weigh = functools.partial(task_weights, metric=metric, temperature=temperature, top_k=options.top_k)
+                found[projector] = [(weights, None) for weights in _of_draws(seen, metric, weigh)]
+                continue
+            distances = new_distances(metric, spreads, [one.count for one in known])
+            limits = [above * distance for distance in distances]
+            found[projector] = _of_draws_that_are_taken(seen, metric, temperature, options.top_k, limits)
         return found
 
     @functools.cached_property
@@ -114,8 +119,8 @@ class DrawnInputs:
         """By task, the scores of drawn instructions, `(instructions, tasks)`."""
         asked = [task.instructions for task in self.tasks.values() if task.instructions is not None]
         metric, above = instruction_metric(asked), self.options.abstain_above
-        most = None if above is None else [above * distance for distance in own_distances(asked, metric)]
-        score = functools.partial(gaussian_scores, metric=metric, temperature=1.0, most=most)
+        limits = None if above is None else [above * distance for distance in own_distances(asked, metric)]
+        score = functools.partial(gaussian_scores, metric=metric, temperature=1.0, limits=limits)
         return _of_draws(asked, metric, score)
 
 
@@ -134,6 +139,24 @@ def _expected(
         name: dict(zip(names, weight.double().mean(0).tolist())) for name, weight in zip(names, weights)
     }
     return ExpectedRouting(by, shares, means(undecided), means(like_none))
+
+
+def _of_draws_that_are_taken(
+    seen: Sequence[FeatureStatistics],
+    metric: FeatureMetric,
+    temperature: float,
+    top_k: int | None,
+    limits: Sequence[float],
+) -> list[tuple[Tensor, Tensor | None]]:
+    """The weights of drawn images where tasks do not take any, and which take each."""
+
+    def weigh(features: Tensor, prototypes: Tensor) -> Tensor:
+        weights = task_weights(features, prototypes, metric, temperature, top_k, limits)
+        taken = gaussian_scores(features, prototypes, metric, temperature, limits).isfinite()
+        return torch.cat([weights, taken.to(weights)], dim=1)
+
+    halves = [both.tensor_split(2, dim=1) for both in _of_draws(seen, metric, weigh)]
+    return [(weights, taken > 0) for weights, taken in halves]
 
 
 @without_autocast()

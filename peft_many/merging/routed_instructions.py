@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..algebra.spread import FeatureMetric, shared_metric
-from ..algebra.sums import mean_covariance
+from ..algebra.spread import FeatureMetric, new_distances, shared_metric
 from ..files.adapter import TaskAdapter
 from ..files.errors import UnmergeableAdapterError
 from ..files.statistics import FeatureStatistics
@@ -27,13 +26,9 @@ def instruction_metric(asked: Sequence[FeatureStatistics]) -> FeatureMetric:
 
 
 def own_distances(asked: Sequence[FeatureStatistics], metric: FeatureMetric) -> list[float]:
-    """The mean squared distance of each task's own instructions, at least that of all tasks together.
-
-    Of each task, as some ask in few words and others in any.
-    """
+    """The squared distance of each task's own new instructions from its prototype, on average."""
     spreads = [one.spread for one in asked if one.spread is not None]
-    least = max(1.0, metric.mean_distance(mean_covariance(spreads, [one.count for one in asked])))
-    return [max(least, metric.mean_distance(spread)) for spread in spreads]
+    return new_distances(metric, spreads, [one.count for one in asked])
 
 
 def route_instructions(tasks: Sequence[TaskAdapter]) -> tuple[RoutedInstructions, dict[str, Tensor]]:

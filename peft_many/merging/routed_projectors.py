@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra.spread import FeatureMetric, shared_metric
+from ..algebra.spread import FeatureMetric, new_distances, shared_metric
 from ..files.adapter import TaskAdapter
 from ..files.errors import UnmergeableAdapterError
 from ..records import RoutedProjector, RoutedTask
@@ -38,14 +38,16 @@ def route_projectors(
         prototypes = [task.statistics.projectors[projector].prototype.float() for task in routed]
         check_same_shape(f"The width of the features at '{projector}'", zip(routed, map(len, prototypes)))
         check_same_tensors(projector, [task for task in routed if projector in task.projectors])
-        metric = None
+        metric = distances = None
         if router == "gaussian":
             images = [task.statistics.projectors[projector].count for task in routed]
-            metric = shared_metric([_spread(task, projector) for task in routed], images)
+            spreads = [_spread(task, projector) for task in routed]
+            metric = shared_metric(spreads, images)
+            distances = new_distances(metric, spreads, images)
         tensors |= router_tensors(projector, prototypes, metric)
         directions = None if metric is None else len(metric.directions)
         named = [RoutedTask(task.name, trained=projector in task.projectors) for task in routed]
-        routing[projector] = RoutedProjector(len(prototypes[0]), named, directions)
+        routing[projector] = RoutedProjector(len(prototypes[0]), named, directions, distances)
         for t, task in enumerate(routed):
             for key, tensor in task.projectors.get(projector, {}).items():
                 tensors[f"{projector}.experts.task_{t}.{key}"] = tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,16 +116,27 @@ class RoutedProjector(Record):
         width (`int`): Features of a prototype.
         tasks (`list[RoutedTask]`): In the order of the prototypes.
         directions (`int`, *optional*): How many directions the metric of a Gaussian router has.
+        distances (`list[float]`, *optional*):
+            With that, the squared distance of each task's own new images, on average, which `abstain_above`
+            multiplies; the width, in merges of earlier versions.
     """
 
     width: int
     tasks: list[RoutedTask]
     directions: int | None = None
+    distances: list[Number] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.width < 1 or (self.directions or 0) < 0:
-            raise ValueError(f"a routed projector cannot have the width {self.width}")
+        fits = self.distances is None or _fit(self.distances, self.tasks)
+        if self.width < 1 or (self.directions or 0) < 0 or not fits:
+            raise ValueError(f"a routed projector cannot have the width {self.width}, or {self.distances!r:.80}")
+
+    def limits(self, above: float | None) -> list[float] | None:
+        """From which squared distance on an image is not like each task's, by `abstain_above`, if from any."""
+        if above is None or self.directions is None:
+            return None
+        return [above * distance for distance in self.distances or [self.width] * len(self.tasks)]
 
     @property
     def names(self) -> list[str]:
@@ -140,7 +152,8 @@ class RoutedInstructions(Record):
         width (`int`): Features of a prototype.
         tasks (`list[str]`): The names of the tasks, in the order of the prototypes.
         directions (`int`): How many directions its metric has.
-        distances (`list[float]`): Of each task's own instructions, the mean square, which `abstain_above` multiplies.
+        distances (`list[float]`):
+            The squared distance of each task's own new instructions, on average, which `abstain_above` multiplies.
     """
 
     width: int
@@ -150,9 +163,16 @@ class RoutedInstructions(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits = len(self.distances) == len(self.tasks) and min(self.distances, default=1) > 0
-        if self.width < 1 or self.directions < 0 or not fits:
+        if self.width < 1 or self.directions < 0 or not _fit(self.distances, self.tasks):
             raise ValueError(f"a router of instructions cannot have the width {self.width}, or {self.distances!r:.80}")
+
+    def limits(self, above: float | None) -> list[float] | None:
+        """From which squared distance on an instruction is not like each task's, by `abstain_above`, if from any."""
+        return None if above is None else [above * distance for distance in self.distances]
+
+
+def _fit(distances: Sequence[float], tasks: Sequence[Any]) -> bool:
+    return len(distances) == len(tasks) and min(distances, default=1) > 0
 
 
 @dataclass(frozen=True)

@@ -29,36 +29,49 @@ class GateTarget:
     tasks: int  # of the merge
 
 
-def note_images(target: GateTarget, weights: Tensor, rows: ImageRows) -> None:
-    """Note the routing weights of a projector's images in the running call: `(images, routed tasks)`, on the CPU."""
-    if not rows.real_images.any():
+@dataclass(frozen=True)
+class SeenImages:
+    """What a projector's router says of its images, on the CPU."""
+
+    weights: Tensor  # (images, routed tasks), float32
+    fits: Tensor | None  # which tasks take them at all, bool, of the same shape; `None` if any may
+    rows: ImageRows
+
+
+def note_images(target: GateTarget, seen: SeenImages) -> None:
+    """Note in the running call what a projector's router says of its images."""
+    if not seen.rows.real_images.any():
         return
     call, told = _batch_and_method()
     if call is None or call.noted is None:
         warn_of_merged("images were encoded outside of the model's `forward` and `generate`")
         return
     refuse_checkpointing(call.owner, target.adapter_name)
-    all_tasks = weights.new_zeros(len(weights), target.tasks)
-    all_tasks[:, list(target.columns)] = weights
+
+    def of_all_tasks(routed: Tensor) -> Tensor:
+        return routed.new_zeros(len(routed), target.tasks).index_copy(1, torch.tensor(target.columns), routed)
+
     start = cached_length(call.arguments.get("past_key_values"))
-    call.noted.add(target.adapter_name, ImageWeights(all_tasks, rows, told, start))
+    fits = None if seen.fits is None else of_all_tasks(seen.fits)
+    call.noted.add(target.adapter_name, ImageWeights(of_all_tasks(seen.weights), fits, seen.rows, told, start))
 
 
-def with_instructions(target: GateTarget, weights: Tensor, rows: ImageRows, alone: bool) -> Tensor:
+def with_instructions(target: GateTarget, seen: SeenImages, alone: bool) -> Tensor:
     """The routing weights of a projector's images, `(images, routed tasks)`, by the instructions of their rows too.
 
     By these `alone`, if so. An image that a single task is trusted with goes through its projector alone, as its row
     gets that task's LoRA. Where instructions cannot be read, or nobody can tell whose image is whose, the images' own.
     """
     call, told = _batch_and_method()
-    if call is None or call.noted is None or not rows.real_images.any():
+    weights, real = seen.weights, seen.rows.real_images
+    if call is None or call.noted is None or not real.any():
         return weights
-    scores = call.noted.scores_of_images(target.adapter_name, ImageWeights(weights, rows, told, 0))
+    scores = call.noted.scores_of_images(target.adapter_name, ImageWeights(weights, None, seen.rows, told, 0))
     if scores is None:
         return weights
-    found, real = weights.clone(), rows.real_images
-    joint = joint_weights(scores[:, list(target.columns)], None if alone else weights[real])
-    found[real] = decided(joint)
+    found = weights.clone()
+    of_images = (None, None) if alone else (weights[real], None if seen.fits is None else seen.fits[real])
+    found[real] = decided(joint_weights(scores[:, list(target.columns)], *of_images))
     return found
 
 

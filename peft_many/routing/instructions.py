@@ -28,7 +28,7 @@ class InstructionRouter(TaskRouter):
         columns (`Sequence[int]`): The place among them of each task that is compared with.
         width (`int`): Features of a prototype.
         directions (`int`): How many directions the metric has.
-        most (`Sequence[float]`, *optional*): By task, from which squared distance on a row is not like its own.
+        limits (`Sequence[float]`, *optional*): By task, from which squared distance on a row is not like its own.
         uses_images (`bool`): Whether a row's images count too.
         device (`torch.device`): Where the buffers are.
     """
@@ -39,25 +39,25 @@ class InstructionRouter(TaskRouter):
         columns: Sequence[int],
         width: int,
         directions: int,
-        most: Sequence[float] | None,
+        limits: Sequence[float] | None,
         uses_images: bool,
         device: torch.device,
     ) -> None:
         super().__init__(len(columns), width, directions, device)
         self.tasks = tasks
         self.columns = list(columns)
-        self.most = None if most is None else list(most)
+        self.limits = None if limits is None else list(limits)
         self.uses_images = uses_images
 
     def scores(self, features: Tensor) -> Tensor:
         """How well each task explains a row's instruction, log-likelihoods up to a constant of the row.
 
         From `instruction_features`, `(rows, 2 d)`, to `(rows, tasks)`, float32, on the CPU, which decides by them;
-        `-inf` for tasks that are not compared with, and in rows that are like no task's.
+        `-inf` for tasks that are not compared with, or that a row is not like.
         """
         metric = self.metric
         assert metric is not None
-        found = gaussian_scores(features, self.prototypes.to(features.device), metric, 1.0, self.most).cpu()
+        found = gaussian_scores(features, self.prototypes.to(features.device), metric, 1.0, self.limits).cpu()
         return found.new_full((len(found), self.tasks), -torch.inf).index_copy(1, torch.tensor(self.columns), found)
 
 

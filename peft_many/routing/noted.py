@@ -30,13 +30,15 @@ class ImageWeights:
     """The task weights of the images that a projector was called with."""
 
     weights: Tensor  # (images, tasks), float32, on the CPU
+    fits: Tensor | None  # which tasks take each, (images, tasks), bool, on the CPU; `None` if any may
     rows: ImageRows  # how the projector's input was shared out among them
     method: ImageMethod | None  # the `get_image_features` in which it was called
     start: int  # how many tokens the cache held then
 
     def by_row(self, model: nn.Module, arguments: Mapping[str, Any]) -> RowWeights | None:
         """The weights of a batch's rows; `None`, with a warning, where it cannot be told which images are whose."""
-        weights, (batch, rows) = self.weights[self.rows.real_images], self.places(model, arguments)
+        real, (batch, rows) = self.rows.real_images, self.places(model, arguments)
+        weights = self.weights[real]
         if rows is None:
             warn_of_merged(f"it cannot be told which of {len(weights)} images belong to which of {batch} rows")
             return None
@@ -44,6 +46,10 @@ class ImageWeights:
             weights.new_zeros(batch, weights.shape[1]).index_add(0, rows, weights),
             weights.new_zeros(batch).index_add(0, rows, weights.new_ones(len(weights))),
             self.start,
+            # A row may show images of several kinds; as strange as none is one whose images are all strange.
+            fits=None
+            if self.fits is None
+            else weights.new_zeros(batch, weights.shape[1]).index_add(0, rows, self.fits[real].to(weights)) > 0,
         )
 
     def places(self, model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, Tensor | None]:

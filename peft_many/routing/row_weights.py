@@ -46,12 +46,14 @@ class RowWeights:
         start: int,
         scores: Tensor | None = None,
         before: RowWeights | None = None,
+        fits: Tensor | None = None,
     ) -> None:
         self.sums = sums  # over the images of each row, `(rows, tasks)`, float32
         self.images = images  # how many these are, `(rows,)`, float32
         self.start = start  # how many tokens the cache held when the last of the images or instructions came
         self.scores = scores  # of the tasks by the last instruction of each row, `(rows, tasks)`, if it was read
         self.before = before  # what was known before these came
+        self.fits = fits  # which tasks take one of the row's images, `(rows, tasks)`, bool; `None` if any may
         self._gates: dict[tuple[Any, ...], Gates] = {}
 
     def plus(self, other: RowWeights) -> RowWeights:
@@ -62,7 +64,9 @@ class RowWeights:
         rows = max(len(self.images), len(other.images))
         one, two = (part.repeated(rows // len(part.images)) for part in (self, other))
         scores = one.scores if two.scores is None else two.scores
-        return RowWeights(one.sums + two.sums, one.images + two.images, max(one.start, two.start), scores, one)
+        known = [part.fits for part in (one, two) if part.fits is not None]
+        fits = functools.reduce(torch.logical_or, known) if known else None
+        return RowWeights(one.sums + two.sums, one.images + two.images, max(one.start, two.start), scores, one, fits)
 
     def repeated(self, repeats: int) -> RowWeights:
         """Of rows that follow one another several times."""
@@ -73,11 +77,12 @@ class RowWeights:
         rows = rows.cpu()
         scores = None if self.scores is None else self.scores[rows]
         before = None if self.before is None else self.before.taken(rows)
-        return RowWeights(self.sums[rows], self.images[rows], self.start, scores, before)
+        fits = None if self.fits is None else self.fits[rows]
+        return RowWeights(self.sums[rows], self.images[rows], self.start, scores, before, fits)
 
     def by_images(self) -> RowWeights:
         """Of the images alone."""
-        return RowWeights(self.sums, self.images, self.start, before=self.before)
+        return RowWeights(self.sums, self.images, self.start, before=self.before, fits=self.fits)
 
     def up_to(self, length: int) -> RowWeights | None:
         """What was known of the first `length` tokens that a cache held."""
@@ -108,8 +113,12 @@ class RowWeights:
     def weights(self) -> Tensor:
         """What each task counts for each row, `(rows, tasks)`; zero where nothing is known."""
         means, seen = self.sums / self.images.clamp(min=1)[:, None], self.images[:, None] > 0
+        if self.scores is None:
+            return means
         # Where no image was seen, all tasks are as likely.
-        return means if self.scores is None else joint_weights(self.scores, torch.where(seen, means, 1.0))
+        return joint_weights(
+            self.scores, torch.where(seen, means, 1.0), None if self.fits is None else self.fits | ~seen
+        )
 
     @functools.cached_property
     def merged(self) -> Tensor:

@@ -119,7 +119,12 @@ class ServedProjector(nn.Module):
         pooled = pool_segments(rows, (lengths * (len(rows) // len(features))).to(rows.device))
         metric = FeatureMetric(self.directions, self.variances) if self._is_gaussian else None
         found = task_weights(
-            pooled, self.prototypes, metric, options.temperature, options.top_k, options.abstain_above
+            pooled,
+            self.prototypes,
+            metric,
+            options.temperature,
+            options.top_k,
+            self.routed.limits(options.abstain_above),
         )
         return found.cpu()
 

@@ -36,13 +36,12 @@ def route_instructions(model: nn.Module, adapter_name: str, merge: MergeRecord) 
     if routed is None:
         return
     here = (parameter.device for parameter in model.parameters() if not parameter.is_meta)  # or else it is offloaded
-    above = merge.options.abstain_above
     router = InstructionRouter(
         len(merge.tasks),
         [merge.names.index(name) for name in routed.tasks],
         routed.width,
         routed.directions,
-        None if above is None else [above * distance for distance in routed.distances],
+        routed.limits(merge.options.abstain_above),
         merge.options.gates_by_images,
         next(here, torch.device("cpu")),
     )

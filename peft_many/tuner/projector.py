@@ -13,14 +13,14 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..algebra.routing import task_weights
+from ..algebra.routing import gaussian_scores, task_weights
 from ..families.image_layouts import image_rows_of
 from ..families.image_rows import ImageRows
 from ..families.projector_call import features_of
 from ..records import MergeOptions, RoutedProjector
 from ..records.options import BOTH, INSTRUCTIONS
 from ..routing.calls import current_image_call, projector_call
-from ..routing.gates import GateTarget, note_images, with_instructions
+from ..routing.gates import GateTarget, SeenImages, note_images, with_instructions
 from ..routing.task_router import TaskRouter
 
 
@@ -41,6 +41,7 @@ class ProjectorMixture(TaskRouter):
         self.temperature = options.temperature
         self.top_k = options.top_k
         self.abstain_above = options.abstain_above
+        self.limits = routed.limits(options.abstain_above)
         self.gate = gate  # the LoRA layers that go by the same weights or by instructions, if any do
         self.tells_gate = options.gates_by_images
         self.route_by = options.route_by
@@ -89,11 +90,14 @@ class ProjectorMixture(TaskRouter):
         if rows.continues:
             assert call is not None
             return call.decided[self]
-        by_task = self.task_weights(rows.pool(features)).cpu()
-        if self.gate is not None and self.tells_gate:
-            note_images(self.gate, by_task, rows)
-        if self.gate is not None and self.route_by in (INSTRUCTIONS, BOTH):
-            by_task = with_instructions(self.gate, by_task, rows, alone=self.route_by == INSTRUCTIONS)
+        pooled = rows.pool(features)
+        by_task = self.task_weights(pooled).cpu()
+        if self.gate is not None:
+            seen = SeenImages(by_task, self._fits(pooled), rows)
+            if self.tells_gate:
+                note_images(self.gate, seen)
+            if self.route_by in (INSTRUCTIONS, BOTH):
+                by_task = with_instructions(self.gate, seen, alone=self.route_by == INSTRUCTIONS)
         if call is not None:
             call.decided[self] = by_task
         return by_task
@@ -131,7 +135,16 @@ class ProjectorMixture(TaskRouter):
     def task_weights(self, pooled: Tensor) -> Tensor:
         """What each task counts for each image, `(images, tasks)`, float32; all zero where none is resembled."""
         prototypes = self.prototypes.to(pooled.device)
-        return task_weights(pooled, prototypes, self.metric, self.temperature, self.top_k, self.abstain_above)
+        limits = None if self.abstain_above is None else self.limits
+        return task_weights(pooled, prototypes, self.metric, self.temperature, self.top_k, limits)
+
+    def _fits(self, pooled: Tensor) -> Tensor | None:
+        """Which tasks take each image, `(images, tasks)`, bool, on the CPU; `None` if any may."""
+        metric = self.metric
+        if self.abstain_above is None or self.limits is None or metric is None:
+            return None
+        prototypes = self.prototypes.to(pooled.device)
+        return gaussian_scores(pooled, prototypes, metric, self.temperature, self.limits).isfinite().cpu()
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -166,3 +166,12 @@ def test_what_is_like_no_task_by_either_gets_no_weight() -> None:
     assert found.isfinite().all()
     assert not found[:, 2].any()
     assert found[0].sum() == 1
+
+
+def test_a_task_takes_a_row_only_if_images_and_instruction_fit_it_each() -> None:
+    scores = torch.tensor([[0.0, -3.0], [0.0, -torch.inf], [-torch.inf, 0.0], [0.0, -9.0]])
+    of_images = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    fits = torch.tensor([[False, True], [False, True], [False, True], [True, True]])
+    found = joint_weights(scores, of_images, fits)
+    assert found.tolist() == [[0, 1], [0, 0], [0, 1], [1, 0]]
+    assert joint_weights(scores, of_images)[1].tolist() == [1, 0]  # by the sum, what it asks made up for its images

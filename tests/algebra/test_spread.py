@@ -1,5 +1,7 @@
 """The metric of images: against dense inverses, and what it is for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from peft_many.algebra.covariance import LowRankCovariance
 from peft_many.algebra.routing import routing_weights
-from peft_many.algebra.spread import centred, shared_metric
+from peft_many.algebra.spread import centred, new_distances, shared_metric
 from tests.algebra.problems import relative_error, seeds
 
 WIDTH = 12
@@ -109,3 +111,66 @@ def test_the_mean_distance_is_that_of_the_definition(seed, rank):
         assert metric.mean_distance(covariance) == pytest.approx((inverse @ covariance.dense()).trace().item())
     of_rows = metric.squared_distances(rows[0].double(), rows[0].double().mean(0, keepdim=True))
     assert metric.mean_distance(centred(rows[0])) == pytest.approx(of_rows.sum().item() / (len(rows[0]) - 1))
+
+
+def measured(width, tasks, images, seed):
+    """What images of Gaussian tasks are at, `d²` of new ones from each prototype, and their `new_distances`."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.logspace(0, -2, width).double()
+
+    def draw(count):
+        return torch.randn(count, width, generator=generator).double() * scales
+
+    rows = [draw(images) for _ in range(tasks)]
+    spreads, counts = [centred(part) for part in rows], [images] * tasks
+    metric = shared_metric(spreads, counts)
+    seen = torch.tensor([metric.mean_distance(spread) for spread in spreads], dtype=torch.float64)
+    new = metric.squared_distances(draw(1000), torch.stack([part.mean(0) for part in rows]))
+    return new, seen, torch.tensor(new_distances(metric, spreads, counts), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("images", [8, 16, 32, 128])
+@pytest.mark.parametrize("tasks", [1, 2, 8])
+@pytest.mark.parametrize("width", [32, 96])
+def test_new_images_are_at_their_distance_whatever_number_was_measured(width, tasks, images):
+    parts = [measured(width, tasks, images, seed) for seed in range(5)]
+    mean = torch.stack([(new / expected).mean() for new, _, expected in parts]).mean().item()
+    assert mean < 1.02  # few samples in many dimensions are given the benefit of the doubt
+    assert mean > 0.4
+    if tasks * images > 5 * width:
+        assert mean > 0.9
+
+    def beyond(factor, which):
+        return torch.stack([(part[0] > factor * part[which]).double().mean() for part in parts]).mean().item()
+
+    assert beyond(2, 2) < 0.03
+    assert beyond(3, 2) < 0.005
+    if images <= 16 and tasks < 8:  # what the measured ones are at would leave them
+        assert beyond(2, 1) > 0.25
+
+
+def test_of_many_samples_new_distances_are_those_of_the_hotelling_distribution():
+    """Without shrinkage, of one Gaussian: `d² / (1 + 1/n)` is `ν d / (ν − d + 1)` times an `F(d, ν − d + 1)`."""
+    images, width = 400, 24
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(images, width, generator=generator, dtype=torch.float64)
+    spread = centred(rows)
+    metric = replace(shared_metric([spread], [images]), share=1.0)
+    degrees = images - 1
+    exact = (1 + 1 / images) * width * degrees / (degrees - width - 1)
+    seen = metric.mean_distance(spread)
+    found = new_distances(metric, [spread], [images])[0]
+    leverage = images * seen / ((images - 1) * images)
+    assert found * (1 - leverage) ** 0.5 / seen == pytest.approx(exact / width, rel=5e-3)
+
+
+def test_tasks_count_by_themselves_and_at_least_as_all_together():
+    narrow, wide = torch.randn(200, 8).double() * 0.1, torch.randn(200, 8).double()
+    spreads = [centred(narrow), centred(wide)]
+    metric = shared_metric(spreads, [200, 200])
+    one, other = new_distances(metric, spreads, [200, 200])
+    assert one == pytest.approx(8, rel=0.1)  # the mean of both
+    assert other == pytest.approx(16, rel=0.1)
+    assert new_distances(metric, spreads[::-1], [200, 200]) == pytest.approx([other, one])
+    same = [centred(torch.ones(4, 8))] * 2
+    assert new_distances(shared_metric(same, [4, 4]), same, [4, 4]) == [1.0, 1.0]

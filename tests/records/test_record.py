@@ -89,3 +89,14 @@ def test_fields_have_their_types(record, message):
 def test_what_is_no_record_at_all_is_refused(name, content):
     with pytest.raises(RecordError, match=f"`{name}` cannot be used: a mapping is expected"):
         MAnyConfig(**{name: content})
+
+
+def test_a_routed_projector_of_an_earlier_version_abstains_by_its_width():
+    tasks = [RoutedTask(name, True) for name in "ab"]
+    assert RoutedProjector(6, tasks, 2).limits(3.0) == [18.0, 18.0]
+    assert RoutedProjector(6, tasks, 2, [5.0, 9.0]).limits(3.0) == [15.0, 27.0]
+    assert RoutedProjector(6, tasks, 2).limits(None) is None
+    assert RoutedProjector(6, tasks).limits(3.0) is None  # cosines know no distance
+    for distances in ([1.0], [1.0, 0.0], [1.0, -2.0], []):
+        with pytest.raises(ValueError, match="a routed projector cannot have"):
+            RoutedProjector(6, tasks, 2, distances)

@@ -546,3 +546,24 @@ def test_the_host_waits_once_for_each_prompt_and_for_no_token(monkeypatch: pytes
     assert asked_step == step
     layers = sum(isinstance(module, GatedLinear) for module in merged("llama", TEXTS, "instructions").modules())
     assert asked_kernels - kernels == {"mul": layers}
+
+
+@families
+def test_what_each_fits_another_task_is_left_to_the_base_model(family: str) -> None:
+    """The picture of one task, asked another one's question; beside rows that are the tasks' own, and decoded too."""
+    tasks: tuple[Task, ...] = ((0, 0), (1, 1), (2, None))
+    options = {"router": "gaussian", "route_by": "both"}
+    model, own = merge(family, tasks, "both", abstain_above=4.0, **options), owners(family, tasks)
+    rows: list[Task] = [(0, 0), (0, 1), (1, 1), (2, 1), (2, None)]
+    inputs = batch(own[0], family, rows)
+    found = logits(model, inputs)
+    with model.disable_adapter():
+        plain = logits(model, inputs)
+    expected = [logits(own[0], inputs), plain, logits(own[1], inputs), plain, logits(own[2], inputs)]
+    masks = inputs["attention_mask"].bool()
+    for row, mask in enumerate(masks):
+        assert close(found[row][mask], expected[row][row][mask]), row
+    never = logits(merge(family, tasks, "both", **options), inputs)
+    assert not close(never[1][masks[1]], plain[1][masks[1]], 0.05)
+    single = generate(model, batch(own[0], family, rows[1:2], seed=901))
+    assert torch.equal(generate(model, inputs)[1][-single.shape[1] :], single[0])

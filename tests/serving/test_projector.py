@@ -53,9 +53,8 @@ def by_hand(projector, image):
     options = projector._options
     metric = FeatureMetric(projector.directions, projector.variances) if projector._is_gaussian else None
     pooled = image.reshape(-1, WIDTH).mean(0, keepdim=True)
-    weights = task_weights(
-        pooled, projector.prototypes, metric, options.temperature, options.top_k, options.abstain_above
-    )[0]
+    limits = projector.routed.limits(options.abstain_above)
+    weights = task_weights(pooled, projector.prototypes, metric, options.temperature, options.top_k, limits)[0]
     base = type(projector).__mro__[2].forward
     through = [
         projector.experts[f"task_{t}"](image) if f"task_{t}" in projector.experts else base(projector, image)
