@@ -11,7 +11,7 @@ from .methods import METHODS, Answerer, Measured, Measurement, Method, merged, s
 from .workshop import Workshop
 
 GATED, HARD = "gated by", "the hard half"
-ABSTAIN_ABOVE = 4.0
+ABSTAIN_ABOVE = 3.0
 _HARD = (
     *("zero-shot", "alone", "average", "ties", "regmean", "MAny", "MAny, Gaussian router"),
     *("refitted to outputs, Gaussian router", "LPM, own projector", "own LoRA, CPM by Gaussian router"),

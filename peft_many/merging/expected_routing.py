@@ -98,7 +98,8 @@ class DrawnInputs:
     def _images(self) -> dict[str, list[tuple[Tensor, Tensor | None]]]:
         """By projector and task, the routing weights of drawn images, `(images, routed tasks)`, and which tasks take
         each of them, bool, or `None` if any may."""
-        options, found = self.options, {}
+        options = self.options
+        found: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
         for projector, names in self.routing.items():
             seen = [self.tasks[name].projectors[projector] for name in names]
             known = [one for one in seen if one.spread is not None]

@@ -77,10 +77,10 @@ class MergeOptions:
             the row's `"instructions"`, or `"both"`. An image that was encoded for one question cannot be used again
             for another one then.
         abstain_above (`float`, *optional*):
-            Images whose squared distance from the nearest prototype is above this go through the base model's
-            projector (with `router="gaussian"`), and rows with such images or instructions through the base model's
-            layers. The tasks' own are at 1 on average; 4 keeps nearly all of them, and 3 leaves more of what is
-            no task's, both from about 128 measured samples of each task on. By default never.
+            A task takes no image (with `router="gaussian"`) and no instruction whose squared distance from its
+            prototype is above this, where its own new ones are at 1 on average, however many samples were measured.
+            What no task takes goes through the base model's projector and layers. 3 loses hardly any of the tasks'
+            own inputs from 16 to 32 measured samples of each task on. By default never.
         dtype (`torch.dtype`, defaults to `torch.float32`):
             What the merged LoRA weights are stored in: float32, bfloat16 or float16. Half precision halves the file
             and rounds the merged deltas by about 2e-3 of their size in bfloat16 and 3e-4 in float16.

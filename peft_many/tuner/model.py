@@ -86,8 +86,7 @@ class MAnyModel(LoraModel):
                 if not config.__dict__.pop("patterns_checked", False):
                     # With the names of the wrapped projectors, which PEFT goes through too
                     check_patterns(config, [name for name, _ in model.named_modules()], source)
-                expected = _projector_keys(model, adapter_name, config)
-                check_projectors_are_there(keys, model, expected, source)
+                check_projectors_are_there(keys, model, _projector_keys(model, adapter_name, config), source)
             if config.target_modules is not None:
                 update_expert_names(config, model)
             try:
