@@ -110,8 +110,8 @@ class DrawnInputs:
                 weigh = functools.partial(task_weights, metric=metric, temperature=temperature, top_k=options.top_k)
                 found[projector] = [(weights, None) for weights in _of_draws(seen, metric, weigh)]
                 continue
-            distances = new_distances(metric, spreads, [one.count for one in known])
-            limits = [above * distance for distance in distances]
+            distances = iter(new_distances(metric, spreads, [one.count for one in known]))
+            limits = [math.inf if one.spread is None else above * next(distances) for one in seen]
             found[projector] = _of_draws_that_are_taken(seen, metric, temperature, options.top_k, limits)
         return found
 
