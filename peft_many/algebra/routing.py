@@ -82,6 +82,18 @@ def gaussian_scores(
     return scores.masked_fill(distances > torch.tensor(limits, device=distances.device), -torch.inf)
 
 
+def tasks_that_take(
+    features: Tensor, prototypes: Tensor, metric: FeatureMetric | None, limits: Sequence[float] | None
+) -> Tensor | None:
+    """Which tasks take each row at all, `(rows, tasks)`, bool, on the CPU; `None` if any may.
+
+    Weights do not tell: those of tasks that another one is much likelier than are zero too.
+    """
+    if metric is None or limits is None:
+        return None
+    return gaussian_scores(features, prototypes, metric, 1.0, limits).isfinite().cpu()
+
+
 def joint_weights(scores: Tensor, image_weights: Tensor | None, fits: Tensor | None = None) -> Tensor:
     """The tasks' weights of rows by their instructions' `scores` and, if there are any, their images' weights.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..algebra.gating import confidence, decided, gates
 from ..algebra.precision import without_autocast
-from ..algebra.routing import gaussian_scores, joint_weights, task_weights
+from ..algebra.routing import gaussian_scores, joint_weights, task_weights, tasks_that_take
 from ..algebra.spread import FeatureMetric, new_distances, shared_metric
 from ..files.statistics import FeatureStatistics, TaskStatistics
 from ..records import GATES, ExpectedRouting, MergeOptions
@@ -153,7 +153,8 @@ def _of_draws_that_are_taken(
 
     def weigh(features: Tensor, prototypes: Tensor) -> Tensor:
         weights = task_weights(features, prototypes, metric, temperature, top_k, limits)
-        taken = gaussian_scores(features, prototypes, metric, temperature, limits).isfinite()
+        taken = tasks_that_take(features, prototypes, metric, limits)
+        assert taken is not None
         return torch.cat([weights, taken.to(weights)], dim=1)
 
     halves = [both.tensor_split(2, dim=1) for both in _of_draws(seen, metric, weigh)]

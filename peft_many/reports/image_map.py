@@ -32,7 +32,7 @@ class ImageMap:
         metric ([`FeatureMetric`], *optional*): That of a Gaussian router.
         temperature (`float`): The merge's.
         top_k (`int`, *optional*): Likewise.
-        abstain_above (`float`, *optional*): Likewise.
+        limits (`list[float]`, *optional*): From which squared distance on an image is not like each task's.
     """
 
     tasks: list[str]
@@ -41,7 +41,7 @@ class ImageMap:
     metric: FeatureMetric | None
     temperature: float
     top_k: int | None = None
-    abstain_above: float | None = None
+    limits: list[float] | None = None
 
     def weights(self, temperature: float | None = None) -> Tensor:
         """What each task counts for each image, `(images, tasks)`, at the merge's temperature or at another one."""
@@ -51,7 +51,7 @@ class ImageMap:
             self.metric,
             self.temperature if temperature is None else temperature,
             self.top_k,
-            self.abstain_above,
+            self.limits,
         )
 
     def belongs(self, temperature: float | None = None) -> list[str]:
@@ -134,7 +134,7 @@ def _map(tasks: list[str], router: ProjectorMixture, features: Tensor) -> ImageM
         metric,
         router.temperature,
         router.top_k,
-        router.abstain_above,
+        router.limits,
     )
 
 

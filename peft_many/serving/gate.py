@@ -38,16 +38,17 @@ class RoutingWorker:
         merge = self.model_runner.get_model().served_merge
         pictures = [Image.open(io.BytesIO(content)).convert("RGB") for content in images]
         with torch.inference_mode():
-            by_images = None if merge.record.options.gate_by == INSTRUCTIONS else _by_images(self, pictures)
+            goes_by_images = merge.record.options.gate_by != INSTRUCTIONS
+            by_images, fits = _by_images(self, pictures) if goes_by_images else (None, None)
             scores = None
             if merge.record.instructions is not None:
                 scores = _by_words(self, merge, _token_ids(self, pictures, prompt))
-            found = weights_of_request(by_images, scores)
+            found = weights_of_request(by_images, scores, fits)
         return None if found is None else found.tolist()
 
 
-def _by_images(worker: Any, pictures: list[Image.Image]) -> Tensor | None:
-    """What each task counts for each image, `(images, tasks)`."""
+def _by_images(worker: Any, pictures: list[Image.Image]) -> tuple[Tensor | None, Tensor | None]:
+    """What each task counts for each image, and which tasks take it, `(images, tasks)`; `None` if nothing tells."""
     runner, found = worker.model_runner, []
     processor = MULTIMODAL_REGISTRY.create_processor(runner.model_config)
     prompt = processor.dummy_inputs.get_dummy_text({"image": 1})
@@ -56,7 +57,8 @@ def _by_images(worker: Any, pictures: list[Image.Image]) -> Tensor | None:
         items = [("image", item) for item in inputs["mm_kwargs"]["image"]]
         for _, _, arguments in group_and_batch_mm_kwargs(items, device=worker.device):
             found.append(runner.get_model().task_weights(**arguments))
-    return torch.cat(found) if found else None
+    weights, fits = [one for one, _ in found], [one for _, one in found if one is not None]
+    return torch.cat(weights) if weights else None, torch.cat(fits) if fits else None
 
 
 def _by_words(worker: Any, merge: ServedMerge, ids: list[int]) -> Tensor | None:

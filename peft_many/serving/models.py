@@ -55,17 +55,21 @@ def routed_model(architecture: str) -> type[Any]:
             with images_lie(family.shares(kwargs)):
                 return super().embed_multimodal(**kwargs)
 
-        def task_weights(self, **kwargs: Any) -> Tensor:
+        def task_weights(self, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             """What each task of the merge counts for each image, `(images, tasks)`: those that a gate goes by.
 
             Of the arguments of `embed_multimodal`. Of several projectors the last one counts, as it does there.
             """
             with images_lie(family.shares(kwargs)) as images:
                 super().embed_multimodal(**kwargs)
-            projector, weights = images.decided[-1]
+            projector, weights, fits = images.decided[-1]
             record = self.served_merge.record
-            places = [record.names.index(task.name) for task in projector.routed.tasks]
-            return weights.new_zeros(len(weights), len(record.names)).index_copy_(1, torch.tensor(places), weights)
+            places = torch.tensor([record.names.index(task.name) for task in projector.routed.tasks])
+
+            def of_all_tasks(routed: Tensor) -> Tensor:
+                return routed.new_zeros(len(routed), len(record.names)).index_copy(1, places, routed)
+
+            return of_all_tasks(weights), None if fits is None else of_all_tasks(fits)
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
             if self.served_merge is None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algebra.routing import pool_segments, task_weights
+from ..algebra.routing import pool_segments, task_weights, tasks_that_take
 from ..algebra.spread import FeatureMetric
 from ..records import MergeOptions, RoutedProjector
 
@@ -24,11 +24,13 @@ class Images:
 
     Args:
         shares (`Tensor`): What each has of the rows, `(images,)`, in lowest terms.
-        decided (`list`): Projectors in the order in which they ran, and their tasks' weights, `(images, tasks)`.
+        decided (`list`):
+            Projectors in the order in which they ran, their tasks' weights, `(images, tasks)`, and which tasks take
+            each image, `None` if any may.
     """
 
     shares: Tensor
-    decided: list[tuple[ServedProjector, Tensor]] = field(default_factory=list)
+    decided: list[tuple[ServedProjector, Tensor, Tensor | None]] = field(default_factory=list)
 
 
 _images: ContextVar[Images | None] = ContextVar("images", default=None)
@@ -87,8 +89,8 @@ class ServedProjector(nn.Module):
             told = "nothing is known" if images_here is None else f"they should lie as {images_here.shares.tolist()}"
             raise RuntimeError(f"The images in {len(features)} rows of features cannot be told apart: {told}.")
         lengths = images_here.shares * (len(features) // total)
-        task_weights = self._task_weights(features, lengths)
-        images_here.decided.append((self, task_weights))
+        task_weights, fits = self._decide(features, lengths)
+        images_here.decided.append((self, task_weights, fits))
         by_expert = self._by_expert(task_weights)
         busy = (by_expert != 0).any(dim=0).nonzero()[:, 0].tolist()  # NaN counts: broken features stay broken
         if len(busy) == 1:
@@ -110,23 +112,17 @@ class ServedProjector(nn.Module):
         assert mixed is not None
         return mixed.to(features.dtype)
 
-    def _task_weights(self, features: Tensor, lengths: Tensor) -> Tensor:
-        """`(images, tasks)`, on the host, which has to know the experts: the one wait for a GPU."""
+    def _decide(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tasks' weights, `(images, tasks)`, on the host, which has to know experts, and who takes each image."""
         options = self._options
         assert options is not None
         assert options.temperature is not None
         rows = features.flatten(0, -2)
         pooled = pool_segments(rows, (lengths * (len(rows) // len(features))).to(rows.device))
         metric = FeatureMetric(self.directions, self.variances) if self._is_gaussian else None
-        found = task_weights(
-            pooled,
-            self.prototypes,
-            metric,
-            options.temperature,
-            options.top_k,
-            self.routed.limits(options.abstain_above),
-        )
-        return found.cpu()
+        limits = self.routed.limits(options.abstain_above)
+        found = task_weights(pooled, self.prototypes, metric, options.temperature, options.top_k, limits)
+        return found.cpu(), tasks_that_take(pooled, self.prototypes, metric, limits)
 
     def _by_expert(self, weights: Tensor) -> Tensor:
         """`(images, 1 + tasks)`: what the base model's projector counts for each image, and then each task's own.

@@ -53,13 +53,13 @@ class Words:
 
         Of the ids of its words, without images' placeholders, and what embeds such.
         """
-        routed, above = self.record.instructions, self.record.options.abstain_above
+        routed = self.record.instructions
         assert routed is not None
         tokens = torch.tensor([ids], dtype=torch.long, device=self.prototypes.device)
         parts = zip(tokens.split(_AT_ONCE, dim=1), token_weights(torch.ones_like(tokens)).split(_AT_ONCE, dim=2))
         features = torch.stack([instruction_features(embed(some), weights) for some, weights in parts]).sum(0)
-        most = None if above is None else [above * distance for distance in routed.distances]
-        found = gaussian_scores(features, self.prototypes, self.metric, 1.0, most)[0].cpu()
+        limits = routed.limits(self.record.options.abstain_above)
+        found = gaussian_scores(features, self.prototypes, self.metric, 1.0, limits)[0].cpu()
         places = torch.tensor([self.record.names.index(name) for name in routed.tasks])
         return found.new_full((len(self.record.tasks),), -torch.inf).index_copy(0, places, found)
 
@@ -70,12 +70,15 @@ def placeholders(config: Any) -> set[int]:
     return {int(token) for token in (getattr(config, name, None) for name in names) if token is not None}
 
 
-def weights_of_request(images: Tensor | None, scores: Tensor | None) -> Tensor | None:
+def weights_of_request(images: Tensor | None, scores: Tensor | None, fits: Tensor | None = None) -> Tensor | None:
     """What each task counts for a request, `(tasks,)`; zero where it is like no task's, `None` if nothing tells.
 
-    By its images' weights, `(images, tasks)`, and its words' scores, `(tasks,)`.
+    By its images' weights, `(images, tasks)`, its words' scores, `(tasks,)`, and which tasks take each image, of the
+    shape of the former; `None` if any may.
     """
     mean = None if images is None or not len(images) else images.mean(dim=0, keepdim=True)
     if scores is None:
         return None if mean is None else mean[0]
-    return joint_weights(scores[None], torch.ones_like(scores)[None] if mean is None else mean)[0]
+    if mean is None:
+        return joint_weights(scores[None], torch.ones_like(scores)[None])[0]
+    return joint_weights(scores[None], mean, None if fits is None else fits.any(dim=0, keepdim=True))[0]

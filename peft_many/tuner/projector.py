@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..algebra.routing import gaussian_scores, task_weights
+from ..algebra.routing import task_weights, tasks_that_take
 from ..families.image_layouts import image_rows_of
 from ..families.image_rows import ImageRows
 from ..families.projector_call import features_of
@@ -140,11 +140,8 @@ class ProjectorMixture(TaskRouter):
 
     def _fits(self, pooled: Tensor) -> Tensor | None:
         """Which tasks take each image, `(images, tasks)`, bool, on the CPU; `None` if any may."""
-        metric = self.metric
-        if self.abstain_above is None or self.limits is None or metric is None:
-            return None
-        prototypes = self.prototypes.to(pooled.device)
-        return gaussian_scores(pooled, prototypes, metric, self.temperature, self.limits).isfinite().cpu()
+        limits = None if self.abstain_above is None else self.limits
+        return tasks_that_take(pooled, self.prototypes.to(pooled.device), self.metric, limits)
 
     def __getattr__(self, name: str) -> Any:
         try:

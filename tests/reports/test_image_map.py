@@ -58,7 +58,14 @@ def test_whose_an_image_is_depends_on_the_temperature():
     torch.testing.assert_close(found.weights(), expected)
     assert found.belongs() == TASKS * 2
     assert found.belongs(1e6) == [UNDECIDED] * 6
-    far = ImageMap(TASKS, 100 + found.features, found.prototypes, found.metric, 1.0, abstain_above=4.0)
+    far = ImageMap(
+        TASKS,
+        100 + found.features,
+        found.prototypes,
+        found.metric,
+        1.0,
+        limits=[4.0 * found.features.shape[1]] * len(TASKS),
+    )
     assert far.belongs() == [NO_TASK] * 6
 
 

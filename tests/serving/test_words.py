@@ -26,7 +26,7 @@ def shelf(tmp_path_factory):
     return Shelf(tmp_path_factory.mktemp("shelf"))
 
 
-@pytest.mark.parametrize("above", [None, 1.2])
+@pytest.mark.parametrize("above", [None, 0.35])
 def test_the_scores_are_those_of_the_router(shelf, tmp_path, monkeypatch, above):
     monkeypatch.setattr("peft_many.serving.words._AT_ONCE", 5)
     merged = shelf.merge("abc", tmp_path / "merged", gate_by="both", abstain_above=above)
@@ -47,6 +47,11 @@ def test_the_scores_are_those_of_the_router(shelf, tmp_path, monkeypatch, above)
         torch.testing.assert_close(weights_of_request(images, scores), rows.weights[0])
         rows = RowWeights(torch.zeros(1, 3), torch.zeros(1), 0, scores[None])
         torch.testing.assert_close(weights_of_request(None, scores), rows.weights[0])
+        fits = torch.tensor([[True, False, False], [True, True, False]])
+        rows = RowWeights(images.sum(0, keepdim=True), torch.tensor([2.0]), 0, scores[None], fits=fits.any(0)[None])
+        torch.testing.assert_close(weights_of_request(images, scores, fits), rows.weights[0])
+        assert weights_of_request(images, scores, fits)[2] == 0
+        assert weights_of_request(images, scores, torch.zeros_like(fits)).tolist() == [0, 0, 0]
 
 
 def test_what_nothing_tells():
