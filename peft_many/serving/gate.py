@@ -61,15 +61,14 @@ def _by_images(worker: Any, pictures: list[Image.Image]) -> tuple[Tensor | None,
     return torch.cat(weights) if weights else None, torch.cat(fits) if fits else None
 
 
-def _by_words(worker: Any, merge: ServedMerge, ids: list[int]) -> Tensor | None:
+def _by_words(worker: Any, merge: ServedMerge, ids: list[int]) -> Tensor:
     """How well each task explains a prompt, `(tasks,)`."""
     known = vars(worker)
     if "served_words" not in known:
         known["served_words"] = Words.read(merge, worker.device)
     images = placeholders(worker.model_runner.model_config.hf_config)
-    return known["served_words"].scores(
-        [one for one in ids if one not in images], _embedding(worker.model_runner.get_model())
-    )
+    words: Words = known["served_words"]
+    return words.scores([one for one in ids if one not in images], _embedding(worker.model_runner.get_model()))
 
 
 def _token_ids(worker: Any, pictures: list[Image.Image], prompt: str | list[int] | None) -> list[int]:
