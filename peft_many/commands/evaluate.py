@@ -11,6 +11,18 @@ from ..data.scores import METRICS
 from . import arguments as a
 from .running import print_json
 
+_Metric = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[TASK=]METRIC", help=f"How answers are scored: {', '.join(METRICS)}. [dim]default: exact[/dim]"
+    ),
+]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Ask only this many questions of each task, the first ones.")]
+_Alone = Annotated[
+    Literal["all", "own", "none"],
+    typer.Option(help="Which questions each task's adapter is asked: all, those of its own task, none."),
+]
+
 
 def evaluate(
     merge: Annotated[str, typer.Argument(help="The folder or Hub id of a merge.", show_default=False)],
@@ -27,23 +39,13 @@ def evaluate(
             help=f"Test questions of a task: {a.SomeData} Can be given several times.",
         ),
     ] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[TASK=]METRIC", help=f"How answers are scored: {', '.join(METRICS)}. [dim]default: exact[/dim]"
-        ),
-    ] = None,
-    alone: Annotated[
-        Literal["all", "own", "none"],
-        typer.Option(help="Which questions each task's adapter is asked: all, those of its own task, none."),
-    ] = "all",
+    metric: _Metric = None,
+    alone: _Alone = "all",
     text: Annotated[Path | None, typer.Option(help="A text file to compute the perplexity of.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A folder for scores, answers and a picture.")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Ask only this many questions of each task, the first ones.")
-    ] = None,
+    limit: _Limit = None,
     split: Annotated[str, typer.Option(help="The split of a data set.")] = "test",
     images: a.Images = None,
     base_model: a.Base = None,
