@@ -52,7 +52,7 @@ OPTIONS = {
     "gate_by": _Option("What --gate-lora chooses by.", choices=_INPUTS, default="images"),
     "route_by": _Option("What chooses among the projectors.", choices=_INPUTS, default="images"),
     "abstain_above": _Option(
-        "Use the base model's own weights for inputs that are further than this from every task; 4 keeps nearly all "
+        "Use the base model's own weights for inputs that are further than this from every task; 3 loses hardly any "
         "of the tasks' own.",
         float,
         default="never",
