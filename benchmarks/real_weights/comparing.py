@@ -28,7 +28,7 @@ def chosen(names: Sequence[str] | None = None) -> list[Method]:
     unknown = [name for name in names or () if name not in every]
     if unknown:
         raise ValueError(f"There is no method {unknown[0]!r}; there are {'; '.join(every)}.")
-    return [every[name] for name in (METHODS if names is None else every) if names is None or name in names]
+    return [*METHODS.values()] if names is None else [method for name, method in every.items() if name in names]
 
 
 def compare(bench: Bench, names: Sequence[str] | None = None) -> None:
