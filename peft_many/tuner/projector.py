@@ -41,7 +41,7 @@ class ProjectorMixture(TaskRouter):
         self.temperature = options.temperature
         self.top_k = options.top_k
         self.abstain_above = options.abstain_above
-        self.limits = routed.limits(options.abstain_above)
+        self.routed = routed
         self.gate = gate  # the LoRA layers that go by the same weights or by instructions, if any do
         self.tells_gate = options.gates_by_images
         self.route_by = options.route_by
@@ -135,13 +135,16 @@ class ProjectorMixture(TaskRouter):
     def task_weights(self, pooled: Tensor) -> Tensor:
         """What each task counts for each image, `(images, tasks)`, float32; all zero where none is resembled."""
         prototypes = self.prototypes.to(pooled.device)
-        limits = None if self.abstain_above is None else self.limits
-        return task_weights(pooled, prototypes, self.metric, self.temperature, self.top_k, limits)
+        return task_weights(pooled, prototypes, self.metric, self.temperature, self.top_k, self.limits)
 
     def _fits(self, pooled: Tensor) -> Tensor | None:
         """Which tasks take each image, `(images, tasks)`, bool, on the CPU; `None` if any may."""
-        limits = None if self.abstain_above is None else self.limits
-        return tasks_that_take(pooled, self.prototypes.to(pooled.device), self.metric, limits)
+        return tasks_that_take(pooled, self.prototypes.to(pooled.device), self.metric, self.limits)
+
+    @property
+    def limits(self) -> list[float] | None:
+        """From which squared distance on each task takes no image, if from any."""
+        return self.routed.limits(self.abstain_above)
 
     def __getattr__(self, name: str) -> Any:
         try:
