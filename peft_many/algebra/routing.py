@@ -109,6 +109,12 @@ def joint_weights(scores: Tensor, image_weights: Tensor | None, fits: Tensor | N
     return _softmax(scores if fits is None else scores.masked_fill(~fits, -torch.inf), None)
 
 
+def among_all(rows: Tensor, columns: Sequence[int], tasks: int, missing: float = 0.0) -> Tensor:
+    """What is known of some tasks, `(rows, len(columns))`, among all of them, `(rows, tasks)`; `missing` of others."""
+    places = torch.tensor(columns, device=rows.device)
+    return rows.new_full((len(rows), tasks), missing).index_copy(1, places, rows)
+
+
 def _softmax(logits: Tensor, top_k: int | None) -> Tensor:
     """Softmax of each row without negligible weights, and without all but the `top_k` largest; zero if all `-inf`."""
     nothing = torch.isneginf(logits).all(dim=-1, keepdim=True)

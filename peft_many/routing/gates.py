@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.gating import decided
-from ..algebra.routing import joint_weights
+from ..algebra.routing import among_all, joint_weights
 from ..families.image_rows import ImageRows
 from .calls import Call, asked_for, running
 from .noted import ImageMethod, ImageWeights
@@ -47,13 +47,10 @@ def note_images(target: GateTarget, seen: SeenImages) -> None:
         warn_of_merged("images were encoded outside of the model's `forward` and `generate`")
         return
     refuse_checkpointing(call.owner, target.adapter_name)
-
-    def of_all_tasks(routed: Tensor) -> Tensor:
-        return routed.new_zeros(len(routed), target.tasks).index_copy(1, torch.tensor(target.columns), routed)
-
+    weights = among_all(seen.weights, target.columns, target.tasks)
+    fits = None if seen.fits is None else among_all(seen.fits, target.columns, target.tasks)
     start = cached_length(call.arguments.get("past_key_values"))
-    fits = None if seen.fits is None else of_all_tasks(seen.fits)
-    call.noted.add(target.adapter_name, ImageWeights(of_all_tasks(seen.weights), fits, seen.rows, told, start))
+    call.noted.add(target.adapter_name, ImageWeights(weights, fits, seen.rows, told, start))
 
 
 def with_instructions(target: GateTarget, seen: SeenImages, alone: bool) -> Tensor:

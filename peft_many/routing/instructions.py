@@ -11,7 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..algebra.instructions import instruction_features, token_weights
-from ..algebra.routing import gaussian_scores
+from ..algebra.routing import among_all, gaussian_scores
 from ..families.instructions import Instructions, instructions_of
 from ..records import INSTRUCTION_ROUTER
 from .task_router import TaskRouter
@@ -58,7 +58,7 @@ class InstructionRouter(TaskRouter):
         metric = self.metric
         assert metric is not None
         found = gaussian_scores(features, self.prototypes.to(features.device), metric, 1.0, self.limits).cpu()
-        return found.new_full((len(found), self.tasks), -torch.inf).index_copy(1, torch.tensor(self.columns), found)
+        return among_all(found, self.columns, self.tasks, missing=-torch.inf)
 
 
 def router_of(model: nn.Module | None, adapter_name: str) -> InstructionRouter | None:

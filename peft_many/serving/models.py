@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
+from ..algebra.routing import among_all
 from ..records import ROUTED_PREFIX
 from .asked import merge_to_route_by
 from .families import FAMILIES
@@ -63,13 +63,10 @@ def routed_model(architecture: str) -> type[Any]:
             with images_lie(family.shares(kwargs)) as images:
                 super().embed_multimodal(**kwargs)
             projector, weights, fits = images.decided[-1]
-            record = self.served_merge.record
-            places = torch.tensor([record.names.index(task.name) for task in projector.routed.tasks])
-
-            def of_all_tasks(routed: Tensor) -> Tensor:
-                return routed.new_zeros(len(routed), len(record.names)).index_copy(1, places, routed)
-
-            return of_all_tasks(weights), None if fits is None else of_all_tasks(fits)
+            names = self.served_merge.record.names
+            places = [names.index(name) for name in projector.routed.names]
+            weights = among_all(weights, places, len(names))
+            return weights, None if fits is None else among_all(fits, places, len(names))
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
             if self.served_merge is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.instructions import instruction_features, token_weights
-from ..algebra.routing import gaussian_scores, joint_weights
+from ..algebra.routing import among_all, gaussian_scores, joint_weights
 from ..algebra.spread import FeatureMetric
 from ..records import MergeRecord
 from .merge import ServedMerge
@@ -59,9 +59,9 @@ class Words:
         parts = zip(tokens.split(_AT_ONCE, dim=1), token_weights(torch.ones_like(tokens)).split(_AT_ONCE, dim=2))
         features = torch.stack([instruction_features(embed(some), weights) for some, weights in parts]).sum(0)
         limits = routed.limits(self.record.options.abstain_above)
-        found = gaussian_scores(features, self.prototypes, self.metric, 1.0, limits)[0].cpu()
-        places = torch.tensor([self.record.names.index(name) for name in routed.tasks])
-        return found.new_full((len(self.record.tasks),), -torch.inf).index_copy(0, places, found)
+        found = gaussian_scores(features, self.prototypes, self.metric, 1.0, limits).cpu()
+        places = [self.record.names.index(name) for name in routed.tasks]
+        return among_all(found, places, len(self.record.tasks), missing=-torch.inf)[0]
 
 
 def placeholders(config: Any) -> set[int]:
