@@ -22,7 +22,10 @@ def bench(
         Path | None,
         typer.Option(help="A folder of tasks (<task>/train.jsonl, test.jsonl), in place of those painted."),
     ] = None,
-    task: Annotated[list[str] | None, typer.Option(help="A task; all if not given. Repeatable.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task; if not given, the six that share no pictures, or all of --data. Repeatable."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the adapters.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps for each task.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples to a step.")] = None,
@@ -46,7 +49,7 @@ def bench(
 
     python -m benchmarks.real_weights  (a night on two cores)
 
-    python -m benchmarks.real_weights --jobs 8 --at-once 64  (on a GPU)
+    python -m benchmarks.real_weights --jobs 8 --at-once 64 --steps 150 --batch-size 64 --learning-rate 7e-4  (a GPU)
 
     python -m benchmarks.real_weights --model HuggingFaceTB/SmolVLM-256M-Instruct  (another model)
 
