@@ -92,8 +92,12 @@ def opened(picture: Any) -> Any:
             picture = picture["path"] if content is None else Image.open(io.BytesIO(content))
         return load_image(str(picture) if isinstance(picture, os.PathLike) else picture)
     except (OSError, KeyError, TypeError, ValueError) as error:
-        shown = picture if isinstance(picture, (str, os.PathLike)) else f"of type {type(picture).__name__}"
-        raise ValueError(f"The image '{shown!s:.200}' cannot be read: {error}.") from error
+        named = isinstance(picture, (str, os.PathLike))
+        shown = picture if named else f"of type {type(picture).__name__}"
+        why: Any = error
+        if named and not str(picture).startswith(_NOT_FILES) and not os.path.isfile(picture):
+            why = "it is a folder" if os.path.isdir(picture) else "there is no such file"  # it was tried as base64
+        raise ValueError(f"The image '{shown!s:.200}' cannot be read: {why}.") from error
 
 
 def _rows(data: Any, split: str, first: int | None) -> tuple[Sequence[Any], str, list[Path]]:
@@ -114,14 +118,25 @@ def _rows(data: Any, split: str, first: int | None) -> tuple[Sequence[Any], str,
 def _json_rows(path: Path) -> list[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file '{path}'.")
-    text = path.read_text(encoding="utf-8")
     try:
-        # Not by `splitlines`, which would also cut where a text has one of Unicode's line separators in it.
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(r) for r in text.split("\n") if r.strip()]
+        text = path.read_text(encoding="utf-8-sig")  # some programs, on Windows mostly, begin files with a mark
+        rows = json.loads(text) if path.suffix == ".json" else _json_lines(text)
     except ValueError as error:
         raise ValueError(f"'{path}' is no {path.suffix[1:].upper()} file: {error}.") from error
     if not isinstance(rows, list):
         raise ValueError(f"'{path}' must hold a list of rows, but it holds {type(rows).__name__}.")
+    return rows
+
+
+def _json_lines(text: str) -> list[Any]:
+    rows = []
+    # Not by `splitlines`, which would also cut where a text has one of Unicode's line separators in it.
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except json.JSONDecodeError as error:  # which takes each line for the first
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
     return rows
 
 

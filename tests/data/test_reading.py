@@ -199,6 +199,7 @@ def test_lines_end_where_lines_end(tmp_path):
         ("none.jsonl", None, FileNotFoundError, "There is no file"),
         ("none.parquet", None, FileNotFoundError, "There is no file"),
         ("bad.jsonl", "{", ValueError, "is no JSONL file"),
+        ("cut.jsonl", '{"question": "?", "answer": "x"}\n\n{"question', ValueError, "line 3, column 2: Unterminated"),
         ("map.json", "{}", ValueError, "must hold a list of rows"),
         ("rows.xml", "<a/>", ValueError, "is no data file; these end in .json"),
         ("empty.json", "[]", ValueError, "no row with an answer"),
@@ -217,6 +218,22 @@ def test_without_datasets_it_is_said_what_needs_it(tmp_path, monkeypatch):
         read_examples("me/clevr")
     (found,) = read_examples(toy.write(tmp_path / "rows.json", [{"question": "?", "answer": "x"}]))
     assert found.answer == "x"
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path, name):
+    content = json.dumps(ROW | {"image": None})
+    (tmp_path / name).write_text(f"[{content}]" if name == "rows.json" else content, encoding="utf-8-sig")
+    (found,) = read_examples(tmp_path / name)
+    assert found.answer == "red"
+
+
+@pytest.mark.parametrize(("bad", "why"), [("nowhere.png", "there is no such file"), (".", "it is a folder")])
+def test_an_image_that_is_no_file_is_not_called_wrong_base64(tmp_path, monkeypatch, bad, why):
+    monkeypatch.chdir(tmp_path)
+    for given in (bad, Path(bad)):
+        with pytest.raises(ValueError, match=f"cannot be read: {why}"):
+            opened(given)
 
 
 @pytest.mark.parametrize("bad", [Path("text.png"), {"bytes": b"text"}, {"path": "nowhere"}, "data:image/png;base64,!"])
