@@ -20,6 +20,13 @@ def float64_device(device: str | torch.device) -> torch.device:
     return torch.device("cpu") if chosen.type in WITHOUT_FLOAT64 else chosen
 
 
+def answers(device: torch.device, dtype: torch.dtype) -> torch.device:
+    """Fail as PyTorch does where a device is not here, or does not know a dtype."""
+    found = torch.zeros(1, dtype=dtype, device=device)
+    found.item()
+    return found.device
+
+
 def has_caches(device: torch.device) -> bool:
     """Whether work is worth cutting into pieces that fit a cache; a GPU wants few large pieces."""
     return device.type == "cpu"

@@ -15,6 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
+from ..algebra.devices import answers
 from ..families.parts import find_projectors, parts_of
 from .sources import HubArguments, first_line
 
@@ -78,6 +79,7 @@ class BaseModel:
         """
         if device is None:
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        _check_device(device)
         quantised = options.get("quantization_config")
         if quantised is None:
             model = self.load(**options)
@@ -123,6 +125,14 @@ class BaseModel:
             if not (folder / path.name).exists():  # transformers wrote its own
                 shutil.copyfile(path, folder / path.name)
         return [] if any(path.name != "generation_config.json" for path in found) else missing
+
+
+def _check_device(device: Any) -> None:
+    """Try a device out before a model is loaded for it, which takes long."""
+    try:
+        answers(torch.device(device), torch.float32)
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(f"`device` {str(device)!r} cannot be used here: {first_line(error)}") from None
 
 
 def model_class(config: Any, name: str) -> Any:

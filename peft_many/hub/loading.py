@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftWarning
 from torch import nn
 
-from ..files.errors import MalformedAdapterError, StatisticsError, unusable_config
+from ..files.errors import MalformedAdapterError, StatisticsError, UnmergeableAdapterError, unusable_config
 from ..files.source import AdapterSource
 from ..files.statistics import AdapterStatistics
 from ..files.tensor_file import open_tensors
@@ -67,7 +67,16 @@ def put_on(base: nn.Module, source: AdapterSource) -> PeftModel:
     path = source.folder / SAFETENSORS_WEIGHTS_NAME
     if path.is_file() and not isinstance(PeftConfig.from_pretrained(str(source.folder)), MAnyConfig):
         mapping = key_mapping(open_tensors(path, MalformedAdapterError), base) or None  # our own looks by itself
-    return PeftModel.from_pretrained(base, str(source.folder), key_mapping=mapping)
+    try:
+        return PeftModel.from_pretrained(base, str(source.folder), key_mapping=mapping)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        first = next(line for line in str(error).splitlines() if "size mismatch" in line).strip()
+        raise UnmergeableAdapterError(
+            f"{source.name} does not fit the base model, whose layers have other shapes: it was trained on another. "
+            f"({first})"
+        ) from error
 
 
 class LoadedWeights:

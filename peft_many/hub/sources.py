@@ -22,6 +22,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftWarning
 from torch import nn
 from typing_extensions import Unpack
 
+from ..files.atomic import writable_place
 from ..files.card import CARD_NAME
 from ..files.errors import StatisticsError
 from ..files.source import AdapterSource
@@ -153,6 +154,22 @@ def find_adapter(entry: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> 
         said = reason.format(entry=repr(str(entry)), repo_id=repo_id, revision=revision, error=first_line(error))
         raise AdapterNotFoundError(said) from None
     return AdapterSource(folder=Path(folder), name=repo_id, revision=Path(folder).name)
+
+
+def replaceable_files(output: Path, overwrite: bool) -> list[str]:
+    """The files in the output folder that an adapter or a merge may replace.
+
+    Raises:
+        FileExistsError: Something is there that may not be replaced.
+    """
+    replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
+    try:
+        writable_place(output, replaced)
+    except FileExistsError as error:
+        if overwrite or not (output / CONFIG_NAME).is_file():
+            raise
+        raise FileExistsError(f"{error} To replace the adapter in it: `overwrite=True`, or `--overwrite`.") from None
+    return replaced
 
 
 def first_line(error: Exception) -> str:

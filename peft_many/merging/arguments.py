@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import CONFIG_NAME
 
-from ..algebra.devices import float64_device
-from ..files.atomic import writable_place
-from ..files.card import CARD_NAME
-from ..hub.sources import ADAPTER_FILES, check_entry
+from ..algebra.devices import answers, float64_device
+from ..hub.sources import check_entry
 
 
 def check_arguments(entries: Any, weights: Any, without: Any, task_names: Any) -> None:
@@ -54,18 +51,6 @@ def output_folder(output_dir: Any) -> Path:
     return Path(output_dir).expanduser()
 
 
-def replaceable_files(output: Path, overwrite: bool) -> list[str]:
-    """The files in the output folder that a merge may replace, or `FileExistsError` if it cannot be written there."""
-    replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
-    try:
-        writable_place(output, replaced)
-    except FileExistsError as error:
-        if overwrite or not (output / CONFIG_NAME).is_file():
-            raise
-        raise FileExistsError(f"{error} To replace the adapter in it: `overwrite=True`, or `--overwrite`.") from None
-    return replaced
-
-
 def usable_device(device: str | torch.device) -> torch.device:
     """Where to compute: the device, tried out before anything is read, or the CPU in place of one without float64.
 
@@ -81,13 +66,6 @@ def usable_device(device: str | torch.device) -> torch.device:
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"`device` {str(device)!r} cannot compute in float64 here: {reason}") from None
-
-
-def answers(device: torch.device, dtype: torch.dtype) -> torch.device:
-    """Fail as PyTorch does where a device is not here, or does not know a dtype."""
-    found = torch.zeros(1, dtype=dtype, device=device)
-    found.item()
-    return found.device
 
 
 def _is_list(given: Any) -> bool:

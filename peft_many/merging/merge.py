@@ -23,11 +23,12 @@ from ..files.card import CARD_NAME
 from ..files.processes import ALONE, all_processes
 from ..files.tensor_file import TensorFileWriter, lay_out
 from ..files.tensor_keys import KEY_PREFIX
+from ..hub.sources import replaceable_files
 from ..records import MergeOptions
 from ..records.keywords import takes_merge_options
 from ..tuner.adapter_names import trouble_with
 from ..tuner.merged_linear import round_merge
-from .arguments import output_folder, replaceable_files, usable_device
+from .arguments import output_folder, usable_device
 from .base_model import check_fits_model, untouched_on_failure
 from .group import LayerRecord, MergedGroup, mean_residuals, merge_groups
 from .merged_config import merged_config

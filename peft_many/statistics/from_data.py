@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from typing_extensions import Unpack
@@ -17,12 +18,11 @@ from typing_extensions import Unpack
 from ..data.batches import ChatCollator, batches
 from ..data.reading import read_examples
 from ..files.atomic import new_folder
-from ..files.card import CARD_NAME
 from ..files.source import AdapterSource
 from ..hub.base_model import BaseModel
 from ..hub.llava_checkpoint import PROJECTOR_WEIGHTS_NAME, import_llava_checkpoint
 from ..hub.loading import put_on
-from ..hub.sources import ADAPTER_FILES, HubArguments, find_adapter
+from ..hub.sources import HubArguments, find_adapter, replaceable_files
 from ..records import merge_of
 from .collect import collect_statistics
 
@@ -92,6 +92,7 @@ def measure_adapter(
             template; all that [`collect_statistics`] raises.
         FileNotFoundError: The adapter, its base model, the data or an image are not there.
         FileExistsError: The output folder is there already.
+        OSError: The adapter was measured and written, but could not be pushed.
         ImportError: The data are read by `datasets`, which is not installed.
 
     Example:
@@ -105,7 +106,9 @@ def measure_adapter(
         ```
     """
     folder = Path(output_dir).expanduser()
-    replaced = [*ADAPTER_FILES, CARD_NAME] if overwrite else []
+    replaced = replaceable_files(folder, overwrite)
+    if push_to is not None:
+        validate_repo_id(push_to)  # now, and not when all is measured
     with new_folder(folder, replaced) as partial, _as_adapter(find_adapter(adapter, **hub), base_model) as source:
         config = PeftConfig.from_pretrained(str(source.folder))
         if merge_of(config) is not None:
@@ -124,7 +127,12 @@ def measure_adapter(
         )
         model.save_pretrained(str(partial))
     if push_to is not None:
-        model.push_to_hub(push_to, token=hub.get("token"))
+        try:
+            model.push_to_hub(push_to, token=hub.get("token"))
+        except (OSError, httpx.HTTPError) as error:
+            raise OSError(
+                f"The measured adapter is in '{folder}', but could not be pushed to '{push_to}': {error}"
+            ) from error
     return folder
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from peft_many import (
     MAnyConfig,
@@ -137,6 +137,30 @@ def test_the_measured_adapter_goes_to_the_hub(place, tmp_path, hub, monkeypatch)
     assert hub.files("me/measured")[STATISTICS] == files(tmp_path / "1")[STATISTICS]
 
 
+def test_where_the_measured_adapter_is_when_it_cannot_be_pushed(place, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(PeftModel, "push_to_hub", fails)
+    given = {"push_to": "me/measured", "progress": False, "max_samples": 4}
+    with pytest.raises(OSError, match=r"is in '.*kept', but could not be pushed to 'me/measured': no network"):
+        measure_adapter(place / "colours", place / "colours.json", tmp_path / "kept", **given)
+    assert STATISTICS in files(tmp_path / "kept")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        measure_adapter(place / "colours", place / "colours.json", tmp_path / "kept", **given)
+
+
+def test_a_base_model_of_another_size_is_not_called_a_bug(place, tmp_path):
+    config = AutoConfig.from_pretrained(place / "base")
+    config.text_config.intermediate_size *= 2
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "other")
+    toy.processor("llava").save_pretrained(tmp_path / "other")
+    given = {"base_model": tmp_path / "other", "progress": False}
+    with pytest.raises(ValueError, match=r"colours does not fit the base model.*size mismatch for"):
+        measure_adapter(place / "colours", place / "colours.json", tmp_path / "new", **given)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
@@ -148,6 +172,8 @@ def test_the_measured_adapter_goes_to_the_hub(place, tmp_path, hub, monkeypatch)
         ({"adapter": "nowhere"}, FileNotFoundError, "no folder 'nowhere'"),
         ({"base_model": "nowhere"}, FileNotFoundError, "processor of the base model 'nowhere' cannot be loaded"),
         ({"output_dir": "."}, FileExistsError, "not empty"),
+        ({"device": "nonsense"}, ValueError, "`device` 'nonsense' cannot be used here"),
+        ({"push_to": "not/a/repository"}, ValueError, "not/a/repository"),
         ({"data": [{"question": "What?", "answer": "x"}], "statistics_options": {"rank": 0}}, ValueError, "rank"),
     ],
 )
