@@ -129,9 +129,11 @@ def _task_names(arguments: Mapping[str, Any], given: list[str]) -> list[Any]:
 
 def weights_by_task(given: list[str] | None) -> dict[str, float] | None:
     """What `--weight task=number` says, several times."""
-    weights = {}
+    weights: dict[str, float] = {}
     for text in given or ():
         task, _, number = text.rpartition("=")
+        if task in weights:
+            raise typer.BadParameter(f"'{task}' is weighed twice.", param_hint="--weight")
         try:
             weights[task] = float(number)
         except ValueError:

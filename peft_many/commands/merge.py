@@ -70,7 +70,7 @@ def merge(
     peft-many merge merged --output merged-2 --weight clevr=2 --ridge 1e-5 [dim]# weigh it anew[/dim]
     """
     from .. import merge_adapter_files
-    from ..merging.arguments import replaceable_files
+    from ..hub.sources import replaceable_files
 
     arguments = a.merge_arguments(adapters, recipe, weight, name, without, same_base, device, options)
     if dry_run:

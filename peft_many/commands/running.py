@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import traceback
 import warnings
 from typing import Any
 
@@ -26,6 +27,8 @@ class Commands(TyperGroup):
             except Exception as error:
                 if ctx.params.get("debug") or hasattr(error, "show"):  # the latter are typer's own, of wrong usage
                     raise
+                # Progress bars that were open end their line with the frames: what is said is the last line.
+                traceback.clear_frames(error.__traceback__)
                 say_error(_told(error))
                 raise typer.Exit(FAILED) from None
 

@@ -260,6 +260,7 @@ def test_exports_are_the_functions(merged, tmp_path):
         (["merge", "a", "-o", "y", "--name", "b=c"], 2, "'b=c' is not ADAPTER=TASK; the adapters are 'a'"),
         (["merge", "a", "-o", "y", "--dtype", "int8"], 2, "`dtype` must be one of"),
         (["merge", "a", "-o", "y", "--rank", "0"], 2, "`rank` must be at least 1"),
+        (["merge", "a", "-o", "y", "-w", "a=1", "-w", "a=2"], 2, "'a' is weighed twice"),
         (["merge", "a", "-o", "y", "--method", "magic"], 2, "unknown method 'magic'"),
         (["merge", "a", "-o", "y", "--device", "nonsense"], 1, "cannot compute in float64"),
         (["remove", "nowhere", "a", "-o", "y"], 1, "There is no folder 'nowhere'"),
@@ -280,6 +281,14 @@ def test_mistakes_end_in_one_message_and_a_code(tmp_path, monkeypatch, words, co
     done = run(*words, code=code)
     assert message in " ".join(done.stderr.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["nowhere", "me/nowhere", "/nowhere/at/all"])
+def test_the_last_line_is_the_error_though_a_bar_was_open(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    told = run("merge", name, "-o", "new", code=1).stderr
+    assert "Reading adapters" in told
+    assert told.rstrip("\n").rpartition("\n")[2].startswith("There is no folder")
 
 
 def test_only_debug_shows_a_traceback(tmp_path, monkeypatch):
