@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..data.scores import METRICS
 from . import arguments as a
 from .running import print_json
+
+if TYPE_CHECKING:
+    from ..reports.evaluation import Evaluation
 
 _Metric = Annotated[
     list[str] | None,
@@ -69,9 +72,11 @@ def evaluate(
 
     peft-many evaluate merged --data clevr=clevr.jsonl --text prose.txt --json
     """
-    from .. import evaluate_merge, save_evaluation
-    from .display import show_evaluation
+    from .. import evaluate_merge
+    from ..files.atomic import check_fillable
 
+    if output is not None:
+        check_fillable(output.expanduser())  # now, and not when all are asked
     found = evaluate_merge(
         merge,
         _by_task([*(data or ()), *(more or ())]),
@@ -89,21 +94,36 @@ def evaluate(
         model_options=a.model_options(load_in),
         progress=not quiet,
     )
-    folder = None if output is None else save_evaluation(found, output)
+    _tell(found, output, json)
+
+
+def _tell(found: Evaluation, output: Path | None, json: bool) -> None:
+    """Show scores, and write them thereafter: should that fail, they are not lost."""
+    from .. import save_evaluation
+    from .display import show_evaluation
+
     if json:
         print_json(found.to_dict())
-        return
-    show_evaluation(found)
-    if folder is not None:
-        typer.echo(f"Scores and answers: {folder}")
+    else:
+        show_evaluation(found)
+    if output is not None:
+        folder = save_evaluation(found, output)
+        if not json:
+            typer.echo(f"Scores and answers: {folder}")
 
 
 def _by_task(given: list[str]) -> dict[str, str]:
     """Data by task; without a name a file's own is the task's."""
-    found = {}
+    found: dict[str, str] = {}
     for text in given:
         task, named, place = text.partition("=")
-        found[task if named else Path(text).stem] = place if named else text
+        task, place = (task, place) if named else (Path(text).stem, text)
+        if task in found:
+            raise typer.BadParameter(
+                f"Data of '{task}' are given twice: {found[task]} and {place}. Name each: TASK=DATA.",
+                param_hint="--data",
+            )
+        found[task] = place
     if not found:
         raise typer.BadParameter("Give test questions: --data TASK=DATA, for each task.", param_hint="--data")
     return found

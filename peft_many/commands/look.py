@@ -53,8 +53,10 @@ def report(
     peft-many report me/merged --output merged-report --no-conflicts [dim]# in half the time[/dim]
     """
     from .. import merge_report, save_report
+    from ..files.atomic import check_fillable
     from .display import show_report
 
+    check_fillable(output.expanduser())
     found = merge_report(merge, conflicts=conflicts, device=device or "cpu", progress=not quiet)
     page = save_report(found, output)
     show_report(found)

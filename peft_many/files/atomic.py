@@ -104,6 +104,16 @@ def writable_place(path: Path, replaced: Collection[str] = ()) -> Path:
     return path
 
 
+def check_fillable(path: Path) -> None:
+    """Fail if nothing can be written into a folder, which need not be there; it is not made."""
+    path = path.absolute()
+    above = next(place for place in (path, *path.parents) if place.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"The output folder '{path}' cannot be created: '{above}' is a file.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"Nothing can be written into the output folder '{path}': '{above}': Permission denied.")
+
+
 def _hint() -> str:
     """What may be the reason why somebody else's folder is in the way."""
     if not several_run():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.utils import PeftWarning
 from torch.nn import functional
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
@@ -129,6 +131,8 @@ def evaluate_merge(
     metrics = {task: metric if isinstance(metric, str) else metric.get(task, "exact") for task in data}
     for one in set(metrics.values()):
         check_metric(one)
+    if not isinstance(metric, str) and (unknown := [task for task in metric if task not in data]):
+        raise ValueError(f"`metric` names '{unknown[0]}', of which no data are given; there are {_listed(data)}.")
     if not data:
         raise ValueError("There is nothing to evaluate on; give `data`, test questions by task.")
     # Files are read before the model is: what is missing shows at once.
@@ -143,6 +147,7 @@ def evaluate_merge(
         model_options=model_options,
         hub=hub,
     )
+    _warn_of_strange(data, running.tasks if alone != "none" else [])
     answers: dict[str, dict[str, list[str]]] = {}
     perplexity: dict[str, float] = {}
     tasks = [task for task in running.tasks if alone == "all" or (alone == "own" and task in data)]
@@ -161,6 +166,22 @@ def evaluate_merge(
         for who, by_task in answers.items()
     }
     return Evaluation(metrics, {task: len(rows) for task, rows in questions.items()}, scores, perplexity, answers)
+
+
+def _warn_of_strange(data: Mapping[str, Any], tasks: Sequence[str]) -> None:
+    """Say which data have a name that no task of the merge has: misspelled, they are compared with no adapter."""
+    strange = [name for name in data if name not in tasks]
+    if tasks and strange:
+        warnings.warn(
+            f"No task of the merge is called {_listed(strange)}, so no adapter of its own is compared with the merge "
+            f"there; the tasks are {_listed(tasks)}.",
+            PeftWarning,
+            stacklevel=3,
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def perplexity_of(model: Any, tokenizer: Any, text: str, progress: bool = False) -> float:

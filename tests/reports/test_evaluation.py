@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import PeftWarning
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -110,12 +111,19 @@ def test_perplexity_is_that_of_the_texts_tokens(place, data, tmp_path, monkeypat
         ({"metric": "bleu"}, "no metric 'bleu'"),
         ({"metric": {"warm": "bleu"}}, "no metric 'bleu'"),
         ({"data": {"warm": "nowhere.json"}}, "There is no file"),
+        ({"metric": {"wram": "vqa"}}, "`metric` names 'wram', of which no data are given; there are 'warm', 'cold'"),
     ],
 )
 def test_mistakes_show_before_the_model_is_loaded(place, data, monkeypatch, options, match):  # noqa: F811
     monkeypatch.setattr("peft_many.reports.running.RunningMerge.load", None)
     with pytest.raises((ValueError, FileNotFoundError), match=match):
         evaluate_merge(place / "merged", **{"data": data, **options})
+
+
+def test_data_that_no_task_is_called_by_are_named(place, data):  # noqa: F811
+    given = {"limit": 1, "max_new_tokens": 2, "progress": False}
+    with pytest.warns(PeftWarning, match="No task of the merge is called 'wram'.*the tasks are 'cold', 'warm'"):
+        evaluate_merge(place / "merged", {"wram": data["warm"], "cold": data["cold"]}, alone="own", **given)
 
 
 FOUND = Evaluation(
@@ -134,6 +142,27 @@ def test_what_is_written(tmp_path):
     assert written["forgotten"] == {"warm": 10.0}
     assert written["mean"] == {MERGE: 62.5}
     assert (folder / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_output_that_cannot_be_is_found_out_before_anybody_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_many.evaluate_merge", None)
+    (tmp_path / "file").touch()
+    words = ["evaluate", "merged", "--data", "a=a.json", "-o", str(tmp_path / "file" / "new")]
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 1
+    assert "is a file" in told.stderr
+
+
+def test_what_was_found_is_shown_though_it_cannot_be_written(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("peft_many.evaluate_merge", lambda *args, **options: FOUND)
+    monkeypatch.setattr("peft_many.save_evaluation", full)
+    told = CliRunner().invoke(app, ["evaluate", "merged", "--data", "a=a.json", "-o", str(tmp_path / "new")])
+    assert told.exit_code == 1
+    assert "75.0" in told.stdout
+    assert "No space left" in told.stderr
 
 
 def test_the_command(place, data, tmp_path):  # noqa: F811
@@ -157,4 +186,7 @@ def test_the_command(place, data, tmp_path):  # noqa: F811
     told = CliRunner().invoke(app, [*words, "--json"])
     assert json.loads(told.stdout)["scores"].keys() == found.scores.keys()
     assert CliRunner().invoke(app, words[:2]).exit_code == 2
+    twice = CliRunner().invoke(app, [*words[:2], "--data", "a/test.jsonl", "b/test.jsonl"])
+    assert twice.exit_code == 2
+    assert "given twice" in twice.output
     assert CliRunner().invoke(app, [*words, "--metric", "vqa", "--metric", "exact"]).exit_code == 2
