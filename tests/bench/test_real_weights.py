@@ -320,10 +320,15 @@ def test_one_command_takes_any_model_and_any_tasks(place, tmp_path, monkeypatch)
         assert 0 <= stage["result"]["accuracy"] <= 100
         assert stage["result"]["losses"]
         assert (tmp_path / "seed0" / name / "adapter_statistics.safetensors").exists()
+    picture = tmp_path / "methods-1.png"
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    picture.unlink()
     monkeypatch.setattr(run, "learn", None)
-    again = CliRunner().invoke(app, options)
-    assert again.exit_code == 0, again.output
-    for wrong in (["--task", "nothing"], ["--method", "nothing"]):
+    for again in (options, ["--only-report", "--output", str(tmp_path)]):
+        done = CliRunner().invoke(app, again)
+        assert done.exit_code == 0, done.output
+        assert picture.exists()
+    for wrong in (["--task", "nothing"], ["--method", "nothing"], ["--only-report", "--output", "nothing"]):
         refused = CliRunner().invoke(app, [*options, *wrong])
         assert refused.exit_code == 2
         assert "nothing" in refused.output
