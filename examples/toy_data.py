@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from transformers import CLIPImageProcessor, LlavaProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are in no package
 
 from benchmarks.mini_ucit.drawing import CELL, SIZE
 from benchmarks.mini_ucit.model import MODELS, build_tokenizer

@@ -13,8 +13,8 @@ from typing import Any
 import griffe
 
 _LISTED = re.compile(r"^::: (peft_many\S*)", re.M)
-_TYPE = re.compile(r"^(\s*\**\w+) \(((?:\[?`[^\n]*?)`\]?(?:, \*optional\*)?(?:, defaults to [^\n]*?)?)\):", re.M)
-_RESULT = re.compile(r"^(\s*)\[?`([^`\n]+)`\]?: ", re.M)
+_TYPE = re.compile(r"^(\s*\**\w+) \((\[?`[^\n]*?)\):", re.M)
+_RESULT = re.compile(r"^(\s*)(\[?`[^`\n]+`\]?(?: or \[?`[^`\n]+`\]?)*): ", re.M)
 _LINK = re.compile(r"\[`~?([\w.]+)`\](?!\()")
 _EXAMPLE = re.compile(r"^Example:\n\n((?:    [^\n]*\n|\n)+?)(?=\S|\Z)", re.M)
 
@@ -42,12 +42,15 @@ def _examples(found: re.Match[str]) -> str:
 
 def _plain_type(text: str) -> str:
     """Of "`str` or `int`, *optional*, defaults to `1`" the types; the default is shown beside them anyway."""
-    text = re.sub(r", defaults to .*|, \*optional\*", "", text).replace("` or `", " | ")
-    return re.sub(r"`|~", "", re.sub(r"^\[`(.*)`\]$", r"\1", text))
+    text = re.sub(r", defaults to .*|, \*optional\*", "", text)
+    text = re.sub(r"(?<=`) or a list of them$", " | list", text)
+    text = re.sub(r"(`\]?)(?:, | or )(?=\[?`)", r"\1 | ", text)
+    return re.sub(r"\[`|`\]|[`~]", "", text)
 
 
 def _result(found: re.Match[str]) -> str:
-    return f"{found[1]}{found[2].rpartition('.')[2] if found[2].startswith('~') else found[2]}: "
+    short = re.sub(r"~[\w.]+\.", "", found[2])
+    return f"{found[1]}{_plain_type(short)}: "
 
 
 @functools.cache

@@ -79,11 +79,11 @@ def register_family(model_type: str, family: Family) -> None:
 
     Example:
 
-    ```py
-    >>> from peft_many.families import Family, register_family
+        ```py
+        >>> from peft_many.families import Family, register_family
 
-    >>> register_family("my_vlm", Family(projectors=("eye_to_mouth",), language_model="mouth"))
-    ```
+        >>> register_family("my_vlm", Family(projectors=("eye_to_mouth",), language_model="mouth"))
+        ```
     """
     FAMILIES[model_type] = family
 

@@ -32,16 +32,16 @@ def register_image_layout(layout: ImageLayout) -> ImageLayout:
 
     Example:
 
-    ```py
-    >>> import torch
-    >>> from peft_many.families import ImageRows, ProjectorCall, register_image_layout
+        ```py
+        >>> import torch
+        >>> from peft_many.families import ImageRows, ProjectorCall, register_image_layout
 
 
-    >>> @register_image_layout
-    ... def by_patch_counts(call: ProjectorCall) -> ImageRows | None:
-    ...     counts = call.image_arguments.get("patch_counts")  # an argument of the model's `get_image_features`
-    ...     return None if counts is None else ImageRows(torch.as_tensor(counts), flat=True)
-    ```
+        >>> @register_image_layout
+        ... def by_patch_counts(call: ProjectorCall) -> ImageRows | None:
+        ...     counts = call.image_arguments.get("patch_counts")  # of `get_image_features`
+        ...     return None if counts is None else ImageRows(torch.as_tensor(counts), flat=True)
+        ```
     """
     LAYOUTS.insert(0, layout)
     return layout

@@ -14,10 +14,12 @@ Args:
     rank (`int`, *optional*, defaults to `2`): How much; see docs/x.md (docs/how-to/gates.md).
     weights (`Sequence[float]` or `Mapping[str, float]`, *optional*): Which.
     record ([`Origin`]): Where from.
+    images (`str`, `os.PathLike`, `PIL.Image.Image` or a list of them): What to look at.
+    method (`str` or [`MergeMethod`], defaults to `"lpm"`): How.
     **options: More.
 
 Returns:
-    [`MergeOptions`]: All.
+    [`MergeOptions`] or [`~peft.PeftModel`]: All.
 
 Example:
 
@@ -32,10 +34,12 @@ Args:
     rank (int): How much; see docs/x.md ([more](how-to/gates.md)).
     weights (Sequence[float] | Mapping[str, float]): Which.
     record (Origin): Where from.
+    images (str | os.PathLike | PIL.Image.Image | list): What to look at.
+    method (str | MergeMethod): How.
     **options: More.
 
 Returns:
-    MergeOptions: All.
+    MergeOptions | PeftModel: All.
 
 Examples:
     >>> 1 + 1
