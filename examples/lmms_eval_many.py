@@ -3,7 +3,7 @@
     python lmms_eval_many.py --model llava_hf --tasks mme \\
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,peft=merged,device_map=auto
 
-All else is lmms-eval's own command line. Needs `pip install lmms-eval decord`.
+All else is lmms-eval's own command line. Needs `pip install lmms-eval decord "filelock<4"`.
 """
 
 from __future__ import annotations
