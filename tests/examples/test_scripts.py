@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,11 @@ def test_questions_to_evaluate_on_are_about_other_pictures(toy):
     assert len(held_out) > 40
     assert not seen & held_out
     assert len((toy / "icons-test.jsonl").read_text().splitlines()) == 48
+
+
+def test_the_toy_is_made_from_within_its_folder():
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "toy_data.py", "--help"], cwd=EXAMPLES, env=environment, check=True, timeout=300)
 
 
 def test_batches_are_those_the_model_was_pre_trained_on(toy):
