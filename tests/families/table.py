@@ -62,14 +62,17 @@ def as_markdown(findings: Sequence[Finding]) -> str:
     routed = [finding for finding in findings if finding.routed]
     rest = [finding for finding in findings if not finding.routed]
     lines = [_HEAD, f"## The {len(routed)} families that are routed exactly", ""]
-    lines += ["All of them generate and reload, but where a note says otherwise.", ""]
-    lines += ["| family | projector | features | video | notes |", "|---|---|---|---|---|"]
+    lines += ["All of them generate and reload, but where a note below the table says otherwise.", ""]
+    lines += ["| family | projector | features | video |", "|---|---|---|---|"]
+    notes = []
     for one in routed:
         paths = ", ".join(f"`{name}`" for name in one.projectors)
         video, _, why_not = one.video.partition(": ")
-        said = {"does not generate": one.generated, "does not reload": one.reloaded}
-        notes = [one.note, why_not and f"video: {why_not}", *(fault for fault, right in said.items() if not right)]
-        lines.append(f"| {one.family} | {paths} | {one.layout} | {video} | {'; '.join(filter(None, notes))} |")
+        lines.append(f"| {one.family} | {paths} | {one.layout} | {video} |")
+        faults = {"does not generate": one.generated, "does not reload": one.reloaded}
+        said = [one.note, why_not and f"no video: {why_not}", *(fault for fault, right in faults.items() if not right)]
+        notes += [f"- {one.family}: {note}" for note in said if note]
+    lines += ["", *notes]
     lines += ["", f"## The {len(rest)} others", "", "| family | why |", "|---|---|"]
     lines += [f"| {one.family} | {one.note} |" for one in rest]
     return "\n".join(lines) + "\n" + _FOREIGN
