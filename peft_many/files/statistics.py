@@ -115,11 +115,9 @@ class TaskStatistics:
 
 
 class AdapterStatistics:
-    """The statistics of an adapter: of its one task, or of every task that was merged into it.
+    """The statistics of an adapter, in `tasks`: of its one task, or of every task that was merged into it."""
 
-    They are large and do not change, so copies of a config share them; `dataclasses.asdict` would copy a dataclass.
-    """
-
+    # Large and never changed, so copies of a config share them. No dataclass, since `dataclasses.asdict` copies those.
     def __init__(self, tasks: tuple[TaskStatistics, ...]) -> None:
         self.tasks = tasks
         self._starts: dict[str, list[int]] = {}  # by layer, where each task's columns of the merged `B` begin

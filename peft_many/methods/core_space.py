@@ -16,7 +16,8 @@ from .base import LayerTask, MergeMethod, check_finite, smallest_resolved, train
 class CoreSpace(MergeMethod):
     """TSV-M in Core Space: the tasks' leading singular directions side by side, made orthogonal to each other.
 
-        core        M_t = Q_Bᵀ (w_t B_t A_t) Q_A = U_t Σ_t V_tᵀ,   Q_B, Q_A: orthonormal bases of all B_t, all A_tᵀ
+        bases       Q_B of all B_t and Q_A of all A_tᵀ, orthonormal
+        core        M_t = Q_Bᵀ (w_t B_t A_t) Q_A = U_t Σ_t V_tᵀ
         TSV-M       ΔW = λ Q_B · orth([U_1 … U_T]) · diag(Σ_1 … Σ_T) · orth([V_1 … V_T])ᵀ · Q_Aᵀ
 
     `orth(X)` is the nearest matrix with orthonormal columns, `P Sᵀ` of the SVD `X = P Λ Sᵀ`. Of the core's `n`
