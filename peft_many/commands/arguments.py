@@ -44,6 +44,7 @@ Ridge = Annotated[float | None, typer.Option(min=0, help="The ridge λ of the me
 Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, … [dim]default: cpu[/dim]")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the adapter that is in the output folder.")]
+Replace = Annotated[bool, typer.Option("--overwrite", help="Replace earlier results that are in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 # Of commands that run a base model.
 SomeData = "a .json, .jsonl or .parquet file, or a folder or Hub id that `datasets` reads."

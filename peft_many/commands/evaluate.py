@@ -57,6 +57,7 @@ def evaluate(
     max_new_tokens: a.MaxNewTokens = 64,
     device: a.ModelDevice = None,
     load_in: a.LoadIn = None,
+    overwrite: a.Replace = False,
     json: a.Json = False,
     quiet: a.Quiet = False,
 ) -> None:
@@ -73,10 +74,10 @@ def evaluate(
     peft-many evaluate merged --data clevr=clevr.jsonl --text prose.txt --json
     """
     from .. import evaluate_merge
-    from ..files.atomic import check_fillable
+    from ..reports.evaluation import check_evaluation_folder
 
     if output is not None:
-        check_fillable(output.expanduser())  # now, and not when all are asked
+        check_evaluation_folder(output, overwrite, merge)  # now, and not when all are asked
     found = evaluate_merge(
         merge,
         _by_task([*(data or ()), *(more or ())]),
@@ -94,10 +95,10 @@ def evaluate(
         model_options=a.model_options(load_in),
         progress=not quiet,
     )
-    _tell(found, output, json)
+    _tell(found, output, overwrite, json)
 
 
-def _tell(found: Evaluation, output: Path | None, json: bool) -> None:
+def _tell(found: Evaluation, output: Path | None, overwrite: bool, json: bool) -> None:
     """Show scores, and write them thereafter: should that fail, they are not lost."""
     from .. import save_evaluation
     from .display import show_evaluation
@@ -107,7 +108,7 @@ def _tell(found: Evaluation, output: Path | None, json: bool) -> None:
     else:
         show_evaluation(found)
     if output is not None:
-        folder = save_evaluation(found, output)
+        folder = save_evaluation(found, output, overwrite=overwrite)
         if not json:
             typer.echo(f"Scores and answers: {folder}")
 

@@ -52,8 +52,9 @@ def export(
     left out: answers on text are the merge's, most answers about images will be wrong. No base model is loaded.
     --with-tasks adds the tasks' own LoRAs, for a server that chooses among them by the image.
 
-    [bold]model[/bold]: a full transformers model with the LoRA folded in and one fixed projector: the mean of the
-    tasks' projectors, or one task's. Most answers about other tasks' images will be wrong.
+    [bold]model[/bold]: a full transformers model with the LoRA folded in and one fixed projector, for anything that
+    loads the base model: that of the task in --projector, whose answers about its images are then the merge's, or the
+    mean of all. Answers on text are the merge's, most answers about other images will be wrong.
 
     [bold]Examples[/bold]
 
@@ -112,10 +113,11 @@ def _only_format(adapter: str, output: Path) -> str:
 
 def _say_plan(adapter: str, output: Path, format: str, base_model: str | None) -> None:
     from .. import inspect_adapter
-    from ..files.atomic import writable_place
+    from ..files.atomic import check_apart, writable_place
     from ..files.errors import UnmergeableAdapterError
     from ..records.words import counted
 
+    check_apart(output.expanduser(), [adapter, base_model])
     writable_place(output.expanduser())
     found = inspect_adapter(adapter)
     if found.problem is not None:

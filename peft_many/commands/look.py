@@ -42,6 +42,7 @@ def report(
         ),
     ] = True,
     device: a.Device = None,
+    overwrite: a.Replace = False,
     quiet: a.Quiet = False,
 ) -> None:
     """Report how much merging changes each task's LoRA, layer by layer: an HTML page, a PNG and JSON. No model is run.
@@ -53,11 +54,11 @@ def report(
     peft-many report me/merged --output merged-report --no-conflicts [dim]# in half the time[/dim]
     """
     from .. import merge_report, save_report
-    from ..files.atomic import check_fillable
+    from ..reports.report import check_report_folder
     from .display import show_report
 
-    check_fillable(output.expanduser())
+    check_report_folder(output, overwrite, merge)  # now, and not when all is computed
     found = merge_report(merge, conflicts=conflicts, device=device or "cpu", progress=not quiet)
-    page = save_report(found, output)
+    page = save_report(found, output, overwrite=overwrite)
     show_report(found)
     typer.echo(f"The report: {page}")

@@ -70,11 +70,11 @@ def merge(
     peft-many merge merged --output merged-2 --weight clevr=2 --ridge 1e-5 [dim]# weigh it anew[/dim]
     """
     from .. import merge_adapter_files
-    from ..hub.sources import replaceable_files
+    from ..merging.arguments import replaced_by_merge
 
     arguments = a.merge_arguments(adapters, recipe, weight, name, without, same_base, device, options)
     if dry_run:
-        replaceable_files(output.expanduser(), overwrite)
+        replaced_by_merge(output.expanduser(), overwrite, arguments["adapters"])
         show(arguments, quiet)
         return
     folder = merge_adapter_files(**arguments, output_dir=output, overwrite=overwrite, progress=not quiet)

@@ -45,6 +45,8 @@ def print_json(result: Any) -> None:
 
 
 def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:  # the system's own
+        return f"'{error.filename}': {error.strerror}."
     if isinstance(error, (ImportError, OSError, ValueError)):  # all of ours are; they are written for people
         return str(error)
     return (

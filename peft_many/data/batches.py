@@ -13,6 +13,7 @@ from .reading import opened
 
 IGNORED = -100  # the label that transformers' losses leave out
 _OF_TOKENS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
+_NO_IMAGES = "There are images, but the model's processor takes none: it is a model of text."
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -57,6 +58,15 @@ class ChatCollator:
         self.pad_images = pad_images and bool(
             getattr(getattr(processor, "image_processor", None), "do_center_crop", False)
         )
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """Find out before a model is loaded that it cannot be given these examples.
+
+        Raises:
+            ValueError: There are images, and the model is one of text.
+        """
+        if not self.takes_images and any(example.images for example in examples):
+            raise ValueError(_NO_IMAGES)
 
     def training(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Questions with their answers; only the answer and the end of the text are labels.
@@ -151,5 +161,5 @@ def _in_words(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as templates of text models take it, with its content as a string."""
     images = [part for part in message["content"] if part["type"] != "text"]
     if images:
-        raise ValueError("The data have images, but the model's processor takes none: it is a model of text.")
+        raise ValueError(_NO_IMAGES)
     return {**message, "content": " ".join(part["text"] for part in message["content"])}

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import random
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from peft.utils import PeftWarning
+
+from ..records.words import counted
 from .conversations import Example, examples_of
 
 _JSON = (".json", ".jsonl")
@@ -69,9 +74,31 @@ def read_examples(
         except (KeyError, TypeError, AttributeError, IndexError, StopIteration, ValueError) as error:
             said = str(error) if type(error) is ValueError else repr(error)
             raise ValueError(f"{name}, row {place}, cannot be used: {said}.") from error
-    if not found:
-        raise ValueError(f"{name} holds no row with an answer.")
+    empty = sum(not example.answer for example in found)
+    if empty == len(found):
+        raise ValueError(f"{name} holds no row with an answer{', but only with empty ones' if found else ''}.")
+    if empty:
+        warnings.warn(
+            f"{empty} of the {counted(len(found), 'answer')} in {name} are empty: correct these rows, or leave them "
+            "out.",
+            PeftWarning,
+            stacklevel=3,
+        )
     return found
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file in UTF-8, or an error that says what is wrong with it."""
+    place = Path(path).expanduser()
+    if not place.is_file():
+        raise FileNotFoundError(f"There is no file '{place}'.")
+    try:
+        text = place.read_text(encoding="utf-8-sig")  # some programs, on Windows mostly, begin files with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{place}' is no text in UTF-8: {error.reason} at byte {error.start}.") from None
+    if not text.strip():
+        raise ValueError(f"'{place}' is empty.")
+    return text
 
 
 def opened(picture: Any) -> Any:
@@ -116,16 +143,33 @@ def _rows(data: Any, split: str, first: int | None) -> tuple[Sequence[Any], str,
 
 
 def _json_rows(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file '{path}'.")
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some programs, on Windows mostly, begin files with a mark
         rows = json.loads(text) if path.suffix == ".json" else _json_lines(text)
     except ValueError as error:
-        raise ValueError(f"'{path}' is no {path.suffix[1:].upper()} file: {error}.") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"'{path}' must hold a list of rows, but it holds {type(rows).__name__}.")
+        raise ValueError(
+            f"'{path}' is no {path.suffix[1:].upper()} file: {error}.{_other_ending(path, text)}"
+        ) from error
+    if not isinstance(rows, list) or any(isinstance(row, list) for row in rows[:1]):
+        what = "a list of rows" if path.suffix == ".json" else "one row a line"
+        raise ValueError(f"'{path}' must hold {what}, but it holds {_kind(rows)}.{_other_ending(path, text)}")
     return rows
+
+
+def _kind(rows: Any) -> str:
+    return "lists" if isinstance(rows, list) else f"a single {type(rows).__name__}"
+
+
+def _other_ending(path: Path, text: str) -> str:
+    """A hint, if a file is in the other of the two formats than its name says."""
+    with contextlib.suppress(ValueError):
+        if path.suffix == ".json":
+            rows = _json_lines(text)
+            if len(rows) > 1 and all(isinstance(row, dict) for row in rows):
+                return " Each of its lines is a row: rename it to end in .jsonl."
+        elif isinstance(json.loads(text), list):
+            return " It is one list of rows: rename it to end in .json."
+    return ""
 
 
 def _json_lines(text: str) -> list[Any]:

@@ -19,7 +19,7 @@ from ..algebra.precision import without_autocast
 from ..algebra.spectrum import Truncation
 from ..algebra.sums import added_covariances
 from ..files.adapter import TaskAdapter
-from ..files.atomic import new_folder
+from ..files.atomic import new_folder, writable_place
 from ..files.fingerprints import weight_fingerprint
 from ..files.projectors import shapes_of, tensors_inside
 from ..files.statistics import AdapterStatistics, FeatureStatistics, InputStatistics, TaskStatistics
@@ -92,7 +92,8 @@ def pool_adapters(
         PosixPath('pool')
         ```
     """
-    output = output_folder(output_dir)
+    output = output_folder(output_dir, adapters if isinstance(adapters, Sequence) else ())
+    writable_place(output)  # now, and not when all is computed
     if statistics_rank < 1:
         raise ValueError(f"`statistics_rank` must be at least 1, but it is {statistics_rank}.")
     computing = usable_device(device)

@@ -95,6 +95,7 @@ def export_lora(
         'All layers have rank 8 (vLLM: `max_lora_rank=8`), in float32.'
         ```
     """
+    output = output_folder(output_dir, [adapter, base_model])
     source = find_adapter(adapter, **hub)
     (read,) = with_current_names([read_adapter(source)], None)
     if check_for is not None:
@@ -116,7 +117,6 @@ def export_lora(
     dtype = str(stored).removeprefix("torch.")
     notes = [f"All layers have rank {largest} (vLLM: `max_lora_rank={served}`), in {dtype}."]
     notes += [*_left_behind(read), *(_beside(read) if with_tasks else notes_on_gate(read))]
-    output = output_folder(output_dir)
     with new_folder(output) as folder:
         write_adapter(folder, config, tensors)
         if with_tasks:

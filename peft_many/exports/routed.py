@@ -70,12 +70,12 @@ def export_routed_model(
         >>> model = load_routed_model("routed")
         ```
     """
+    output = output_folder(output_dir, [adapter, base_model])
     source = find_adapter(adapter, **hub)
     read = read_adapter(source)
     if read.merge is None or not read.merge.routing:
         raise ValueError(f"{source.name} routes no projector; use `export_model`, which loses nothing here.")
     base = BaseModel.of(base_model, read.config, hub)
-    output = output_folder(output_dir)
     with new_folder(output) as folder:
         model = base.load()
         (renamed,) = with_current_names([read], model)

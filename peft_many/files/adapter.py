@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from peft import LoraConfig, PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from ..records import MergeRecord, Operation, Origin, PoolRecord, merge_of
@@ -23,7 +24,7 @@ from .source import AdapterSource, open_weights, read_config
 from .statistics import STATISTICS_NAME, AdapterStatistics, TaskStatistics, open_statistics
 from .stored_delta import StoredDelta, StoredPair, check_whole, delta_of_adapter, deltas_in_merge
 from .tensor_file import TensorFile
-from .tensor_keys import KEY_PREFIX, tensor_keys
+from .tensor_keys import KEY_PREFIX, TensorKeys, tensor_keys
 from .untrusted import NONSENSE_ERRORS
 
 # Of the options that a task's adapter was trained with, those that a merge's config keeps.
@@ -112,11 +113,30 @@ def _with_hash(adapter: Adapter, sha256: str) -> Adapter:
     return dataclasses.replace(adapter, tasks=tuple(tasks))
 
 
-def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: nn.Module | None) -> Adapter:
+def check_can_be_merged(source: AdapterSource) -> None:
+    """Raise `UnmergeableAdapterError` if an adapter's config or the names of its tensors say that it cannot be merged.
+
+    Nothing is said of one without safetensors: PEFT can load that, and what it trains can be looked at on the model.
+    """
+    if not (source.folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        return
+    try:
+        _opened(source)
+    except NONSENSE_ERRORS as error:
+        raise UnmergeableAdapterError(f"{source.name} is malformed: {error!r}.") from error
+
+
+def _opened(source: AdapterSource) -> tuple[PeftConfig, TensorFile, TensorKeys]:
+    """The config, tensors and keys of an adapter that can be merged by what these say."""
     config, weights = read_config(source), open_weights(source)
     check_method(config, source.name)  # others may have no tensors by layer
     keys = tensor_keys(config, weights)
     check_mergeable(source.name, config, layers_in_file(weights, keys))
+    return config, weights, keys
+
+
+def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: nn.Module | None) -> Adapter:
+    config, weights, keys = _opened(source)
     files, statistics = _read_statistics(source, config)
     pairs: dict[str, StoredPair] = {}
     if isinstance(config, LoraConfig) and is_plain_lora(config):

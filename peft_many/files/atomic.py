@@ -9,8 +9,9 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -104,14 +105,40 @@ def writable_place(path: Path, replaced: Collection[str] = ()) -> Path:
     return path
 
 
-def check_fillable(path: Path) -> None:
-    """Fail if nothing can be written into a folder, which need not be there; it is not made."""
+def check_apart(
+    output: Path, inputs: Iterable[Any], may_replace: Callable[[Path], bool] = lambda folder: False
+) -> None:
+    """Fail if an output folder lies in one of the inputs, or is one that it may not replace."""
+    place = Path(os.path.realpath(output))
+    for given in inputs:
+        if not isinstance(given, (str, os.PathLike)):
+            continue  # a model in memory
+        folder = Path(os.path.realpath(Path(given).expanduser()))
+        if folder.is_dir() and (folder in place.parents or (folder == place and not may_replace(folder))):
+            where = "is" if folder == place else "lies in"
+            raise FileExistsError(
+                f"The output folder '{output}' {where} '{given}', which is read here; nothing was written. Give "
+                "another folder."
+            )
+
+
+def check_fillable(path: Path, files: Collection[str], overwrite: bool) -> None:
+    """Fail if files cannot be written into a folder, which need not be there, or would replace others unasked.
+
+    The folder is not made. What else is in it may stay there.
+    """
     path = path.absolute()
     above = next(place for place in (path, *path.parents) if place.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"The output folder '{path}' cannot be created: '{above}' is a file.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise PermissionError(f"Nothing can be written into the output folder '{path}': '{above}': Permission denied.")
+    earlier = next((name for name in files if (path / name).exists()), None)
+    if earlier is not None and not overwrite:
+        raise FileExistsError(
+            f"The output folder '{path}' already holds '{earlier}'; nothing was written. To replace earlier results: "
+            "`overwrite=True`, or `--overwrite`."
+        )
 
 
 def _hint() -> str:

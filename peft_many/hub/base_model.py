@@ -13,10 +13,12 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from ..algebra.devices import answers
 from ..families.parts import find_projectors, parts_of
+from ..files.source import AdapterSource, read_config
 from .sources import HubArguments, first_line
 
 # What tokenizers, processors and generation are made of; no weights and no code.
@@ -55,7 +57,11 @@ class BaseModel:
             name, _, at = str(given).partition("@")
             revision = at or None
         if not name:
-            raise ValueError("The adapter does not name its base model; pass `base_model`.")
+            raise ValueError(
+                "The adapter does not name its base model; pass `base_model`, on the command line `--base-model`."
+            )
+        if given is not None:
+            _check_whole(Path(name))
         return cls(name, revision, hub)
 
     def load(self, **options: Any) -> PreTrainedModel:
@@ -86,7 +92,9 @@ class BaseModel:
             return model if "device_map" in options else model.to(device)
         if getattr(quantised, "llm_int8_skip_modules", ()) is None:
             quantised.llm_int8_skip_modules = [*self._visual_parts(), "lm_head"]
-        return self.load(**{"device_map": {"": str(device)}, **options})
+        model = self.load(**{"device_map": {"": str(device)}, **options})
+        _check_four_bits(model)
+        return model
 
     def _visual_parts(self) -> list[str]:
         """The names of the vision tower and the projectors."""
@@ -127,12 +135,38 @@ class BaseModel:
         return [] if any(path.name != "generation_config.json" for path in found) else missing
 
 
+def _check_whole(folder: Path) -> None:
+    """Refuse an adapter's folder where a base model's is asked for."""
+    if (folder / "config.json").is_file() or not (folder / CONFIG_NAME).is_file():
+        return
+    source = AdapterSource(folder, str(folder))
+    named = read_config(source).base_model_name_or_path
+    of = f"; its base model is '{named}'" if named else ""
+    raise ValueError(
+        f"'{folder}' is an adapter, not a base model{of}. Give the base model, or leave `base_model` (`--base-model`) "
+        "out."
+    )
+
+
 def _check_device(device: Any) -> None:
     """Try a device out before a model is loaded for it, which takes long."""
     try:
         answers(torch.device(device), torch.float32)
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         raise ValueError(f"`device` {str(device)!r} cannot be used here: {first_line(error)}") from None
+
+
+def _check_four_bits(model: PreTrainedModel) -> None:
+    """Refuse a model that bitsandbytes has loaded in 4 bits and cannot compute with: on a CPU, of an odd width."""
+    for name, layer in model.named_modules():
+        if type(layer).__name__ != "Linear4bit" or layer.weight.device.type != "cpu":
+            continue
+        block = getattr(layer.weight, "blocksize", 64)
+        if layer.in_features % block:
+            raise ValueError(
+                f"On a CPU, bitsandbytes computes in 4 bits only with layers whose width is a multiple of {block}; "
+                f"'{name}' of the base model has {layer.in_features}. Load it in 8 bits, or whole, or use a GPU."
+            )
 
 
 def model_class(config: Any, name: str) -> Any:

@@ -136,6 +136,8 @@ def find_adapter(entry: str | os.PathLike[str], **hub: Unpack[HubArguments]) -> 
         )
     path = Path(entry).expanduser()
     if path.is_dir():
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise PermissionError(f"The folder '{entry}' cannot be read: permission denied.")
         return AdapterSource(folder=path, name=str(entry))
     if path.is_file():
         raise AdapterNotFoundError(f"There is no folder '{entry}', but a file; give its folder, '{path.parent}'.")

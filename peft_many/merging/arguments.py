@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import os
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..algebra.devices import answers, float64_device
-from ..hub.sources import check_entry
+from ..files.atomic import check_apart
+from ..files.errors import UnmergeableAdapterError
+from ..files.source import AdapterSource, read_config
+from ..hub.sources import check_entry, replaceable_files
+from ..records import merge_of
 
 
 def check_arguments(entries: Any, weights: Any, without: Any, task_names: Any) -> None:
@@ -44,11 +48,29 @@ def check_arguments(entries: Any, weights: Any, without: Any, task_names: Any) -
         raise ValueError(f"`weights` must be finite and not negative, but they are {_shown(numbers)}.")
 
 
-def output_folder(output_dir: Any) -> Path:
-    """The folder that is to be written."""
+def output_folder(output_dir: Any, inputs: Iterable[Any] = ()) -> Path:
+    """The folder that is to be written; not one of what it is made of, nor inside one."""
     if not isinstance(output_dir, (str, os.PathLike)) or not os.fspath(output_dir):
         raise ValueError(f"The output folder must be a path, but it is {_shown(output_dir)}; adapters come before it.")
-    return Path(output_dir).expanduser()
+    output = Path(output_dir).expanduser()
+    check_apart(output, inputs)
+    return output
+
+
+def replaced_by_merge(output: Path, overwrite: bool, adapters: Any) -> list[str]:
+    """The files that a merge of these adapters may replace in its output folder.
+
+    A `FileExistsError` if it may not be written there: a task's adapter would be lost to a merge that takes its place.
+    """
+    check_apart(output, adapters if _is_list(adapters) else (), may_replace=_holds_merge)
+    return replaceable_files(output, overwrite)
+
+
+def _holds_merge(folder: Path) -> bool:
+    try:
+        return merge_of(read_config(AdapterSource(folder, str(folder)))) is not None
+    except UnmergeableAdapterError:  # which will be said when it is read
+        return False
 
 
 def usable_device(device: str | torch.device) -> torch.device:

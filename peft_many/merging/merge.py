@@ -23,12 +23,11 @@ from ..files.card import CARD_NAME
 from ..files.processes import ALONE, all_processes
 from ..files.tensor_file import TensorFileWriter, lay_out
 from ..files.tensor_keys import KEY_PREFIX
-from ..hub.sources import replaceable_files
 from ..records import MergeOptions
 from ..records.keywords import takes_merge_options
 from ..tuner.adapter_names import trouble_with
 from ..tuner.merged_linear import round_merge
-from .arguments import output_folder, usable_device
+from .arguments import output_folder, replaced_by_merge, usable_device
 from .base_model import check_fits_model, untouched_on_failure
 from .group import LayerRecord, MergedGroup, mean_residuals, merge_groups
 from .merged_config import merged_config
@@ -191,8 +190,8 @@ def merge_adapter_files(
             Take the adapters' base models for one, whatever they are called. Without it, names that differ are
             compared as folders, where they are here; models that differ are refused, and doubts are a warning.
         overwrite (`bool`, defaults to `False`):
-            Replace an adapter that is in the output folder, whole and at the end; it may be one of those merged. Your
-            own text in its model card stays.
+            Replace an adapter that is in the output folder, whole and at the end. Of those merged it may be a merge,
+            whose tasks the new one holds, but no task's own adapter. Your own text in its model card stays.
         across_processes (`bool`, defaults to `False`):
             Share the groups out over the processes of a distributed run, which must all make this call. By default
             the process that calls merges alone, so that only one should (`if accelerator.is_main_process:`).
@@ -201,7 +200,8 @@ def merge_adapter_files(
         `Path`: The folder.
 
     Raises:
-        FileExistsError: The output folder exists and is not empty, or holds more than an adapter.
+        FileExistsError: The output folder exists and is not empty, holds more than an adapter, or is or lies in one of
+            those merged.
         BlockingIOError: Another process is writing there.
         TimeoutError, ProcessFailedError: With `across_processes`, another process did not make the call, or failed.
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
@@ -223,9 +223,10 @@ def merge_adapter_files(
     def prepare() -> PreparedMerge:
         nonlocal computing, replaced
         chosen, computing = MergeOptions(**options), usable_device(device)
-        replaced = replaceable_files(output, overwrite)  # before anything is read
+        given = list(adapters) if isinstance(adapters, Iterator) else adapters
+        replaced = replaced_by_merge(output, overwrite, given)  # before anything is read
         return prepare_merge(
-            adapters,
+            given,
             chosen,
             weights=weights,
             without=without,

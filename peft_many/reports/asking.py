@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from ..data.batches import batches
 from ..data.conversations import Example, question_about
+from ..data.reading import opened
 from ..hub.sources import HubArguments
 from ..routing.row_weights import remembered
 from ..statistics.forward import state_kept
@@ -73,7 +74,7 @@ def ask_merge(
         [`Answer`]: The answer, the routing weights, and the others' answers.
 
     Raises:
-        ValueError: An image cannot be read, or the processor has no chat template.
+        ValueError: An image cannot be read, or the processor takes none or has no chat template.
         FileNotFoundError: The merge or its base model are not there.
 
     Example:
@@ -86,8 +87,11 @@ def ask_merge(
         ['clevr', 'iconqa']
         ```
     """
+    several: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
+    example = question_about([opened(one) for one in several], question)  # before a model is loaded for it
     running = RunningMerge.load(
         merge,
+        [example],
         base_model=base_model,
         processor=processor,
         system=system,
@@ -95,8 +99,6 @@ def ask_merge(
         model_options=model_options,
         hub=hub,
     )
-    several: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
-    example = question_about(several, question)
     said = {
         name: _said(running, context, example, max_new_tokens)
         for name, context in running.contexts(running.tasks if compare else (), base=compare)

@@ -17,13 +17,15 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
-from ..data.reading import read_examples
+from ..data.reading import read_examples, read_text
 from ..data.scores import check_metric, score
-from ..files.atomic import replace_file
+from ..files.atomic import check_apart, check_fillable, replace_file
 from ..hub.sources import HubArguments
+from ..records.values import one_of
 from ..statistics.forward import state_kept
 from .running import ADAPTER, BASE, MERGE, RunningMerge, alone_name
 
+_FILES = ("evaluation.json", "answers.json", "evaluation.png")
 _WINDOW = 512  # tokens of a text that are seen at once
 
 
@@ -128,6 +130,7 @@ def evaluate_merge(
         ['base model', 'clevr alone', 'iconqa alone', 'merge']
         ```
     """
+    one_of("alone", alone, ("all", "own", "none"))
     metrics = {task: metric if isinstance(metric, str) else metric.get(task, "exact") for task in data}
     for one in set(metrics.values()):
         check_metric(one)
@@ -137,9 +140,10 @@ def evaluate_merge(
         raise ValueError("There is nothing to evaluate on; give `data`, test questions by task.")
     # Files are read before the model is: what is missing shows at once.
     questions = {task: read_examples(place, split=split, images=images, limit=limit) for task, place in data.items()}
-    tokens = None if text is None else Path(text).expanduser().read_text(encoding="utf-8")
+    prose = None if text is None else read_text(text)
     running = RunningMerge.load(
         merge,
+        [example for of_task in questions.values() for example in of_task],
         base_model=base_model,
         processor=processor,
         system=system,
@@ -159,8 +163,8 @@ def evaluate_merge(
                 task: running.answers(examples, batch_size, max_new_tokens, f"{who} on {task}" if progress else None)
                 for task, examples in asked.items()
             }
-            if tokens is not None and who in (MERGE, ADAPTER, BASE):
-                perplexity[who] = perplexity_of(running.model, running.collator.tokenizer, tokens, progress)
+            if prose is not None and who in (MERGE, ADAPTER, BASE):
+                perplexity[who] = perplexity_of(running.model, running.collator.tokenizer, prose, progress)
     scores = {
         who: {task: score(metrics[task], said, questions[task]) for task, said in by_task.items()}
         for who, by_task in answers.items()
@@ -199,11 +203,27 @@ def perplexity_of(model: Any, tokenizer: Any, text: str, progress: bool = False)
     return math.exp(total / (ids.shape[1] - 1))
 
 
-def save_evaluation(found: Evaluation, output_dir: str | os.PathLike[str]) -> Path:
+def check_evaluation_folder(output_dir: str | os.PathLike[str], overwrite: bool, merge: Any = None) -> Path:
+    """The folder for an evaluation of a merge, or a `FileExistsError` or another `OSError` if it cannot be written."""
+    output = Path(output_dir).expanduser()
+    check_apart(output, [merge])
+    check_fillable(output, _FILES, overwrite)
+    return output
+
+
+def save_evaluation(found: Evaluation, output_dir: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Write `evaluation.json`, `answers.json` and, if matplotlib is installed, `evaluation.png` into a folder.
+
+    Args:
+        found ([`Evaluation`]): What [`evaluate_merge`] gave.
+        output_dir (`str` or `os.PathLike`): The folder; what else is in it stays.
+        overwrite (`bool`, defaults to `False`): Replace an earlier evaluation that is there.
 
     Returns:
         `Path`: The folder.
+
+    Raises:
+        FileExistsError: There is an earlier evaluation.
 
     Example:
 
@@ -216,15 +236,17 @@ def save_evaluation(found: Evaluation, output_dir: str | os.PathLike[str]) -> Pa
         'evaluated'
         ```
     """
-    output = Path(output_dir).expanduser()
+    output = check_evaluation_folder(output_dir, overwrite)
     output.mkdir(parents=True, exist_ok=True)
-    for name, content in (("evaluation.json", found.to_dict()), ("answers.json", found.answers)):
+    scores, answers, picture = _FILES
+    for name, content in ((scores, found.to_dict()), (answers, found.answers)):
         with replace_file(output / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     try:
         from .scores_picture import draw_scores
     except ImportError:
+        (output / picture).unlink(missing_ok=True)  # of the evaluation that was replaced
         return output
-    with replace_file(output / "evaluation.png") as temporary:
+    with replace_file(output / picture) as temporary:
         draw_scores(found.scores, found.metrics).savefig(temporary, format="png", dpi=130)
     return output

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from ..algebra.lpm import LowRankDelta
 from ..algebra.precision import without_autocast
 from ..files.adapter import read_adapter
-from ..files.atomic import replace_file
+from ..files.atomic import check_apart, check_fillable, replace_file
 from ..files.statistics import AdapterStatistics
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.arguments import usable_device
@@ -27,6 +27,8 @@ from ..tuner.merged_linear import exact_weight
 from .costs import MergeReport, report_on
 
 __all__ = ["MergeReport", "merge_report", "save_report"]
+
+_FILES = ("report.png", "report.json", "report.html")
 
 
 @without_autocast()
@@ -123,13 +125,31 @@ def _of_model(model: PeftModel, conflicts: bool, device: torch.device, progress:
     )
 
 
-def save_report(report: MergeReport, output_dir: str | os.PathLike[str]) -> Path:
+def check_report_folder(output_dir: str | os.PathLike[str], overwrite: bool, merge: Any = None) -> Path:
+    """The folder for a report on a merge, or an `OSError` or `ImportError` that [`save_report`] would end in."""
+    try:
+        from .page import draw  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'A report needs {error.name}: pip install "peft-many[report]"') from None
+    output = Path(output_dir).expanduser()
+    check_apart(output, [merge])
+    check_fillable(output, _FILES, overwrite)
+    return output
+
+
+def save_report(report: MergeReport, output_dir: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Write `report.html`, one page that needs nothing else, `report.png` and `report.json` into a folder.
+
+    Args:
+        report ([`MergeReport`]): What [`merge_report`] gave.
+        output_dir (`str` or `os.PathLike`): The folder; what else is in it stays.
+        overwrite (`bool`, defaults to `False`): Replace an earlier report that is there.
 
     Returns:
         `Path`: The page.
 
     Raises:
+        FileExistsError: There is an earlier report.
         ImportError: matplotlib or jinja2 is not installed; `pip install "peft-many[report]"` brings both.
 
     Example:
@@ -141,19 +161,18 @@ def save_report(report: MergeReport, output_dir: str | os.PathLike[str]) -> Path
         'report.html'
         ```
     """
-    try:
-        from .page import draw, page
-    except ImportError as error:
-        raise ImportError(f'A report needs {error.name}: pip install "peft-many[report]"') from None
-    output = Path(output_dir).expanduser()
+    output = check_report_folder(output_dir, overwrite)
+    from .page import draw, page
+
     output.mkdir(parents=True, exist_ok=True)
     figure = draw(report)
-    with replace_file(output / "report.png") as temporary:
+    picture, *texts = _FILES
+    with replace_file(output / picture) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
-    for name, text in (("report.json", json.dumps(report.to_dict(), indent=1)), ("report.html", page(report, figure))):
+    for name, text in zip(texts, (json.dumps(report.to_dict(), indent=1), page(report, figure)), strict=True):
         with replace_file(output / name) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
-    return output / "report.html"
+    return output / texts[-1]
 
 
 def _by_depth(layer: str) -> list[str | int]:

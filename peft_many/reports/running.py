@@ -48,6 +48,7 @@ class RunningMerge:
     def load(
         cls,
         adapter: Any,
+        examples: Sequence[Example],
         *,
         base_model: Any = None,
         processor: Any = None,
@@ -56,10 +57,11 @@ class RunningMerge:
         model_options: Mapping[str, Any] | None = None,
         hub: HubArguments,
     ) -> RunningMerge:
-        """Load an adapter's base model and processor, and put the adapter on it."""
+        """Load an adapter's base model and processor, and put the adapter on it, if it can be asked the examples."""
         source = find_adapter(adapter, **hub)
         base = BaseModel.of(base_model, PeftConfig.from_pretrained(str(source.folder)), hub)
         collator = ChatCollator(base.load_processor() if processor is None else processor, system)
+        collator.check(examples)
         return cls(source, put_on(base.load_on(device, **(model_options or {})), source), collator)
 
     @property

@@ -172,7 +172,7 @@ def collect_statistics(
         weighed=weigh_tokens,
         **processes.together(lambda: measuring.projectors_now(seen)),
     )
-    _warn_of_unseen(task)
+    _warn_of_little(task)
     measuring.asked.warn_of_untold()
     statistics = AdapterStatistics((task,))
     give_statistics(config, statistics)
@@ -217,7 +217,14 @@ def _projectors(base: nn.Module, config: Any) -> list[str]:
     return list(dict.fromkeys([*own, *find_projectors(base)]))
 
 
-def _warn_of_unseen(task: TaskStatistics) -> None:
+def _warn_of_little(task: TaskStatistics) -> None:
+    if task.samples == 1:
+        warnings.warn(
+            "The statistics are of a single sample, so a merge will keep of this task what matters to that one. Give "
+            "more of the task's data; 32 to 128 samples are enough.",
+            PeftWarning,
+            stacklevel=3,
+        )
     unseen = sorted(name for name in task.input_of if task.tokens_of(name) == 0)
     if unseen:
         warnings.warn(

@@ -17,7 +17,8 @@ from typing_extensions import Unpack
 
 from ..data.batches import ChatCollator, batches
 from ..data.reading import read_examples
-from ..files.atomic import new_folder
+from ..files.adapter import check_can_be_merged
+from ..files.atomic import check_apart, new_folder
 from ..files.source import AdapterSource
 from ..hub.base_model import BaseModel
 from ..hub.llava_checkpoint import PROJECTOR_WEIGHTS_NAME, import_llava_checkpoint
@@ -80,7 +81,7 @@ def measure_adapter(
             Goes to the base model's `from_pretrained`: `{"quantization_config": BitsAndBytesConfig(...)}` say.
         statistics_options (`Mapping`, *optional*): Goes to [`collect_statistics`]: `{"rank": 128}` say.
         push_to (`str`, *optional*): A Hub repository that the measured adapter goes to as well.
-        overwrite (`bool`, defaults to `False`): Replace an adapter that is in `output_dir`.
+        overwrite (`bool`, defaults to `False`): Replace an adapter that is in `output_dir`, be it the one measured.
         progress (`bool`, defaults to `True`): Show a progress bar.
         **hub: `token`, `cache_dir` and `local_files_only`, as in [`merge_adapter_files`].
 
@@ -91,7 +92,8 @@ def measure_adapter(
         ValueError: The data are in no format that is known, the adapter is a merge, or the processor has no chat
             template; all that [`collect_statistics`] raises.
         FileNotFoundError: The adapter, its base model, the data or an image are not there.
-        FileExistsError: The output folder is there already.
+        UnmergeableAdapterError: The adapter cannot be merged.
+        FileExistsError: The output folder is there already, or lies in the adapter's.
         OSError: The adapter was measured and written, but could not be pushed.
         ImportError: The data are read by `datasets`, which is not installed.
 
@@ -106,6 +108,7 @@ def measure_adapter(
         ```
     """
     folder = Path(output_dir).expanduser()
+    check_apart(folder, [adapter], may_replace=lambda itself: True)  # which then has its statistics
     replaced = replaceable_files(folder, overwrite)
     if push_to is not None:
         validate_repo_id(push_to)  # now, and not when all is measured
@@ -114,9 +117,11 @@ def measure_adapter(
         if merge_of(config) is not None:
             raise ValueError(f"{source.name} is a merge and holds its tasks' statistics; only adapters are measured.")
         # Files are read before the model is: what is missing shows at once.
+        check_can_be_merged(source)
         examples = read_examples(data, split=split, images=images, limit=max_samples, seed=seed)
         base = BaseModel.of(base_model, config, hub)
         collator = ChatCollator(base.load_processor() if processor is None else processor, system)
+        collator.check(examples)
         model = put_on(base.load_on(device, **(model_options or {})), source)
         own = model.peft_config["default"]
         own.task_name = task_name or getattr(own, "task_name", None) or source.short_name

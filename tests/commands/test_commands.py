@@ -359,3 +359,81 @@ def test_the_real_thing(shelf, tmp_path):
     assert failed.stdout == ""
     assert "There is no folder 'x'" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "A", "B", "-o", "A", "--overwrite"],
+        ["merge", "A", "B", "-o", "A", "--overwrite", "--dry-run"],
+        ["merge", "A", "B", "-o", "A/inside"],
+        ["merge", "M", "B", "-o", "M/inside"],
+        ["add", "M", "B", "-o", "B"],
+        ["add", "M", "B", "-o", "B/inside"],
+        ["remove", "M", "a", "-o", "M/inside"],
+        ["pool", "A", "B", "-o", "A/inside"],
+        ["export", "A", "-f", "lora", "-o", "A/inside"],
+        ["export", "A", "-f", "lora", "-o", "A/inside", "--dry-run"],
+        ["export", "M", "-f", "model", "-o", "B/inside", "--base-model", "B"],
+        ["measure", "A", "-d", "none.json", "-o", "A/inside"],
+        ["evaluate", "M", "-d", "a=none.json", "-o", "M"],
+        ["report", "M", "-o", "M"],
+        ["report", "M", "-o", "M/inside"],
+    ],
+)
+def test_no_output_takes_the_place_of_an_input(shelf, merged, words):
+    places = {"A": shelf["a"], "B": shelf["b"], "M": merged}
+    before = {name: files(place) for name, place in places.items()}
+    given = [str(places[word[:1]]) + word[1:] if word[:1] in places else word for word in words]
+    assert "which is read here; nothing was written" in run(*given, code=1).stderr
+    assert {name: files(place) for name, place in places.items()} == before
+
+
+def test_a_folder_around_the_inputs_is_not_replaced(shelf):
+    before = files(shelf["a"])
+    told = run("merge", shelf["a"], shelf["b"], "-o", shelf["a"].parent, "--overwrite", code=1).stderr
+    assert "which is no file of an adapter and would be lost" in told
+    assert files(shelf["a"]) == before
+
+
+def test_a_merge_may_be_replaced_by_what_is_made_of_it(shelf, merged, tmp_path):
+    run("merge", merged, shelf["c"], "-o", merged, "--overwrite", "-q")
+    add_task(merge_adapter_files([shelf["a"], shelf["b"]], tmp_path / "2", progress=False), shelf["c"], progress=False)
+    assert files(merged) == files(tmp_path / "2")
+
+
+def test_a_report_replaces_an_earlier_one_only_if_asked_to(merged, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").touch()
+    run("report", merged, "-o", out, "--no-conflicts", "-q")
+    before = files(out)
+    with monkeypatch.context() as patched:
+        patched.setattr("peft_many.merge_report", None)  # it is found out before anything is computed
+        told = run("report", merged, "-o", out, "-q", code=1).stderr
+        assert "already holds 'report.png'" in told
+        assert "`--overwrite`" in told
+        patched.setitem(__import__("sys").modules, "peft_many.reports.page", None)
+        assert 'pip install "peft-many[report]"' in run("report", merged, "-o", out, "-q", code=1).stderr
+    assert files(out) == before
+    run("report", merged, "-o", out, "-q", "--overwrite")
+    assert files(out).keys() == before.keys()
+    assert files(out)["report.json"] != before["report.json"]
+
+
+def test_a_pool_is_not_made_for_a_folder_that_is_taken(shelf, merged, monkeypatch):
+    monkeypatch.setattr("peft_many.editing.pooling.prepare_merge", None)
+    assert "not empty" in run("pool", shelf["a"], shelf["b"], "-o", merged, code=1).stderr
+
+
+def test_a_folder_that_may_not_be_read_is_said_in_words(shelf, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *asked: False)  # root may read all
+    assert (
+        run("inspect", shelf["a"], code=1).stderr == f"The folder '{shelf['a']}' cannot be read: permission denied.\n"
+    )
+
+    def fails(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "x/y")
+
+    monkeypatch.setattr("peft_many.inspect_adapter", fails)
+    assert run("inspect", "x", code=1).stderr == "'x/y': Permission denied.\n"

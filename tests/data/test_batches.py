@@ -88,3 +88,12 @@ def test_models_of_text_are_asked_in_words(tmp_path):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="has no chat template"):
         ChatCollator(tokenizer)
+
+
+def test_images_for_a_model_of_text_show_before_it_is_loaded():
+    tokenizer = toy.tokenizer("llava")
+    tokenizer.chat_template = TEXT
+    collator = ChatCollator(tokenizer)
+    collator.check([question_about([], "What?")])
+    with pytest.raises(ValueError, match="takes none: it is a model of text"):
+        collator.check([question_about([], "What?"), question_about(["a.png"], "What?")])

@@ -200,16 +200,34 @@ def test_lines_end_where_lines_end(tmp_path):
         ("none.parquet", None, FileNotFoundError, "There is no file"),
         ("bad.jsonl", "{", ValueError, "is no JSONL file"),
         ("cut.jsonl", '{"question": "?", "answer": "x"}\n\n{"question', ValueError, "line 3, column 2: Unterminated"),
-        ("map.json", "{}", ValueError, "must hold a list of rows"),
+        ("map.json", "{}", ValueError, "must hold a list of rows, but it holds a single dict.$"),
+        ("lines.json", '{"question": "?"}\n{"question": "!"}', ValueError, "is a row: rename it to end in .jsonl"),
+        ("list.jsonl", '[\n{"question": "?"}\n]', ValueError, "is one list of rows: rename it to end in .json"),
+        (
+            "list.jsonl",
+            '[{"question": "?"}]',
+            ValueError,
+            "holds lists. It is one list of rows: rename",
+        ),
+        ("empty.jsonl", "\n", ValueError, "'.*empty.jsonl' is empty"),
+        ("none.json", b"\xff{}", ValueError, "is no text in UTF-8: invalid start byte at byte 0"),
         ("rows.xml", "<a/>", ValueError, "is no data file; these end in .json"),
         ("empty.json", "[]", ValueError, "no row with an answer"),
     ],
 )
 def test_files_that_are_none(tmp_path, name, content, error, match):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(error, match=match):
         read_examples(tmp_path / name)
+
+
+def test_empty_answers_are_counted():
+    rows = [{"question": "?", "answer": answer} for answer in ("x", "", " ")]
+    with pytest.warns(match="2 of the 3 answers in The data are empty"):
+        read_examples(rows)
+    with pytest.raises(ValueError, match="The data holds no row with an answer, but only with empty ones"):
+        read_examples(rows[1:])
 
 
 def test_without_datasets_it_is_said_what_needs_it(tmp_path, monkeypatch):

@@ -59,6 +59,7 @@ def test_what_is_lost_is_said(shelf, tmp_path):
     assert str(shelf.base) not in card
     exported = export_model(merged, tmp_path / "own", base_model=shelf.base, projector="b")
     assert f"'{PROJECTOR}' is that of 'b'" in exported.notes[0]
+    assert "Answers on text and about images of 'b' are the merge's" in exported.notes[0]
 
 
 @pytest.mark.parametrize("task", ["a", "b", "c"])

@@ -94,7 +94,11 @@ def test_options_of_the_model(place):
     options = {"dtype": torch.bfloat16}
     found = ask_merge(place / "merged", QUESTION, place / "red.png", model_options=options, max_new_tokens=2)
     assert found.routing[PROJECTOR]["warm"] > 0.9
-    with pytest.raises(ValueError, match="cannot be read"):
+
+
+def test_an_image_that_is_missing_shows_before_a_model_is_loaded(place, monkeypatch):
+    monkeypatch.setattr("peft_many.reports.running.RunningMerge.load", None)
+    with pytest.raises(ValueError, match=r"'nowhere\.png' cannot be read: there is no such file"):
         ask_merge(place / "merged", QUESTION, "nowhere.png")
 
 

@@ -111,6 +111,8 @@ def test_perplexity_is_that_of_the_texts_tokens(place, data, tmp_path, monkeypat
         ({"metric": "bleu"}, "no metric 'bleu'"),
         ({"metric": {"warm": "bleu"}}, "no metric 'bleu'"),
         ({"data": {"warm": "nowhere.json"}}, "There is no file"),
+        ({"text": "nowhere.txt"}, "There is no file 'nowhere.txt'"),
+        ({"alone": "some"}, "`alone` must be one of 'all', 'own', 'none'"),
         ({"metric": {"wram": "vqa"}}, "`metric` names 'wram', of which no data are given; there are 'warm', 'cold'"),
     ],
 )
@@ -144,6 +146,20 @@ def test_what_is_written(tmp_path):
     assert (folder / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_an_earlier_evaluation_is_replaced_only_if_asked_to(tmp_path, monkeypatch):
+    folder = save_evaluation(FOUND, tmp_path / "evaluated")
+    (folder / "evaluation.json").unlink()
+    with pytest.raises(FileExistsError, match=r"already holds 'answers.json'.*--overwrite"):
+        save_evaluation(FOUND, folder)
+    monkeypatch.setattr("peft_many.evaluate_merge", None)
+    told = CliRunner().invoke(app, ["evaluate", "merged", "--data", "a=a.json", "-o", str(folder)])
+    assert told.exit_code == 1
+    assert "already holds" in told.stderr
+    monkeypatch.setitem(__import__("sys").modules, "peft_many.reports.scores_picture", None)
+    save_evaluation(FOUND, folder, overwrite=True)
+    assert {path.name for path in folder.iterdir()} == {"evaluation.json", "answers.json"}, "no picture of the earlier"
+
+
 def test_an_output_that_cannot_be_is_found_out_before_anybody_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr("peft_many.evaluate_merge", None)
     (tmp_path / "file").touch()
@@ -154,7 +170,7 @@ def test_an_output_that_cannot_be_is_found_out_before_anybody_is_asked(tmp_path,
 
 
 def test_what_was_found_is_shown_though_it_cannot_be_written(tmp_path, monkeypatch):
-    def full(*args):
+    def full(*args, **options):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("peft_many.evaluate_merge", lambda *args, **options: FOUND)

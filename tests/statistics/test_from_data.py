@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from peft_many import (
 from peft_many.data.batches import ChatCollator, batches
 from peft_many.data.reading import read_examples
 from peft_many.files.statistics import AdapterStatistics
+from peft_many.hub.base_model import BaseModel
 from tests import tiny
 from tests.adapters import STATISTICS, WEIGHTS, files, scatter
 from tests.data.test_batches import TEXT
@@ -184,6 +187,38 @@ def test_what_fails_leaves_nothing(place, tmp_path, monkeypatch, change, error, 
     with pytest.raises(error, match=match):
         measure_adapter(**given, progress=False)
     assert [path.name for path in Path().iterdir()] == ["file"]
+
+
+def test_an_adapter_may_be_replaced_by_itself_measured(place, tmp_path):
+    adapter = shutil.copytree(place / "colours", tmp_path / "own")
+    before = files(adapter)
+    measure_adapter(adapter, place / "colours.json", adapter, overwrite=True, max_samples=4, progress=False)
+    assert STATISTICS in files(adapter)
+    assert files(adapter)[WEIGHTS] == before[WEIGHTS]
+
+
+def test_what_cannot_be_measured_shows_before_a_model_is_loaded(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(BaseModel, "load_on", None)
+    given = {"data": place / "colours.json", "output_dir": tmp_path / "new", "progress": False}
+    with pytest.raises(ValueError, match=r"colours' is an adapter, not a base model; its base model is '.*base'"):
+        measure_adapter(place / "colours", base_model=place / "colours", **given)
+    bad = shutil.copytree(place / "plain", tmp_path / "bad")
+    config = json.loads((bad / "adapter_config.json").read_text())
+    (bad / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
+    with pytest.raises(ValueError, match="bad trains biases"):
+        measure_adapter(bad, **given)
+
+
+def test_a_single_sample_is_remarked_on(place, tmp_path):
+    with pytest.warns(match="The statistics are of a single sample"):
+        measure_adapter(place / "colours", place / "colours.json", tmp_path / "1", max_samples=1, progress=False)
+
+
+def test_four_bits_that_a_cpu_cannot_compute_with_are_refused(place):
+    pytest.importorskip("bitsandbytes")
+    quantised = BitsAndBytesConfig(load_in_4bit=True)
+    with pytest.raises(ValueError, match=r"width is a multiple of 64; '.*' of the base model has 32"):
+        BaseModel(str(place / "base"), None, {}).load_on("cpu", quantization_config=quantised)
 
 
 def test_merges_are_not_measured(place, tmp_path):
