@@ -224,7 +224,7 @@ def rounded_deltas(layers: Mapping[str, Factors], dtype: torch.dtype) -> dict[st
     for name, (exactly, *sums) in zip(layers, numbers_of(said)):
         if not all(map(math.isfinite, sums)):
             raise OverflowError(
-                f"the merged '{name}' has entries beyond the range of {dtype}; bfloat16 has that of float32"
+                f"the merged '{name}' has entries beyond the range of {dtype}; pass `dtype=torch.bfloat16` or float32"
             )
         stacked = layers[name].stacked and bool(exactly)
         moments = layers[name].moments if stacked and dtype == torch.float32 else None

@@ -52,7 +52,7 @@ class LayerRefit:
         """
         root, info = torch.linalg.cholesky_ex(self._moments)
         if info.item() != 0:
-            raise SingularMergeError("the inputs span too few directions; a larger ridge helps")
+            raise SingularMergeError("the covariance of its inputs is singular; pass a larger `ridge` or more samples")
         whitened = torch.linalg.solve_triangular(root, self._targets.T, upper=False).T
         A, B = nearest_of_rank(whitened, min(rank, *whitened.shape))
         # Singular values are shared out, so that both factors keep their digits in half precision.

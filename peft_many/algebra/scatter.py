@@ -102,7 +102,7 @@ def _in_span(
     weights, covariances = [weight for weight, _ in parts], [part for _, part in parts]
     remainder = sum(weight * part.remainder for weight, part in zip(weights, covariances))
     if remainder <= 0:
-        raise SingularMergeError("the tasks' inputs leave directions unseen; merge with `ridge` above 0")
+        raise SingularMergeError("the sum of the tasks' covariances is singular; pass a `ridge` above 0")
     columns = slices(counts := [part.rank for part in covariances])
     S = torch.empty(sum(counts), covariances[0].width, dtype=torch.float64, device=device)
     scales = [part.put_rows(S[rows]) for part, rows in zip(covariances, columns)]
@@ -144,5 +144,5 @@ def _repeated(values: Sequence[float], times: Sequence[int], device: torch.devic
 def _cholesky(matrix: Tensor) -> Tensor:
     root, info = torch.linalg.cholesky_ex(matrix)
     if numbers_of([info]) != [[0.0]]:
-        raise SingularMergeError("the tasks' inputs leave directions unseen; merge with a larger `ridge`")
+        raise SingularMergeError("the sum of the tasks' covariances is nearly singular; pass a larger `ridge`")
     return root

@@ -165,7 +165,7 @@ class ImageRows:
         scaled = self.lengths * rows // self.lengths.sum()  # mergers turn several patches into one token
         if scaled.sum() != rows:
             raise RuntimeError(
-                f"Cannot share {rows} rows of vision features out among images of {self.lengths.tolist()} patches."
+                f"{rows} rows of vision features do not divide among images of {self.lengths.tolist()} patches."
             )
         return torch.arange(len(self.lengths)).repeat_interleave(scaled)
 

@@ -11,6 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from ..records import MergeRecord, Operation, Origin, PoolRecord, merge_of
+from ..records.words import counted
 from .base_tensors import split_base_tensors
 from .card import data_sets_of
 from .errors import UnmergeableAdapterError
@@ -27,6 +28,7 @@ from .tensor_file import TensorFile
 from .tensor_keys import KEY_PREFIX, TensorKeys, tensor_keys
 from .untrusted import NONSENSE_ERRORS
 
+_OTHER_FILE = f"{STATISTICS_NAME} is another adapter's; save or download the adapter again"
 # Of the options that a task's adapter was trained with, those that a merge's config keeps.
 _TOLD_OPTIONS = ("r", "lora_alpha", "use_rslora")
 
@@ -96,7 +98,7 @@ def read_without_hash(
         return _read(source, task_names, base)
     except NONSENSE_ERRORS as error:
         # Configs and headers are JSON that anybody may have written; what is in them may have any type.
-        raise UnmergeableAdapterError(f"{source.name} is malformed: {error!r}.") from error
+        raise _malformed(source, error) from error
 
 
 def with_hashes(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -123,7 +125,14 @@ def check_can_be_merged(source: AdapterSource) -> None:
     try:
         _opened(source)
     except NONSENSE_ERRORS as error:
-        raise UnmergeableAdapterError(f"{source.name} is malformed: {error!r}.") from error
+        raise _malformed(source, error) from error
+
+
+def _malformed(source: AdapterSource, error: Exception) -> UnmergeableAdapterError:
+    return UnmergeableAdapterError(
+        f"{source.name}: its config or the headers of its tensors hold nonsense ({error!r}); save or download the "
+        "adapter again."
+    )
 
 
 def _opened(source: AdapterSource) -> tuple[PeftConfig, TensorFile, TensorKeys]:
@@ -150,7 +159,7 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: n
         tasks = _tasks_of_merge(source, merge, statistics, pairs, rest, base_tensors)
     elif len(statistics.tasks) != 1:
         raise UnmergeableAdapterError(
-            f"{source.name} is no merge, but its statistics hold {len(statistics.tasks)} tasks."
+            f"{source.name} is no merge, but its statistics hold {len(statistics.tasks)} tasks: {_OTHER_FILE}."
         )
     else:
         measured = statistics.tasks[0]
@@ -163,7 +172,10 @@ def _read(source: AdapterSource, task_names: str | Sequence[str] | None, base: n
     if task_names is not None:
         names = [task_names] if isinstance(task_names, str) else list(task_names)
         if len(names) != len(tasks):
-            raise ValueError(f"`task_names` gives {names} for {source.name}, which holds {len(tasks)} tasks.")
+            raise ValueError(
+                f"`task_names` gives {names} for {source.name}, which holds {counted(len(tasks), 'task')}: give one "
+                "name for each."
+            )
         tasks = tuple(dataclasses.replace(task, name=name) for task, name in zip(tasks, names))
     for task in tasks:
         _check_statistics_fit(task)
@@ -232,12 +244,13 @@ def _tasks_of_merge(
     """Take a merge apart."""
     if len(merge.tasks) != len(statistics.tasks):
         raise UnmergeableAdapterError(
-            f"{source.name} names {len(merge.tasks)} tasks, but its statistics hold {len(statistics.tasks)}."
+            f"{source.name}: its config names {len(merge.tasks)} tasks, but its statistics hold "
+            f"{len(statistics.tasks)}: {_OTHER_FILE}."
         )
     for about, measured in zip(merge.tasks, statistics.tasks):
         if measured.name != about.name:
             raise UnmergeableAdapterError(
-                f"{source.name}, task '{about.name}': its statistics are those of '{measured.name}'."
+                f"{source.name}, task '{about.name}': its statistics are those of '{measured.name}': {_OTHER_FILE}."
             )
     parts = zip(merge.tasks, statistics.tasks, deltas_in_merge(source.name, pairs, statistics))
     return tuple(
@@ -262,5 +275,5 @@ def _check_statistics_fit(task: TaskAdapter) -> None:
         if covariance is not None and covariance.width != delta.shape[1]:
             raise UnmergeableAdapterError(
                 f"{task.source}: the covariance of '{module}' has width {covariance.width}, but its LoRA has "
-                f"{delta.shape[1]}."
+                f"{delta.shape[1]}: {_OTHER_FILE}."
             )

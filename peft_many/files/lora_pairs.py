@@ -34,7 +34,10 @@ def lora_pairs(adapter: str, config: LoraConfig, weights: TensorFile, keys: Tens
                 "merged."
             )
         if lost is not None:
-            raise UnmergeableAdapterError(f"{adapter}: layer '{module}' lacks its {lost.split('.')[0]} tensor.")
+            raise UnmergeableAdapterError(
+                f"{adapter}: layer '{module}' lacks its {lost.split('.')[0]} tensor: the file is incomplete; "
+                "save or download the adapter again."
+            )
         for key in own:
             check_floating(weights, key)
     check_patterns(config, list(keys.own), adapter, only_ranks=True)
@@ -53,7 +56,8 @@ def _check_shapes(adapter: str, pair: StoredPair, rank: int) -> None:
     A, B, module = pair.shape("A"), pair.shape("B"), pair.module
     if not A[0] == B[1] == rank:
         raise UnmergeableAdapterError(
-            f"{adapter}: layer '{module}' has LoRA shapes {A} and {B}, but its config says rank {rank}."
+            f"{adapter}: layer '{module}' has LoRA shapes {A} and {B}, but its config says rank {rank}: "
+            "config and weights are of different adapters."
         )
     if 0 in (*A, *B):
         raise UnmergeableAdapterError(

@@ -73,7 +73,7 @@ def _check_options(config: PeftConfig, adapter: str, layer: str) -> None:
         if getattr(config, option, None):
             raise UnmergeableAdapterError(
                 f"{adapter} uses `{option}`, so its effect on '{layer}' is no plain low-rank delta and cannot be "
-                "merged."
+                "merged; train it without this option."
             )
     bias = getattr(config, "bias", "none")
     if bias not in ("none", False, None):

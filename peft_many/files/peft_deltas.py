@@ -45,7 +45,9 @@ def deltas_by_peft(
     for name in _SIZES:
         size = getattr(config, name, None)
         if isinstance(size, int) and size > LARGEST_SIZE:
-            raise UnmergeableAdapterError(f"{adapter}: its config gives `{name}` as {size}, which no adapter has.")
+            raise UnmergeableAdapterError(
+                f"{adapter}: its config gives `{name}` as {size}, which is beyond what any adapter has."
+            )
     if base is not None:
         linears = _of_model(adapter, config, keys, base)
     elif needs_base(config):
@@ -166,8 +168,14 @@ def _of_statistics(
     linears = {}
     for name, shape in measured.shapes.items():
         if min(shape) < 1 or math.prod(shape) > LARGEST_LAYER:
-            raise UnmergeableAdapterError(f"{adapter}: by its statistics '{name}' is {shape[0]} x {shape[1]}.")
+            raise UnmergeableAdapterError(
+                f"{adapter}: by its statistics '{name}' is {shape[0]} x {shape[1]}, which no layer is; run "
+                "`collect_statistics` again."
+            )
         if keys.own and name not in keys.own:
-            raise UnmergeableAdapterError(f"{adapter}: it holds no tensor for '{name}', which its statistics know.")
+            raise UnmergeableAdapterError(
+                f"{adapter}: its statistics describe the layer '{name}', of which its weights hold no tensor; run "
+                "`collect_statistics` again, or save or download the adapter again."
+            )
         linears[name] = BareLinear(shape, is_conv1d=bool(getattr(config, "fan_in_fan_out", False)))
     return linears

@@ -30,7 +30,7 @@ def projector_of(adapter: str, config: PeftConfig, key: str, known: Sequence[str
         raise UnmergeableAdapterError(
             f"{adapter}: tensor '{key}' belongs to a module that is trained whole and is no projector; such modules "
             "cannot be merged."
-            + ("" if known else " (If it is one: `projector_modules` names it, and so does measuring it on images.)")
+            + ("" if known else " (If it is one, name it: `MAnyConfig(projector_modules=[…])`, or measure on images.)")
         )
     if not is_saved_whole(projector, config):
         raise UnmergeableAdapterError(
@@ -117,7 +117,8 @@ def projectors_in_merge(
         seen = measured.projectors.get(projector)
         if seen is None or len(seen.prototype) != routed.width:
             raise UnmergeableAdapterError(
-                f"{adapter}, task '{task}': its statistics lack its prototype at '{projector}'."
+                f"{adapter}, task '{task}': its statistics lack its prototype at '{projector}': they are damaged, "
+                "or another merge's; save or download the merge again."
             )
         place = routed.names.index(task)
         if routed.tasks[place].trained:  # else the base model's projector serves the task
@@ -128,7 +129,10 @@ def projectors_in_merge(
     where = f"{adapter}, task '{task}'"
     for projector, state in found.items():
         if not state:
-            raise UnmergeableAdapterError(f"{where} lacks the tensors of its projector '{projector}'.")
+            raise UnmergeableAdapterError(
+                f"{where} lacks the tensors of its projector '{projector}': the file is incomplete; save or download "
+                "it again."
+            )
         _check_shapes(where, projector, state, measured)
     return found
 

@@ -76,5 +76,7 @@ def open_weights(source: AdapterSource) -> TensorFile:
     weights = open_tensors(path, UnmergeableAdapterError)
     strange = next((key for key in weights if not _KEY.fullmatch(key)), None)
     if strange is not None:  # it would be part of patterns, tables and messages
-        raise UnmergeableAdapterError(f"{source.name}: tensor {strange!r:.200} is not called as modules are.")
+        raise UnmergeableAdapterError(
+            f"{source.name}: the name of its tensor {strange!r:.200} cannot be that of a module's weight."
+        )
     return weights

@@ -133,7 +133,10 @@ def deltas_in_merge(
     """
     for module in dict.fromkeys([*pairs, *(module for task in statistics.tasks for module in task.lora_A)]):
         if module not in pairs or not _fits(pairs[module], [t for t in statistics.tasks if module in t.lora_A]):
-            raise UnmergeableAdapterError(f"{adapter}: its weights and its statistics disagree on '{module}'.")
+            raise UnmergeableAdapterError(
+                f"{adapter}: its weights and its statistics disagree on the ranks of '{module}': they are of "
+                "different merges; save or download the merge again."
+            )
     return [
         {
             module: _delta_in_merge(pairs[module], statistics, t, f"{adapter}, task '{task.name}'")
@@ -198,7 +201,9 @@ def check_whole(weights: TensorFile, key: str) -> None:
 def check_floating(weights: TensorFile, key: str) -> None:
     """Raise `UnmergeableAdapterError` if a weight is none by its dtype."""
     if not weights.dtype(key).is_floating_point:
-        raise UnmergeableAdapterError(f"{weights.path}: tensor '{key}' is {weights.dtype(key)}, and no weight.")
+        raise UnmergeableAdapterError(
+            f"{weights.path}: tensor '{key}' is {weights.dtype(key)}, but weights are floating-point numbers."
+        )
 
 
 def check_finite(tensor: Tensor, where: str) -> None:

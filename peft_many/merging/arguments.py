@@ -37,7 +37,9 @@ def check_arguments(entries: Any, weights: Any, without: Any, task_names: Any) -
         if len(given) != len(entries):
             raise ValueError(f"`{name}` has {len(given)} entries for {len(entries)} adapters.")
         if isinstance(entries, (set, frozenset)) or isinstance(given, (set, frozenset)):
-            raise ValueError(f"`{name}` goes with a list of adapters, entry by entry; a set has no order.")
+            raise ValueError(
+                f"`{name}` and the adapters belong together by their order, which a set has none of: give two lists."
+            )
     for given in () if task_names is None else task_names:
         if given is not None and not isinstance(given, str) and not _are_names(given):
             raise ValueError(f"`task_names` holds names, and for a merge a list of them, but one is {_shown(given)}.")

@@ -20,7 +20,9 @@ def check_tasks(tasks: Sequence[TaskAdapter]) -> None:
         for sha256 in (task.origin.sha256, *(within.sha256 for within in task.origin.pooled)):
             same = by_hash.setdefault(sha256, task)
             if same is not task:
-                raise UnmergeableAdapterError(f"The same adapter is given twice: {same.source} and {task.source}.")
+                raise UnmergeableAdapterError(
+                    f"The same adapter is given twice: {same.source} and {task.source}. Leave one of them out."
+                )
         same = by_name.setdefault(task.name, task)
         if same is not task:
             raise UnmergeableAdapterError(
@@ -113,5 +115,5 @@ def check_whole_projectors(tasks: Sequence[TaskAdapter], projectors: Sequence[st
             if inner is not None:
                 raise UnmergeableAdapterError(
                     f"{task.source} trained '{inner}', a part of the projector '{projector}' that other adapters "
-                    "trained whole; these cannot be merged."
+                    "trained whole: it cannot be merged with them."
                 )

@@ -38,7 +38,10 @@ def _mean(parts: Sequence[tuple[TaskAdapter, Tensor]], key: str) -> Tensor:
         return first
     for task, tensor in parts:
         if not tensor.is_floating_point():
-            raise UnmergeableAdapterError(f"{task.source}: tensor '{key}' is {tensor.dtype}, which has no mean.")
+            raise UnmergeableAdapterError(
+                f"{task.source}: the projector's tensor '{key}' is {tensor.dtype} and differs between tasks, so that "
+                "no mean can be taken; only tensors of floating-point numbers can be averaged."
+            )
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for _, tensor in parts])
     total = sum(task.weight for task, _ in parts)
     mean = torch.zeros_like(first, dtype=torch.float64)

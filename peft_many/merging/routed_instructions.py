@@ -39,7 +39,7 @@ def route_instructions(tasks: Sequence[TaskAdapter]) -> tuple[RoutedInstructions
         asked = task.statistics.instructions
         if asked is None or asked.spread is None:
             raise UnmergeableAdapterError(
-                f"{task.source} does not say what its instructions are like, which `gate_by` goes by: "
+                f"{task.source} has no statistics of its instructions, which `gate_by` needs: "
                 + ("none was measured" if asked is None else "a single one was measured")
                 + ". Run `collect_statistics` again, with batches of token ids, or pass `gate_by='images'`."
             )

@@ -67,7 +67,7 @@ def _spread(task: TaskAdapter, projector: str) -> Any:
     spread = task.statistics.projectors[projector].spread
     if spread is None:
         raise UnmergeableAdapterError(
-            f"{task.source} does not say how its images at '{projector}' differ, which `router='gaussian'` needs: it "
-            "saw a single one. Run `collect_statistics` again with more samples, or pass `router='cosine'`."
+            f"{task.source} has no covariance of its images at '{projector}', which `router='gaussian'` needs: a "
+            "single one was measured. Run `collect_statistics` again with more samples, or pass `router='cosine'`."
         )
     return spread

@@ -95,7 +95,7 @@ class RegMean(MergeMethod):
         return torch.cholesky_solve(torch.cat(coefficients).T, root).T @ (Z / D) + torch.cat(kept)
 
 
-_SINGULAR = "the tasks' inputs leave directions unseen; RegMean needs `alpha` below 1 there"
+_SINGULAR = "the sum of the tasks' covariances is singular; pass an `alpha` below 1"
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

@@ -229,10 +229,11 @@ def _check_together(options: MergeOptions) -> None:
         and not options.gates_by_instructions
     ):
         raise ValueError(
-            "`abstain_above` is a distance of `router='gaussian'`, or of instructions (`gate_by`); cosines know none."
+            "`abstain_above` needs distances, which `router='cosine'` has none of: pass `router='gaussian'`, or "
+            "`gate_by='instructions'`."
         )
     if options.gate_by is not None and options.gate_lora is False:
-        raise ValueError("`gate_by` says what `gate_lora` goes by, which is False; leave one of them out.")
+        raise ValueError("`gate_by` needs `gate_lora=True`, but it is False; leave one of them out.")
     if options.route_by not in (None, IMAGES) and not options.gates_by_instructions:
         raise ValueError(f"`route_by='{options.route_by}'` needs `gate_by='{INSTRUCTIONS}'` or '{BOTH}' beside it.")
     if (options.gate_lora or options.gate_by) and options.rank is not None:

@@ -40,7 +40,7 @@ class ImageWeights:
         real, (batch, rows) = self.rows.real_images, self.places(model, arguments)
         weights = self.weights[real]
         if rows is None:
-            warn_of_merged(f"it cannot be told which of {len(weights)} images belong to which of {batch} rows")
+            warn_of_merged(f"it cannot be told which of {len(weights)} images belong to which of {batch} samples")
             return None
         return RowWeights(
             weights.new_zeros(batch, weights.shape[1]).index_add(0, rows, weights),
@@ -173,8 +173,8 @@ def _by_instructions(model: nn.Module, arguments: Mapping[str, Any], router: Ins
     """What a batch's instructions say of its rows; `None`, with a warning, where they cannot be read."""
     read = features_of_instructions(model, arguments)
     if read is None or read[0].is_packed:
-        why = "rows hold several samples" if read else "the model was not called with token ids"
-        by_images = {"instead": "Rows are told by their images alone"} if router.uses_images else {}
+        why = "its rows hold several samples each" if read else "the model was not called with token ids"
+        by_images = {"instead": "The LoRA is chosen by images alone"} if router.uses_images else {}
         warn_of_merged(f"instructions cannot be read, since {why}", **by_images)
         return None
     scores = router.scores(read[1])

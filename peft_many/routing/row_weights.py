@@ -176,12 +176,12 @@ def repeats_of_rows(shape: Sequence[int], rows: int, arguments: Mapping[str, Any
     length = shape[0]
     told = len(shape) > 2 or any(length in (of[0], of[:2].numel()) for of in shapes_of_batch(arguments))
     if length % rows or not told:
-        warn_of_merged(f"a layer's input of shape {tuple(shape)} does not say what belongs to which of {rows} rows")
+        warn_of_merged(f"a layer's input of shape {tuple(shape)} does not say what belongs to which of {rows} samples")
         return None
     return length // rows
 
 
-def warn_of_merged(why: str, instead: str = "The merged LoRA is used, not that of the rows' tasks") -> None:
+def warn_of_merged(why: str, instead: str = "The merged LoRA is used for these samples, not their tasks' own") -> None:
     """Warn that rows get the merged LoRA although the adapter is gated."""
     warnings.warn(f"{instead}: {why}.", PeftWarning, stacklevel=3)
 

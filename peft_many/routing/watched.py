@@ -29,7 +29,7 @@ class WatchedMethod:
         """The module or cache whose method it is."""
         module = self._module()
         if module is None:
-            raise ReferenceError(f"`{self.name}` was kept, but not the model that it belongs to; keep the model too.")
+            raise ReferenceError(f"The model whose `{self.name}` is called is gone; keep a reference to it.")
         return module
 
     def __getstate__(self) -> dict[str, Any]:

@@ -29,13 +29,13 @@ def merge_to_route_by(config: VllmConfig) -> ServedMerge | None:
         )
     _check_architecture(model.architecture, model.architectures)
     for problem, is_there in {
-        "`cudagraph_mm_encoder`: a graph cannot choose": config.compilation_config.cudagraph_mm_encoder,
-        "`compile_mm_encoder`: a graph cannot choose": config.compilation_config.compile_mm_encoder,
-        '`mm_encoder_tp_mode="data"`: images are told apart on one device': model.multimodal_config.mm_encoder_tp_mode
+        "`cudagraph_mm_encoder`, as a CUDA graph cannot choose": config.compilation_config.cudagraph_mm_encoder,
+        "`compile_mm_encoder`, as a compiled graph cannot choose": config.compilation_config.compile_mm_encoder,
+        '`mm_encoder_tp_mode="data"`, as one device must see all images': model.multimodal_config.mm_encoder_tp_mode
         == "data",
     }.items():
         if is_there:
-            raise ValueError(f"Routed projectors do not go with {problem}.")
+            raise ValueError(f"vLLM cannot route projectors with {problem}; leave it out.")
     return ServedMerge.read(told)
 
 

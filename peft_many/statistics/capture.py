@@ -75,7 +75,10 @@ def layers_by_input(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> 
     calls = Counter(name for name, _ in arrived)
     strange = next((name for name in layers if calls[name] != 1), None)
     if strange is not None:
-        raise RuntimeError(f"'{strange}' runs {calls[strange]} times in a forward pass; it has to run once.")
+        raise RuntimeError(
+            f"'{strange}' runs {calls[strange]} times in a forward pass, so the merge cannot be refitted layer by "
+            "layer: each has to run once."
+        )
     groups: dict[int, list[str]] = {}
     for name, inputs in arrived:  # which keeps the tensors alive, so that no two have one id
         groups.setdefault(id(inputs), []).append(name)

@@ -48,7 +48,7 @@ class InstructionHook:
         count = int(torch.stack(self._untold).sum()) if self._untold else 0
         if count:
             warnings.warn(
-                f"{count} samples have no `labels` that begin behind the prompt, so that instructions cannot be told "
+                f"{count} samples have no `labels` that are -100 on the prompt, so that instructions cannot be told "
                 "from answers: gates of a merge that go by instructions will look at both.",
                 PeftWarning,
                 stacklevel=3,

@@ -29,8 +29,8 @@ def unmoved_projectors(base: nn.Module, adapter_name: str, unseen: Sequence[str]
         if not known:
             warnings.warn(
                 f"No image passed while measuring, and whether the adapter's projector '{name}' was trained cannot "
-                "be told: its weights are not here. Merging will take it for trained, and refuse to route images to "
-                "it. Measure with the whole model in memory.",
+                "be told: its weights are not in memory. Merging will take it for trained, and refuse to route images "
+                "to it. Measure with the whole model in memory.",
                 PeftWarning,
                 stacklevel=4,
             )

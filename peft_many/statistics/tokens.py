@@ -89,8 +89,8 @@ class TokenRows:
         self._routed.forget()
         if error is None and self._routed.searched and not self._routed.recognised:
             warnings.warn(
-                "No row of padding was found again among the rows that routers sent on, so some of it may have been "
-                "counted. Batches without padding avoid this.",
+                "Padding could not be told from tokens among those that routers sent to experts, so some may have "
+                "been counted. Batches without padding avoid this.",
                 PeftWarning,
                 stacklevel=3,
             )

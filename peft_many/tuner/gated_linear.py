@@ -69,8 +69,9 @@ def gate_layers(model: nn.Module, adapter_name: str, merge: MergeRecord) -> None
         ranks = merge.task_rank_pattern.get(get_pattern_key(merge.task_rank_pattern, name), merge.task_ranks)
         if ranks is None or sum(ranks) != layer.r[adapter_name]:
             raise ValueError(
-                f"The adapter's config has `gate_lora`, but its `task_ranks` {ranks} do not make up the rank "
-                f"{layer.r[adapter_name]} of '{name}'. Only merging writes these."
+                f"The adapter's config has `gate_lora`, but its `task_ranks` {ranks} do not add up to the rank "
+                f"{layer.r[adapter_name]} of '{name}': config and weights are of different merges; save or download "
+                "the merge again."
             )
         gated = layer.lora_A[adapter_name] = GatedLinear(layer.lora_A[adapter_name], adapter_name, ranks)
         layer.lora_B[adapter_name] = ColumnsLinear(layer.lora_B[adapter_name], gated)

@@ -258,7 +258,7 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     """The model inside a compiled one, whose modules have other names."""
     if not is_compiled_module(model):
         return model
-    said = "The adapter goes inside the compiled base model; compile the PEFT model that comes out."
+    said = "The compiled base model was unwrapped for the adapter; compile the PEFT model that is returned."
     warnings.warn(said, PeftWarning, stacklevel=5)
     return extract_model_from_parallel(model, keep_torch_compile=False)
 

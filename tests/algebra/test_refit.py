@@ -97,7 +97,7 @@ def test_too_few_tokens_without_a_ridge_are_an_error():
     problem = LayerRefit(2, 5, ridge=0.0)
     own = LowRankDelta(A=torch.ones(1, 5), B=torch.ones(2, 1))
     problem.add(torch.ones(1, 5), torch.ones(1, 2), own)
-    with pytest.raises(SingularMergeError, match="larger ridge"):
+    with pytest.raises(SingularMergeError, match="larger `ridge`"):
         problem.solve(1)
 
 

@@ -428,9 +428,7 @@ def test_a_pool_is_not_made_for_a_folder_that_is_taken(shelf, merged, monkeypatc
 
 def test_a_folder_that_may_not_be_read_is_said_in_words(shelf, monkeypatch):
     monkeypatch.setattr("os.access", lambda *asked: False)  # root may read all
-    assert (
-        run("inspect", shelf["a"], code=1).stderr == f"The folder '{shelf['a']}' cannot be read: permission denied.\n"
-    )
+    assert f"The folder '{shelf['a']}' cannot be read: permission denied." in run("inspect", shelf["a"], code=1).stderr
 
     def fails(*args, **kwargs):
         raise PermissionError(13, "Permission denied", "x/y")

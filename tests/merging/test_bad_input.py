@@ -336,7 +336,7 @@ def test_a_merge_whose_statistics_disagree_with_its_weights(good, tmp_path, chan
         edit(bad, STATISTICS, lambda tensors: tensors.update({key: tensors[key][:, :-1]}))
     else:
         edit_header(bad, lambda header: header["tasks"][1]["lora_A"].remove(LAYER))
-    assert_refused(tmp_path, [bad], str(bad), f"disagree on '{LAYER}'")
+    assert_refused(tmp_path, [bad], str(bad), f"disagree on the ranks of '{LAYER}'")
 
 
 # ------------------------------------------------------------------------------------------- other models and shapes

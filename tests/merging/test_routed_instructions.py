@@ -265,7 +265,7 @@ def test_what_merges_disagree_on_is_not_inherited(tmp_path: Path, whole: Path) -
     whole = shy
     assert options("still shy").abstain_above == 4.0
     assert options("no gate", gate_lora=False).abstain_above is None
-    with pytest.raises(ValueError, match="`gate_by` says what `gate_lora` goes by, which is False"):
+    with pytest.raises(ValueError, match="`gate_by` needs `gate_lora=True`, but it is False"):
         options("contradiction", gate_lora=False, gate_by="both")
     with pytest.raises(UnmergeableAdapterError, match="visual prototypes, but none of the adapters has one"):
         options("pictures", gate_by="images")

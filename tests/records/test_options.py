@@ -90,7 +90,7 @@ def test_merges_hand_down_what_they_agree_on():
         ({"gate_lora": True, "rank": 4}, "a `rank` cannot be given"),
         ({"gate_lora": 1}, "`gate_lora` must be True or False"),
         ({"temperature": 0.0}, "`temperature` must be positive"),
-        ({"abstain_above": 1.0, "router": "cosine"}, "cosines know none"),
+        ({"abstain_above": 1.0, "router": "cosine"}, "needs distances, which `router='cosine'` has none of"),
         ({"top_k": 0}, "`top_k` must be at least 1"),
         ({"rank": 1.5}, "`rank` must be a whole number"),
         ({"rank": True}, "`rank` must be a whole number"),
@@ -103,7 +103,7 @@ def test_impossible_options_are_named(options, message):
 
 
 def test_abstaining_needs_the_gaussian_router_whoever_chose_the_other():
-    with pytest.raises(ValueError, match="cosines know none"):
+    with pytest.raises(ValueError, match="needs distances, which `router='cosine'` has none of"):
         MergeOptions(abstain_above=2.0).filled_in([])
 
 

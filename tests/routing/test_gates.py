@@ -472,7 +472,7 @@ def test_a_further_image_of_the_task_changes_nothing() -> None:
 def test_rows_that_nothing_tells_get_the_merged_lora_with_a_warning() -> None:
     model, inputs = gated("llava"), inputs_of("llava", [[picture("llava", 0)], [picture("llava", 1)]])
     moved = inputs["input_ids"].flatten().roll(8).view(2, -1)  # a part of an image stands in the other row
-    with pytest.warns(PeftWarning, match=r"cannot be told which of 2 images belong to which of 2 rows"):
+    with pytest.warns(PeftWarning, match=r"cannot be told which of 2 images belong to which of 2 samples"):
         found = logits(model, {**inputs, "input_ids": moved})
     torch.testing.assert_close(found, logits(plain("llava"), {**inputs, "input_ids": moved}), atol=1e-5, rtol=0)
 
@@ -824,7 +824,9 @@ def test_what_a_gate_cannot_do(tmp_path: Path) -> None:
     merged = merge_adapter_files(folders, tmp_path / "merged", gate_lora=True, progress=False)
     config = MAnyConfig.from_pretrained(str(merged))
     config.merge = replace(config.merge, task_ranks=[4, 3])
-    with pytest.raises(ValueError, match=r"`task_ranks` \[4, 3\] do not make up the rank 8 of 'model\.language_model"):
+    with pytest.raises(
+        ValueError, match=r"`task_ranks` \[4, 3\] do not add up to the rank 8 of 'model\.language_model"
+    ):
         PeftModel.from_pretrained(tiny.build("llava"), str(merged), config=config)
 
 

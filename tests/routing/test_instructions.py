@@ -364,7 +364,7 @@ def test_embeddings_of_pictures_and_words_go_by_the_pictures() -> None:
     model, own = merged("llava", tasks, "both"), owners("llava", tasks)
     inputs = batch(model, "llava", [tasks[1], tasks[0]])
     inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
-    with pytest.warns(PeftWarning, match="Rows are told by their images alone: instructions cannot be read"):
+    with pytest.warns(PeftWarning, match="The LoRA is chosen by images alone: instructions cannot be read"):
         assert_rows_are_of(model, inputs, [own[1], own[0]])
 
 
@@ -375,7 +375,7 @@ def test_packed_rows_get_the_merged_lora() -> None:
         "input_ids": torch.tensor([samples[0] + samples[1]]),
         "position_ids": torch.tensor([[*range(len(samples[0])), *range(len(samples[1]))]]),
     }
-    with pytest.warns(PeftWarning, match="rows hold several samples"):
+    with pytest.warns(PeftWarning, match="its rows hold several samples each"):
         assert close(logits(model, packed), logits(without, packed))
 
 

@@ -70,7 +70,7 @@ def test_a_module_is_not_kept_by_its_own_watcher() -> None:
     method, reference = module.greet, weakref.ref(module)
     del module
     assert reference() is None
-    with pytest.raises(ReferenceError, match="`greet` was kept, but not the model"):
+    with pytest.raises(ReferenceError, match="The model whose `greet` is called is gone"):
         method("you")
 
 
