@@ -118,7 +118,7 @@ class RoutedProjector(Record):
         directions (`int`, *optional*): How many directions the metric of a Gaussian router has.
         distances (`list[float]`, *optional*):
             With that, the squared distance of each task's own new images, on average, which `abstain_above`
-            multiplies; the width, in merges of earlier versions.
+            multiplies.
     """
 
     width: int
@@ -128,15 +128,17 @@ class RoutedProjector(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits = self.distances is None or _fit(self.distances, self.tasks)
+        known = self.distances is None or _fit(self.distances, self.tasks)
+        fits = known and (self.distances is None) == (self.directions is None)
         if self.width < 1 or (self.directions or 0) < 0 or not fits:
-            raise ValueError(f"a routed projector cannot have the width {self.width}, or {self.distances!r:.80}")
+            raise ValueError(
+                f"a routed projector cannot have the width {self.width}, {self.directions} directions and the "
+                f"distances {self.distances!r:.80}"
+            )
 
     def limits(self, above: float | None) -> list[float] | None:
         """From which squared distance on an image is not like each task's, by `abstain_above`, if from any."""
-        if above is None or self.directions is None:
-            return None
-        return [above * distance for distance in self.distances or [self.width] * len(self.tasks)]
+        return None if above is None or self.distances is None else [above * distance for distance in self.distances]
 
     @property
     def names(self) -> list[str]:
@@ -164,7 +166,10 @@ class RoutedInstructions(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.width < 1 or self.directions < 0 or not _fit(self.distances, self.tasks):
-            raise ValueError(f"a router of instructions cannot have the width {self.width}, or {self.distances!r:.80}")
+            raise ValueError(
+                f"a router of instructions cannot have the width {self.width}, {self.directions} directions and the "
+                f"distances {self.distances!r:.80}"
+            )
 
     def limits(self, above: float | None) -> list[float] | None:
         """From which squared distance on an instruction is not like each task's, by `abstain_above`, if from any."""

@@ -36,11 +36,13 @@ def records(draw: st.DrawFn) -> MergeRecord:
     names = draw(st.lists(TEXT, min_size=1, max_size=4, unique=True))
     tasks = [TaskRecord(name, draw(WEIGHT), draw(ORIGIN), draw(st.integers(0, 9))) for name in names]
     routed = [RoutedTask(name, draw(st.booleans())) for name in names]
+    directions = draw(st.none() | st.integers(0, 5))
+    distances = None if directions is None else [1.5] * len(names)
     return MergeRecord(
         options=MergeOptions(router="gaussian").filled_in([]),
         tasks=tasks,
         operations=draw(st.lists(OPERATION, max_size=2)),
-        routing={"p": RoutedProjector(draw(st.integers(1, 9)), routed, draw(st.none() | st.integers(0, 5)))},
+        routing={"p": RoutedProjector(draw(st.integers(1, 9)), routed, directions, distances)},
         averaged_projectors={"q": names},
         task_ranks=draw(st.none() | st.just([2] * len(names))),
     )
@@ -91,12 +93,13 @@ def test_what_is_no_record_at_all_is_refused(name, content):
         MAnyConfig(**{name: content})
 
 
-def test_a_routed_projector_of_an_earlier_version_abstains_by_its_width():
+def test_a_gaussian_router_knows_distances_to_abstain_by():
     tasks = [RoutedTask(name, True) for name in "ab"]
-    assert RoutedProjector(6, tasks, 2).limits(3.0) == [18.0, 18.0]
     assert RoutedProjector(6, tasks, 2, [5.0, 9.0]).limits(3.0) == [15.0, 27.0]
-    assert RoutedProjector(6, tasks, 2).limits(None) is None
+    assert RoutedProjector(6, tasks, 2, [5.0, 9.0]).limits(None) is None
     assert RoutedProjector(6, tasks).limits(3.0) is None  # cosines know no distance
-    for distances in ([1.0], [1.0, 0.0], [1.0, -2.0], []):
+    with pytest.raises(ValueError, match="None directions and the distances"):
+        RoutedProjector(6, tasks, None, [5.0, 9.0])
+    for distances in ([1.0], [1.0, 0.0], [1.0, -2.0], [], None):
         with pytest.raises(ValueError, match="a routed projector cannot have"):
             RoutedProjector(6, tasks, 2, distances)

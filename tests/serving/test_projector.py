@@ -35,9 +35,9 @@ def routed(kind=Merger, trained=(True, True, True), directions=None, **options):
     torch.manual_seed(0)
     projector = served(kind)(WIDTH, OUT)
     options = {"router": "cosine", "temperature": 0.5, **options}
-    about = RoutedProjector(
-        WIDTH, [RoutedTask(f"t{t}", is_trained) for t, is_trained in enumerate(trained)], directions
-    )
+    tasks = [RoutedTask(f"t{t}", is_trained) for t, is_trained in enumerate(trained)]
+    distances = None if directions is None else [float(WIDTH)] * len(tasks)
+    about = RoutedProjector(WIDTH, tasks, directions, distances)
     projector.route(about, MergeOptions(**options))
     with torch.no_grad():
         for parameter in projector.parameters():
@@ -72,7 +72,9 @@ def test_an_expert_takes_what_the_projector_takes_in_the_same_place():
         torch.set_default_dtype(torch.bfloat16)  # as a server does while it makes a model
         try:
             tasks = [RoutedTask(f"t{t}", trained) for t, trained in enumerate((True, True, False))]
-            projector.route(RoutedProjector(WIDTH, tasks, 2), MergeOptions(router="gaussian", temperature=1.0))
+            projector.route(
+                RoutedProjector(WIDTH, tasks, 2, [1.0] * 3), MergeOptions(router="gaussian", temperature=1.0)
+            )
         finally:
             torch.set_default_dtype(torch.float32)
     of_router = 4 * ((3 + 2) * WIDTH + 3)  # prototypes, directions and variances, in float32
