@@ -113,8 +113,7 @@ def pool_adapters(
     inputs: dict[str, InputStatistics] = {}
     input_of: dict[str, str] = {}
     fingerprints: dict[str, list[float]] = {}
-    told = f"Pooling {counted(len(names), 'task')}"
-    for group in tqdm(prepared.groups, desc=told, unit="input", disable=not progress):
+    for group in tqdm(prepared.groups, f"Pooling {counted(len(names), 'task')}", unit="input", disable=not progress):
         merged = merged_deltas(prepared, read_group(prepared, group, computing))
         prepared.release()
         tensors |= tensors_of(merged)
