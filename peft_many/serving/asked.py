@@ -27,6 +27,15 @@ def merge_to_route_by(config: VllmConfig) -> ServedMerge | None:
             f"peft_many knows how to route projectors in vLLM {', '.join(KNOWN_VERSIONS)}, and this is "
             f'{vllm.__version__}: install one of these, or serve without "peft_many" in `additional_config`.'
         )
+    merge = ServedMerge.read(told)
+    if merge.record.routing:
+        _check_routes_images(config)
+    return merge
+
+
+def _check_routes_images(config: VllmConfig) -> None:
+    """Refuse models and options with which images would not be routed."""
+    model = config.model_config
     _check_architecture(model.architecture, model.architectures)
     for problem, is_there in {
         "`cudagraph_mm_encoder`, as a CUDA graph cannot choose": config.compilation_config.cudagraph_mm_encoder,
@@ -36,7 +45,6 @@ def merge_to_route_by(config: VllmConfig) -> ServedMerge | None:
     }.items():
         if is_there:
             raise ValueError(f"vLLM cannot route projectors with {problem}; leave it out.")
-    return ServedMerge.read(told)
 
 
 def _check_architecture(served_as: str, named: list[str]) -> None:

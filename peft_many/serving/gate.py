@@ -19,6 +19,7 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
+from vllm.tokenizers import cached_tokenizer_from_config
 
 from ..algebra.gating import confidence
 from ..records.options import INSTRUCTIONS
@@ -35,16 +36,25 @@ class RoutingWorker:
         Images are the bytes of image files. A prompt is a text with a placeholder for each of them, or token ids in
         which these are as long as the model sees them.
         """
-        merge = self.model_runner.get_model().served_merge
+        merge = _merge_of(self)
         pictures = [Image.open(io.BytesIO(content)).convert("RGB") for content in images]
         with torch.inference_mode():
-            goes_by_images = merge.record.options.gate_by != INSTRUCTIONS
+            goes_by_images = bool(merge.record.routing) and merge.record.options.gate_by != INSTRUCTIONS
             by_images, fits = _by_images(self, pictures) if goes_by_images else (None, None)
             scores = None
             if merge.record.instructions is not None:
                 scores = _by_words(self, merge, _token_ids(self, pictures, prompt))
             found = weights_of_request(by_images, scores, fits)
         return None if found is None else found.tolist()
+
+
+def _merge_of(worker: Any) -> ServedMerge:
+    """The merge that the server was told. A model knows it only if it routes projectors."""
+    known = vars(worker)
+    if "told_merge" not in known:
+        known["told_merge"] = ServedMerge.read(worker.vllm_config.additional_config["peft_many"])
+    merge: ServedMerge = known["told_merge"]
+    return merge
 
 
 def _by_images(worker: Any, pictures: list[Image.Image]) -> tuple[Tensor | None, Tensor | None]:
@@ -74,17 +84,20 @@ def _by_words(worker: Any, merge: ServedMerge, ids: list[int]) -> Tensor:
 def _token_ids(worker: Any, pictures: list[Image.Image], prompt: str | list[int] | None) -> list[int]:
     if not isinstance(prompt, str):
         return prompt or []
-    processor = MULTIMODAL_REGISTRY.create_processor(worker.model_runner.model_config)
+    config = worker.model_runner.model_config
+    if not config.is_multimodal_model:
+        return list(cached_tokenizer_from_config(config).encode(prompt))
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
     shown = processor.info.parse_mm_data({"image": pictures} if pictures else {})
     return list(processor(prompt, shown)["prompt_token_ids"])
 
 
 def _embedding(model: Any) -> VocabParallelEmbedding:
     """The base model's own token embedding, without what a LoRA may add to it."""
-    modules = model.get_language_model().modules()
+    within = model.get_language_model() if hasattr(model, "get_language_model") else model
     return next(
         module
-        for module in modules
+        for module in within.modules()
         if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
     )
 

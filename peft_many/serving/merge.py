@@ -22,7 +22,7 @@ LARGEST_CONFIG = 16 << 20  # bytes
 
 @dataclass(frozen=True)
 class ServedMerge:
-    """A merge with routed projectors.
+    """A merge with routed projectors, or whose gates go by instructions.
 
     Args:
         folder (`Path`): Where it is.
@@ -92,9 +92,12 @@ def _record_in(path: Path, source: str) -> MergeRecord:
 
 
 def _routable(source: str, record: MergeRecord) -> MergeRecord:
-    if not record.routing:
-        raise ValueError(f"'{source}' routes no projector: serve it as a plain LoRA or model, without \"peft_many\".")
-    if record.options.route_by not in (None, IMAGES):
+    if not record.is_routed:
+        raise ValueError(
+            f"'{source}' routes no projector, and no gate of it goes by instructions: serve it as a plain LoRA or "
+            'model, without "peft_many".'
+        )
+    if record.routing and record.options.route_by not in (None, IMAGES):
         raise ValueError(
             f"The projectors of '{source}' go by instructions (`route_by={record.options.route_by!r}`). A server "
             "does not know these when it encodes an image, which it does once for all prompts. Merge with "

@@ -39,7 +39,10 @@ def routed_model(architecture: str) -> type[Any]:
 
     class Routed(stock):  # type: ignore[valid-type, misc]
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-            self.__dict__["served_merge"] = merge = merge_to_route_by(vllm_config)
+            merge = merge_to_route_by(vllm_config)
+            if merge is not None and not merge.record.routing:  # it chooses LoRAs, which is the worker's
+                merge = None
+            self.__dict__["served_merge"] = merge
             if merge is None:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
                 return

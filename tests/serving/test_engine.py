@@ -207,6 +207,34 @@ def test_a_gate_chooses_loras(shelf, tmp_path, family, options):
         LoRAs(ServedMerge.read(str(merged)), tmp_path)
 
 
+def test_words_choose_loras_where_no_projector_is_routed(tmp_path):
+    served = Served(tmp_path / "llava", "llava", tasks="xy")
+    merged = served.merge("xy", tmp_path / "merged", gate_by="instructions")
+    loras = export_lora(merged, tmp_path / "lora", with_tasks=True).folder
+    names = []
+
+    def choose(llm):
+        gate = Gate(llm, loras)
+        chosen = [gate.lora_for(images, served.prompt(words, images)) for words, images in served.prompts()]
+        names.extend(one.lora_name for one in chosen)
+        return chosen
+
+    extension = "peft_many.serving.gate.RoutingWorker"
+    looks = []
+    found = answers(
+        served,
+        served.base,
+        choose,
+        merged,
+        look=lambda model: looks.append(routes(model)),
+        max_loras=3,
+        worker_extension_cls=extension,
+    )
+    assert looks == [False]
+    assert set(names) >= {"x", "y"}
+    assert found == served.expected(merged)
+
+
 def sharded(folder):
     """The same model in two files with an index, by which others find its tensors."""
     tensors = load_file(folder / "model.safetensors")

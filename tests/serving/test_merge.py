@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from peft_many import merge_adapter_files
 from peft_many.serving.merge import ServedMerge
-from tests.adapters import WEIGHTS
+from tests.adapters import WEIGHTS, make
 from tests.exports.shelf import Shelf
 
 
@@ -31,8 +32,18 @@ def test_it_is_the_merge_in_the_folder(shelf, tmp_path):
     assert {name.split(".")[2] for name in found} == {"experts", "prototypes", "directions", "variances"}
 
 
+def test_it_may_route_words_alone(shelf, tmp_path):
+    llama = [make(tmp_path / name, "llama", seed=seed, task_name=name).folder for seed, name in enumerate("xy")]
+    merged = merge_adapter_files(llama, tmp_path / "merged", gate_by="instructions", progress=False)
+    read = ServedMerge.read(str(merged))
+    assert (read.record.names, read.record.routing, list(read.projector_tensors())) == (["x", "y"], {}, [])
+    assert {name for name, _ in read.instruction_tensors()} == {"prototypes", "directions", "variances"}
+
+
 def test_what_cannot_be_routed_by(shelf, tmp_path, monkeypatch):
     mean = shelf.merge("ab", tmp_path / "mean", projectors="mean")
+    llama = [make(tmp_path / name, "llama", seed=seed, task_name=name).folder for seed, name in enumerate("xy")]
+    text = merge_adapter_files(llama, tmp_path / "text", progress=False)
     asked = shelf.merge("ab", tmp_path / "asked", gate_by="instructions", route_by="instructions", abstain_above=4.0)
     torn = shutil.copytree(shelf.merge("ab", tmp_path / "merged"), tmp_path / "torn")
     config = json.loads((torn / "adapter_config.json").read_text())
@@ -41,7 +52,8 @@ def test_what_cannot_be_routed_by(shelf, tmp_path, monkeypatch):
     lacking = shutil.copytree(tmp_path / "merged", tmp_path / "lacking")
     (lacking / WEIGHTS).unlink()
     for source, said in {
-        mean: "routes no projector: serve it as a plain LoRA or model",
+        mean: "routes no projector, and no gate of it goes by instructions: serve it as a plain LoRA or model",
+        text: "routes no projector, and no gate of it goes by instructions",
         asked: r"go by instructions \(`route_by='instructions'`\)",
         shelf.adapters["a"]: "no merge that can be routed by: it is the adapter of one task",
         torn: "no merge that can be routed by: .*the width -1",

@@ -208,7 +208,7 @@ def architecture(family: str) -> str:
 
 
 class Served:
-    """A family's base model on disk, and tasks that are letters; `c` trained no projector."""
+    """A family's base model on disk, and tasks that are letters; `c`, `x` and `y` trained no projector."""
 
     def __init__(self, root: Path, family: str, tasks: str = "abc", world: World | None = None) -> None:
         self.root, self.family, self.world = root, family, world or WORLDS[family]
@@ -228,7 +228,7 @@ class Served:
         return kind.from_pretrained(self.base, dtype=torch.float32).eval()
 
     def _task(self, seed: int, name: str) -> Path:
-        options: dict[str, Any] = {"projector_modules": []} if name == "c" else {}
+        options: dict[str, Any] = {"projector_modules": []} if name in "cxy" else {}
         torch.manual_seed(seed)
         model = get_peft_model(self.model(), MAnyConfig(r=4, lora_alpha=8, task_name=name, **options))
         scatter(model, seed)
