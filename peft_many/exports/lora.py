@@ -1,4 +1,4 @@
-"""A plain LoRA of the language model: what vLLM, SGLang, LMDeploy and stock PEFT load without this package."""
+"""A plain LoRA of the language model: what vLLM, SGLang, llama.cpp and stock PEFT load without this package."""
 
 from __future__ import annotations
 

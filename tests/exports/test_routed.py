@@ -131,3 +131,29 @@ def test_one_import_and_one_call_in_a_new_process(shelf, tmp_path):
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         assert distance(torch.load(tmp_path / "logits"), model(**batch).logits) < 1e-5
+
+
+def test_transformers_serve_loads_it_or_stops(shelf, tmp_path):
+    """What `docs/how-to/other-servers.md` says of it, but for the web server around."""
+    merged = shelf.merge("ab", tmp_path / "merged")
+    exported = export_routed_model(merged, tmp_path / "model", base_model=shelf.base)
+    batch = batches(base("llava"), "llava", seed=50)[0]
+    torch.save(batch, tmp_path / "batch")
+    program = """
+import sys, torch
+from transformers.cli.serving.model_manager import ModelManager
+manager = ModelManager(device="cpu", dtype="float32")
+try:
+    manager._load_model(f"{sys.argv[1]}@main")
+except KeyError as error:
+    print(error)
+import peft_many
+model = manager._load_model(f"{sys.argv[1]}@main")
+torch.save(model(**torch.load(sys.argv[2])).logits.detach(), sys.argv[3])
+"""
+    done = new_process.run(program, exported.folder, tmp_path / "batch", tmp_path / "logits")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "'MANY'"
+    with torch.no_grad():
+        expected = load_routed_model(exported.folder, dtype=torch.float32)(**batch).logits
+    assert distance(torch.load(tmp_path / "logits"), expected) < 1e-6
