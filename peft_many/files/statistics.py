@@ -232,7 +232,9 @@ def _read_tasks(file: TensorFile) -> Iterator[TaskStatistics]:
         content = json.loads(file.metadata["peft_many"])
         version, tasks = content["version"], content["tasks"]
     except (KeyError, RecursionError, TypeError, ValueError):
-        raise StatisticsError(f"{file.path} is no statistics file of peft_many: its header names no format.") from None
+        raise StatisticsError(
+            f"{file.path} is not a statistics file of peft_many: its header names no format."
+        ) from None
     if type(version) is not int or version != FORMAT_VERSION:
         raise StatisticsError(
             f"{file.path} has statistics format {version}, and this peft_many reads format {FORMAT_VERSION}. "

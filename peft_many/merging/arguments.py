@@ -38,7 +38,7 @@ def check_arguments(entries: Any, weights: Any, without: Any, task_names: Any) -
             raise ValueError(f"`{name}` has {len(given)} entries for {len(entries)} adapters.")
         if isinstance(entries, (set, frozenset)) or isinstance(given, (set, frozenset)):
             raise ValueError(
-                f"`{name}` and the adapters belong together by their order, which a set has none of: give two lists."
+                f"`{name}` goes with the adapters by their order, but a set has no order: give two lists."
             )
     for given in () if task_names is None else task_names:
         if given is not None and not isinstance(given, str) and not _are_names(given):
