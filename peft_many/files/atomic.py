@@ -108,17 +108,16 @@ def writable_place(path: Path, replaced: Collection[str] = ()) -> Path:
 def check_apart(
     output: Path, inputs: Iterable[Any], may_replace: Callable[[Path], bool] = lambda folder: False
 ) -> None:
-    """Fail if an output folder lies in one of the inputs, or is one that it may not replace."""
+    """Fail if an output folder is one of the inputs that it may not replace."""
     place = Path(os.path.realpath(output))
     for given in inputs:
         if not isinstance(given, (str, os.PathLike)):
             continue  # a model in memory
         folder = Path(os.path.realpath(Path(given).expanduser()))
-        if folder.is_dir() and (folder in place.parents or (folder == place and not may_replace(folder))):
-            where = "is" if folder == place else "lies in"
+        if folder == place and folder.is_dir() and not may_replace(folder):
             raise FileExistsError(
-                f"The output folder '{output}' {where} '{given}', which is read here; nothing was written. Give "
-                "another folder."
+                f"The output folder '{output}' is '{given}', which is read here; nothing was written. Give another "
+                "folder."
             )
 
 

@@ -51,7 +51,7 @@ def check_arguments(entries: Any, weights: Any, without: Any, task_names: Any) -
 
 
 def output_folder(output_dir: Any, inputs: Iterable[Any] = ()) -> Path:
-    """The folder that is to be written; not one of what it is made of, nor inside one."""
+    """The folder that is to be written; not one of what it is made of."""
     if not isinstance(output_dir, (str, os.PathLike)) or not os.fspath(output_dir):
         raise ValueError(f"The output folder must be a path, but it is {_shown(output_dir)}; adapters come before it.")
     output = Path(output_dir).expanduser()

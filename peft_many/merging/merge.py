@@ -200,8 +200,8 @@ def merge_adapter_files(
         `Path`: The folder.
 
     Raises:
-        FileExistsError: The output folder exists and is not empty, holds more than an adapter, or is or lies in one of
-            those merged.
+        FileExistsError: The output folder exists and is not empty, holds more than an adapter, or is one of those
+            merged.
         BlockingIOError: Another process is writing there.
         TimeoutError, ProcessFailedError: With `across_processes`, another process did not make the call, or failed.
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].

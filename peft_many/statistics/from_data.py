@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from ..data.batches import ChatCollator, batches
 from ..data.reading import read_examples
 from ..files.adapter import check_can_be_merged
-from ..files.atomic import check_apart, new_folder
+from ..files.atomic import new_folder
 from ..files.source import AdapterSource
 from ..hub.base_model import BaseModel
 from ..hub.llava_checkpoint import PROJECTOR_WEIGHTS_NAME, import_llava_checkpoint
@@ -93,7 +93,7 @@ def measure_adapter(
             template; all that [`collect_statistics`] raises.
         FileNotFoundError: The adapter, its base model, the data or an image are not there.
         UnmergeableAdapterError: The adapter cannot be merged.
-        FileExistsError: The output folder is there already, or lies in the adapter's.
+        FileExistsError: The output folder is there already.
         OSError: The adapter was measured and written, but could not be pushed.
         ImportError: The data are read by `datasets`, which is not installed.
 
@@ -108,7 +108,6 @@ def measure_adapter(
         ```
     """
     folder = Path(output_dir).expanduser()
-    check_apart(folder, [adapter], may_replace=lambda itself: True)  # which then has its statistics
     replaced = replaceable_files(folder, overwrite)
     if push_to is not None:
         validate_repo_id(push_to)  # now, and not when all is measured

@@ -267,7 +267,7 @@ def test_a_failing_image_call_leaves_no_boundaries_behind() -> None:
 
 def test_boundaries_that_do_not_fit_the_features_are_an_error() -> None:
     layout = ImageRows(torch.tensor([4, 8]), flat=True)
-    with pytest.raises(RuntimeError, match=r"share 7 rows .* images of \[4, 8\] patches"):
+    with pytest.raises(RuntimeError, match=r"7 rows .* images of \[4, 8\] patches"):
         layout.pool(torch.randn(7, 3))
 
 
