@@ -23,7 +23,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from ..algebra.gating import confidence
 from ..records.options import INSTRUCTIONS
-from .merge import ServedMerge
+from .merge import ServedMerge, served_merge
 from .words import Words, placeholders, weights_of_request
 
 
@@ -36,7 +36,7 @@ class RoutingWorker:
         Images are the bytes of image files. A prompt is a text with a placeholder for each of them, or token ids in
         which these are as long as the model sees them.
         """
-        merge = _merge_of(self)
+        merge = served_merge(self.vllm_config.additional_config["peft_many"])  # which no model knows if it routes none
         pictures = [Image.open(io.BytesIO(content)).convert("RGB") for content in images]
         with torch.inference_mode():
             goes_by_images = bool(merge.record.routing) and merge.record.options.gate_by != INSTRUCTIONS
@@ -46,15 +46,6 @@ class RoutingWorker:
                 scores = _by_words(self, merge, _token_ids(self, pictures, prompt))
             found = weights_of_request(by_images, scores, fits)
         return None if found is None else found.tolist()
-
-
-def _merge_of(worker: Any) -> ServedMerge:
-    """The merge that the server was told. A model knows it only if it routes projectors."""
-    known = vars(worker)
-    if "told_merge" not in known:
-        known["told_merge"] = ServedMerge.read(worker.vllm_config.additional_config["peft_many"])
-    merge: ServedMerge = known["told_merge"]
-    return merge
 
 
 def _by_images(worker: Any, pictures: list[Image.Image]) -> tuple[Tensor | None, Tensor | None]:

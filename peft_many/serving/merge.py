@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,6 +77,12 @@ class ServedMerge:
             for key in file.keys():  # noqa: SIM118 - it is no mapping
                 if key.startswith(within):
                     yield key.removeprefix(KEY_PREFIX), file.get_tensor(key)
+
+
+@functools.cache
+def served_merge(told: str) -> ServedMerge:
+    """The merge that a server was told, read once: what was loaded from it does not change while it is served."""
+    return ServedMerge.read(told)
 
 
 def _record_in(path: Path, source: str) -> MergeRecord:

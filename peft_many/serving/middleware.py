@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from vllm.lora.request import LoRARequest
 from vllm.multimodal.media import MediaConnector
 
 from .gate import LoRAs, as_file
-from .merge import ServedMerge
+from .merge import served_merge
 
 
 class GateMiddleware:
@@ -64,12 +63,6 @@ class GateMiddleware:
         await self.app({**scope, "headers": headers}, replay, send)
 
 
-@functools.cache
-def _merge(told: str) -> ServedMerge:
-    """The merge, read once: what was loaded from it does not change while it is served."""
-    return ServedMerge.read(told)
-
-
 async def _gated(body: bytes, state: Any) -> bytes:
     """A request's body, with the model that its images and words choose."""
     try:
@@ -83,7 +76,7 @@ async def _gated(body: bytes, state: Any) -> bytes:
     if lora is None or not Path(lora.lora_path, "task_0").is_dir():
         return body
     config = state.engine_client.vllm_config
-    merge = _merge(config.additional_config.get("peft_many"))
+    merge = served_merge(config.additional_config.get("peft_many"))
     by_words = merge.record.options.gates_by_instructions
     if not urls and not by_words:
         return body

@@ -16,6 +16,7 @@ from peft_many import export_lora, merge_adapter_files
 from peft_many.routing.instructions import features_of_instructions, router_of
 from peft_many.routing.row_weights import RowWeights
 from peft_many.serving import asked, gate
+from peft_many.serving.merge import ServedMerge
 from tests import tiny
 from tests.adapters import base, make
 
@@ -52,7 +53,7 @@ def test_words_choose_a_lora_where_no_projector_is_routed(tmp_path, monkeypatch,
         found = gate.RoutingWorker.route_request(worker, [], prompt)
         by_words = RowWeights(torch.zeros(1, 2), torch.zeros(1), 0, scores[None]).weights[0]
         torch.testing.assert_close(torch.tensor(found), by_words)
-        chosen.append(gate.LoRAs(gate._merge_of(worker), loras).chosen(found))
+        chosen.append(gate.LoRAs(ServedMerge.read(str(merged)), loras).chosen(found))
     names = {one and one.lora_name for one in chosen}
     assert names >= ({"a", "b"} if above is None else {None})
     if family == "llama":
