@@ -113,12 +113,12 @@ def _only_format(adapter: str, output: Path) -> str:
 
 def _say_plan(adapter: str, output: Path, format: str, base_model: str | None) -> None:
     from .. import inspect_adapter
-    from ..files.atomic import check_apart, writable_place
+    from ..files.atomic import writable_place
     from ..files.errors import UnmergeableAdapterError
+    from ..merging.arguments import output_folder
     from ..records.words import counted
 
-    check_apart(output.expanduser(), [adapter, base_model])
-    writable_place(output.expanduser())
+    writable_place(output_folder(output, [adapter, base_model]))
     found = inspect_adapter(adapter)
     if found.problem is not None:
         raise UnmergeableAdapterError(found.problem)

@@ -25,7 +25,7 @@ from ..files.projectors import shapes_of, tensors_inside
 from ..files.statistics import AdapterStatistics, FeatureStatistics, InputStatistics, TaskStatistics
 from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import HubArguments
-from ..merging.arguments import output_folder, usable_device
+from ..merging.arguments import output_folder, several, usable_device
 from ..merging.group import merged_deltas, tensors_of
 from ..merging.merged_config import merged_config
 from ..merging.operations import POOL, operation
@@ -92,8 +92,8 @@ def pool_adapters(
         PosixPath('pool')
         ```
     """
-    output = output_folder(output_dir, adapters if isinstance(adapters, Sequence) else ())
-    writable_place(output)  # now, and not when all is computed
+    adapters = several(adapters)
+    output = writable_place(output_folder(output_dir, adapters))  # now, and not when all is computed
     if statistics_rank < 1:
         raise ValueError(f"`statistics_rank` must be at least 1, but it is {statistics_rank}.")
     computing = usable_device(device)

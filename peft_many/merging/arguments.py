@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,17 @@ def check_arguments(entries: Any, weights: Any, without: Any, task_names: Any) -
         raise ValueError(f"`weights` must be finite and not negative, but they are {_shown(numbers)}.")
 
 
-def output_folder(output_dir: Any, inputs: Iterable[Any] = ()) -> Path:
+def several(adapters: Any) -> Any:
+    """What an iterator gives as a list, to be gone through more than once; all else as it is."""
+    return list(adapters) if isinstance(adapters, Iterator) else adapters
+
+
+def output_folder(output_dir: Any, inputs: Any = ()) -> Path:
     """The folder that is to be written; not one of what it is made of."""
     if not isinstance(output_dir, (str, os.PathLike)) or not os.fspath(output_dir):
         raise ValueError(f"The output folder must be a path, but it is {_shown(output_dir)}; adapters come before it.")
     output = Path(output_dir).expanduser()
-    check_apart(output, inputs)
+    check_apart(output, inputs if _is_list(inputs) else ())
     return output
 
 

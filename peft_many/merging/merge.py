@@ -27,7 +27,7 @@ from ..records import MergeOptions
 from ..records.keywords import takes_merge_options
 from ..tuner.adapter_names import trouble_with
 from ..tuner.merged_linear import round_merge
-from .arguments import output_folder, replaced_by_merge, usable_device
+from .arguments import output_folder, replaced_by_merge, several, usable_device
 from .base_model import check_fits_model, untouched_on_failure
 from .group import LayerRecord, MergedGroup, mean_residuals, merge_groups
 from .merged_config import merged_config
@@ -223,7 +223,7 @@ def merge_adapter_files(
     def prepare() -> PreparedMerge:
         nonlocal computing, replaced
         chosen, computing = MergeOptions(**options), usable_device(device)
-        given = list(adapters) if isinstance(adapters, Iterator) else adapters
+        given = several(adapters)
         replaced = replaced_by_merge(output, overwrite, given)  # before anything is read
         return prepare_merge(
             given,

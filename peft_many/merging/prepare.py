@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mode
 from typing import Any
@@ -33,7 +33,7 @@ from ..records import (
     TaskRecord,
 )
 from ..records.options import IMAGES, ROUTED
-from .arguments import check_arguments
+from .arguments import check_arguments, several
 from .base_tensors import check_base_tensors, common_base_tensors, keys_beside
 from .checks import check_measured, check_same_shape, check_tasks, check_whole_projectors
 from .expected_routing import DrawnInputs
@@ -180,8 +180,7 @@ def prepare_merge(
     base: nn.Module | None = None,
 ) -> PreparedMerge:
     """Find and read the adapters and check that they can be merged; arguments and errors are those of merging."""
-    if isinstance(entries, Iterator):
-        entries = list(entries)
+    entries = several(entries)
     check_arguments(entries, weights, without, task_names)
     read = [
         read_without_hash(find_adapter(entry, **hub), task_names[i] if task_names is not None else None, base)
