@@ -15,6 +15,7 @@ from ..hub.sources import HubArguments, find_adapter
 from ..merging.arguments import output_folder
 from ..merging.mean_projectors import average_projectors
 from ..merging.prepare import AdapterPath
+from ..records.words import quoted
 from .base_model import fold, put_projector
 from .export import Export, notes_on_gate, write_card
 
@@ -93,7 +94,7 @@ def _check_task(adapter: Adapter, task_name: str | None) -> None:
         return
     task = next((task for task in adapter.tasks if task.name == task_name), None)
     if task is None:
-        names = ", ".join(f"'{task.name}'" for task in adapter.tasks)
+        names = quoted(task.name for task in adapter.tasks)
         raise ValueError(f"There is no task '{task_name}' whose projector could be kept; the tasks are {names}.")
     if task.origin.projectors_left_out:
         raise ValueError(f"'{task_name}' had the weight 0 in this merge, so its projector was not kept.")

@@ -121,12 +121,16 @@ def check_apart(
             )
 
 
-def check_fillable(path: Path, files: Collection[str], overwrite: bool) -> None:
-    """Fail if files cannot be written into a folder, which need not be there, or would replace others unasked.
+def results_folder(
+    output_dir: str | os.PathLike[str], files: Collection[str], overwrite: bool, inputs: Iterable[Any] = ()
+) -> Path:
+    """A folder to write files into, or an `OSError`: it is an input, cannot be written, or holds some unasked.
 
-    The folder is not made. What else is in it may stay there.
+    It need not be there, and is not made. What else is in it may stay there.
     """
-    path = path.absolute()
+    output = Path(output_dir).expanduser()
+    check_apart(output, inputs)
+    path = output.absolute()
     above = next(place for place in (path, *path.parents) if place.exists())
     if not above.is_dir():
         raise NotADirectoryError(f"The output folder '{path}' cannot be created: '{above}' is a file.")
@@ -138,6 +142,7 @@ def check_fillable(path: Path, files: Collection[str], overwrite: bool) -> None:
             f"The output folder '{path}' already holds '{earlier}'; nothing was written. To replace earlier results: "
             "`overwrite=True`, or `--overwrite`."
         )
+    return output
 
 
 def _hint() -> str:

@@ -27,6 +27,7 @@ from ..files.adapter import read_adapter
 from ..files.atomic import new_folder
 from ..files.source import AdapterSource
 from ..files.tensor_keys import KEY_PREFIX
+from ..records.words import quoted
 from ..tuner.config import MAnyConfig
 
 PROJECTOR_WEIGHTS_NAME = "non_lora_trainables.bin"
@@ -215,7 +216,7 @@ def _renamed(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"'{source}': '{key}' and another tensor both belong at '{name}'.")
         found[name] = tensor
     if unknown:
-        named = ", ".join(f"'{key}'" for key in sorted(unknown)[:5]) + (", ..." if len(unknown) > 5 else "")
+        named = quoted(sorted(unknown)[:5]) + (", ..." if len(unknown) > 5 else "")
         raise ValueError(
             f"'{source}' holds {len(unknown)} tensors that belong to no module of transformers' LLaVA or are no plain "
             f"LoRA weights: {named}."

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,10 @@ from typing_extensions import Unpack
 
 from ..data.reading import read_examples, read_text
 from ..data.scores import check_metric, score
-from ..files.atomic import check_apart, check_fillable, replace_file
+from ..files.atomic import replace_file, results_folder
 from ..hub.sources import HubArguments
 from ..records.values import one_of
+from ..records.words import quoted
 from ..statistics.forward import state_kept
 from .running import ADAPTER, BASE, MERGE, RunningMerge, alone_name
 
@@ -135,7 +136,7 @@ def evaluate_merge(
     for one in set(metrics.values()):
         check_metric(one)
     if not isinstance(metric, str) and (unknown := [task for task in metric if task not in data]):
-        raise ValueError(f"`metric` names '{unknown[0]}', of which no data are given; there are {_listed(data)}.")
+        raise ValueError(f"`metric` names '{unknown[0]}', of which no data are given; there are {quoted(data)}.")
     if not data:
         raise ValueError("There is nothing to evaluate on; give `data`, test questions by task.")
     # Files are read before the model is: what is missing shows at once.
@@ -177,15 +178,11 @@ def _warn_of_strange(data: Mapping[str, Any], tasks: Sequence[str]) -> None:
     strange = [name for name in data if name not in tasks]
     if tasks and strange:
         warnings.warn(
-            f"No task of the merge is called {_listed(strange)}, so no adapter of its own is compared with the merge "
-            f"there; the tasks are {_listed(tasks)}.",
+            f"No task of the merge is called {quoted(strange)}, so no adapter of its own is compared with the merge "
+            f"there; the tasks are {quoted(tasks)}.",
             PeftWarning,
             stacklevel=3,
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
 
 
 def perplexity_of(model: Any, tokenizer: Any, text: str, progress: bool = False) -> float:
@@ -205,10 +202,7 @@ def perplexity_of(model: Any, tokenizer: Any, text: str, progress: bool = False)
 
 def check_evaluation_folder(output_dir: str | os.PathLike[str], overwrite: bool, merge: Any = None) -> Path:
     """The folder for an evaluation of a merge, or a `FileExistsError` or another `OSError` if it cannot be written."""
-    output = Path(output_dir).expanduser()
-    check_apart(output, [merge])
-    check_fillable(output, _FILES, overwrite)
-    return output
+    return results_folder(output_dir, _FILES, overwrite, [merge])
 
 
 def save_evaluation(found: Evaluation, output_dir: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

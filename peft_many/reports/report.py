@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from ..algebra.lpm import LowRankDelta
 from ..algebra.precision import without_autocast
 from ..files.adapter import read_adapter
-from ..files.atomic import check_apart, check_fillable, replace_file
+from ..files.atomic import replace_file, results_folder
 from ..files.statistics import AdapterStatistics
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.arguments import usable_device
@@ -131,10 +131,7 @@ def check_report_folder(output_dir: str | os.PathLike[str], overwrite: bool, mer
         from .page import draw  # noqa: F401
     except ImportError as error:
         raise ImportError(f'A report needs {error.name}: pip install "peft-many[report]"') from None
-    output = Path(output_dir).expanduser()
-    check_apart(output, [merge])
-    check_fillable(output, _FILES, overwrite)
-    return output
+    return results_folder(output_dir, _FILES, overwrite, [merge])
 
 
 def save_report(report: MergeReport, output_dir: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
