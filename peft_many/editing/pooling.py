@@ -93,7 +93,8 @@ def pool_adapters(
         ```
     """
     adapters = several(adapters)
-    output = writable_place(output_folder(output_dir, adapters))  # now, and not when all is computed
+    output = output_folder(output_dir, adapters)
+    writable_place(output)  # now, and not when all is computed
     if statistics_rank < 1:
         raise ValueError(f"`statistics_rank` must be at least 1, but it is {statistics_rank}.")
     computing = usable_device(device)
@@ -135,14 +136,14 @@ def pool_adapters(
         },
         weight=sum(task.weight for task in prepared.tasks),
     )
-    _save(output, tensors, _config_of(prepared, name, statistics))
-    return output
+    return _save(output, tensors, _config_of(prepared, name, statistics))
 
 
-def _save(output: Path, tensors: dict[str, Tensor], config: MAnyConfig) -> None:
+def _save(output: Path, tensors: dict[str, Tensor], config: MAnyConfig) -> Path:
     with new_folder(output) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
         config.save_pretrained(folder)
+    return output
 
 
 def _config_of(prepared: PreparedMerge, name: str, statistics: TaskStatistics) -> MAnyConfig:
