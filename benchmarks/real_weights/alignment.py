@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from peft_many.data.batches import ChatCollator, Rows
 from peft_many.data.conversations import Example
 
-from .learning import Schedule, learn
+from .learning import Schedule, autocast, learn
 
 _WARM_UP = 6_000  # pictures whose features are kept for the first part: 0.75 GB
 _ROUNDS = 8
@@ -68,7 +68,7 @@ def say_words(model: Any, collator: ChatCollator, examples: Sequence[Example], r
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(number))
         errors = []
         for chosen in order.split(_AT_ONCE):
-            with torch.autocast(model.device.type, torch.bfloat16):
+            with autocast(model.device):
                 said = projector(features[chosen].to(model.device))
             error = functional.mse_loss(said.float(), targets[chosen].to(model.device)[:, None].expand_as(said))
             error.backward()
@@ -82,15 +82,15 @@ def say_words(model: Any, collator: ChatCollator, examples: Sequence[Example], r
 
 @torch.no_grad()
 def _features(model: Any, collator: ChatCollator, examples: Sequence[Example]) -> Tensor:
-    """(pictures, tokens, channels), in bfloat16: what the tower sees."""
+    """(pictures, tokens, channels), in the model's dtype: what the tower sees."""
     found = []
     rows = Rows(examples)
     for start in tqdm(range(0, len(rows), _AT_ONCE), desc="looking at pictures", leave=False):
         pictures = [rows[i]["images"][0] for i in range(start, min(start + _AT_ONCE, len(rows)))]
         pixels = collator.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        with torch.autocast(model.device.type, torch.bfloat16):  # the projector, which it calls too, is in float32
+        with autocast(model.device):  # the projector, which it calls too, is in float32
             seen = model.get_image_features(pixel_values=pixels.to(model.device)).last_hidden_state
-        found.append(seen.flatten(2).transpose(1, 2).to("cpu", torch.bfloat16))
+        found.append(seen.flatten(2).transpose(1, 2).to("cpu", model.dtype))
     return torch.cat(found)
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from peft_many.reports.evaluation import perplexity_of
 
-from .learning import answers
+from .learning import answers, autocast
 from .messages import find_tasks
 from .methods import METHODS, VARIANTS, Method
 from .skills import overlap, prose
@@ -58,7 +56,7 @@ def _measured(bench: Bench, method: Method) -> dict[str, Any]:
 def _skills(bench: Bench, model: Any) -> dict[str, float]:
     """The perplexity of prose; and of a base model that was aligned here, how well it still describes pictures."""
     collator = bench.collator
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with autocast(model.device):
         found = {"perplexity": perplexity_of(model, collator.processor.tokenizer, prose())}
     if bench.captions is not None:
         (task,) = find_tasks(bench.captions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,16 @@ class Schedule:
     def passes(self) -> int:
         """Passes that make a step."""
         return -(-self.batch_size // self.at_once)
+
+
+def has_bfloat16() -> bool:
+    """Whether this machine computes in bfloat16; a CPU without instructions for it takes ten times as long so."""
+    return torch.accelerator.is_available() or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+
+
+def autocast(device: torch.device) -> AbstractContextManager[None]:
+    """To bfloat16, where the machine has it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16())
 
 
 class AnswerTrainer(Trainer):
@@ -112,7 +123,7 @@ def learn(
         lr_scheduler_type="cosine",
         warmup_steps=max(1, schedule.steps // 20),
         weight_decay=0.0,
-        bf16=True,
+        bf16=has_bfloat16(),
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
         dataloader_num_workers=_WORKERS if on_gpu else 0,  # a CPU has better things to do
@@ -150,7 +161,7 @@ def answers(
     asked = batches(examples, collator.questions, batch_size)
     for batch in tqdm(asked, total=-(-len(examples) // batch_size), desc=label, leave=False, mininterval=1):
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             tokens = model.generate(**batch, max_new_tokens=longest, do_sample=False)
         said = tokens[:, batch["input_ids"].shape[1] :]
         texts += collator.processor.tokenizer.batch_decode(said, skip_special_tokens=True)

@@ -15,7 +15,7 @@ from peft_many import MAnyConfig, merge_adapter_sequence, refit_merge
 from peft_many.data.batches import batches
 from peft_many.files.atomic import new_folder
 
-from .learning import Schedule, learn
+from .learning import Schedule, autocast, learn
 from .messages import TaskFiles
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _refit(bench: Bench, **options: Any) -> Answerer:
         task.name: [*batches(task.examples("train", wants.measured), collator.training, wants.training.at_once)]
         for task in bench.tasks()
     }
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with autocast(model.device):
         refit_merge(model, samples, progress=False)
     return _same(model)
 

@@ -20,7 +20,7 @@ from peft_many.files.atomic import new_folder
 from .alignment import align
 from .checkpoint import build_checkpoint
 from .fetching import default_cache, fetch
-from .learning import Schedule, accuracy, answers, learn
+from .learning import Schedule, accuracy, answers, autocast, has_bfloat16, learn
 from .messages import TaskFiles, find_tasks
 from .packages import PICTURES, WEIGHTS, Package
 from .pictures import paint_tasks
@@ -176,7 +176,7 @@ class Bench:
             model, collator = load(str(output / "parts"))
             found["losses"] = align(model, collator, task.examples("train"), schedule, output / "aligning")
             with new_folder(output / "base") as partial:
-                model.save_pretrained(partial)
+                model.to(torch.bfloat16).save_pretrained(partial)
                 collator.processor.save_pretrained(partial)
         model, collator = self.base()
         return {**found, **self.asked(model, collator, task)}
@@ -192,7 +192,7 @@ class Bench:
             state = self.folder / "training" / task.name
             examples = task.examples("train")
             found["losses"] = learn(adapted, collator, examples, wants.training, state, wants.seed, task.name)
-            with torch.autocast(adapted.device.type, torch.bfloat16):
+            with autocast(adapted.device):
                 measured = batches(examples[: wants.measured], collator.training, wants.training.at_once)
                 collect_statistics(adapted, measured, max_samples=wants.measured, progress=False)
             with new_folder(folder) as partial:
@@ -210,8 +210,9 @@ class Bench:
 
 
 def load(name: str) -> tuple[PreTrainedModel, ChatCollator]:
-    """A vision-language model in bfloat16, on the GPU if there is one, and what makes its batches."""
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.bfloat16).eval()
+    """A vision-language model in the dtype it computes in, on the GPU if there is one, and what makes its batches."""
+    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).eval()
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     else:  # what trains by a quarter faster on a CPU: its fused attention is slow at some dozens of tokens
