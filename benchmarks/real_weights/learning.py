@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from peft_many.algebra.devices import has_half_precision
 from peft_many.data.batches import IGNORED, ChatCollator, Rows, batches
 from peft_many.data.conversations import Example
 
@@ -51,14 +52,9 @@ class Schedule:
         return -(-self.batch_size // self.at_once)
 
 
-def has_bfloat16() -> bool:
-    """Whether this machine computes in bfloat16; a CPU without instructions for it takes ten times as long so."""
-    return torch.accelerator.is_available() or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
-
-
 def autocast(device: torch.device) -> AbstractContextManager[None]:
-    """To bfloat16, where the machine has it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16())
+    """To bfloat16, where that is not slower than float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_half_precision(device))
 
 
 class AnswerTrainer(Trainer):
@@ -123,7 +119,7 @@ def learn(
         lr_scheduler_type="cosine",
         warmup_steps=max(1, schedule.steps // 20),
         weight_decay=0.0,
-        bf16=has_bfloat16(),
+        bf16=on_gpu or has_half_precision(torch.device("cpu")),
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
         dataloader_num_workers=_WORKERS if on_gpu else 0,  # a CPU has better things to do

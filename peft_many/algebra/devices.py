@@ -32,6 +32,11 @@ def has_caches(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def has_half_precision(device: torch.device) -> bool:
+    """Whether products in bfloat16 and float16 are as fast as in float32; CPUs may have no instructions for them."""
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+
+
 def is_on(tensor: Tensor, device: torch.device) -> bool:
     """Whether a tensor is on a device; `"cuda"` without a number is any of them."""
     return tensor.device.type == device.type and device.index in (None, tensor.device.index)

@@ -67,7 +67,11 @@ ModelDevice = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")]
 LoadIn = Annotated[
-    Literal["4bit", "8bit"] | None, typer.Option(help="Load the base model quantised by bitsandbytes: 4bit or 8bit.")
+    Literal["4bit", "8bit", "float32", "bfloat16", "float16"] | None,
+    typer.Option(
+        help="The precision of the base model: 4bit or 8bit by bitsandbytes, or a dtype. "
+        "[dim]default: the dtype it is stored in[/dim]"
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.")]
 
@@ -148,6 +152,8 @@ def model_options(load_in: str | None) -> dict[str, Any]:
     """Arguments of the base model's `from_pretrained` for `--load-in`; projectors, which tasks train, stay whole."""
     if load_in is None:
         return {}
+    if not load_in.endswith("bit"):
+        return {"dtype": load_in}
     from transformers import BitsAndBytesConfig
 
     return {"quantization_config": BitsAndBytesConfig(**{f"load_in_{load_in}": True})}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
-from ..algebra.devices import answers
+from ..algebra.devices import answers, has_half_precision
 from ..families.parts import find_projectors, parts_of
 from ..files.source import AdapterSource, read_config
 from .sources import HubArguments, first_line
@@ -89,7 +90,10 @@ class BaseModel:
         quantised = options.get("quantization_config")
         if quantised is None:
             model = self.load(**options)
-            return model if "device_map" in options else model.to(device)
+            if "device_map" not in options:
+                model.to(device)
+            _warn_of_slow_products(model)
+            return model
         if getattr(quantised, "llm_int8_skip_modules", ()) is None:
             quantised.llm_int8_skip_modules = [*self._visual_parts(), "lm_head"]
         model = self.load(**{"device_map": {"": str(device)}, **options})
@@ -154,6 +158,17 @@ def _check_device(device: Any) -> None:
         answers(torch.device(device), torch.float32)
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         raise ValueError(f"`device` {str(device)!r} cannot be used here: {first_line(error)}") from None
+
+
+def _warn_of_slow_products(model: PreTrainedModel) -> None:
+    if model.dtype.itemsize == 2 and not has_half_precision(model.device):
+        named = str(model.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"The base model is in {named}, which this CPU has no instructions for: reading takes about five times as "
+            'long as with `--load-in float32`, `model_options={"dtype": "float32"}` in Python, which takes twice the '
+            "memory.",
+            stacklevel=3,
+        )
 
 
 def _check_four_bits(model: PreTrainedModel) -> None:

@@ -41,3 +41,7 @@ def test_bits():
     assert model_options(None) == {}
     assert model_options("4bit")["quantization_config"].load_in_4bit
     assert model_options("8bit")["quantization_config"].load_in_8bit
+
+
+def test_a_dtype():
+    assert model_options("float32") == {"dtype": "float32"}

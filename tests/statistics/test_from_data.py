@@ -221,6 +221,20 @@ def test_four_bits_that_a_cpu_cannot_compute_with_are_refused(place):
         BaseModel(str(place / "base"), None, {}).load_on("cpu", quantization_config=quantised)
 
 
+def test_a_cpu_without_half_precision_is_remarked_on(place, monkeypatch, recwarn):
+    base = BaseModel(str(place / "base"), None, {})
+    for capability, dtype, remarked in (
+        ("AVX2", torch.bfloat16, True),
+        ("AVX2", torch.float32, False),
+        ("AVX512", torch.bfloat16, False),
+    ):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert base.load_on("cpu", dtype=dtype).dtype == dtype
+        said = [str(one.message) for one in recwarn]
+        assert any("--load-in float32" in one for one in said) == remarked, said
+        recwarn.clear()
+
+
 def test_merges_are_not_measured(place, tmp_path):
     measure_adapter(place / "colours", place / "colours.json", tmp_path / "1", progress=False)
     merge = merge_adapter_files([tmp_path / "1"], tmp_path / "merged", progress=False)
