@@ -37,7 +37,8 @@ class MergedDelta(LowRankDelta):
     """A merged delta.
 
     It is `stacked` if `B` is the tasks' `[B_1 … B_T]` side by side to the bit, blocks in the order of adding.
-    Otherwise it is rounded, or its columns are orthonormal and belong to no task.
+    Otherwise it is rounded, or its columns are orthonormal and belong to no task. Factors are float64 until
+    [`rounded_deltas`] brings them to the dtype that is stored.
     """
 
     stacked: bool = True
@@ -52,35 +53,6 @@ class _Task:
     covariance: Covariance  # without the ridge
     weight: float
     deltas: Mapping[str, LowRankDelta]
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A task's share in a layer: `w_t`, `C_t` with the ridge, and its delta."""
-
-    weight: float
-    covariance: Covariance
-    delta: LowRankDelta
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A layer's blocks in the order of adding, their rows `[w_1 A_1 C_1; …] R⁻¹`, `A*`, and the `moments` of these."""
-
-    blocks: Sequence[_Block]
-    A: Tensor
-    moments: Sequence[Tensor] | None
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A merged delta in float64, the tasks' own `A` where they are kept, and what else [`MergedDelta`] has."""
-
-    A: Tensor
-    B: Tensor
-    stacked: bool
-    task_A: Tensor | None = None
-    moments: Sequence[Tensor] | None = None
 
 
 class LeastSquaresMerge:
@@ -138,12 +110,12 @@ class LeastSquaresMerge:
         Raises `SingularMergeError` if a direction has no energy in any task and there is no ridge, and `OverflowError`
         if a merged delta is beyond the range of float16.
         """
-        layers = {name: self._factors(layer, rank, keep_blocks) for name, layer in self._solved().items()}
+        layers = self._merged(rank, keep_blocks)
         asked = [name for name, found in layers.items() if found.stacked and not keep_blocks]
         losses = numbers_of([loss_by_rounding(layers[name].A, layers[name].B, dtype) for name in asked])
         for name, (loss,) in zip(asked, losses):
             if loss > LARGEST_ROUNDING_LOSS[dtype]:  # the blocks are large and cancel
-                layers[name] = Factors(*orthonormal(layers[name].A, layers[name].B), stacked=False)
+                layers[name] = MergedDelta(*orthonormal(layers[name].A, layers[name].B), stacked=False)
         return rounded_deltas(layers, dtype)
 
     def _parts(self) -> list[tuple[float, Covariance]]:
@@ -155,10 +127,10 @@ class LeastSquaresMerge:
         # Nobody saw a token here: every direction is an unseen one, and these get the mean delta.
         return [(weight, _identity(part.width, self.device)) for weight, part in ridged]
 
-    def _solved(self) -> dict[str, _Layer]:
-        """By layer, the blocks of the tasks that trained it, solved for."""
+    def _merged(self, rank: int | None, keep_blocks: bool) -> dict[str, MergedDelta]:
+        """The merged delta of every layer in float64: the blocks of the tasks side by side, or cut to the rank."""
         parts = self._parts()
-        own: dict[str, list[tuple[int, LowRankDelta]]] = {}
+        own: dict[str, list[tuple[int, LowRankDelta]]] = {}  # by layer, of the tasks that trained it
         for t, task in enumerate(self._tasks):
             for name, delta in task.deltas.items():
                 there = LowRankDelta(A=moved(delta.A, self.device), B=moved(delta.B, self.device))
@@ -166,19 +138,31 @@ class LeastSquaresMerge:
         blocks = [(t, delta.A) for deltas in own.values() for t, delta in deltas]
         if not blocks:
             return {}
-        seen: Seen | None = None
-        if all(weight == 0 for weight, _ in parts):  # then no task counts
-            rows = torch.zeros_like(torch.cat([A for _, A in blocks]), dtype=torch.float64)
-        else:
-            rows, seen = inverse_scatter_product(parts, blocks, self.device)
+        rows, seen = self._solved(parts, blocks)
         places = iter(slices([len(A) for _, A in blocks]))
         layers = {}
         for name, deltas in own.items():
             placed = [(t, next(places)) for t, _ in deltas]
             whole = slice(placed[0][1].start, placed[-1][1].stop)
-            moments = self._moments(placed, rows[whole], whole, seen)
-            layers[name] = _Layer([_Block(*parts[t], delta) for t, delta in deltas], rows[whole], moments)
+            A, B = rows[whole], torch.cat([delta.B for _, delta in deltas], dim=1)
+            is_full = not keep_blocks and has_full_rank([len(delta.A) for _, delta in deltas], (len(B), A.shape[1]))
+            if rank is not None and rank < (min(len(B), *A.shape) if is_full else len(A)):
+                products = [parts[t][0] * parts[t][1].product(delta.A) for t, delta in deltas]
+                layers[name] = MergedDelta(*compress(A, B, torch.cat(products), rank), stacked=False)
+            elif is_full:
+                layers[name] = MergedDelta(*of_full_rank(B.double() @ A), stacked=False)
+            else:
+                task_A = torch.cat([delta.A for _, delta in deltas]) if keep_blocks else None
+                layers[name] = MergedDelta(A, B, task_A=task_A, moments=self._moments(placed, A, whole, seen))
         return layers
+
+    def _solved(
+        self, parts: Sequence[tuple[float, Covariance]], blocks: Sequence[tuple[int, Tensor]]
+    ) -> tuple[Tensor, Seen | None]:
+        """The rows `[w_1 A_1 C_1; …] R⁻¹` of all layers, and what inputs make of them, where that is known."""
+        if all(weight == 0 for weight, _ in parts):  # then no task counts
+            return torch.zeros_like(torch.cat([A for _, A in blocks]), dtype=torch.float64), None
+        return inverse_scatter_product(parts, blocks, self.device)
 
     def _moments(
         self, placed: Sequence[tuple[int, slice]], A: Tensor, whole: slice, seen: Seen | None
@@ -194,20 +178,8 @@ class LeastSquaresMerge:
             found.append(torch.addmm(gram, factor, factor.T, beta=self._tasks[t].covariance.remainder))
         return found
 
-    def _factors(self, layer: _Layer, rank: int | None, keep_blocks: bool) -> Factors:
-        """The blocks of one layer side by side, or cut to the rank."""
-        own = [block.delta.A for block in layer.blocks]
-        A, B = layer.A, torch.cat([block.delta.B for block in layer.blocks], dim=1)
-        is_full = not keep_blocks and has_full_rank([len(rows) for rows in own], (len(B), A.shape[1]))
-        if rank is not None and rank < (min(len(B), *A.shape) if is_full else len(A)):
-            moments = [block.weight * block.covariance.product(rows) for block, rows in zip(layer.blocks, own)]
-            return Factors(*compress(A, B, torch.cat(moments), rank), stacked=False)
-        if is_full:
-            return Factors(*of_full_rank(B.double() @ A), stacked=False)
-        return Factors(A, B, stacked=True, task_A=torch.cat(own) if keep_blocks else None, moments=layer.moments)
 
-
-def rounded_deltas(layers: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, MergedDelta]:
+def rounded_deltas(layers: Mapping[str, MergedDelta], dtype: torch.dtype) -> dict[str, MergedDelta]:
     """Merged deltas, by layer, as they are stored; `stacked` is kept only where `B` is not rounded by it.
 
     An entry beyond the range of the dtype is an `OverflowError`.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.covariance import Covariance
-from ..algebra.lpm import LARGEST_ROUNDING_LOSS, Factors, LowRankDelta, MergedDelta, rounded_deltas
+from ..algebra.lpm import LARGEST_ROUNDING_LOSS, LowRankDelta, MergedDelta, rounded_deltas
 from ..algebra.reduction import compress, nearest_of_rank, orthonormal, padded, rounding_loss
 from ..methods import LayerTask, MergeMethod
 from .prepare import PreparedMerge
@@ -35,7 +35,7 @@ def merge_by_method(prepared: PreparedMerge, inputs: GroupInputs) -> dict[str, M
             result = LowRankDelta(A=B.new_zeros(0, prepared.shape_of(module)[1]), B=B[:, :0])
         A, B_merged = _of_rank(result, prepared.rank_of(module), prepared.options.dtype)
         stacked = B_merged.shape == B.shape and bool((B_merged == B).all())
-        layers[module] = Factors(A, B_merged, stacked)
+        layers[module] = MergedDelta(A, B_merged, stacked)
     return rounded_deltas(layers, prepared.options.dtype)
 
 
