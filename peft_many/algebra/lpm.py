@@ -72,8 +72,6 @@ class LeastSquaresMerge:
     """
 
     def __init__(self, ridge: float = 1e-4, device: torch.device | str = "cpu") -> None:
-        if not 0 <= ridge < math.inf:
-            raise ValueError(f"`ridge` must be finite and not negative, but it is {ridge}.")
         self.ridge = ridge
         self.device = float64_device(device)
         self._tasks: list[_Task] = []
@@ -81,17 +79,13 @@ class LeastSquaresMerge:
     def add(self, covariance: Covariance, deltas: Mapping[str, LowRankDelta], weight: float = 1.0) -> None:
         """Add one task: `C_t` of the shared input, without the ridge, its `ΔW_t` by the layer's name, and `w_t ≥ 0`.
 
-        A width that does not match is a `ValueError`, as is a negative weight.
+        A width other than that of the tasks before is a `ValueError`: nothing else compares the inputs of a layer that
+        only some tasks trained.
         """
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"a task's weight must be finite and not negative, but it is {weight}.")
         if self._tasks and self._tasks[0].covariance.width != covariance.width:
             raise ValueError(
                 f"the covariance has width {covariance.width}, the one before {self._tasks[0].covariance.width}."
             )
-        for name, delta in deltas.items():
-            if delta.A.shape[1] != covariance.width:
-                raise ValueError(f"'{name}' has input width {delta.A.shape[1]}, its covariance {covariance.width}.")
         self._tasks.append(_Task(covariance.on(self.device), weight, dict(deltas)))
 
     def solve(
