@@ -9,7 +9,6 @@ lifelong.png.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from peft_many.algebra.covariance import LowRankCovariance
-from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
-from peft_many.algebra.residual import output_norm, relative_residual
+from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta, MergedDelta
+from peft_many.algebra.residual import relative_residuals
 from peft_many.algebra.spectrum import eigen_directions
 from peft_many.algebra.sums import added_covariances
 
@@ -108,8 +107,8 @@ def measure(sizes: Sizes, states: Sequence[tuple[int, int]]) -> dict[str, Any]:
                 gap = LowRankDelta(
                     A=torch.cat([delta.A, exact[count].A]), B=torch.cat([delta.B, -exact[count].B], dim=1)
                 )
-                norms = [(output_norm(gap, c), output_norm(exact[count], c)) for c, _ in tasks[:count]]
-                errors.append((sum(g**2 for g, _ in norms) / sum(w**2 for _, w in norms)) ** 0.5)
+                energies = [(_energy(gap, c), _energy(exact[count], c)) for c, _ in tasks[:count]]
+                errors.append((sum(g for g, _ in energies) / sum(w for _, w in energies)) ** 0.5)
                 residuals.append(_mean_residual(delta, tasks[:count]))
             found["states"][f"rank {rank}, {directions} directions"] = {
                 "error": errors,
@@ -122,7 +121,14 @@ def measure(sizes: Sizes, states: Sequence[tuple[int, int]]) -> dict[str, Any]:
 
 
 def _mean_residual(delta: LowRankDelta, tasks: Sequence[Task]) -> float:
-    return statistics.fmean(relative_residual(delta, own, covariance) for covariance, own in tasks)
+    whole = MergedDelta(A=delta.A, B=delta.B, stacked=False)
+    return relative_residuals(whole, [(own, covariance) for covariance, own in tasks]).mean().item()
+
+
+def _energy(delta: LowRankDelta, covariance: LowRankCovariance) -> float:
+    """`‖ΔW C^½‖²`, the mean squared norm of what a delta adds to the layer's outputs."""
+    B = delta.B.double()
+    return ((B.T @ B) * covariance.moment(delta.A)).sum().clamp(min=0.0).item()
 
 
 def save_plot(path: Path, found: dict[str, Any]) -> None:

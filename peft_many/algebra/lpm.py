@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .covariance import Covariance, LowRankCovariance, know_traces
 from .devices import float64_device, moved, numbers_of
-from .reduction import compress, loss_by_rounding, of_full_rank, orthonormal
+from .reduction import compress, of_full_rank, orthonormal, rounding_loss
 from .scatter import Seen, SingularMergeError, inverse_scatter_product, slices, symmetric
 
 __all__ = ["LeastSquaresMerge", "LowRankDelta", "SingularMergeError"]
@@ -106,7 +106,7 @@ class LeastSquaresMerge:
         """
         layers = self._merged(rank, keep_blocks)
         asked = [name for name, found in layers.items() if found.stacked and not keep_blocks]
-        losses = numbers_of([loss_by_rounding(layers[name].A, layers[name].B, dtype) for name in asked])
+        losses = numbers_of([rounding_loss(layers[name].A, layers[name].B, dtype) for name in asked])
         for name, (loss,) in zip(asked, losses):
             if loss > LARGEST_ROUNDING_LOSS[dtype]:  # the blocks are large and cancel
                 layers[name] = MergedDelta(*orthonormal(layers[name].A, layers[name].B), stacked=False)

@@ -61,16 +61,11 @@ def padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(A, (0, 0, 0, missing)), torch.nn.functional.pad(B, (0, missing))
 
 
-def rounding_loss(A: Tensor, B: Tensor, dtype: torch.dtype) -> float:
+def rounding_loss(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
     """`‖B A − dtype(B) dtype(A)‖ / ‖B A‖` in the Frobenius norm: large where rows of `A` are large and cancel.
 
-    Infinite where the factors are beyond the range of the dtype.
+    A scalar where the factors are; infinite if these are beyond the range of the dtype.
     """
-    return loss_by_rounding(A, B, dtype).item()
-
-
-def loss_by_rounding(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-    """[`rounding_loss`], where the factors are."""
     exact, rounded = B.double(), A.to(dtype)
     lost_rows = A - rounded
     whole = _square_of_product(exact, A)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..algebra.devices import fetched, numbers_of
 from ..algebra.lpm import LeastSquaresMerge, MergedDelta, SingularMergeError
-from ..algebra.residual import output_energies, residual_shares
+from ..algebra.residual import relative_residuals
 from ..algebra.scatter import slices
 from ..files.errors import UnmergeableAdapterError
 from ..files.fingerprints import FINGERPRINT_LENGTH, fingerprint_there
@@ -87,7 +87,7 @@ def merge_group(prepared: PreparedMerge, inputs: GroupInputs) -> MergedGroup:
     asked = [
         number
         for module, delta in merged.items()
-        for number in (_fingerprints(inputs, module, delta), _energies(inputs, module, delta))
+        for number in (_fingerprints(inputs, module, delta), _residuals(inputs, module, delta))
     ]
     numbers = iter(numbers_of(asked))
     records = {}
@@ -95,7 +95,7 @@ def merge_group(prepared: PreparedMerge, inputs: GroupInputs) -> MergedGroup:
         names = [task.name for task, own in zip(prepared.tasks, inputs.deltas) if module in own]
         found = iter(next(numbers))
         fingerprints = {name: list(itertools.islice(found, FINGERPRINT_LENGTH)) for name in names}
-        shares = dict(zip(names, residual_shares(next(numbers))))
+        shares = dict(zip(names, next(numbers)))
         known = {name: share for name, share in shares.items() if not math.isnan(share)}
         records[module] = LayerRecord(delta.stacked, fingerprints, known)
     prepared.release()
@@ -144,9 +144,9 @@ def _fingerprints(inputs: GroupInputs, module: str, merged: MergedDelta) -> Tens
     return torch.stack(blocks)
 
 
-def _energies(inputs: GroupInputs, module: str, merged: MergedDelta) -> Tensor:
+def _residuals(inputs: GroupInputs, module: str, merged: MergedDelta) -> Tensor:
     trained = [(own[module], of) for own, of in zip(inputs.deltas, inputs.covariances) if module in own]
-    return output_energies(merged, trained)
+    return relative_residuals(merged, trained)
 
 
 def mean_residuals(records: Mapping[str, LayerRecord]) -> dict[str, float]:

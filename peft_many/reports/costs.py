@@ -15,12 +15,7 @@ from tqdm.auto import tqdm
 from ..algebra.covariance import Covariance, know_traces
 from ..algebra.devices import moved
 from ..algebra.lpm import LeastSquaresMerge, LowRankDelta, MergedDelta
-from ..algebra.residual import (
-    effective_ranks_of_inputs,
-    effective_ranks_of_outputs,
-    output_energies,
-    residuals_of,
-)
+from ..algebra.residual import effective_ranks_of_inputs, effective_ranks_of_outputs, relative_residuals
 from ..files.statistics import TaskStatistics
 from ..files.stored_covariance import check_covariance
 from ..merging.expected_routing import DrawnInputs
@@ -217,7 +212,7 @@ def _costs(
     rank, exact = len(whole.A), whole.A.double()
     moments = [covariances[t].moment(torch.cat([exact, delta.A.double()])) for t, delta in own.items()]
     merged = MergedDelta(A=whole.A, B=whole.B, stacked=False, moments=moments)
-    residuals = residuals_of(output_energies(merged, [(delta, covariances[t]) for t, delta in own.items()]))
+    residuals = relative_residuals(merged, [(delta, covariances[t]) for t, delta in own.items()])
     ranks = effective_ranks_of_outputs(list(own.values()), [moment[rank:, rank:] for moment in moments])
     return zip(own, residuals, ranks)
 
@@ -235,5 +230,5 @@ def _losses(
     both = problem.solve(dtype=torch.float32) if any(t in own for own in trained.values() for t in covariances) else {}
     for layer, delta in both.items():
         own = [t for t in covariances if t in trained[layer]]
-        lost = residuals_of(output_energies(delta, [(trained[layer][t], covariances[t]) for t in own]))
+        lost = relative_residuals(delta, [(trained[layer][t], covariances[t]) for t in own])
         yield from zip(itertools.repeat(layer), own, lost)

@@ -10,7 +10,7 @@ from peft_many.algebra import covariance, devices, lpm, scatter
 from peft_many.algebra.covariance import LowRankCovariance
 from peft_many.algebra.eight_bits import Scales
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
-from peft_many.algebra.residual import output_energies
+from peft_many.algebra.residual import relative_residuals
 from peft_many.files.fingerprints import _directions, fingerprint_there
 from tests.algebra.problems import make_tasks, truncate
 
@@ -94,7 +94,7 @@ def test_a_merge_on_a_gpu_waits_where_it_says(waits, where, dtype, eight_bits):
 @pytest.mark.parametrize("stacked", [True, False])
 def test_what_is_recorded_of_a_layer_waits_for_nothing(waits, stacked):
     merged = lpm.MergedDelta(*vars(delta("cuda")).values(), stacked=stacked)
-    assert output_energies(merged, [(delta("cuda"), stored("cuda", False))]).device.type == "cuda"
+    assert relative_residuals(merged, [(delta("cuda"), stored("cuda", False))]).device.type == "cuda"
     assert fingerprint_there(merged.A, merged.B).device.type == "cuda"
     assert waits == []
 
