@@ -30,10 +30,17 @@ def task_weights(
     top_k: int | None = None,
     limits: Sequence[float] | None = None,
 ) -> Tensor:
-    """What each task counts for each image: `gaussian_weights` where there is a metric, else `routing_weights`."""
+    """What each task counts for each image: [`routing_weights`], or, where there is a metric, Gaussian ones.
+
+    These are the tasks' posterior probabilities, were their images Gaussian about the prototypes with one covariance:
+    `softmax(−d_t² / 2τ)`, with the squared Mahalanobis distances `d_t²` of the metric: linear discriminant analysis
+    (Fisher 1936), in which directions that vary within every task count little; `τ = 1` is the posterior. Shapes, and
+    what is negligible, as in [`routing_weights`]. Tasks take no images whose `d_t²` is above theirs of the `limits`;
+    of images that none takes, all weights are zero.
+    """
     if metric is None:
         return routing_weights(features, prototypes, temperature, top_k)
-    return gaussian_weights(features, prototypes, metric, temperature, top_k, limits)
+    return _softmax(gaussian_scores(features, prototypes, metric, temperature, limits), top_k)
 
 
 def routing_weights(features: Tensor, prototypes: Tensor, temperature: float, top_k: int | None = None) -> Tensor:
@@ -49,24 +56,6 @@ def routing_weights(features: Tensor, prototypes: Tensor, temperature: float, to
     return _softmax(_cosines(features.float() - centre, prototypes.float() - centre) / temperature, top_k)
 
 
-def gaussian_weights(
-    features: Tensor,
-    prototypes: Tensor,
-    metric: FeatureMetric,
-    temperature: float,
-    top_k: int | None = None,
-    limits: Sequence[float] | None = None,
-) -> Tensor:
-    """The tasks' posterior probabilities, were their images Gaussian about the prototypes with one covariance.
-
-    `softmax(−d_t² / 2τ)`, with the squared Mahalanobis distances `d_t²` of the metric: linear discriminant analysis
-    (Fisher 1936), in which directions that vary within every task count little; `τ = 1` is the posterior. Shapes, and
-    what is negligible, as in [`routing_weights`]. Tasks take no images whose `d_t²` is above theirs of the `limits`;
-    of images that none takes, all weights are zero.
-    """
-    return _softmax(gaussian_scores(features, prototypes, metric, temperature, limits), top_k)
-
-
 def gaussian_scores(
     features: Tensor,
     prototypes: Tensor,
@@ -74,7 +63,7 @@ def gaussian_scores(
     temperature: float,
     limits: Sequence[float] | None = None,
 ) -> Tensor:
-    """The log-likelihoods `−d_t² / 2τ` of [`gaussian_weights`], `(rows, tasks)`; `-inf` above a task's limit."""
+    """The log-likelihoods `−d_t² / 2τ` of [`task_weights`], `(rows, tasks)`; `-inf` above a task's limit."""
     distances = metric.squared_distances(features.float(), prototypes.float())
     scores = -distances / (2 * temperature)
     if limits is None:

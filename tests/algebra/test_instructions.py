@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_many.algebra.instructions import instruction_features, token_weights
-from peft_many.algebra.routing import NEGLIGIBLE_WEIGHT, gaussian_scores, gaussian_weights, joint_weights
+from peft_many.algebra.routing import NEGLIGIBLE_WEIGHT, gaussian_scores, joint_weights, task_weights
 from peft_many.algebra.spread import centred, shared_metric
 from peft_many.merging.routed_instructions import LEAST_VARIANCE
 from tests.algebra.problems import seeds
@@ -129,7 +129,7 @@ def test_instructions_alone_are_the_gaussian_posterior(seed: int) -> None:
     metric = shared_metric([spread], [20])
     rows = prototypes.repeat(2, 1) + 0.1 * torch.randn(6, 8, generator=generator)
     found = joint_weights(gaussian_scores(rows, prototypes, metric, 1.0), None)
-    torch.testing.assert_close(found, gaussian_weights(rows, prototypes, metric, 1.0))
+    torch.testing.assert_close(found, task_weights(rows, prototypes, metric, 1.0))
 
 
 @given(seeds)
