@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -57,11 +56,7 @@ class CovarianceAccumulator:
         self.tokens += len(inputs)
 
     def result(self) -> DenseCovariance:
-        """The mean of `x xᵀ` over all rows so far, on the CPU; zero if there were none.
-
-        A `FloatingPointError` if any was NaN or Inf.
-        """
-        finite_energy(self)
+        """The mean of `x xᵀ` over all rows so far, on the CPU; zero if there were none."""
         # addmm is symmetric up to rounding; make it so to the bit, as it is stored and checked.
         mean = (self.total + self.total.T).div_(2 * max(self.tokens, 1))
         return DenseCovariance(remainder=0.0, matrix=mean.cpu())
@@ -126,24 +121,15 @@ class CovarianceSketch:
 
         It stays on the device, or on one that has float64.
         """
-        return self.spectrum().keep(self.size)
-
-    def spectrum(self) -> Spectrum:
-        """Eigenvalues and eigen-directions of the mean of `x xᵀ`; at most `size` of them, but for few tokens.
-
-        Eigenvalues are never above the true ones by more than rounding, and the trace is exact.
-        """
-        finite_energy(self)
-        return spectra([self])[0]
-
-    @property
-    def is_full(self) -> bool:
-        """Whether there were more tokens than are kept as they are."""
-        return self.sums is not None
+        return spectra([self])[0].keep(self.size)
 
 
 def spectra(sketches: Sequence[CovarianceSketch]) -> list[Spectrum]:
-    """The spectra of several sketches of one shape and device, computed together; or of one."""
+    """Eigenvalues and eigen-directions of the means of `x xᵀ`, of several sketches of one shape and device; or of one.
+
+    At most `size` of them, but for few tokens. Eigenvalues are never above the true ones by more than rounding, and
+    the trace is exact.
+    """
     home, sums = float64_device(sketches[0].device), [one.sums for one in sketches if one.sums is not None]
     if not sums:
         (sketch,) = sketches
@@ -171,7 +157,7 @@ def finished(
     alike: dict[Any, dict[str, CovarianceSketch]] = {}
     for name in list(sums):
         running = sums.pop(name)
-        if isinstance(running, CovarianceSketch) and running.is_full and not has_caches(running.device):
+        if isinstance(running, CovarianceSketch) and running.sums is not None and not has_caches(running.device):
             alike.setdefault((running.device, running.width, running.size), {})[name] = running
         else:
             yield name, running.result()
@@ -181,14 +167,6 @@ def finished(
             batch = {name: sketches.pop(name) for name in list(sketches)[:together]}
             for name, spectrum in zip(batch, spectra(list(batch.values()))):
                 yield name, spectrum.keep(size)
-
-
-def finite_energy(running: CovarianceAccumulator | CovarianceSketch) -> float:
-    """`Σ ‖x‖²`; a `FloatingPointError` if it is not finite, as then nothing is that was summed up."""
-    energy = running.energy.item()
-    if not math.isfinite(energy):
-        raise FloatingPointError("the inputs hold NaN or Inf")
-    return energy
 
 
 class _Sums:

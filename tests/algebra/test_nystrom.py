@@ -34,7 +34,7 @@ def sums(seeds: range, tokens: int = 600) -> tuple[list[torch.Tensor], torch.Ten
 def test_sketches_of_one_shape_are_finished_together_as_each_alone():
     sketches = [sketched(inputs(seed, tokens=300 + 100 * seed), SIZE) for seed in range(4)]
     for one, found in zip(sketches, spectra(sketches)):
-        alone = one.spectrum()
+        alone = spectra([one])[0]
         torch.testing.assert_close(found.values, alone.values, rtol=1e-10, atol=0)
         assert relative_error(dense(found), dense(alone)) < 1e-10
         assert found.rest == pytest.approx(alone.rest, rel=1e-10)
@@ -65,7 +65,7 @@ def test_directions_that_no_token_reached_do_no_harm():
     together = [sketched(rows, SIZE), sketched(inputs(0, 900), SIZE)]
     found = spectra(together)
     assert relative_error(dense(found[0]), exact(rows).matrix) < 1e-5
-    assert relative_error(dense(found[1]), dense(together[1].spectrum())) < 1e-10
+    assert relative_error(dense(found[1]), dense(spectra(together[1:])[0])) < 1e-10
 
 
 def test_what_is_not_finite_is_an_error():
@@ -84,7 +84,7 @@ def test_running_sums_of_all_kinds_are_finished_and_let_go():
     }
     expected = {name: one.result() for name, one in running.items()}
     for one in running.values():
-        if one.is_full:
+        if one.sums is not None:
             one.device = torch.device("mps")
     running["whole"] = CovarianceAccumulator(WIDTH)
     found = dict(finished(running, most_numbers=2 * WIDTH * SIZE))

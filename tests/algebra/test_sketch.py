@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from peft_many.algebra.covariance import DenseCovariance, LowRankCovariance
 from peft_many.algebra.lpm import LeastSquaresMerge, LowRankDelta
-from peft_many.algebra.sketch import CovarianceAccumulator, CovarianceSketch
+from peft_many.algebra.sketch import CovarianceAccumulator, CovarianceSketch, spectra
 from peft_many.algebra.spectrum import eigen_directions
 from peft_many.algebra.sums import mean_covariance
 from peft_many.algebra.total import Total
@@ -61,7 +61,7 @@ def test_the_error_is_little_more_than_the_best_of_that_rank(seed, decay, outlie
 def test_no_direction_gets_more_energy_than_it_has(seed):
     """Nyström sketches stay below the covariance; only the remainder is spread evenly."""
     rows = inputs(seed)
-    spectrum = sketched(rows, 20).spectrum()
+    spectrum = spectra([sketched(rows, 20)])[0]
     found = (spectrum.directions.T * spectrum.values) @ spectrum.directions
     gap = torch.linalg.eigvalsh(exact(rows).matrix - found)
     assert gap.min() > -1e-6 * exact(rows).trace
@@ -75,7 +75,7 @@ def test_few_tokens_are_kept_as_they_are(tokens):
     assert sketch.tokens == tokens
     found = sketch.result()
     assert found.factor.shape == (min(tokens, 20), WIDTH)
-    spectrum = sketched(rows, 20, batch=4).spectrum()
+    spectrum = spectra([sketched(rows, 20, batch=4)])[0]
     expected = rows.double().T @ rows.double() / max(tokens, 1)
     assert torch.allclose((spectrum.directions.T * spectrum.values) @ spectrum.directions, expected, atol=1e-6)
 
@@ -125,7 +125,7 @@ def test_any_floating_dtype_is_summed_up_alike(dtype):
 @pytest.mark.parametrize("outlier", [0.0, 1000.0])
 def test_products_in_bfloat16_lose_nothing_that_counts(outlier):
     rows = inputs(2, tokens=6000, outlier=outlier).bfloat16()
-    found, expected = sketched(rows, 36).spectrum(), sketched(rows.float(), 36).spectrum()
+    found, expected = spectra([sketched(rows, 36)])[0], spectra([sketched(rows.float(), 36)])[0]
     assert found.rest == pytest.approx(expected.rest, rel=1e-2)  # a 4,000th of the outlier's energy
     torch.testing.assert_close(found.values[:24], expected.values[:24], rtol=1e-2, atol=0)
     aligned = (found.directions[:12] @ expected.directions[:12].T).abs().diagonal()
@@ -149,9 +149,9 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gpus_ways_lose_nothing_that_counts(as_on_a_gpu, monkeypatch, dtype, outlier):
     rows = inputs(2, tokens=6000, outlier=outlier).to(dtype)
-    found = sketched(rows, 36).spectrum()
+    found = spectra([sketched(rows, 36)])[0]
     monkeypatch.undo()
-    expected = sketched(rows.float(), 36).spectrum()
+    expected = spectra([sketched(rows.float(), 36)])[0]
     assert found.rest == pytest.approx(expected.rest, rel=1e-2)
     torch.testing.assert_close(found.values[:24], expected.values[:24], rtol=1e-2, atol=0)
     aligned = (found.directions[:12] @ expected.directions[:12].T).abs().diagonal()
@@ -189,16 +189,15 @@ def test_reduced_precision_of_matrix_products_is_not_taken():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("kind", [lambda: CovarianceSketch(WIDTH, 20), lambda: CovarianceAccumulator(WIDTH)])
-def test_what_is_not_finite_is_an_error(bad, kind):
+def test_what_is_not_finite_is_seen_in_the_energy(bad, kind):
     rows = inputs(0, tokens=5)
     rows[2, 7] = bad
     for before in (0, 50):  # more than are kept as they are
         running = kind()
         running.update(inputs(1, tokens=before))
+        assert running.energy.isfinite()
         running.update(rows)
         assert not running.energy.isfinite()
-        with pytest.raises(FloatingPointError):
-            running.result()
 
 
 @given(seeds, st.lists(st.integers(1, 400), min_size=1, max_size=4))
