@@ -39,7 +39,7 @@ class Total:
         return self.sum if self.lost is None else self.sum.cpu().double() + self.lost.cpu().double()
 
 
-class FiniteCheck:
+class FiniteCheck(Asked):
     """Asks whether numbers are finite, all together and as they are now, without waiting for a device.
 
     Args:
@@ -48,16 +48,11 @@ class FiniteCheck:
     """
 
     def __init__(self, numbers: Mapping[str, Tensor], message: str) -> None:
+        super().__init__(list(numbers.values()))
         self._names, self._message = list(numbers), message
-        self._asked = Asked(list(numbers.values()))
-
-    @property
-    def arrived(self) -> bool:
-        """Whether the answer can be had without waiting."""
-        return self._asked.arrived
 
     def refuse(self) -> None:
         """A `RuntimeError` if one was NaN or Inf."""
-        for name, (number,) in zip(self._names, self._asked.read()):
+        for name, (number,) in zip(self._names, self.read()):
             if not math.isfinite(number):
                 raise RuntimeError(self._message.format(name))

@@ -37,7 +37,7 @@ def squared_gradients(
             for name, output in outputs.items():
                 none = torch.zeros(output.shape[:-1].numel(), device=output.device)  # it moves no answer
                 own = squares.get(name, none).reshape(*output.shape[:-1], 1)
-                found[name].append(rows_by_mask(own, masks)[0][:, 0])
+                found[name].append(rows_by_mask(own, masks)[:, 0])
             outputs.clear()
             squares.clear()
     return {name: torch.cat(parts) for name, parts in found.items()}

@@ -55,7 +55,7 @@ class LayerCapture:
         self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         for kept, tensor in ((self._inputs, features_of(args, kwargs)), (self._outputs, output)):
-            kept[name].append(rows_by_mask(tensor, self.masks.values())[0].clone())
+            kept[name].append(rows_by_mask(tensor, self.masks.values()).clone())
         self._waiting.discard(name)
         if not self._waiting:
             raise _Enough

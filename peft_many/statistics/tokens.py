@@ -100,10 +100,6 @@ class TokenRows:
         self.masks = masks_of(batch, self.text_encoder is not None)
         self._routed.forget()
 
-    def rows_of(self, name: str, inputs: Tensor) -> Tensor:
-        """The rows of a layer's input that are tokens, shape `(tokens, in)`; not a copy where all are."""
-        return self.selection(name, inputs)(inputs.reshape(-1, inputs.shape[-1]))
-
     def selection(self, name: str, inputs: Tensor) -> Callable[[Tensor], Tensor]:
         """What picks the tokens among the flattened rows of a layer's input, or among as many of anything else."""
         masks = self._masks_of(name, inputs)
@@ -173,14 +169,14 @@ def masks_of(batch: Any, has_encoder: bool) -> dict[str, TokenMask]:
     return {name: TokenMask(mask) for name, mask in masks.items() if mask.dim() == 2}
 
 
-def rows_by_mask(inputs: Tensor, masks: Iterable[TokenMask]) -> tuple[Tensor, bool]:
-    """The rows of `inputs` that are tokens by the mask that fits, shape `(tokens, in)`, and whether one does.
+def rows_by_mask(inputs: Tensor, masks: Iterable[TokenMask]) -> Tensor:
+    """The rows of `inputs` that are tokens by the mask that fits, shape `(tokens, in)`.
 
     Not a copy if there is no mask, or all are tokens.
     """
     rows = inputs.reshape(-1, inputs.shape[-1])
     mask = _mask_that_fits(inputs, masks)
-    return (rows, False) if mask is None else (mask.tokens(rows), True)
+    return rows if mask is None else mask.tokens(rows)
 
 
 def _all_of(rows: Tensor) -> Tensor:
