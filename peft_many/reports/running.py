@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import PeftWarning
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import BatchFeature
 
 from ..data.batches import ChatCollator, batches
 from ..data.conversations import Example
@@ -85,13 +86,9 @@ class RunningMerge:
                 bar.update(len(tokens))
         return [text.strip() for text in said]
 
-    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def inputs(self, batch: dict[str, Tensor]) -> BatchFeature:
         """A batch where the model is, in the dtype of its weights."""
-        model = self.model
-        return {
-            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in batch.items()
-        }
+        return BatchFeature(batch).to(self.model.device, self.model.dtype)
 
     @contextmanager
     def base(self) -> Iterator[None]:

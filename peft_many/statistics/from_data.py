@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]
-from peft import PeftConfig, PeftModel
-from torch import Tensor
+from peft import PeftConfig
+from transformers import BatchFeature
 from typing_extensions import Unpack
 
 from ..data.batches import ChatCollator, batches
@@ -124,9 +124,10 @@ def measure_adapter(
         model = put_on(base.load_on(device, **(model_options or {})), source)
         own = model.peft_config["default"]
         own.task_name = task_name or getattr(own, "task_name", None) or source.short_name
+        found = batches(examples, collator.training, batch_size)
         collect_statistics(
             model,
-            _as_the_model(batches(examples, collator.training, batch_size), model),
+            (BatchFeature(batch).to(model.dtype) for batch in found),  # as not all models see to that by themselves
             **{"max_samples": max_samples, "progress": progress, **(statistics_options or {})},
         )
         model.save_pretrained(str(partial))
@@ -151,11 +152,3 @@ def _as_adapter(source: AdapterSource, base_model: Any) -> Iterator[AdapterSourc
         adapter = Path(place, "adapter")
         import_llava_checkpoint(source.folder, adapter, task_name=source.short_name, base_model=base)
         yield AdapterSource(adapter, source.name)
-
-
-def _as_the_model(found: Iterator[dict[str, Tensor]], model: PeftModel) -> Iterator[dict[str, Tensor]]:
-    """Batches with numbers in the dtype of the model's weights, as not all models see to that by themselves."""
-    for batch in found:
-        yield {
-            name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()
-        }
