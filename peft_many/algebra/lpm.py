@@ -132,7 +132,7 @@ class LeastSquaresMerge:
         blocks = [(t, delta.A) for deltas in own.values() for t, delta in deltas]
         if not blocks:
             return {}
-        rows, seen = self._solved(parts, blocks)
+        rows, seen = inverse_scatter_product(parts, blocks, self.device)
         places = iter(slices([len(A) for _, A in blocks]))
         layers = {}
         for name, deltas in own.items():
@@ -149,14 +149,6 @@ class LeastSquaresMerge:
                 task_A = torch.cat([delta.A for _, delta in deltas]) if keep_blocks else None
                 layers[name] = MergedDelta(A, B, task_A=task_A, moments=self._moments(placed, A, whole, seen))
         return layers
-
-    def _solved(
-        self, parts: Sequence[tuple[float, Covariance]], blocks: Sequence[tuple[int, Tensor]]
-    ) -> tuple[Tensor, Seen | None]:
-        """The rows `[w_1 A_1 C_1; …] R⁻¹` of all layers, and what inputs make of them, where that is known."""
-        if all(weight == 0 for weight, _ in parts):  # then no task counts
-            return torch.zeros_like(torch.cat([A for _, A in blocks]), dtype=torch.float64), None
-        return inverse_scatter_product(parts, blocks, self.device)
 
     def _moments(
         self, placed: Sequence[tuple[int, slice]], A: Tensor, whole: slice, seen: Seen | None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .covariance import Covariance, add_lower_gram
-from .devices import float64_device, moved, numbers_of
+from .devices import moved, numbers_of
 
 
 class SingularMergeError(ValueError):
@@ -39,14 +39,15 @@ class Seen:
 def inverse_scatter_product(
     parts: Sequence[tuple[float, Covariance]],
     blocks: Sequence[tuple[int, Tensor]],
-    device: torch.device | str = "cpu",
+    device: torch.device,
 ) -> tuple[Tensor, Seen | None]:
     """`w_t A C_t R⁻¹` of every block `(t, A)`, one below the other, float64; the parts of `R` are `(w_t, C_t)`.
 
-    Beside it what the tasks' inputs make of the rows, where that is known. On a GPU only the Cholesky factorisation is
-    waited for, as it may fail.
+    Zero if no part has weight. Beside it what the tasks' inputs make of the rows, where that is known. On a GPU only
+    the Cholesky factorisation is waited for, as it may fail.
     """
-    device = float64_device(device)
+    if all(weight == 0 for weight, _ in parts):
+        return torch.zeros_like(torch.cat([A for _, A in blocks]), dtype=torch.float64), None
     width = parts[0][1].width
     rank, rows = sum(part.rank for _, part in parts), sum(A.shape[0] for _, A in blocks)
     if span_is_cheaper(width, rank, rows):  # never with a part that is held whole, whose rank is the width
