@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..algebra.covariance import Covariance
 from ..algebra.lpm import LARGEST_ROUNDING_LOSS, LowRankDelta, MergedDelta, rounded_deltas
 from ..algebra.reduction import compress, nearest_of_rank, orthonormal, padded, rounding_loss
-from ..methods import LayerTask, MergeMethod
+from ..methods import LayerTask
+from ..methods.base import trained
 from .prepare import PreparedMerge
 from .reading import GroupInputs
 
@@ -22,39 +22,23 @@ def merge_by_method(prepared: PreparedMerge, inputs: GroupInputs) -> dict[str, M
     assert method is not None
     layers = {}
     for module in inputs.layers:
-        everyone = [
-            _layer_task(task.weight, own.get(module), prepared.shape_of(module), covariance, method, inputs.device)
+        out, width = prepared.shape_of(module)
+        nothing = LowRankDelta(
+            A=torch.zeros(0, width, dtype=torch.float32, device=inputs.device),
+            B=torch.zeros(out, 0, dtype=torch.float32, device=inputs.device),
+        )
+        tasks = [  # a method that needs a covariance leaves out those of which none was measured
+            LayerTask(own.get(module, nothing), task.weight, covariance if method.needs_covariances else None)
             for task, own, covariance in zip(prepared.tasks, inputs.deltas, inputs.covariances)
+            if covariance is not None or not method.needs_covariances
         ]
-        tasks = [task for task in everyone if task is not None]
-        B = torch.cat([task.delta.B for task in tasks], dim=1)
         heard = [task for task in tasks if task.weight > 0]
-        if any(task.delta.A.shape[0] > 0 for task in heard):
-            result = method.merge(heard, module)
-        else:  # no task that counts has trained it
-            result = LowRankDelta(A=B.new_zeros(0, prepared.shape_of(module)[1]), B=B[:, :0])
-        A, B_merged = _of_rank(result, prepared.rank_of(module), prepared.options.dtype)
-        stacked = B_merged.shape == B.shape and bool((B_merged == B).all())
-        layers[module] = MergedDelta(A, B_merged, stacked)
+        result = method.merge(heard, module) if trained(heard) else nothing
+        A, B = _of_rank(result, prepared.rank_of(module), prepared.options.dtype)
+        blocks = torch.cat([task.delta.B for task in tasks], dim=1)
+        stacked = B.shape == blocks.shape and bool((blocks == B).all())
+        layers[module] = MergedDelta(A, B, stacked)
     return rounded_deltas(layers, prepared.options.dtype)
-
-
-def _layer_task(
-    weight: float,
-    delta: LowRankDelta | None,
-    shape: tuple[int, int],
-    covariance: Covariance | None,
-    method: MergeMethod,
-    device: torch.device,
-) -> LayerTask | None:
-    """A task's part in a layer; `None` where the method needs a covariance and it was not measured."""
-    if method.needs_covariances and covariance is None:
-        return None
-    if delta is None:
-        out, width = shape
-        A, B = (torch.zeros(size, dtype=torch.float32, device=device) for size in ((0, width), (out, 0)))
-        delta = LowRankDelta(A=A, B=B)
-    return LayerTask(delta, weight, covariance if method.needs_covariances else None)
 
 
 def _of_rank(result: LowRankDelta | Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
