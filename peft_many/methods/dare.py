@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +32,9 @@ class _Dare(MergeMethod):
         device = tasks[0].delta.A.device
         # Random numbers differ between devices; drawn on the CPU the same seed gives the same merge everywhere.
         deltas = [(task.delta.B @ task.delta.A).cpu() for task in tasks]
-        with unpruned_is_fine(), _seeded(zlib.crc32(f"{self.seed} {layer}".encode())):
+        with unpruned_is_fine(), torch.random.fork_rng(devices=[]):  # PEFT's functions draw from the global generator
+            # `torch.manual_seed` would seed all accelerators, too.
+            torch.default_generator.manual_seed(zlib.crc32(f"{self.seed} {layer}".encode()))
             return (self.scaling * self._combined(deltas, weights_of(tasks, deltas[0]))).to(device)
 
     @abstractmethod
@@ -87,14 +88,3 @@ class DareTies(_Dare):
         from peft.utils.merge_utils import dare_ties
 
         return dare_ties(deltas, weights, self.density, self.majority_sign_method)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw from a seed on the CPU, and give the global generator its state back; PEFT's functions know no other."""
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed all accelerators, too
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
