@@ -25,7 +25,7 @@ from .overlap import overlapped
 from .prepare import PreparedMerge
 from .reading import GroupInputs, read_group
 
-# Groups that are read before their turn, and as many that wait to be kept, by kind of device.
+# Groups that are read before their turn, and as many that wait to be written, by kind of device.
 GROUPS_AHEAD = {"cpu": 1, "cuda": 3}
 
 
@@ -38,33 +38,34 @@ class LayerRecord:
     residuals: dict[str, float]  # what merging costs each task that trained it
 
 
-@dataclass(frozen=True)
-class MergedGroup:
-    """Merged layers that share their input."""
-
-    tensors: dict[str, Tensor]  # for the weights file, by key
-    records: dict[str, LayerRecord]  # by layer
-
-
 def merge_groups(
     prepared: PreparedMerge,
     groups: Sequence[Sequence[str]],
-    keep: Callable[[MergedGroup], None],
+    write: Callable[[dict[str, Tensor]], None],
     device: torch.device,
     progress: bool,
-) -> None:
-    """Merge groups of layers; the next ones are read and the last ones kept, each in a thread, meanwhile.
+) -> dict[str, LayerRecord]:
+    """Merge groups of layers; the next ones are read and the last ones written, each in a thread, meanwhile.
 
-    On a CPU one group is read ahead and one waits to be kept, on a GPU three and three ([`overlapped`]). A group that
-    was read takes what the files hold of it, deltas in float32, and one that is merged its share of the weights file.
-    The one that is worked on takes 8 bytes for each entry of its tasks' factors and of their Gram matrix besides. Of
-    six tasks of LLaVA-1.5-7B's size and its widest inputs these are 40 MB, 6 MB and 0.2 GB.
+    What is written are tensors for the weights file, by key; what comes back is to be recorded, by layer.
+
+    On a CPU one group is read ahead and one waits to be written, on a GPU three and three ([`overlapped`]). A group
+    that was read takes what the files hold of it, deltas in float32, and one that is merged its share of the weights
+    file. The one that is worked on takes 8 bytes for each entry of its tasks' factors and of their Gram matrix
+    besides. Of six tasks of LLaVA-1.5-7B's size and its widest inputs these are 40 MB, 6 MB and 0.2 GB.
     """
+    records: dict[str, LayerRecord] = {}
+
+    def work(inputs: GroupInputs) -> dict[str, Tensor]:
+        tensors, of_group = merge_group(prepared, inputs)
+        records.update(of_group)
+        return tensors
+
     done = overlapped(
         groups,
         lambda group: read_group(prepared, group, device),
-        lambda inputs: merge_group(prepared, inputs),
-        keep,
+        work,
+        write,
         GROUPS_AHEAD.get(device.type, GROUPS_AHEAD["cpu"]),
     )
     label = f"Merging {counted(len(prepared.tasks), 'task')}"
@@ -74,10 +75,11 @@ def merge_groups(
     ):
         for group in done:
             bar.update(len(group))
+    return records
 
 
-def merge_group(prepared: PreparedMerge, inputs: GroupInputs) -> MergedGroup:
-    """Merge layers that share their input.
+def merge_group(prepared: PreparedMerge, inputs: GroupInputs) -> tuple[dict[str, Tensor], dict[str, LayerRecord]]:
+    """Merge layers that share their input: their tensors for the weights file, by key, and their records, by layer.
 
     Everything is computed on the device of the inputs, comes back once, in the dtype in which it is stored, and is
     there when all numbers of the record are, which are asked for at once.
@@ -99,7 +101,7 @@ def merge_group(prepared: PreparedMerge, inputs: GroupInputs) -> MergedGroup:
         known = {name: share for name, share in shares.items() if not math.isnan(share)}
         records[module] = LayerRecord(delta.stacked, fingerprints, known)
     prepared.release()
-    return MergedGroup(tensors, records)
+    return tensors, records
 
 
 def merged_deltas(prepared: PreparedMerge, inputs: GroupInputs) -> dict[str, MergedDelta]:

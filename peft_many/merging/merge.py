@@ -15,7 +15,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from torch import nn
+from torch import Tensor, nn
 
 from ..algebra.precision import without_autocast
 from ..files.atomic import shared_folder
@@ -29,7 +29,7 @@ from ..tuner.adapter_names import trouble_with
 from ..tuner.merged_linear import round_merge
 from .arguments import output_folder, replaced_by_merge, several, usable_device
 from .base_model import check_fits_model, untouched_on_failure
-from .group import LayerRecord, MergedGroup, mean_residuals, merge_groups
+from .group import LayerRecord, mean_residuals, merge_groups
 from .merged_config import merged_config
 from .merged_statistics import merged_statistics, statistics_copied_meanwhile
 from .offloaded import check_dispatched, is_offloaded, load_on_offloaded
@@ -137,13 +137,7 @@ def merge_adapter_sequence(
     config.loaded_from = "The merge"  # some of its words are the adapters' own, and are not trusted
     check_fits_model(config, {key: shape for key, (_, shape) in prepared.tensors().items()}, model)
     tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in prepared.routed_tensors.items()}
-    records: dict[str, LayerRecord] = {}
-
-    def keep(merged: MergedGroup) -> None:
-        tensors.update(merged.tensors)
-        records.update(merged.records)
-
-    merge_groups(prepared, prepared.groups, keep, device, progress)
+    records = merge_groups(prepared, prepared.groups, tensors.update, device, progress)
     config.statistics = merged_statistics(prepared, records, in_memory=True)
     config.merge = prepared.record(mean_residuals(records))
     if config.base_model_name_or_path != getattr(model, "name_or_path", None):
@@ -216,16 +210,12 @@ def merge_adapter_files(
         ```
     """
     output = output_folder(output_dir)
-    replaced: list[str] = []
 
-    computing = torch.device("cpu")
-
-    def prepare() -> PreparedMerge:
-        nonlocal computing, replaced
+    def prepare() -> tuple[PreparedMerge, torch.device, list[str]]:
         chosen, computing = MergeOptions(**options), usable_device(device)
         given = several(adapters)
         replaced = replaced_by_merge(output, overwrite, given)  # before anything is read
-        return prepare_merge(
+        prepared = prepare_merge(
             given,
             chosen,
             weights=weights,
@@ -235,9 +225,10 @@ def merge_adapter_files(
             progress=progress,
             same_base=same_base,
         )
+        return prepared, computing, replaced
 
     processes = all_processes("merge_adapter_files") if across_processes else ALONE
-    prepared = processes.together(prepare)
+    prepared, computing, replaced = processes.together(prepare)
     with shared_folder(output, replaced, processes) as folder, contextlib.ExitStack() as meanwhile:
         weights_file = folder / SAFETENSORS_WEIGHTS_NAME
         completing: list[Callable[[Mapping[str, LayerRecord]], None]] = []
@@ -260,16 +251,13 @@ def _merge_into_file(
     prepared: PreparedMerge, groups: Sequence[Sequence[str]], weights_file: Path, device: torch.device, progress: bool
 ) -> dict[str, LayerRecord]:
     """Merge groups of layers into a file; what is to be recorded of each layer."""
-    records: dict[str, LayerRecord] = {}
     with TensorFileWriter(weights_file) as writer:
 
-        def write(merged: MergedGroup) -> None:
-            for key, tensor in merged.tensors.items():
+        def write(tensors: dict[str, Tensor]) -> None:
+            for key, tensor in tensors.items():
                 writer.write(key, tensor)
-            records.update(merged.records)
 
-        merge_groups(prepared, groups, write, device, progress)
-    return records
+        return merge_groups(prepared, groups, write, device, progress)
 
 
 @contextlib.contextmanager
