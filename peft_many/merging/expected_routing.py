@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ..algebra.gating import confidence, decided, gates
 from ..algebra.precision import without_autocast
-from ..algebra.routing import gaussian_scores, joint_weights, task_weights, tasks_that_take
-from ..algebra.spread import FeatureMetric, new_distances, shared_metric
+from ..algebra.routing import gaussian_scores, joint_weights, task_weights
+from ..algebra.spread import FeatureMetric
 from ..files.statistics import FeatureStatistics, TaskStatistics
-from ..records import GATES, ExpectedRouting, MergeOptions
+from ..records import GATES, ExpectedRouting, MergeOptions, RoutedProjector
 from ..records.options import IMAGES, INSTRUCTIONS
 from ..routing.row_weights import RowWeights
-from .routed_instructions import instruction_metric, own_distances
+from .routed_instructions import instruction_metric
+from .routed_projectors import feature_metric, own_distances
 
 _DRAWN = 512  # inputs of each task
 _PARTS = 8  # of these, each with other errors of the prototypes
@@ -31,12 +32,12 @@ class DrawnInputs:
 
     Args:
         options ([`MergeOptions`]): Of the merge, with nothing left open.
-        routing (`Mapping[str, Sequence[str]]`): By routed projector, the tasks that it is routed to.
+        routing (`Mapping[str, RoutedProjector]`): The routed projectors.
         tasks (`Mapping[str, TaskStatistics]`): By name, the tasks whose weight is not zero.
     """
 
     def __init__(
-        self, options: MergeOptions, routing: Mapping[str, Sequence[str]], tasks: Mapping[str, TaskStatistics]
+        self, options: MergeOptions, routing: Mapping[str, RoutedProjector], tasks: Mapping[str, TaskStatistics]
     ) -> None:
         self.options = options
         self.routing = routing
@@ -51,7 +52,7 @@ class DrawnInputs:
 
     def projector(self, projector: str) -> ExpectedRouting:
         """Where a routed projector would send images, by what `route_by` says."""
-        by, names, images = self.options.route_by or IMAGES, self.routing[projector], self._images[projector]
+        by, names, images = self.options.route_by or IMAGES, self.routing[projector].names, self._images[projector]
         weights = [weight for weight, _ in images]
         if by != IMAGES:
             places = [list(self.tasks).index(name) for name in names]
@@ -75,8 +76,8 @@ class DrawnInputs:
         shares, undecided, like_none = [], [], []
         for name, score in zip(names, scores):
             sums, fits, images = torch.zeros(_DRAWN, len(names)), None, torch.zeros(_DRAWN)
-            if projector is not None and name in self.routing[projector]:
-                routed, task = self.routing[projector], self.tasks[name]
+            if projector is not None and name in self.routing[projector].names:
+                routed, task = self.routing[projector].names, self.tasks[name]
                 # As many rows as there were in the data have images.
                 shown = min(1.0, task.projectors[projector].count / max(1, task.samples))
                 images[: round(shown * _DRAWN)] = 1.0
@@ -100,19 +101,18 @@ class DrawnInputs:
         each of them, bool, or `None` if any may."""
         options = self.options
         found: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
-        for projector, names in self.routing.items():
-            seen = [self.tasks[name].projectors[projector] for name in names]
-            known = [one for one in seen if one.spread is not None]
-            spreads = [one.spread for one in known if one.spread is not None]
-            metric = shared_metric(spreads, [one.count for one in known]) if options.router == "gaussian" else None
-            above, temperature = options.abstain_above, float(options.temperature or 0)
-            if metric is None or above is None:
-                weigh = functools.partial(task_weights, metric=metric, temperature=temperature, top_k=options.top_k)
-                found[projector] = [(weights, None) for weights in _of_draws(seen, metric, weigh)]
-                continue
-            distances = iter(new_distances(metric, spreads, [one.count for one in known]))
-            limits = [math.inf if one.spread is None else above * next(distances) for one in seen]
-            found[projector] = _of_draws_that_are_taken(seen, metric, temperature, options.top_k, limits)
+        for projector, routed in self.routing.items():
+            seen = [self.tasks[name].projectors[projector] for name in routed.names]
+            metric = feature_metric(seen) if options.router == "gaussian" else None
+            limits, temperature = routed.limits(options.abstain_above), float(options.temperature or 0)
+            weigh = functools.partial(
+                task_weights, metric=metric, temperature=temperature, top_k=options.top_k, limits=limits
+            )
+            taken: Sequence[Tensor | None] = [None] * len(seen)
+            if metric is not None and limits is not None:
+                score = functools.partial(gaussian_scores, metric=metric, temperature=1.0, limits=limits)
+                taken = [scores.isfinite() for scores in _of_draws(seen, metric, score)]  # the same draws
+            found[projector] = list(zip(_of_draws(seen, metric, weigh), taken))
         return found
 
     @functools.cached_property
@@ -140,25 +140,6 @@ def _expected(
         name: dict(zip(names, weight.double().mean(0).tolist())) for name, weight in zip(names, weights)
     }
     return ExpectedRouting(by, shares, means(undecided), means(like_none))
-
-
-def _of_draws_that_are_taken(
-    seen: Sequence[FeatureStatistics],
-    metric: FeatureMetric,
-    temperature: float,
-    top_k: int | None,
-    limits: Sequence[float],
-) -> list[tuple[Tensor, Tensor | None]]:
-    """The weights of drawn images where tasks do not take any, and which take each."""
-
-    def weigh(features: Tensor, prototypes: Tensor) -> Tensor:
-        weights = task_weights(features, prototypes, metric, temperature, top_k, limits)
-        taken = tasks_that_take(features, prototypes, metric, limits)
-        assert taken is not None
-        return torch.cat([weights, taken.to(weights)], dim=1)
-
-    halves = [both.tensor_split(2, dim=1) for both in _of_draws(seen, metric, weigh)]
-    return [(weights, taken > 0) for weights, taken in halves]
 
 
 @without_autocast()
@@ -202,7 +183,7 @@ def _metric_of(one: FeatureStatistics) -> FeatureMetric | None:
     """How a task's own inputs differ; `None` if they do not, as far as is known."""
     if one.spread is None or one.spread.trace <= 0:
         return None
-    return shared_metric([one.spread], [one.count])
+    return feature_metric([one])
 
 
 def _squared_distances(metric: FeatureMetric | None, features: Tensor, prototypes: Tensor) -> Tensor:

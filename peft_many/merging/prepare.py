@@ -129,9 +129,8 @@ class PreparedMerge:
     @functools.cached_property
     def drawn_inputs(self) -> DrawnInputs:
         """What tells where inputs will go."""
-        routed = {projector: one.names for projector, one in self.routing.items()}
         heard = {task.name: task.statistics for task in self.tasks if task.weight > 0}
-        return DrawnInputs(self.options, routed, heard)
+        return DrawnInputs(self.options, self.routing, heard)
 
     @property
     def expected_routing(self) -> dict[str, ExpectedRouting]:

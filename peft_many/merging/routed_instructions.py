@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..algebra.spread import FeatureMetric, new_distances, shared_metric
+from ..algebra.spread import FeatureMetric
 from ..files.adapter import TaskAdapter
 from ..files.errors import UnmergeableAdapterError
 from ..files.statistics import FeatureStatistics
 from ..records import INSTRUCTION_ROUTER, RoutedInstructions
 from .checks import check_same_shape
-from .routed_projectors import router_tensors
+from .routed_projectors import feature_metric, own_distances, router_tensors
 
 # Tokens have the length one. What may always vary, so that an instruction in other words than a task's, or behind
 # words that are new to all of them, is not infinitely far from it: chosen on 29 tasks by their words (docs/method.md).
@@ -21,14 +21,7 @@ LEAST_VARIANCE = 0.005
 
 def instruction_metric(asked: Sequence[FeatureStatistics]) -> FeatureMetric:
     """The metric in which instructions are compared with the tasks'; each of which has a spread."""
-    spreads = [one.spread for one in asked if one.spread is not None]
-    return shared_metric(spreads, [one.count for one in asked], least=LEAST_VARIANCE / len(asked[0].prototype))
-
-
-def own_distances(asked: Sequence[FeatureStatistics], metric: FeatureMetric) -> list[float]:
-    """The squared distance of each task's own new instructions from its prototype, on average."""
-    spreads = [one.spread for one in asked if one.spread is not None]
-    return new_distances(metric, spreads, [one.count for one in asked])
+    return feature_metric(asked, least=LEAST_VARIANCE / len(asked[0].prototype))
 
 
 def route_instructions(tasks: Sequence[TaskAdapter]) -> tuple[RoutedInstructions, dict[str, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from ..algebra.spread import FeatureMetric, new_distances, shared_metric
 from ..files.adapter import TaskAdapter
 from ..files.errors import UnmergeableAdapterError
+from ..files.statistics import FeatureStatistics
 from ..records import RoutedProjector, RoutedTask
 from .checks import check_same_shape
 from .mean_projectors import check_same_tensors
@@ -35,15 +35,15 @@ def route_projectors(
         routed = [task for task in tasks if projector in task.statistics.projectors and task.weight > 0]
         if not routed:
             continue
-        prototypes = [task.statistics.projectors[projector].prototype.float() for task in routed]
+        measured = [task.statistics.projectors[projector] for task in routed]
+        prototypes = [one.prototype for one in measured]
         check_same_shape(f"The width of the features at '{projector}'", zip(routed, map(len, prototypes)))
         check_same_tensors(projector, [task for task in routed if projector in task.projectors])
         metric = distances = None
         if router == "gaussian":
-            images = [task.statistics.projectors[projector].count for task in routed]
-            spreads = [_spread(task, projector) for task in routed]
-            metric = shared_metric(spreads, images)
-            distances = new_distances(metric, spreads, images)
+            _check_spreads(projector, routed)
+            metric = feature_metric(measured)
+            distances = own_distances(measured, metric)
         tensors |= router_tensors(projector, prototypes, metric)
         directions = None if metric is None else len(metric.directions)
         named = [RoutedTask(task.name, trained=projector in task.projectors) for task in routed]
@@ -63,11 +63,23 @@ def router_tensors(name: str, prototypes: Sequence[Tensor], metric: FeatureMetri
     return tensors
 
 
-def _spread(task: TaskAdapter, projector: str) -> Any:
-    spread = task.statistics.projectors[projector].spread
-    if spread is None:
-        raise UnmergeableAdapterError(
-            f"{task.source} has no covariance of its images at '{projector}', which `router='gaussian'` needs: a "
-            "single one was measured. Run `collect_statistics` again with more samples, or pass `router='cosine'`."
-        )
-    return spread
+def _check_spreads(projector: str, tasks: Sequence[TaskAdapter]) -> None:
+    for task in tasks:
+        if task.statistics.projectors[projector].spread is None:
+            raise UnmergeableAdapterError(
+                f"{task.source} has no covariance of its images at '{projector}', which `router='gaussian'` needs: a "
+                "single one was measured. Run `collect_statistics` again with more samples, or pass "
+                "`router='cosine'`."
+            )
+
+
+def feature_metric(seen: Sequence[FeatureStatistics], least: float = 0.0) -> FeatureMetric:
+    """The metric in which features are compared with those of tasks, by the tasks' spreads; see [`shared_metric`]."""
+    known = [(one.spread, one.count) for one in seen if one.spread is not None]
+    return shared_metric([spread for spread, _ in known], [count for _, count in known], least=least)
+
+
+def own_distances(seen: Sequence[FeatureStatistics], metric: FeatureMetric) -> list[float]:
+    """The squared distance of each task's own new features from its prototype, on average."""
+    spreads = [one.spread for one in seen if one.spread is not None]
+    return new_distances(metric, spreads, [one.count for one in seen])

@@ -174,7 +174,6 @@ def report_on(
                 both = {s: covariances[s], t: covariances[t]}
                 for layer, one, lost in _losses(trained, both, merge.options.ridge, device):
                     pairs[places[layer], one, t if one == s else s] = lost
-    routed = {projector: one.names for projector, one in merge.routing.items()}
     heard = {task.name or "": task for task in tasks if task.weight > 0}
     return MergeReport(
         tasks=[task.name or "" for task in tasks],
@@ -183,7 +182,7 @@ def report_on(
         conflicts=pairs.nanmean(0).cpu() if conflicts else None,
         output_ranks=output_ranks.cpu(),
         input_ranks=input_ranks.cpu(),
-        routing=DrawnInputs(merge.options, routed, heard).expected(),
+        routing=DrawnInputs(merge.options, merge.routing, heard).expected(),
         weight_bytes=weight_bytes,
         statistics_bytes={task.name or "": task.nbytes for task in tasks},
     )

@@ -11,7 +11,8 @@ from peft_many.algebra.spread import centred, shared_metric
 from peft_many.files.statistics import FeatureStatistics, TaskStatistics
 from peft_many.merging.expected_routing import DrawnInputs
 from peft_many.merging.routed_instructions import instruction_metric
-from peft_many.records import GATES, MergeOptions
+from peft_many.merging.routed_projectors import feature_metric, own_distances
+from peft_many.records import GATES, MergeOptions, RoutedProjector, RoutedTask
 
 WIDTH, MEASURED = 64, 128
 LOUDNESS = torch.arange(1, WIDTH + 1) ** -0.5  # features vary along few directions, as those of real images do
@@ -39,9 +40,14 @@ def tasks_at(images, instructions):
 
 
 def expected(tasks, **options):
-    routed = [name for name, task in tasks.items() if task.projectors]
     filled = MergeOptions(**options).filled_in([])
-    return DrawnInputs(filled, {"projector": routed} if routed else {}, tasks).expected()
+    seen = {name: task.projectors["projector"] for name, task in tasks.items() if task.projectors}
+    measured = {}
+    if filled.router == "gaussian" and seen:
+        metric = feature_metric([*seen.values()])
+        measured = {"directions": 32, "distances": own_distances([*seen.values()], metric)}
+    routed = RoutedProjector(WIDTH, [RoutedTask(name, trained=True) for name in seen], **measured)
+    return DrawnInputs(filled, {"projector": routed} if seen else {}, tasks).expected()
 
 
 def test_tasks_on_the_same_pictures_are_told_apart_by_what_they_ask():
