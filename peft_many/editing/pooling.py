@@ -132,7 +132,7 @@ def pool_adapters(
         instructions=_pooled_features([task.statistics.instructions for task in prepared.tasks], truncation),
         fingerprints=fingerprints,
         projector_shapes={
-            name: shapes_of(tensors_inside(prepared.projector_tensors, f"{name}.")) for name in prepared.averaged
+            name: shapes_of(tensors_inside(prepared.routed_tensors, f"{name}.")) for name in prepared.averaged
         },
         weight=sum(task.weight for task in prepared.tasks),
     )

@@ -43,6 +43,7 @@ class DrawnInputs:
         self.routing = routing
         self.tasks = tasks
 
+    @functools.cached_property
     def expected(self) -> dict[str, ExpectedRouting]:
         """By routed projector, and for the gates if there are any, where inputs go."""
         found = {projector: self.projector(projector) for projector in self.routing}

@@ -24,7 +24,6 @@ from ..files.tensor_file import TensorFile
 from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT
 from ..hub.sources import find_adapter
 from ..records import (
-    ExpectedRouting,
     MergeOptions,
     MergeRecord,
     Operation,
@@ -59,8 +58,7 @@ class PreparedMerge:
     routing: dict[str, RoutedProjector]
     instructions: RoutedInstructions | None
     averaged: dict[str, list[str]]  # by averaged projector, the tasks in the mean
-    projector_tensors: dict[str, Tensor]  # experts and prototypes, on disk until they are used; or means
-    instruction_tensors: dict[str, Tensor]  # the router of instructions
+    routed_tensors: dict[str, Tensor]  # experts and routers, on disk until they are used; or projectors' means
     base_tensors: dict[str, Tensor]  # those of the base model that lie beside the adapters, and will beside the merge
     operations: list[Operation]  # what was done to make the adapters, and this merge
 
@@ -104,11 +102,6 @@ class PreparedMerge:
         return cost(self.shape_of(group[0])[1], rank, sum(sum(self.ranks_of(layer)) for layer in group))
 
     @property
-    def routed_tensors(self) -> dict[str, Tensor]:
-        """What is routed, and by what."""
-        return {**self.projector_tensors, **self.instruction_tensors}
-
-    @property
     def whole_tensors(self) -> dict[str, Tensor]:
         """What the weights file holds beside the merged LoRA, by key without PEFT's prefix."""
         return {**self.routed_tensors, **self.base_tensors}
@@ -128,14 +121,9 @@ class PreparedMerge:
 
     @functools.cached_property
     def drawn_inputs(self) -> DrawnInputs:
-        """What tells where inputs will go."""
+        """What tells where inputs are expected to go."""
         heard = {task.name: task.statistics for task in self.tasks if task.weight > 0}
         return DrawnInputs(self.options, self.routing, heard)
-
-    @property
-    def expected_routing(self) -> dict[str, ExpectedRouting]:
-        """By routed projector, and for the gates, where inputs are expected to go."""
-        return self.drawn_inputs.expected()
 
     def record(self, interference: Mapping[str, float] | None = None) -> MergeRecord:
         """What the merge's config will say of it; `interference` is what merging costs each task, once it is known."""
@@ -147,7 +135,7 @@ class PreparedMerge:
             operations=self.operations,
             routing=self.routing,
             instructions=self.instructions,
-            expected_routing={name: found.kept() for name, found in self.expected_routing.items()},
+            expected_routing={name: found.kept() for name, found in self.drawn_inputs.expected.items()},
             averaged_projectors=self.averaged,
             task_ranks=usual,
             task_rank_pattern={layer.replace(".", r"\."): of for layer, of in blocks.items() if of != usual},
@@ -213,7 +201,7 @@ def prepare_merge(
     beside = keys_beside(base_tensors, [layer for group in groups for layer in group])
     operations = operations_of(everything, without, options)
     return PreparedMerge(
-        adapters, tasks, groups, options, routing, instructions, averaged, tensors, asked, beside, operations
+        adapters, tasks, groups, options, routing, instructions, averaged, {**tensors, **asked}, beside, operations
     )
 
 

@@ -182,7 +182,7 @@ def report_on(
         conflicts=pairs.nanmean(0).cpu() if conflicts else None,
         output_ranks=output_ranks.cpu(),
         input_ranks=input_ranks.cpu(),
-        routing=DrawnInputs(merge.options, merge.routing, heard).expected(),
+        routing=DrawnInputs(merge.options, merge.routing, heard).expected,
         weight_bytes=weight_bytes,
         statistics_bytes={task.name or "": task.nbytes for task in tasks},
     )

@@ -124,7 +124,7 @@ def plan_merge(
         ranks=(min(ranks), max(ranks)),
         options=prepared.options.describe(),
         projectors={**{name: routed.names for name, routed in prepared.routing.items()}, **prepared.averaged},
-        routing=prepared.expected_routing,
+        routing=prepared.drawn_inputs.expected,
         output_bytes=sum(dtype.itemsize * math.prod(shape) for dtype, shape in prepared.tensors().values()),
         multiplications=sum(prepared.cost_of(group) for group in prepared.groups),
     )
@@ -158,7 +158,7 @@ def _notes(prepared: PreparedMerge) -> list[str]:
                 notes.append(
                     f"'{task.name}' has no projector '{projector}' of its own: its images get the base model's."
                 )
-    told = most_telling(prepared.expected_routing)
+    told = most_telling(prepared.drawn_inputs.expected)
     doubts = [line for name, found in told.items() for line in found.doubts(name)]
     return [*notes, *doubts, *_better_gates(prepared)]
 
@@ -169,7 +169,7 @@ def _better_gates(prepared: PreparedMerge) -> list[str]:
     possible = options.merge_method is None and options.projectors == ROUTED and options.rank is None
     if not possible or options.gate_by == BOTH or not drawn.have_instructions or len(drawn.tasks) < 2:
         return []
-    now = prepared.expected_routing[GATES].accuracy if options.gate_lora else 0.0
+    now = drawn.expected[GATES].accuracy if options.gate_lora else 0.0
     kinds = [by for by in (INSTRUCTIONS, BOTH) if by != options.gate_by and (prepared.routing or by != BOTH)]
     reached = {by: drawn.gates(by).accuracy for by in kinds}
     best = max(reached, key=lambda by: reached[by], default=None)

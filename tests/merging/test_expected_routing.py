@@ -47,7 +47,7 @@ def expected(tasks, **options):
         metric = feature_metric([*seen.values()])
         measured = {"directions": 32, "distances": own_distances([*seen.values()], metric)}
     routed = RoutedProjector(WIDTH, [RoutedTask(name, trained=True) for name in seen], **measured)
-    return DrawnInputs(filled, {"projector": routed} if seen else {}, tasks).expected()
+    return DrawnInputs(filled, {"projector": routed} if seen else {}, tasks).expected
 
 
 def test_tasks_on_the_same_pictures_are_told_apart_by_what_they_ask():
