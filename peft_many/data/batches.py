@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import BatchFeature
 
 from .conversations import Example
 from .reading import opened
@@ -155,6 +156,11 @@ def batches(
     rows = Rows(examples)
     for start in range(0, len(rows), size):
         yield make([rows[i] for i in range(start, min(start + size, len(rows)))])
+
+
+def for_model(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """A batch where a model is, with numbers in the dtype of its weights, as not all models see to that themselves."""
+    return dict(BatchFeature(batch).to(model.device, model.dtype))
 
 
 def _in_words(message: Mapping[str, Any]) -> dict[str, Any]:

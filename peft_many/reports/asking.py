@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from ..data.batches import batches
 from ..data.conversations import Example, question_about
 from ..data.reading import opened
 from ..hub.sources import HubArguments
 from ..routing.row_weights import remembered
 from ..statistics.forward import state_kept
 from .comparison import routed_projectors, watched
-from .running import RunningMerge
+from .running import RunningMerge, answers_of, inputs_of
 
 MERGED_LORA = "merged LoRA"  # where a gate chooses no task's own
 
@@ -99,10 +98,10 @@ def ask_merge(
         model_options=model_options,
         hub=hub,
     )
-    said = {
-        name: _said(running, context, example, max_new_tokens)
-        for name, context in running.contexts(running.tasks if compare else (), base=compare)
-    }
+    said: dict[str, str] = {}
+    for name, context in running.contexts(running.tasks if compare else (), base=compare):
+        with context:
+            (said[name],) = answers_of(running.model, running.collator, [example], max_new_tokens=max_new_tokens)
     routing, gate = decided(running, example)
     return Answer(question, said.pop(next(iter(said))), routing, gate, said)
 
@@ -112,10 +111,9 @@ def decided(running: RunningMerge, example: Example) -> tuple[dict[str, dict[str
     model, merge = running.model, running.merge
     if merge is None:
         return {}, {}
-    (batch,) = batches([example], running.collator.questions, 1)
     projectors = routed_projectors(model) if merge.routing else {}
     with state_kept(model), torch.inference_mode(), watched(model, projectors) as routing:
-        output = model(**running.inputs(batch), use_cache=True)
+        output = model(**inputs_of(model, running.collator, example), use_cache=True)
     known = remembered(getattr(output, "past_key_values", None)).get("default")
     if not merge.options.gate_lora:
         return routing, {}
@@ -124,9 +122,3 @@ def decided(running: RunningMerge, example: Example) -> tuple[dict[str, dict[str
         return routing, {**dict.fromkeys(merge.names, 0.0), MERGED_LORA: 1.0}
     by_task = dict(zip(merge.names, gates.own[0].tolist(), strict=True))
     return routing, {**by_task, MERGED_LORA: 0.0 if gates.merged is None else gates.merged[0].item()}
-
-
-def _said(running: RunningMerge, context: Any, example: Example, max_new_tokens: int) -> str:
-    with context:
-        (answer,) = running.answers([example], max_new_tokens=max_new_tokens)
-    return answer

@@ -12,9 +12,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from ..data.batches import ChatCollator
+from ..data.conversations import question_about
 from ..records import merge_of
 from ..statistics.forward import state_kept
 from ..tuner.projector import ProjectorMixture, ProjectorWrapper
+from .running import answers_of, inputs_of
 
 NO_TASK = "no task (base projector)"  # where a router abstains
 Routed = dict[str, tuple[ProjectorWrapper, list[str]]]  # by name, a projector and the tasks that it is routed to
@@ -43,26 +46,15 @@ class Comparison:
     base_model: str
 
 
-def compare(
-    model: PeftModel,
-    processor: Any,
-    image: Any,
-    question: str,
-    *,
-    max_new_tokens: int = 64,
-    prompt: Callable[[str], str] | None = None,
-) -> Comparison:
+def compare(model: PeftModel, processor: Any, image: Any, question: str, *, max_new_tokens: int = 64) -> Comparison:
     """Ask a merge about an image, with and without routing, and see what its router thinks of the image.
 
     Args:
         model ([`~peft.PeftModel`]): Its active adapter is a merge that routes its projectors.
-        processor ([`~transformers.ProcessorMixin`]): The base model's.
-        image (`PIL.Image.Image`): The image.
+        processor ([`~transformers.ProcessorMixin`]): The base model's, with a chat template.
+        image (`PIL.Image.Image`, `str` or `os.PathLike`): The image.
         question (`str`): What to ask.
         max_new_tokens (`int`, defaults to 64): The longest answer; decoding is greedy.
-        prompt (`Callable[[str], str]`, *optional*):
-            Makes the text that the processor gets, the mark of the image included, of the question. Defaults to the
-            processor's chat template.
 
     Returns:
         [`Comparison`]: Routing weights and three answers.
@@ -71,16 +63,13 @@ def compare(
         ValueError: The active adapter routes no projector, or the processor has no chat template.
     """
     projectors = routed_projectors(model)
-    inputs = inputs_of(model, processor, image, question, prompt)
-    asked = inputs["input_ids"].shape[1]
+    collator, example = ChatCollator(processor), question_about([image], question)
 
     def answer() -> str:
-        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        text: str = processor.tokenizer.decode(generated[0, asked:], skip_special_tokens=True)
-        return text.strip()
+        (said,) = answers_of(model, collator, [example], max_new_tokens=max_new_tokens)
+        return said
 
-    with alone, state_kept(model), torch.no_grad():
-        model.eval()
+    with alone, state_kept(model):
         with watched(model, projectors) as weights:
             routed = answer()
         with _unrouted(projectors):
@@ -90,35 +79,13 @@ def compare(
     return Comparison(weights, routed, base_projector, base_model)
 
 
-def resembles(
-    model: PeftModel, processor: Any, image: Any, *, prompt: Callable[[str], str] | None = None
-) -> dict[str, dict[str, float]]:
+def resembles(model: PeftModel, processor: Any, image: Any) -> dict[str, dict[str, float]]:
     """The weights of [`Comparison`] alone, by one forward pass; arguments and errors are those of `compare`."""
     projectors = routed_projectors(model)
     with alone, state_kept(model), torch.no_grad(), watched(model, projectors) as weights:
         model.eval()
-        model(**inputs_of(model, processor, image, "", prompt))
+        model(**inputs_of(model, ChatCollator(processor), question_about([image], "")))
     return weights
-
-
-def inputs_of(
-    model: PeftModel, processor: Any, image: Any, question: str, prompt: Callable[[str], str] | None
-) -> dict[str, Any]:
-    """One question about one image, where the model is."""
-    if prompt is not None:
-        text = prompt(question)
-    elif getattr(processor, "chat_template", None) is None:
-        raise ValueError(
-            f"{type(processor).__name__} has no chat template to put the question into; pass `prompt=`, a function "
-            "that returns the whole prompt for a question, with the image token."
-        )
-    else:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-    batch = processor(images=[image.convert("RGB")], text=[text], return_tensors="pt")
-    return dict(batch.to(model.device, model.dtype))
 
 
 def routed_projectors(model: PeftModel) -> Routed:

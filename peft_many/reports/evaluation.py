@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from ..hub.sources import HubArguments
 from ..records.values import one_of
 from ..records.words import quoted
 from ..statistics.forward import state_kept
-from .running import ADAPTER, BASE, MERGE, RunningMerge, alone_name
+from .running import ADAPTER, BASE, MERGE, RunningMerge, alone_name, answers_of
 
 _FILES = ("evaluation.json", "answers.json", "evaluation.png")
 _WINDOW = 512  # tokens of a text that are seen at once
@@ -156,13 +157,13 @@ def evaluate_merge(
     answers: dict[str, dict[str, list[str]]] = {}
     perplexity: dict[str, float] = {}
     tasks = [task for task in running.tasks if alone == "all" or (alone == "own" and task in data)]
-    own = {alone_name(task): task for task in tasks} if alone == "own" else {}
+    own = {alone_name(task): [task] for task in tasks} if alone == "own" else {}
+    ask = partial(answers_of, running.model, running.collator, batch_size=batch_size, max_new_tokens=max_new_tokens)
     for who, context in running.contexts(tasks):
-        asked = {own[who]: questions[own[who]]} if who in own else questions
         with context:
             answers[who] = {
-                task: running.answers(examples, batch_size, max_new_tokens, f"{who} on {task}" if progress else None)
-                for task, examples in asked.items()
+                task: ask(questions[task], label=f"{who} on {task}" if progress else None)
+                for task in own.get(who, questions)
             }
             if prose is not None and who in (MERGE, ADAPTER, BASE):
                 perplexity[who] = perplexity_of(running.model, running.collator.tokenizer, prose, progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,12 @@ from tqdm.auto import tqdm
 
 from ..algebra.routing import task_weights
 from ..algebra.spread import FeatureMetric
+from ..data.batches import ChatCollator
+from ..data.conversations import question_about
 from ..statistics.forward import state_kept
 from ..tuner.projector import ProjectorMixture
-from .comparison import NO_TASK, alone, inputs_of, noting, routed_projectors
+from .comparison import NO_TASK, alone, noting, routed_projectors
+from .running import inputs_of
 
 UNDECIDED = "undecided"
 _SURE = 0.75  # the least weight of a task that an image is said to belong to
@@ -88,16 +91,14 @@ def map_images(
     processor: Any,
     images: Iterable[Any],
     *,
-    prompt: Callable[[str], str] | None = None,
     progress: bool = True,
 ) -> dict[str, ImageMap]:
     """See many images as a merge's routers do; one forward pass each.
 
     Args:
         model ([`~peft.PeftModel`]): Its active adapter is a merge that routes its projectors.
-        processor ([`~transformers.ProcessorMixin`]): The base model's.
-        images (`Iterable[PIL.Image.Image]`): The images, opened when they are wanted if this is a generator.
-        prompt (`Callable[[str], str]`, *optional*): As in [`compare`].
+        processor ([`~transformers.ProcessorMixin`]): The base model's, with a chat template.
+        images (`Iterable`): Images, or paths of such, which are opened when they are wanted.
         progress (`bool`, defaults to `True`): Whether to show a bar.
 
     Returns:
@@ -106,7 +107,7 @@ def map_images(
     Raises:
         ValueError: There is no image; the active adapter routes no projector, or the processor has no chat template.
     """
-    projectors = routed_projectors(model)
+    projectors, collator = routed_projectors(model), ChatCollator(processor)
     seen: dict[str, list[Tensor]] = {name: [] for name in projectors}
     routers: dict[str, ProjectorMixture] = {}
 
@@ -117,7 +118,7 @@ def map_images(
     with alone, state_kept(model), torch.no_grad(), noting(model, projectors, note):
         model.eval()
         for image in tqdm(images, desc="Looking at images", disable=not progress):
-            model(**inputs_of(model, processor, image, "", prompt))
+            model(**inputs_of(model, collator, question_about([image], "")))
     if not routers:
         raise ValueError("There are no images to look at.")
     return {name: _map(projectors[name][1], routers[name], torch.stack(seen[name])) for name in routers}

@@ -14,9 +14,8 @@ from peft import PeftConfig, PeftModel
 from peft.utils import PeftWarning
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import BatchFeature
 
-from ..data.batches import ChatCollator, batches
+from ..data.batches import ChatCollator, batches, for_model
 from ..data.conversations import Example
 from ..files.errors import UnmergeableAdapterError
 from ..files.source import AdapterSource
@@ -70,32 +69,6 @@ class RunningMerge:
         """The names of the merge's tasks."""
         return [] if self.merge is None else self.merge.names
 
-    def answers(
-        self, examples: Sequence[Example], batch_size: int = 8, max_new_tokens: int = 64, label: str | None = None
-    ) -> list[str]:
-        """What the model as it stands says to each example, greedily; with a progress bar if that has a `label`."""
-        said: list[str] = []
-        asked = batches(examples, self.collator.questions, batch_size)
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-        bar = tqdm(total=len(examples), desc=label, unit="question", disable=label is None)
-        with bar, state_kept(self.model), torch.inference_mode():
-            for batch in asked:
-                inputs = self.inputs(batch)
-                tokens = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-                said += self.collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-                bar.update(len(tokens))
-        return [text.strip() for text in said]
-
-    def inputs(self, batch: dict[str, Tensor]) -> BatchFeature:
-        """A batch where the model is, in the dtype of its weights."""
-        return BatchFeature(batch).to(self.model.device, self.model.dtype)
-
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        """Let the base model stand by itself while the block runs."""
-        with self.model.disable_adapter():
-            yield
-
     def taken_out(self, task: str, folder: Path) -> Path:
         """Write a single task's adapter, as it was before it was merged: what is left when all others are forgotten.
 
@@ -126,7 +99,7 @@ class RunningMerge:
         """By name what there is to be asked: the merge, the base model, and these tasks alone, if they can be."""
         yield MERGE if self.merge is not None else ADAPTER, nullcontext()
         if base:
-            yield BASE, self.base()
+            yield BASE, self.model.disable_adapter()
         for task in tasks:
             with tempfile.TemporaryDirectory() as place:
                 try:
@@ -135,6 +108,34 @@ class RunningMerge:
                     warnings.warn(f"'{task}' cannot be asked alone: {error}", PeftWarning, stacklevel=3)
                     continue
                 yield alone_name(task), self.alone(folder)
+
+
+def answers_of(
+    model: PeftModel,
+    collator: ChatCollator,
+    examples: Sequence[Example],
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+    label: str | None = None,
+) -> list[str]:
+    """What the model as it stands says to each example, greedily; with a progress bar if that has a `label`."""
+    said: list[str] = []
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    bar = tqdm(total=len(examples), desc=label, unit="question", disable=label is None)
+    with bar, state_kept(model), torch.inference_mode():
+        model.eval()
+        for batch in batches(examples, collator.questions, batch_size):
+            inputs = for_model(batch, model)
+            tokens = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+            said += collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            bar.update(len(tokens))
+    return [text.strip() for text in said]
+
+
+def inputs_of(model: PeftModel, collator: ChatCollator, example: Example) -> dict[str, Tensor]:
+    """A question as the model takes it."""
+    (batch,) = batches([example], collator.questions, 1)
+    return for_model(batch, model)
 
 
 def alone_name(task: str) -> str:

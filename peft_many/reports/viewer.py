@@ -7,24 +7,18 @@ The page needs Gradio (`pip install "peft-many[viewer]"`); `compare` gives the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from peft import PeftModel
 
 from .comparison import NO_TASK, Comparison, compare, resembles, routed_projectors
+from .running import RunningMerge
 
 __all__ = ["NO_TASK", "Comparison", "build", "compare", "launch", "resembles"]
 
 
-def build(
-    model: PeftModel,
-    processor: Any,
-    *,
-    max_new_tokens: int = 64,
-    prompt: Callable[[str], str] | None = None,
-) -> Any:
+def build(model: PeftModel, processor: Any, *, max_new_tokens: int = 64) -> Any:
     """The page, a `gradio.Blocks`, for those who put it among pages of their own; arguments as in [`compare`].
 
     Raises:
@@ -39,25 +33,23 @@ def build(
 
     with gr.Blocks(title="peft_many: routing", analytics_enabled=False) as page:
         with gr.Tab("One image"):
-            _one_image(gr, model, processor, max_new_tokens, prompt)
+            _one_image(gr, model, processor, max_new_tokens)
         with gr.Tab("Many images"):
-            many_images(gr, model, processor, max_new_tokens, prompt)
+            many_images(gr, model, processor, max_new_tokens)
     return page
 
 
-def _one_image(
-    gr: Any, model: PeftModel, processor: Any, max_new_tokens: int, prompt: Callable[[str], str] | None
-) -> None:
+def _one_image(gr: Any, model: PeftModel, processor: Any, max_new_tokens: int) -> None:
     names = list(routed_projectors(model))
 
     def look(image: Any) -> dict[Any, Any]:
-        seen = {} if image is None else resembles(model, processor, image, prompt=prompt)
+        seen = {} if image is None else resembles(model, processor, image)
         return {label: seen.get(name) for label, name in zip(weights, names)}
 
     def ask(image: Any, question: str) -> dict[Any, Any]:
         if image is None:
             raise gr.Error("Drop an image first.")
-        found = compare(model, processor, image, question, max_new_tokens=max_new_tokens, prompt=prompt)
+        found = compare(model, processor, image, question, max_new_tokens=max_new_tokens)
         seen = {label: found.weights.get(name) for label, name in zip(weights, names)}
         return {**seen, routed: found.routed, base_projector: found.base_projector, base_model: found.base_model}
 
@@ -77,14 +69,7 @@ def _one_image(
     gr.on([button.click, question.submit], ask, [image, question], [*weights, *answers], api_name="ask")
 
 
-def launch(
-    model: PeftModel,
-    processor: Any,
-    *,
-    max_new_tokens: int = 64,
-    prompt: Callable[[str], str] | None = None,
-    **kwargs: Any,
-) -> Any:
+def launch(model: PeftModel, processor: Any, *, max_new_tokens: int = 64, **kwargs: Any) -> Any:
     """Serve the page on this machine.
 
     Arguments are those of [`compare`]; further keywords, such as `server_port`, go to `gradio.Blocks.launch`.
@@ -93,7 +78,7 @@ def launch(
         ImportError: Gradio is not installed.
         ValueError: As in [`compare`].
     """
-    return build(model, processor, max_new_tokens=max_new_tokens, prompt=prompt).launch(**kwargs)
+    return build(model, processor, max_new_tokens=max_new_tokens).launch(**kwargs)
 
 
 def main(
@@ -104,11 +89,8 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 64,
 ) -> None:
     """Show in the browser which tasks a merge takes an image for, and what routing does to its answer."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto").to(device)
-    merged = PeftModel.from_pretrained(model, merge)
-    launch(merged, AutoProcessor.from_pretrained(base), max_new_tokens=max_new_tokens, server_port=port)
+    running = RunningMerge.load(merge, [], base_model=base, device=device, hub={})
+    launch(running.model, running.collator.processor, max_new_tokens=max_new_tokens, server_port=port)
 
 
 if __name__ == "__main__":

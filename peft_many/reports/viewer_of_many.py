@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 
 from .comparison import NO_TASK, compare, routed_projectors
@@ -20,9 +20,7 @@ _GREYS = {UNDECIDED: "#BBBBBB", NO_TASK: "#777777", _PROTOTYPES: "#000000"}
 _TABLE = ("image", "taken for", "weight", "merge", "base model")
 
 
-def many_images(
-    gr: Any, model: PeftModel, processor: Any, max_new_tokens: int, prompt: Callable[[str], str] | None
-) -> None:
+def many_images(gr: Any, model: PeftModel, processor: Any, max_new_tokens: int) -> None:
     """Put the page's components into the `gradio.Blocks` that is being built."""
     names = list(routed_projectors(model))
     bar = gr.Progress(track_tqdm=True)
@@ -31,7 +29,7 @@ def many_images(
         images = [file for file in files or () if _is_image(file)]
         if not images:
             raise gr.Error("There is no image among these files.")
-        return images, map_images(model, processor, _opened(images), prompt=prompt)
+        return images, map_images(model, processor, images)
 
     def show(images: Sequence[str], maps: dict[str, ImageMap], name: str, factor: float) -> Any:
         found = maps.get(name)
@@ -50,8 +48,8 @@ def many_images(
         if not images:
             raise gr.Error("Drop some images first.")
         answers = []
-        for image in tqdm(_opened(images), desc="Asking", total=len(images)):
-            said = compare(model, processor, image, question, max_new_tokens=max_new_tokens, prompt=prompt)
+        for image in tqdm(images, desc="Asking"):
+            said = compare(model, processor, image, question, max_new_tokens=max_new_tokens)
             answers.append((said.routed, said.base_model))
         return rows(maps[name], images, factor, answers)
 
@@ -128,12 +126,6 @@ def _is_image(file: str) -> bool:
     try:
         with Image.open(file) as image:
             image.verify()
-    except (OSError, SyntaxError, UnidentifiedImageError):
+    except (OSError, SyntaxError):
         return False
     return True
-
-
-def _opened(files: Sequence[str]) -> Iterator[Any]:
-    for file in files:
-        with Image.open(file) as image:
-            yield image.convert("RGB")

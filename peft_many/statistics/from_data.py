@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftConfig
-from transformers import BatchFeature
 from typing_extensions import Unpack
 
-from ..data.batches import ChatCollator, batches
+from ..data.batches import ChatCollator, batches, for_model
 from ..data.reading import read_examples
 from ..files.adapter import check_can_be_merged
 from ..files.atomic import new_folder
@@ -124,10 +123,9 @@ def measure_adapter(
         model = put_on(base.load_on(device, **(model_options or {})), source)
         own = model.peft_config["default"]
         own.task_name = task_name or getattr(own, "task_name", None) or source.short_name
-        found = batches(examples, collator.training, batch_size)
         collect_statistics(
             model,
-            (BatchFeature(batch).to(model.dtype) for batch in found),  # as not all models see to that by themselves
+            (for_model(batch, model) for batch in batches(examples, collator.training, batch_size)),
             **{"max_samples": max_samples, "progress": progress, **(statistics_options or {})},
         )
         model.save_pretrained(str(partial))
