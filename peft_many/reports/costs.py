@@ -66,21 +66,6 @@ class MergeReport:
         """By task, the mean residual over the layers that it trained."""
         return dict(zip(self.tasks, self.residuals.nanmean(0).tolist()))
 
-    @property
-    def confusion(self) -> dict[str, Tensor]:
-        """The shares of `routing`, tasks by tasks; rows sum to less than one where inputs go to no task."""
-        return {name: torch.tensor(found.matrix, dtype=torch.float64) for name, found in self.routing.items()}
-
-    @property
-    def routed(self) -> dict[str, list[str]]:
-        """The tasks of these rows and columns."""
-        return {name: list(found.shares) for name, found in self.routing.items()}
-
-    @property
-    def routing_accuracy(self) -> dict[str, float]:
-        """The weight that a task's inputs would have for it, the mean over the tasks."""
-        return {name: found.accuracy for name, found in self.routing.items()}
-
     def doubts(self) -> list[str]:
         """Sentences that name the tasks which the routing can hardly tell apart."""
         return [line for name, found in most_telling(self.routing).items() for line in found.doubts(name)]
@@ -110,8 +95,9 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON; NaN is `None`."""
         found = {one.name: _json(getattr(self, one.name)) for one in dataclasses.fields(self)}
-        derived = {name: _json(getattr(self, name)) for name in ("interference", "routing_accuracy")}
-        return {**found, **derived, "doubts": self.doubts()}
+        accuracy = {name: routed.accuracy for name, routed in self.routing.items()}
+        derived = {"interference": _json(self.interference), "routing_accuracy": accuracy, "doubts": self.doubts()}
+        return {**found, **derived}
 
 
 def amount(residual: float) -> str:

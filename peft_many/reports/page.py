@@ -12,7 +12,6 @@ from jinja2 import Environment
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.filesize import decimal
-from torch import Tensor
 
 from ..records import GATES, most_telling
 from ..records.words import counted, shortened
@@ -87,12 +86,12 @@ def embedded(figure: Figure) -> str:
 
 def draw(report: MergeReport) -> Figure:
     """Residuals as a heatmap of layers and tasks, and beside it the conflicts and where inputs go."""
-    squares: list[tuple[str, Tensor, Sequence[str]]] = []
+    squares: list[tuple[str, list[list[float]], Sequence[str]]] = []
     if report.conflicts is not None and len(report.tasks) > 1:
-        squares.append(("conflicts", report.conflicts, report.tasks))
-    for name, weights in report.confusion.items():
-        title = f"where inputs go\nby {report.routing[name].by}" if name == GATES else f"where images go\n{name}"
-        squares.append((title, weights, report.routed[name]))
+        squares.append(("conflicts", report.conflicts.tolist(), report.tasks))
+    for name, expected in report.routing.items():
+        title = f"where inputs go\nby {expected.by}" if name == GATES else f"where images go\n{name}"
+        squares.append((title, expected.matrix, list(expected.shares)))
     tasks, layers = len(report.tasks), len(report.layers)
     side = max(2.6, 0.5 * tasks)
     height = max(4.0, min(0.16 * layers, 16.0), (side + 1.2) * len(squares))
@@ -104,11 +103,11 @@ def draw(report: MergeReport) -> Figure:
     return figure
 
 
-def _draw_square(axis: Axes, title: str, values: Tensor, names: Sequence[str]) -> None:
+def _draw_square(axis: Axes, title: str, values: list[list[float]], names: Sequence[str]) -> None:
     """A heatmap of tasks by tasks; what is not known, as the diagonal of conflicts, stays empty."""
     # From 0 to 1 whatever is found: a small number is no dark field.
-    axis.imshow(values.numpy(), cmap="YlOrRd" if title == "conflicts" else "YlGn", vmin=0, vmax=1)
-    for i, row in enumerate(values.tolist() if len(names) <= 16 else []):
+    axis.imshow(values, cmap="YlOrRd" if title == "conflicts" else "YlGn", vmin=0, vmax=1)
+    for i, row in enumerate(values if len(names) <= 16 else []):
         for j, value in enumerate(row):
             if value == value:
                 colour = "white" if value > 0.7 else "black"

@@ -93,24 +93,25 @@ def test_layers_that_a_task_did_not_train_are_unknown(made, tmp_path):
 @pytest.mark.parametrize("router", ["cosine", "gaussian"])
 def test_images_go_where_the_router_sends_draws_of_what_was_measured(made, router):
     report = merge_report(merged(made, router=router), conflicts=False, progress=False)
-    (weights,) = report.confusion.values()
-    assert report.routed == {adapters.PROJECTOR: list(TASKS)}
+    weights = torch.tensor(report.routing[adapters.PROJECTOR].matrix, dtype=torch.float64)
+    assert list(report.routing) == [adapters.PROJECTOR]
+    assert list(report.routing[adapters.PROJECTOR].shares) == list(TASKS)
     assert torch.allclose(weights.sum(1), torch.ones(3, dtype=torch.float64), atol=1e-6)
     assert (weights.argmax(1) == torch.arange(3)).all()
 
 
 def test_rows_of_a_router_that_abstains_sum_to_less(made):
     report = merge_report(merged(made, router="gaussian", abstain_above=0.5), conflicts=False, progress=False)
-    (weights,) = report.confusion.values()
-    assert (weights.sum(1) < 0.99).any()
+    (expected,) = report.routing.values()
+    assert min(map(sum, expected.matrix)) < 0.99
 
 
 @pytest.mark.parametrize("by", ["images", "instructions", "both"])
 def test_a_gated_merge_says_where_its_gates_send_inputs(made, by):
     report = merge_report(merged(made, gate_by=by), conflicts=False, progress=False)
-    assert list(report.confusion) == [adapters.PROJECTOR, "gate_lora"]
+    assert list(report.routing) == [adapters.PROJECTOR, "gate_lora"]
     assert report.routing["gate_lora"].by == by
-    assert report.routed["gate_lora"] == list(TASKS)
+    assert list(report.routing["gate_lora"].shares) == list(TASKS)
     assert report.to_dict()["routing_accuracy"]["gate_lora"] == report.routing["gate_lora"].accuracy
 
 
