@@ -27,10 +27,6 @@ from ..reports.plan import MergePlan
 from ..reports.report import MergeReport
 from .running import say_error
 
-RESIDUAL = (
-    "How merging changes the outputs of each task's LoRA: residual 0 is not at all, 1 is as if the LoRA were lost"
-)
-
 
 def show_plan(plan: MergePlan) -> None:
     """The plan of a merge, or why it cannot be made."""
@@ -135,11 +131,7 @@ def _show_statistics(found: AdapterInspection) -> None:
 
 def show_report(report: MergeReport) -> None:
     """What merging costs each task, and which tasks contradict each other most."""
-    rows = [
-        {"task": task, "residual": f"{share:.3f}", "merging changes": amount(share)}
-        for task, share in report.interference.items()
-    ]
-    _show_table(RESIDUAL, rows)
+    _show_residuals(report.interference)
     for line in report.conflicts_in_words():
         _say(f"• {line}")
     _show_routing(report.routing)
@@ -185,31 +177,36 @@ def _shares(weights: Mapping[str, float]) -> str:
 def show_merged(merge: MergeRecord, folder: str) -> None:
     """After a merge, where results do not go: what it costs each task, where images go, and what to do next."""
     aside = Console(stderr=True)
-    rows = [
-        {"task": task.name, "residual": f"{task.interference:.3f}", "merging changes": amount(task.interference)}
-        for task in merge.tasks
-        if task.interference is not None
-    ]
-    if rows:
-        _show_table(RESIDUAL, rows, aside)
+    residuals = {task.name: task.interference for task in merge.tasks if task.interference is not None}
+    if residuals:
+        _show_residuals(residuals, aside)
     if merge.averaged_projectors:
         _say("All images go through the mean of the tasks' projectors.", aside)
-    for name, expected in most_telling(merge.expected_routing).items():
-        head, *doubts = expected.in_words(name) or [""]
-        for line in [head, *(f"Note: {doubt}" for doubt in doubts)]:
-            _say(line, aside)
+    _show_routing(merge.expected_routing, console=aside)
     place = shlex.quote(folder)
     _say(f"What it is made of: peft-many inspect {place}", aside)
     _say(f"What it costs, layer by layer: peft-many report {place} --output {shlex.quote(folder + '-report')}", aside)
     _say(f"To ask it: peft-many ask {place} --image IMAGE QUESTION", aside)
 
 
-def _show_routing(routing: Mapping[str, ExpectedRouting], doubts: bool = True) -> None:
+def _show_residuals(residuals: Mapping[str, float], console: Console | None = None) -> None:
+    """What merging costs each task."""
+    rows = [
+        {"task": task, "residual": f"{share:.3f}", "merging changes": amount(share)}
+        for task, share in residuals.items()
+    ]
+    title = (
+        "How merging changes the outputs of each task's LoRA: residual 0 is not at all, 1 is as if the LoRA were lost"
+    )
+    _show_table(title, rows, console)
+
+
+def _show_routing(routing: Mapping[str, ExpectedRouting], doubts: bool = True, console: Console | None = None) -> None:
     """Where inputs are expected to go, in sentences."""
     for name, expected in most_telling(routing).items():
         lines = expected.in_words(name)
         for place, line in enumerate(lines if doubts else lines[:1]):
-            _say(f"• {line}" if place else line)
+            _say(f"• {line}" if place else line, console)
 
 
 def _say(text: str | Text, console: Console | None = None) -> None:

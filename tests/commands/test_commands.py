@@ -324,17 +324,17 @@ def test_a_merge_ends_with_the_tasks_that_its_routing_confuses(shelf, tmp_path):
     chosen = [shelf["a"], shelf["b"], "--temperature", "9"]
     told = run("merge", *chosen, "-o", tmp_path / "1")
     assert told.stdout == f"The merge: {tmp_path / '1'}\n"
-    line = next(line for line in told.stderr.splitlines() if line.startswith("Note: "))
-    assert line.startswith("Note: 'a' and 'b' look alike: ")
+    line = next(line for line in told.stderr.splitlines() if line.startswith("• "))
+    assert line.startswith("• 'a' and 'b' look alike: ")
     assert "residual" in told.stderr
     assert f"peft-many report {tmp_path / '1'} --output" in told.stderr
-    assert "Note" not in run("merge", *chosen, "-o", tmp_path / "2", "--quiet").output
+    assert "look alike" not in run("merge", *chosen, "-o", tmp_path / "2", "--quiet").output
     head = "Expected routing of images at 'model.multi_modal_projector': "
     for words in (["inspect", tmp_path / "1"], ["plan", *chosen], ["report", tmp_path / "1", "-o", tmp_path / "r"]):
         shown = run(*words).stdout
         assert head in shown
-        assert f"• {line.removeprefix('Note: ')}" in shown
-    assert json.loads((tmp_path / "r" / "report.json").read_text())["doubts"] == [line.removeprefix("Note: ")]
+        assert line in shown
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["doubts"] == [line.removeprefix("• ")]
     routing = json.loads(run("plan", *chosen, "--json", "-q").stdout)["routing"]
     assert routing["model.multi_modal_projector"]["shares"]["a"].keys() == {"a", "b"}
 
