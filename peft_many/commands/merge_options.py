@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,16 +71,10 @@ def with_merge_options(command: Command) -> Command:
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=_typed(name, option))
         for name, option in OPTIONS.items()
     ]
-
-    @functools.wraps(command)
-    def with_options(**arguments: Any) -> Any:
-        return command(**arguments)
-
-    with_options.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*own[:place], *options, *own[place:]]
-    )
-    with_options.__annotations__ = {one.name: one.annotation for one in (*own, *options)}
-    return with_options  # type: ignore[return-value]
+    parameters = [*own[:place], *options, *own[place:]]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
 
 
 def _typed(name: str, option: _Option) -> Any:
