@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
+
+from ..records.words import shortened
 
 
 def draw_scores(scores: Mapping[str, Mapping[str, float]], metrics: Mapping[str, str]) -> Figure:
@@ -20,13 +21,9 @@ def draw_scores(scores: Mapping[str, Mapping[str, float]], metrics: Mapping[str,
         for x, value in enumerate(row):
             if value == value:  # not NaN
                 axes.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if value > 60 else "black")
-    axes.set_xticks(range(len(tasks)), [_short(task) for task in tasks], rotation=30, ha="right")
-    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_xticks(range(len(tasks)), [shortened(task, 30) for task in tasks], rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), [shortened(name, 30) for name in names])
     axes.set_xlabel("questions of")
     axes.set_title("Right answers, %" if set(metrics.values()) == {"exact"} else "Score, %")
     figure.colorbar(image)
     return figure
-
-
-def _short(name: str) -> str:
-    return textwrap.shorten(name, 30, placeholder="…")

@@ -146,6 +146,13 @@ def test_what_is_written(tmp_path):
     assert (folder / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_long_names_keep_their_ends_in_the_picture():
+    draw_scores = pytest.importorskip("peft_many.reports.scores_picture").draw_scores
+    figure = draw_scores({"one_of_many_adapters_on_charts alone": {"x": 1.0}}, {"x": "exact"})
+    (label,) = figure.axes[0].get_yticklabels()
+    assert label.get_text() == "one_of_many_adapt…charts alone"
+
+
 def test_an_earlier_evaluation_is_replaced_only_if_asked_to(tmp_path, monkeypatch):
     folder = save_evaluation(FOUND, tmp_path / "evaluated")
     (folder / "evaluation.json").unlink()
