@@ -28,9 +28,3 @@ class Collator(ChatCollator):
 
     def __init__(self, processor: Any, model_type: str, pad_images: bool = True, max_length: int = 2048) -> None:
         super().__init__(processor, SYSTEM_PROMPTS.get(model_type), pad_images, max_length)
-
-    def messages(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}]
-
-    def pictures(self, row: dict[str, Any]) -> list[Any]:
-        return [row["image"]]

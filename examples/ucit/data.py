@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
 from tasks import Task
 from torch.utils.data import Dataset
+
+from peft_many.data.conversations import question_about
+from peft_many.data.reading import opened
 
 IMAGE_MARK = "<image>"
 # Where instruction files and images lie under the benchmark's folder, by the layouts in use.
@@ -49,7 +51,7 @@ class Example:
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """The examples of a task with their images opened: `image`, `question`, `answer` and `id` of each."""
+    """The examples of a task with their images opened, as [`ChatCollator`] takes them."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = list(examples)
@@ -59,12 +61,9 @@ class Examples(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.examples[index]
-        try:
-            with Image.open(example.image) as image:
-                pixels = image.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"The image '{example.image}' cannot be read: {error}.") from error
-        return {"image": pixels, "question": example.question, "answer": example.answer, "id": example.id}
+        images = [opened(example.image)]
+        asked = question_about(images, example.question)
+        return {"id": example.id, "messages": list(asked.messages), "images": images, "answer": example.answer}
 
 
 def training_examples(task: Task, root: Path, images: Path | None = None) -> list[Example]:

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 import peft_many  # noqa: F401  (registers the adapter type MANY)
+from peft_many.data.batches import for_model
 
 
 def main(
@@ -87,7 +88,7 @@ def generate(
     with state.split_between_processes(list(range(len(asked)))) as mine:
         loader = DataLoader(Subset(dataset, mine), batch_size=batch_size, collate_fn=collator.questions)
         for batch in tqdm(loader, desc=label, disable=not state.is_main_process):
-            batch = {name: _to(tensor, model) for name, tensor in batch.items()}
+            batch = for_model(batch, model)
             tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
             texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
             given += zip(mine[len(given) :], (text.strip() for text in texts))
@@ -125,10 +126,6 @@ def _asked(task: Task, example: Example) -> Example:
         return example
     question = example.question + task.suffix(example.answer or "")
     return Example(example.id, example.image, example.image_name, question, example.answer)
-
-
-def _to(tensor: torch.Tensor, model: Any) -> torch.Tensor:
-    return tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def _write_answers(path: Path, asked: Sequence[Example], answers: Sequence[str]) -> None:

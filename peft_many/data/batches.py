@@ -96,18 +96,10 @@ class ChatCollator:
         """Questions alone, for `generate`."""
         return self._process(rows, [self._prompt(row) for row in rows], "left")
 
-    def messages(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """The conversation before the answer. Other rows, other conversations."""
-        return list(row["messages"])
-
-    def pictures(self, row: dict[str, Any]) -> list[Any]:
-        """The images of the conversation, in order."""
-        return row["images"]
-
     def _prompt(self, row: dict[str, Any]) -> str:
-        messages = self.messages(row)
+        messages = row["messages"]
         if self.system is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
+            messages = [{"role": "system", "content": [{"type": "text", "text": self.system}]}, *messages]
         if not self.takes_images:
             messages = [_in_words(message) for message in messages]
         prompt: str = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -130,7 +122,7 @@ class ChatCollator:
     def _process(self, rows: Sequence[dict[str, Any]], texts: list[str], side: str) -> dict[str, Tensor]:
         options: dict[str, Any] = {"padding": True, "padding_side": side, "return_tensors": "pt"}
         if self.takes_images:
-            pictures = [[self._padded(picture) for picture in self.pictures(row)] for row in rows]
+            pictures = [[self._padded(picture) for picture in row["images"]] for row in rows]
             options["images"] = pictures
             if all(len(own) < 2 for own in pictures):  # every processor takes them as they come then
                 options["images"] = [own[0] for own in pictures if own] or None

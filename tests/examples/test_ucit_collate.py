@@ -6,15 +6,18 @@ import pytest
 import torch
 from PIL import Image
 
+from peft_many.data.conversations import question_about
 from tests import tiny
 from tests.examples import toy
 
 collate = toy.example("collate")
 
 
-def rows(*answers, size=(20, 16)):
+def rows(*answers, question="What colour is it ?", picture=None):
+    picture = picture or Image.new("RGB", (20, 16), "red")
+    messages = list(question_about([picture], question).messages)
     return [
-        {"image": Image.new("RGB", size, "red"), "question": "What colour is it ?", "answer": answer, "id": number}
+        {"id": number, "messages": messages, "images": [picture], "answer": answer}
         for number, answer in enumerate(answers)
     ]
 
@@ -53,23 +56,24 @@ def test_questions_are_what_training_showed_before_the_answer(family):
     assert torch.equal(trained["input_ids"][:, :length], asked["input_ids"])
     assert (trained["labels"][:, :length] == collate.IGNORED).all()
     assert (trained["labels"][:, length:] != collate.IGNORED).all()
-    two = collator.questions([*rows("red"), {**rows("red")[0], "question": "What ?"}])
+    two = collator.questions([*rows("red"), *rows("red", question="What ?")])
     assert two["input_ids"][1, 0] == processor.tokenizer.pad_token_id, "questions are padded on the left"
 
 
 def test_llava_is_asked_as_it_was_trained():
     collator = collate.Collator(toy.processor("llava"), "llava")
-    assert collator._prompt({"question": "What ?"}) == (
+    prompt = collator._prompt(*rows("red", question="What ?"))
+    assert prompt == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. USER: <image>\nWhat ? ASSISTANT:"
     )
-    assert collator._with_answer(collator._prompt({"question": "What ?"}), "red").endswith("What ? ASSISTANT: red</s>")
+    assert collator._with_answer(prompt, "red").endswith("What ? ASSISTANT: red</s>")
 
 
 def test_images_are_padded_to_squares_where_they_would_be_cropped():
     picture = Image.new("RGB", (32, 16), "black")
     picture.paste("white", (0, 0, 4, 16))  # at the left end, which a square from the middle does not have
-    row = [{**rows("red")[0], "image": picture}]
+    row = rows("red", picture=picture)
     padded, cropped = (
         collate.Collator(toy.processor("llava"), "llava", pad_images=pads).questions(row)["pixel_values"][0]
         for pads in (True, False)

@@ -19,8 +19,9 @@ def test_examples_are_read(tmp_path):
     assert first.image == tmp_path / "datasets" / "IconQA" / "images" / "0.png"
     assert [example.id for example in data.question_examples(task, tmp_path)] == [0, 1]
     row = data.Examples([first, second])[1]
-    assert (row["answer"], row["image"].size, row["image"].mode) == ("blue", (20, 16), "RGB")
-    assert row["image"].getpixel((3, 3)) == (0, 0, 255)
+    (image,) = row["images"]
+    assert (row["answer"], image.size, image.mode) == ("blue", (20, 16), "RGB")
+    assert image.getpixel((3, 3)) == (0, 0, 255)
 
 
 @pytest.mark.parametrize(
