@@ -6,18 +6,15 @@ built on it do (MCITlib, CoIN, MLLM-CL): the LoRA weights, and apart from them t
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,7 +22,10 @@ from torch import Tensor
 from ..algebra.precision import without_autocast
 from ..files.adapter import read_adapter
 from ..files.atomic import new_folder
-from ..files.source import AdapterSource
+from ..files.mergeable import check_mergeable
+from ..files.patterns import ByPattern, check_patterns
+from ..files.peft_methods import described, is_plain_lora
+from ..files.source import AdapterSource, read_config
 from ..files.tensor_keys import KEY_PREFIX
 from ..records.words import quoted
 from ..tuner.config import MAnyConfig
@@ -89,12 +89,14 @@ def import_llava_checkpoint(
     source, output = Path(folder).expanduser(), Path(output_dir).expanduser()
     settings = _read_settings(source)
     tensors = _renamed(source, _read_weights(source))
-    config = _config_of(settings, tensors, task_name or source.resolve().name, base_model)
+    config = _config_of(source, settings, tensors, task_name or source.resolve().name, base_model)
     with new_folder(output) as partial:
         # With memory of their own, which safetensors asks for.
-        copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-        named = {f"{KEY_PREFIX}{name}": copy for name, copy in copies.items()}
-        save_file(named, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        copies = {
+            f"{KEY_PREFIX}{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        save_file(copies, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(partial)
         for pair in read_adapter(AdapterSource(partial, str(source))).pairs.values():
             pair.read()  # both refuse what does not fit together, or is no number
@@ -102,22 +104,26 @@ def import_llava_checkpoint(
 
 
 def _config_of(
-    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], task_name: str, base_model: str | None
+    source: Path, settings: LoraConfig, tensors: Mapping[str, Tensor], task_name: str, base_model: str | None
 ) -> MAnyConfig:
     modules = sorted({name.partition(".lora_")[0] for name in tensors if ".lora_" in name})
-    rank, alpha = settings["r"], settings["lora_alpha"]
-    ranks = {module: _setting(settings, module, "rank_pattern", rank) for module in modules}
-    alphas = {module: _setting(settings, module, "alpha_pattern", alpha) for module in modules}
+    there = {module: module.replace(LANGUAGE_MODEL, "model", 1) for module in modules}  # the checkpoint's own names
+    check_mergeable(str(source), settings, dict.fromkeys(there.values()))
+    check_patterns(settings, list(there.values()), str(source), only_ranks=True)
+    rank_of = ByPattern(settings.rank_pattern, settings.r)
+    alpha_of = ByPattern(settings.alpha_pattern, settings.lora_alpha)
+    ranks = {re.escape(module): rank_of[name] for module, name in there.items()}
+    alphas = {re.escape(module): alpha_of[name] for module, name in there.items()}
     projectors = [PROJECTOR] if any(key.startswith(PROJECTOR) for key in tensors) else []
     return MAnyConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=settings.get("lora_dropout", 0.0),
-        use_rslora=settings.get("use_rslora", False),
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        use_rslora=settings.use_rslora,
         # By full names: the ends of the names would match the vision tower's layers too.
         target_modules=modules,
-        rank_pattern={re.escape(name): r for name, r in ranks.items() if r != rank},
-        alpha_pattern={re.escape(name): a for name, a in alphas.items() if a != alpha},
+        rank_pattern={module: r for module, r in ranks.items() if r != settings.r},
+        alpha_pattern={module: alpha for module, alpha in alphas.items() if alpha != settings.lora_alpha},
         projector_modules=projectors,
         modules_to_save=projectors or None,
         task_name=task_name,
@@ -126,55 +132,26 @@ def _config_of(
     )
 
 
-def _setting(settings: Mapping[str, Any], module: str, pattern: str, default: int) -> int:
-    """A layer's rank or alpha, which the checkpoint gives by its own name for the layer."""
-    patterns = settings.get(pattern) or {}
-    value: int = patterns.get(get_pattern_key(patterns, module.replace(LANGUAGE_MODEL, "model", 1)), default)
-    return value
-
-
-def _read_settings(source: Path) -> dict[str, Any]:
-    path = source / CONFIG_NAME
-    if not path.is_file():
+def _read_settings(source: Path) -> LoraConfig:
+    if not (source / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"'{source}' has no {CONFIG_NAME}: it is no LoRA checkpoint.")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        kind, rank, alpha = settings["peft_type"], settings["r"], settings["lora_alpha"]
-        patterns = [settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
-        ranks, alphas = [rank, *patterns[0].values()], [alpha, *patterns[1].values()]
-        if not all(isinstance(r, int) for r in ranks) or not all(0 < x < math.inf for x in [*ranks, *alphas]):
-            raise ValueError("ranks and alphas must be positive numbers")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"'{path}' cannot be used: {error!r}.") from error
-    if kind != "LORA":
-        raise ValueError(f"'{source}' is of PEFT type {kind}; only LORA can be imported.")
-    if settings.get("bias", "none") != "none":
-        raise ValueError(f"'{source}' trains biases (`bias='{settings['bias']}'`), which cannot be imported.")
-    init = settings.get("init_lora_weights", True)
-    if not isinstance(init, bool) and init != "gaussian":
-        raise ValueError(
-            f"'{source}' was initialised with `init_lora_weights={init!r}`, which may have changed the base weights."
-        )
-    if settings.get("use_dora"):
-        raise ValueError(f"'{source}' uses DoRA, whose effect is no plain low-rank delta.")
-    return dict(settings)
+    settings = read_config(AdapterSource(source, str(source)))
+    if not is_plain_lora(settings):
+        raise ValueError(f"'{source}' {described(settings)}; only a plain LoRA can be imported.")
+    return settings
 
 
-def _read_weights(source: Path) -> dict[str, Tensor]:
+def _read_weights(source: Path) -> list[tuple[str, Tensor]]:
     adapter = source / SAFETENSORS_WEIGHTS_NAME
     adapter = adapter if adapter.is_file() else source / WEIGHTS_NAME
-    found: dict[str, Tensor] = {}
+    found: list[tuple[str, Tensor]] = []
     for path in (adapter, source / PROJECTOR_WEIGHTS_NAME):
         if not path.is_file():
             raise FileNotFoundError(
                 f"'{source}' has no {path.name}. A checkpoint of the LLaVA repository has {WEIGHTS_NAME} with the "
                 f"LoRA weights and {PROJECTOR_WEIGHTS_NAME} with the projector, or with nothing if that was frozen."
             )
-        tensors = _load(path)
-        twice = found.keys() & tensors.keys()
-        if twice:
-            raise ValueError(f"'{source}' holds the tensor '{min(twice)}' twice.")
-        found |= tensors
+        found += _load(path).items()
     return found
 
 
@@ -201,10 +178,10 @@ def _load(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _renamed(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(source: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors by transformers' names, without PEFT's prefix."""
     found, unknown = {}, []
-    for key, tensor in tensors.items():
+    for key, tensor in tensors:
         if match := _LORA.fullmatch(key):
             name = f"{LANGUAGE_MODEL}.{match[2]}.lora_{match[3]}.weight"
         elif match := _PROJECTOR.fullmatch(key):
