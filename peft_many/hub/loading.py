@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftWarning
 from torch import nn
@@ -49,15 +49,14 @@ def _load_with_statistics(
         check_config(config, source)
         # No fields: what a user makes of it is the user's own.
         config.loaded_from, config.loaded_weights = source, LoadedWeights(source, subfolder, where)
-    if isinstance(config, PeftConfig):
-        try:
-            statistics = locate_statistics(pretrained_model_name_or_path, subfolder, **where)
-        except StatisticsError as error:  # which using the adapter does not need; merging reads them strictly
-            warnings.warn(f"The adapter is loaded without its statistics. {error}", PeftWarning, stacklevel=3)
-            return config
-        # An adapter of another type on the Hub rarely has statistics; asking for them at each save would be rude.
-        if isinstance(statistics, AdapterStatistics) or isinstance(config, MAnyConfig):
-            give_statistics(config, statistics)
+    try:
+        statistics = locate_statistics(pretrained_model_name_or_path, subfolder, **where)
+    except StatisticsError as error:  # which using the adapter does not need; merging reads them strictly
+        warnings.warn(f"The adapter is loaded without its statistics. {error}", PeftWarning, stacklevel=3)
+        return config
+    # An adapter of another type on the Hub rarely has statistics; asking for them at each save would be rude.
+    if isinstance(statistics, AdapterStatistics) or isinstance(config, MAnyConfig):
+        give_statistics(config, statistics)
     return config
 
 
@@ -91,27 +90,17 @@ class LoadedWeights:
     def keys_backing(self, config: MAnyConfig) -> Collection[str]:
         """Refuse a config that nobody in good faith wrote, before PEFT allocates what it asks for.
 
-        The keys of the weights, as far as they are needed to check more.
+        The keys of the weights, by which more can be checked.
         """
         folder = Path(self.source, self.subfolder or "")
-        path = folder / SAFETENSORS_WEIGHTS_NAME if folder.is_dir() else self._on_hub(config)
+        path = folder / SAFETENSORS_WEIGHTS_NAME if folder.is_dir() else self._on_hub()
         weights = open_tensors(path, MalformedAdapterError) if path is not None and path.is_file() else None
         check_backed(config, weights, self.source)
         return list(weights or ())
 
-    def _on_hub(self, config: MAnyConfig) -> Path | None:
-        """The file on the Hub, which PEFT is about to load, if the config is to be checked by it and there is one."""
+    def _on_hub(self) -> Path | None:
+        """The file on the Hub, which PEFT loads next; none if it is not there, or the Hub cannot be reached."""
         try:
-            check_backed(config, None, self.source)
-            is_backed = True
-        except MalformedAdapterError:  # unless its weights say so too
-            is_backed = False
-        if is_backed and not config.modules_to_save:
+            return Path(hf_hub_download(self.source, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.where))
+        except EntryNotFoundError:
             return None
-        try:
-            found = hf_hub_download(self.source, SAFETENSORS_WEIGHTS_NAME, subfolder=self.subfolder, **self.where)
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError) and not is_backed:
-                raise  # the Hub cannot be reached
-            return None
-        return Path(found)
