@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
@@ -22,6 +20,7 @@ from ..files.adapter import TaskAdapter
 from ..files.atomic import new_folder, writable_place
 from ..files.fingerprints import weight_fingerprint
 from ..files.projectors import shapes_of, tensors_inside
+from ..files.source import write_adapter
 from ..files.statistics import AdapterStatistics, FeatureStatistics, InputStatistics, TaskStatistics
 from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import HubArguments
@@ -109,7 +108,7 @@ def pool_adapters(
     )
     names = [task.name for task in prepared.tasks]
     name = task_name or ("+".join(names) if len(names) <= 3 else f"{len(names)} tasks")
-    tensors = {f"{KEY_PREFIX}{key}": tensor.contiguous() for key, tensor in prepared.whole_tensors.items()}
+    tensors = {f"{KEY_PREFIX}{key}": tensor for key, tensor in prepared.whole_tensors.items()}
     truncation = Truncation(rank=statistics_rank, energy=1.0)
     inputs: dict[str, InputStatistics] = {}
     input_of: dict[str, str] = {}
@@ -139,10 +138,9 @@ def pool_adapters(
     return _save(output, tensors, _config_of(prepared, name, statistics))
 
 
-def _save(output: Path, tensors: dict[str, Tensor], config: MAnyConfig) -> Path:
+def _save(output: Path, tensors: Mapping[str, Tensor], config: MAnyConfig) -> Path:
     with new_folder(output) as folder:
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-        config.save_pretrained(folder)
+        write_adapter(folder, config, tensors)
     return output
 
 

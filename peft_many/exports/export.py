@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..algebra.reduction import padded
@@ -71,14 +69,8 @@ def as_lora(
     tensors = {}
     for module, pair in pairs.items():
         for half, tensor in zip("AB", padded(*pair, rank)):
-            tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor.contiguous()
+            tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor
     return config, tensors
-
-
-def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write the two files that PEFT reads."""
-    save_file(dict(tensors), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    config.save_pretrained(folder)
 
 
 def notes_on_gate(adapter: Adapter) -> list[str]:

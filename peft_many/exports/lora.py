@@ -18,6 +18,7 @@ from ..files.atomic import new_folder
 from ..files.card import class_of, plain, quoted
 from ..files.errors import UnmergeableAdapterError
 from ..files.key_layouts import with_current_names
+from ..files.source import write_adapter
 from ..hub.base_model import BaseModel
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.arguments import output_folder
@@ -30,7 +31,6 @@ from .export import (
     notes_on_gate,
     public_model,
     read_pairs,
-    write_adapter,
     write_card,
 )
 from .served import SERVERS, as_served

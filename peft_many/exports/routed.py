@@ -18,6 +18,7 @@ from ..algebra.precision import without_autocast
 from ..files.adapter import Adapter, read_adapter
 from ..files.atomic import new_folder
 from ..files.key_layouts import with_current_names
+from ..files.source import write_adapter
 from ..files.tensor_keys import KEY_PREFIX
 from ..hub.base_model import BaseModel, model_class
 from ..hub.sources import HubArguments, find_adapter
@@ -27,7 +28,7 @@ from ..records import GATES, ROUTED_PREFIX, MergeRecord
 from ..records.options import IMAGES
 from ..tuner.config import MAnyConfig
 from .base_model import fold
-from .export import Export, notes_on_gate, write_adapter, write_card
+from .export import Export, notes_on_gate, write_card
 
 _USAGE = """```python
 import peft_many  # pip install peft-many

@@ -1,13 +1,16 @@
-"""Where an adapter's files are, and opening them: config and weights, nothing of which is read yet."""
+"""Where an adapter's files are; opening them, of which no tensor is read yet, and writing them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
 
 from .errors import UnmergeableAdapterError, unusable_config
 from .tensor_file import TensorFile, open_tensors
@@ -80,3 +83,10 @@ def open_weights(source: AdapterSource) -> TensorFile:
             f"{source.name}: the name of its tensor {strange!r:.200} cannot be that of a module's weight."
         )
     return weights
+
+
+def write_adapter(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter's weights into an existing folder, and its config with what it carries: statistics, a card."""
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}  # as safetensors asks for
+    save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+    config.save_pretrained(folder)

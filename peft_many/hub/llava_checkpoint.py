@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..algebra.precision import without_autocast
@@ -25,7 +25,7 @@ from ..files.atomic import new_folder
 from ..files.mergeable import check_mergeable
 from ..files.patterns import ByPattern, check_patterns
 from ..files.peft_methods import described, is_plain_lora
-from ..files.source import AdapterSource, read_config
+from ..files.source import AdapterSource, read_config, write_adapter
 from ..files.tensor_keys import KEY_PREFIX
 from ..records.words import quoted
 from ..tuner.config import MAnyConfig
@@ -92,12 +92,8 @@ def import_llava_checkpoint(
     config = _config_of(source, settings, tensors, task_name or source.resolve().name, base_model)
     with new_folder(output) as partial:
         # With memory of their own, which safetensors asks for.
-        copies = {
-            f"{KEY_PREFIX}{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        }
-        save_file(copies, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(partial)
+        copies = {f"{KEY_PREFIX}{name}": tensor.detach().clone() for name, tensor in tensors.items()}
+        write_adapter(partial, config, copies)
         for pair in read_adapter(AdapterSource(partial, str(source))).pairs.values():
             pair.read()  # both refuse what does not fit together, or is no number
     return output

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files.source import write_adapter
 from ..files.statistics import AdapterStatistics
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import hang_on_layers
@@ -35,8 +35,7 @@ def load_on_offloaded(
     """Put a merge on a dispatched base model by PEFT's own loading, which dispatches the model again."""
     statistics, config.statistics = config.statistics, None
     with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        save_file(tensors, f"{folder}/{SAFETENSORS_WEIGHTS_NAME}", {"format": "pt"})
+        write_adapter(Path(folder), config, tensors)
         merged = PeftModel.from_pretrained(model, folder, adapter_name)
     loaded = merged.peft_config[adapter_name]
     loaded.statistics, loaded.base_model_name_or_path = statistics, getattr(model, "name_or_path", None)

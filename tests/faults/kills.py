@@ -16,7 +16,7 @@ import peft.peft_model
 import tqdm.auto
 import transformers.modeling_utils
 
-import peft_many.exports.export
+import peft_many.files.source
 from peft_many.files.tensor_file import TensorFileWriter
 from tests.adapters import files
 
@@ -61,7 +61,7 @@ def _tear(path: str, flags: int) -> None:
 _SAVERS = (
     (peft.peft_model, "safe_save_file"),
     (transformers.modeling_utils, "safe_save_file"),
-    (peft_many.exports.export, "save_file"),
+    (peft_many.files.source, "save_file"),
 )
 
 
