@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import PeftWarning
 from safetensors import SafetensorError
 
 from ..files.adapter import Adapter
+from ..files.card import is_repo_id
 from ..files.errors import UnmergeableAdapterError
 from ..files.tensor_file import TensorFile
 
@@ -124,11 +123,7 @@ def _identity(name: str, revision: str | None, cache_dir: str | Path | None) -> 
 
 def _is_on_hub(name: str) -> bool:
     """Whether a name can only be that of a Hub repository."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not os.path.isdir(os.path.expanduser(name))
+    return is_repo_id(name) and not os.path.isdir(os.path.expanduser(name))
 
 
 def _compare(one: Path, other: Path) -> tuple[bool | None, str]:
