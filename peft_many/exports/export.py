@@ -75,7 +75,7 @@ def as_lora(
 
 def notes_on_gate(adapter: Adapter) -> list[str]:
     """What no export can keep of a merge with `gate_lora`."""
-    if adapter.is_gated:
+    if adapter.merge is not None and adapter.merge.options.gate_lora:
         return ["All inputs get the merged LoRA; the choice among the tasks' own (`gate_lora`) cannot be exported."]
     return []
 

@@ -68,32 +68,27 @@ class Adapter:
         return record.operations if record is not None else []
 
     @property
-    def is_gated(self) -> bool:
-        """Whether it is a merge with `gate_lora`."""
-        return self.merge is not None and bool(self.merge.options.gate_lora)
-
-    @property
     def averaged_projectors(self) -> dict[str, list[str]]:
         """In a merge, the projectors that are means, with the tasks in each."""
         return self.merge.averaged_projectors if self.merge is not None else {}
 
 
-def read_adapter(
-    source: AdapterSource, task_names: str | Sequence[str] | None = None, base: nn.Module | None = None
-) -> Adapter:
+def read_adapter(source: AdapterSource) -> Adapter:
     """Read an adapter with its statistics, if it has any, or raise `UnmergeableAdapterError` or `StatisticsError`.
 
-    Only safetensors and JSON are read, nothing is executed. `task_names` replaces the names of its tasks. Of an
-    adapter without a statistics file nothing is known; whether the merge can do without is for the caller to say. The
-    deltas of some PEFT methods depend on the base model.
+    Only safetensors and JSON are read, nothing is executed. Of an adapter without a statistics file nothing is known;
+    whether that will do is for the caller to say.
     """
-    return with_hashes([read_without_hash(source, task_names, base)])[0]
+    return with_hashes([read_without_hash(source)])[0]
 
 
 def read_without_hash(
     source: AdapterSource, task_names: str | Sequence[str] | None = None, base: nn.Module | None = None
 ) -> Adapter:
-    """As [`read_adapter`], but for the hash of the weights in its origin, for which the whole file has to be read."""
+    """As [`read_adapter`], but for the hash of the weights in its origin, for which the whole file has to be read.
+
+    `task_names` replaces the names of its tasks. The deltas of some PEFT methods depend on the base model.
+    """
     try:
         return _read(source, task_names, base)
     except NONSENSE_ERRORS as error:

@@ -74,7 +74,7 @@ class TensorPlan:
         set_metadata(path, self.metadata)
 
     def write(
-        self, path: Path, sources: Collection[TensorFile], wanted: Callable[[str], bool] = lambda key: True
+        self, path: Path, sources: Collection[TensorFile] = (), wanted: Callable[[str], bool] = lambda key: True
     ) -> None:
         """Write the tensors with a wanted key into a file that was laid out.
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -143,15 +143,12 @@ class AdapterStatistics:
         B = self.tasks[t].lora_B[module] if columns is None else merged_B[:, columns]
         return LowRankDelta(A=self.tasks[t].lora_A[module].float(), B=B.float())
 
-    def save(self, folder: str | os.PathLike[str], *, sources: Collection[TensorFile] = ()) -> None:
-        """Write the file into an existing folder, whole or not at all.
-
-        After each task the memory of `sources` is given back, the files that its tensors are mapped from.
-        """
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the file into an existing folder, whole or not at all."""
         plan = self.plan()
         with replace_file(Path(folder) / STATISTICS_NAME) as temporary:
             plan.lay_out(temporary)
-            plan.write(temporary, sources)
+            plan.write(temporary)
 
     def plan(self) -> TensorPlan:
         """What the file will hold, a part for each task. How long its header is does not depend on fingerprints."""
