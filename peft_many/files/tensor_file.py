@@ -7,13 +7,13 @@ public: a length of 8 bytes, a JSON header, and the data of all tensors end to e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
@@ -106,24 +106,17 @@ def open_tensors(path: Path, error: type[AdapterFileError]) -> TensorFile:
         raise error(f"{path} is damaged or truncated ({damage}).") from None
 
 
-class TensorFileWriter:
-    """Fills in a safetensors file that `lay_out` made, one tensor at a time, in any order.
+class TensorFileWriter(contextlib.ExitStack):
+    """Fills in a safetensors file that `lay_out` made, one tensor at a time, in any order; to be used by `with`.
 
     Several processes may write different tensors at once.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         with open(path, "rb") as file:  # of its own: read-ahead in the other would be written back over other writers'
             self._header, self._start, _ = _read_header(file)
-        self._file = open(path, "r+b")  # noqa: SIM115  (closed by __exit__)
-
-    def __enter__(self) -> TensorFileWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._file.close()
+        self._file = self.enter_context(open(path, "r+b"))  # noqa: SIM115  (closed as the stack is)
 
     def write(self, key: str, tensor: Tensor) -> None:
         """Put one tensor in its place; a `ValueError` if its shape or dtype is not the announced one."""
