@@ -29,8 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu.model import Batch, adapted, batch, build
 from benchmarks.gpu.sizes import CHECKED, ModelSizes
 from peft_many import collect_statistics, merge_adapter_sequence
-from peft_many.routing.instructions import InstructionRouter
-from peft_many.routing.task_router import TaskRouter
+from peft_many.routing.task_router import InstructionRouter, TaskRouter
 
 TASKS = (1, 6, 24, 64)
 GATES = ("images", "instructions", "both")

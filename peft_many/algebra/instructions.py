@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .precision import without_autocast
+
+# Tokens that are embedded in one step, 100 MB in bfloat16 and float32 if they are 4096 wide.
+_AT_ONCE = 1 << 12
 
 
 def token_weights(kept: Tensor) -> Tensor:
@@ -29,3 +34,10 @@ def instruction_features(embedded: Tensor, weights: Tensor) -> Tensor:
     """
     tokens = embedded.float()
     return torch.bmm(weights / tokens.norm(dim=-1).clamp(min=1e-12)[:, None], tokens).flatten(1)
+
+
+def features_of_tokens(embed: Callable[[Tensor], Tensor], ids: Tensor, kept: Tensor) -> Tensor:
+    """`instruction_features` of token ids, `(rows, length)`, which are embedded a part at a time."""
+    length = max(1, _AT_ONCE // len(ids))
+    parts = zip(ids.split(length, dim=1), token_weights(kept).split(length, dim=2))
+    return torch.stack([instruction_features(embed(some), weights) for some, weights in parts]).sum(0)

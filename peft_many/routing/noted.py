@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..algebra.gating import rows_of_images
 from ..families.image_rows import ImageRows
 from ..families.prompts import PICTURE_INDEX, placeholder_tokens, token_ids
-from .instructions import InstructionRouter, features_of_instructions, router_of
+from .instructions import features_of_instructions, router_of
 from .row_weights import RowWeights, cached_length, refuse_checkpointing, shapes_of_batch, warn_of_merged
+from .task_router import InstructionRouter
 
 
 @dataclass(eq=False)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..algebra.routing import among_all, gaussian_scores
 from ..algebra.spread import FeatureMetric
+from ..records import MergeRecord
 
 
 class TaskRouter(nn.Module):
@@ -46,3 +48,27 @@ class TaskRouter(nn.Module):
             # Of `to_empty` there is nothing to keep.
             self._buffers[name] = after.float() if before[name].is_meta else before[name].to(after.device)
         return self
+
+
+class InstructionRouter(TaskRouter):
+    """Compares instructions with the tasks' by a Mahalanobis distance, for a merge whose gates go by instructions."""
+
+    def __init__(self, merge: MergeRecord, device: torch.device) -> None:
+        routed = merge.instructions
+        assert routed is not None
+        super().__init__(len(routed.tasks), routed.width, routed.directions, device)
+        self.tasks = len(merge.tasks)
+        self.columns = [merge.names.index(name) for name in routed.tasks]
+        self.limits = routed.limits(merge.options.abstain_above)
+        self.uses_images = merge.options.gates_by_images
+
+    def scores(self, features: Tensor) -> Tensor:
+        """How well each task explains a row's instruction, log-likelihoods up to a constant of the row.
+
+        From `instruction_features`, `(rows, 2 d)`, to `(rows, tasks)`, float32, on the CPU, which decides by them;
+        `-inf` for tasks that are not compared with, or that a row is not like.
+        """
+        metric = self.metric
+        assert metric is not None
+        found = gaussian_scores(features, self.prototypes.to(features.device), metric, 1.0, self.limits).cpu()
+        return among_all(found, self.columns, self.tasks, missing=-torch.inf)

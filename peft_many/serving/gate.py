@@ -24,7 +24,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from ..algebra.gating import confidence
 from ..records.options import INSTRUCTIONS
 from .merge import ServedMerge, served_merge
-from .words import Words, placeholders, weights_of_request
+from .words import placeholders, router_of_words, scores_of_words, weights_of_request
 
 
 class RoutingWorker:
@@ -65,11 +65,11 @@ def _by_images(worker: Any, pictures: list[Image.Image]) -> tuple[Tensor | None,
 def _by_words(worker: Any, merge: ServedMerge, ids: list[int]) -> Tensor:
     """How well each task explains a prompt, `(tasks,)`."""
     known = vars(worker)
-    if "served_words" not in known:
-        known["served_words"] = Words.read(merge, worker.device)
+    if "router_of_words" not in known:
+        known["router_of_words"] = router_of_words(merge, worker.device)
     images = placeholders(worker.model_runner.model_config.hf_config)
-    words: Words = known["served_words"]
-    return words.scores([one for one in ids if one not in images], _embedding(worker.model_runner.get_model()))
+    words = [one for one in ids if one not in images]
+    return scores_of_words(known["router_of_words"], words, _embedding(worker.model_runner.get_model()))
 
 
 def _token_ids(worker: Any, pictures: list[Image.Image], prompt: str | list[int] | None) -> list[int]:

@@ -6,62 +6,39 @@ Its prototypes and metric are the merge's; the embeddings of its tokens are thos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..algebra.instructions import instruction_features, token_weights
-from ..algebra.routing import among_all, gaussian_scores, joint_weights
-from ..algebra.spread import FeatureMetric
-from ..records import MergeRecord
+from ..algebra.instructions import features_of_tokens
+from ..algebra.routing import joint_weights
+from ..routing.task_router import InstructionRouter
 from .merge import ServedMerge
 
-_AT_ONCE = 1 << 12  # tokens that are embedded in one step
+
+def router_of_words(merge: ServedMerge, device: torch.device) -> InstructionRouter | None:
+    """What a merge compares instructions with; `None` if its gates do not go by them."""
+    if merge.record.instructions is None:
+        return None
+    router = InstructionRouter(merge.record, device)
+    try:
+        router.load_state_dict(dict(merge.instruction_tensors()))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())  # torch's has many lines
+        raise ValueError(
+            f"The merge in '{merge.folder}' lacks what instructions are compared with: {reason}"
+        ) from None
+    return router
 
 
-@dataclass(frozen=True)
-class Words:
-    """The router of instructions in a merge.
+def scores_of_words(router: InstructionRouter, ids: Sequence[int], embed: Callable[[Tensor], Tensor]) -> Tensor:
+    """How well each task explains an instruction, `(tasks,)`, as [`InstructionRouter.scores`] has it.
 
-    Args:
-        record ([`MergeRecord`]): The merge's.
-        prototypes (`Tensor`): Of the tasks that instructions are compared with, `(tasks, 2 d)`.
-        metric ([`FeatureMetric`]): What they are compared in.
+    Of the ids of its words, without images' placeholders, and what embeds such.
     """
-
-    record: MergeRecord
-    prototypes: Tensor
-    metric: FeatureMetric
-
-    @classmethod
-    def read(cls, merge: ServedMerge, device: torch.device) -> Words | None:
-        """That of a merge; `None` if its gates do not go by instructions."""
-        if merge.record.instructions is None:
-            return None
-        routed = merge.record.instructions
-        tensors = {name: tensor.to(device).float() for name, tensor in merge.instruction_tensors()}
-        shapes: dict[str, tuple[int, ...]] = {"prototypes": (len(routed.tasks), routed.width)}
-        shapes |= {"directions": (routed.directions, routed.width), "variances": (routed.directions + 1,)}
-        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
-            raise ValueError(f"The merge in '{merge.folder}' lacks what instructions are compared with: {shapes}.")
-        return cls(merge.record, tensors["prototypes"], FeatureMetric(tensors["directions"], tensors["variances"]))
-
-    def scores(self, ids: Sequence[int], embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """How well each task explains an instruction, `(tasks,)`, on the CPU; `-inf` of those not compared with.
-
-        Of the ids of its words, without images' placeholders, and what embeds such.
-        """
-        routed = self.record.instructions
-        assert routed is not None
-        tokens = torch.tensor([ids], dtype=torch.long, device=self.prototypes.device)
-        parts = zip(tokens.split(_AT_ONCE, dim=1), token_weights(torch.ones_like(tokens)).split(_AT_ONCE, dim=2))
-        features = torch.stack([instruction_features(embed(some), weights) for some, weights in parts]).sum(0)
-        limits = routed.limits(self.record.options.abstain_above)
-        found = gaussian_scores(features, self.prototypes, self.metric, 1.0, limits).cpu()
-        places = [self.record.names.index(name) for name in routed.tasks]
-        return among_all(found, places, len(self.record.tasks), missing=-torch.inf)[0]
+    tokens = torch.tensor([ids], dtype=torch.long, device=router.prototypes.device)
+    return router.scores(features_of_tokens(embed, tokens, torch.ones_like(tokens)))[0]
 
 
 def placeholders(config: Any) -> set[int]:

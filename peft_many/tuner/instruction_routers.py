@@ -9,7 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..records import INSTRUCTION_ROUTER, MergeRecord
-from ..routing.instructions import InstructionRouter
+from ..routing.task_router import InstructionRouter
 
 
 class InstructionRouters(ModulesToSaveWrapper):
@@ -32,19 +32,10 @@ class InstructionRouters(ModulesToSaveWrapper):
 
 def route_instructions(model: nn.Module, adapter_name: str, merge: MergeRecord) -> None:
     """Give a merge whose gates go by instructions its router, to be loaded into."""
-    routed = merge.instructions
-    if routed is None:
+    if merge.instructions is None:
         return
     here = (parameter.device for parameter in model.parameters() if not parameter.is_meta)  # or else it is offloaded
-    router = InstructionRouter(
-        len(merge.tasks),
-        [merge.names.index(name) for name in routed.tasks],
-        routed.width,
-        routed.directions,
-        routed.limits(merge.options.abstain_above),
-        merge.options.gates_by_images,
-        next(here, torch.device("cpu")),
-    )
+    router = InstructionRouter(merge, next(here, torch.device("cpu")))
     routers = getattr(model, INSTRUCTION_ROUTER, None)
     if routers is None:
         setattr(model, INSTRUCTION_ROUTER, InstructionRouters(adapter_name, router))

@@ -13,7 +13,7 @@ from torch import nn
 from peft_many.routing.instructions import features_of_instructions, router_of
 from peft_many.routing.row_weights import RowWeights
 from peft_many.serving.merge import ServedMerge
-from peft_many.serving.words import Words, placeholders, weights_of_request
+from peft_many.serving.words import placeholders, router_of_words, scores_of_words, weights_of_request
 from tests import tiny
 from tests.adapters import base
 from tests.exports.shelf import Shelf
@@ -28,17 +28,17 @@ def shelf(tmp_path_factory):
 
 @pytest.mark.parametrize("above", [None, 0.35])
 def test_the_scores_are_those_of_the_router(shelf, tmp_path, monkeypatch, above):
-    monkeypatch.setattr("peft_many.serving.words._AT_ONCE", 5)
+    monkeypatch.setattr("peft_many.algebra.instructions._AT_ONCE", 5)
     merged = shelf.merge("abc", tmp_path / "merged", gate_by="both", abstain_above=above)
     model = base("llava")
     router = router_of(PeftModel.from_pretrained(model, merged).base_model.model, "default")
-    words = Words.read(ServedMerge.read(str(merged)), CPU)
+    words = router_of_words(ServedMerge.read(str(merged)), CPU)
     image = model.config.image_token_id
     assert placeholders(model.config) == {image}
     prompts = [[1, *[image] * 4, *tiny.TEXT_TOKENS[place : place + 12]] for place in (0, 13, 26, 50)]
     expected = router.scores(features_of_instructions(model, {"input_ids": torch.tensor(prompts)})[1])
     embed = model.get_input_embeddings()
-    found = torch.stack([words.scores([one for one in ids if one != image], embed) for ids in prompts])
+    found = torch.stack([scores_of_words(words, [one for one in ids if one != image], embed) for ids in prompts])
     torch.testing.assert_close(found, expected)
     assert torch.isneginf(found).any() == (above is not None)
     images = torch.tensor([[0.7, 0.3, 0.0], [0.1, 0.2, 0.7]])
@@ -63,15 +63,15 @@ def test_what_nothing_tells():
 
 
 def test_merges_without_it(shelf, tmp_path):
-    assert Words.read(ServedMerge.read(str(shelf.merge("ab", tmp_path / "images", gate_lora=True))), CPU) is None
+    assert router_of_words(ServedMerge.read(str(shelf.merge("ab", tmp_path / "images", gate_lora=True))), CPU) is None
     torn = shutil.copytree(shelf.merge("ab", tmp_path / "both", gate_by="both"), tmp_path / "torn")
     config = json.loads((torn / "adapter_config.json").read_text())
     config["merge"]["instructions"]["width"] += 1
     (torn / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="lacks what instructions are compared with"):
-        Words.read(ServedMerge.read(str(torn)), CPU)
+        router_of_words(ServedMerge.read(str(torn)), CPU)
 
 
 def test_a_prompt_without_words(shelf, tmp_path):
-    words = Words.read(ServedMerge.read(str(shelf.merge("ab", tmp_path / "merged", gate_by="both"))), CPU)
-    assert words.scores([], nn.Embedding(3, words.prototypes.shape[1] // 2)).isfinite().all()
+    words = router_of_words(ServedMerge.read(str(shelf.merge("ab", tmp_path / "merged", gate_by="both"))), CPU)
+    assert scores_of_words(words, [], nn.Embedding(3, words.prototypes.shape[1] // 2)).isfinite().all()
