@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +17,11 @@ from ..families.projector_call import ProjectorCall, features_of
 from .noted import ImageMethod, Noted
 from .row_weights import cached_length, remember, remembered
 from .watched import arguments_of, watch_replica
+
+
+def _holds(model: nn.Module | None, part: nn.Module | None) -> bool:
+    """Whether a module is a model or a part of it."""
+    return model is not None and any(module is part for module in model.modules())
 
 
 @dataclass(eq=False)
@@ -37,8 +40,7 @@ class Call:
 
     def __post_init__(self) -> None:
         outer = self.outer
-        around = outer.owner if outer is not None else None
-        is_part = around is not None and any(part is self.owner for part in around.modules())
+        is_part = outer is not None and _holds(outer.owner, self.owner)
         self.around = outer if is_part else None  # the call that this one is a part of; calls of other models are none
 
     @property
@@ -75,10 +77,16 @@ class Call:
         return found
 
     def is_over(self, inner: Call) -> bool:
-        """Whether this is a `forward` that was interrupted, as another call cannot have been made in it."""
-        if self.kind != "forward" or self.owner is inner.owner:
-            return self.kind == "forward"
-        return inner.around is None and not _is_being_called(self.owner)
+        """Whether this is a `forward` that was interrupted, as another call cannot have been made in it.
+
+        No model calls itself or what it is a part of. Of other models it cannot be told; theirs stay until they are
+        called again, and stand in nobody's way.
+        """
+        if self.kind != "forward":
+            return False
+        if inner.around is not None:  # which is of the same model, or of a part of it
+            return self.owner is inner.owner
+        return self.owner is None or _holds(inner.owner, self.owner)
 
     @property
     def generation(self) -> Call | None:
@@ -174,16 +182,3 @@ def projector_call(projector: nn.Module, args: tuple[Any, ...], kwargs: Mapping[
         known |= {"is_further": projector in images.decided, "tower_features": images.encoded}
         known["outer_image_arguments"] = tuple(one.arguments for one in outer)
     return ProjectorCall(features_of(args, kwargs), projector, kwargs, **known)
-
-
-_CALL = nn.Module._call_impl.__code__
-
-
-def _is_being_called(module: nn.Module | None) -> bool:
-    """Whether this thread is inside a call of the module."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and module is not None:
-        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
-            return True
-        frame = frame.f_back
-    return False

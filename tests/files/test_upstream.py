@@ -140,12 +140,10 @@ def test_errors_of_a_broken_connection_are_those_of_the_http_library():
 def test_no_other_private_name_is_used():
     """Attributes and modules with an underscore in front, of objects that are not our own."""
     known = {
-        # torch's and Python's own: a module's children as they are, how often a tensor was written to, and whether a
-        # module is being called.
+        # torch's own: a module's children as they are, and how often a tensor was written to.
         "merging/base_model.py": {"module._modules"},
         "statistics/inputs.py": {"inputs._version"},
         "files/upstream.py": {"distributed_c10d._get_default_store"},
-        "routing/calls.py": {"sys._getframe", "Module._call_impl"},
     }
     found: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
