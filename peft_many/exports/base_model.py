@@ -13,7 +13,7 @@ from ..files.adapter import Adapter
 from ..files.errors import UnmergeableAdapterError
 from ..merging.base_model import check_fits_model
 from ..tuner.config import MAnyConfig
-from .export import as_lora, largest_rank, read_pairs
+from .export import as_lora, read_pairs
 
 
 def fold(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
@@ -21,7 +21,7 @@ def fold(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     pairs = read_pairs(adapter)
     _take_base_tensors(model, adapter)
     _untie(model, pairs)
-    config, tensors = as_lora(adapter, pairs, largest_rank(pairs), MAnyConfig, projector_modules=[])
+    config, tensors = as_lora(adapter, pairs, MAnyConfig, projector_modules=[])
     check_fits_model(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, model)
     peft_model = get_peft_model(model, config)
     set_peft_model_state_dict(peft_model, tensors)

@@ -48,15 +48,9 @@ def read_pairs(adapter: Adapter) -> Pairs:
     return found
 
 
-def largest_rank(pairs: Pairs) -> int:
-    """Of all layers."""
-    return max(A.shape[0] for A, _ in pairs.values())
-
-
-def as_lora(
-    adapter: Adapter, pairs: Pairs, rank: int, kind: type[Config], **options: Any
-) -> tuple[Config, dict[str, Tensor]]:
-    """A config with this rank in all layers and a scaling of one, and its tensors, filled up with zeros."""
+def as_lora(adapter: Adapter, pairs: Pairs, kind: type[Config], **options: Any) -> tuple[Config, dict[str, Tensor]]:
+    """A config with the largest rank in all layers and a scaling of one, and its tensors, filled up with zeros."""
+    rank = max(A.shape[0] for A, _ in pairs.values())
     config = kind(
         r=rank,
         lora_alpha=rank,

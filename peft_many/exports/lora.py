@@ -27,7 +27,6 @@ from ..records.values import one_of
 from .export import (
     Export,
     as_lora,
-    largest_rank,
     notes_on_gate,
     public_model,
     read_pairs,
@@ -101,21 +100,19 @@ def export_lora(
     if check_for is not None:
         one_of("check_for", check_for, SERVERS)
         read = as_served(read, BaseModel.of(base_model, read.config, hub))
-    pairs = read_pairs(read)
-    largest = largest_rank(pairs)
-    served = next((served for served in SERVED_RANKS if served >= largest), None)
+    told = {name: getattr(read.config, name) for name in ("task_type", "base_model_name_or_path", "revision")}
+    config, tensors = as_lora(read, read_pairs(read), LoraConfig, **told)
+    served = next((served for served in SERVED_RANKS if served >= config.r), None)
     if served is None:
         raise UnmergeableAdapterError(
-            f"{source.name} has layers of rank {largest}, and vLLM serves at most {SERVED_RANKS[-1]}: merge it again "
+            f"{source.name} has layers of rank {config.r}, and vLLM serves at most {SERVED_RANKS[-1]}: merge it again "
             f"with `rank={SERVED_RANKS[-1]}` or less."
         )
     if with_tasks and read.merge is None:
         raise ValueError(f"{source.name} is no merge, so there are no tasks' LoRAs beside it (`with_tasks`).")
-    told = {name: getattr(read.config, name) for name in ("task_type", "base_model_name_or_path", "revision")}
-    config, tensors = as_lora(read, pairs, largest, LoraConfig, **told)
     stored = next(iter(tensors.values())).dtype
     dtype = str(stored).removeprefix("torch.")
-    notes = [f"All layers have rank {largest} (vLLM: `max_lora_rank={served}`), in {dtype}."]
+    notes = [f"All layers have rank {config.r} (vLLM: `max_lora_rank={served}`), in {dtype}."]
     notes += [*_left_behind(read), *(_beside(read) if with_tasks else notes_on_gate(read))]
     with new_folder(output) as folder:
         write_adapter(folder, config, tensors)
@@ -160,4 +157,4 @@ def _write_tasks(folder: Path, adapter: Adapter, dtype: torch.dtype, told: Mappi
         read = {module: delta.read() for module, delta in sorted(task.deltas.items())}
         pairs = {module: (delta.A.to(dtype), delta.B.to(dtype)) for module, delta in read.items()}
         (folder / f"task_{t}").mkdir()
-        write_adapter(folder / f"task_{t}", *as_lora(adapter, pairs, largest_rank(pairs), LoraConfig, **told))
+        write_adapter(folder / f"task_{t}", *as_lora(adapter, pairs, LoraConfig, **told))
