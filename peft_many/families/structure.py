@@ -41,7 +41,7 @@ def parts_by_structure(model: nn.Module) -> Parts | None:
         return Parts(towers=tuple(signs), doubt=f"'{signs[0]}' reads images, but no token embeddings were found.")
     towers = tuple(dict.fromkeys(_tower_of(sign, embeddings) for sign in signs))
     language_model = _language_model(model, embeddings, towers)
-    width = int(_plain_embedding(model.get_submodule(embeddings)).embedding_dim)
+    width = int(plain(model.get_submodule(embeddings)).embedding_dim)
     projectors = (
         _beside(model, width, towers, [*towers, embeddings, language_model]) if language_model is not None else []
     )
@@ -85,11 +85,7 @@ def _embeddings_of(model: PreTrainedModel) -> nn.Module | None:
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    return embeddings if isinstance(_plain_embedding(embeddings), nn.Embedding) else None
-
-
-def _plain_embedding(module: Any) -> Any:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else plain(module)
+    return embeddings if isinstance(plain(embeddings), nn.Embedding) else None
 
 
 def _tower_of(sign: str, embeddings: str) -> str:
@@ -181,10 +177,11 @@ def may_project(module: nn.Module) -> bool:
     return matrices and not isinstance(plain(module), PreTrainedModel)
 
 
-def plain(module: nn.Module) -> nn.Module:
-    """A module without PEFT's wrapper."""
-    original: nn.Module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
-    return original
+def plain(module: Any) -> Any:
+    """A module without PEFT's wrapper, whether it is adapted or trained whole."""
+    if isinstance(module, BaseTunerLayer):
+        return module.get_base_layer()
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
 def last_width(module: nn.Module) -> int | None:

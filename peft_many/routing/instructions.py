@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..algebra.instructions import features_of_tokens
 from ..families.instructions import Instructions, instructions_of
+from ..families.structure import plain
 from ..records import INSTRUCTION_ROUTER
 from .task_router import InstructionRouter
 
@@ -38,9 +37,6 @@ def features_of_instructions(model: nn.Module, arguments: Mapping[str, Any]) -> 
 def _embedding(model: Any) -> Any:
     """The base model's own token embedding."""
     try:
-        embedding = model.get_input_embeddings()
+        return plain(model.get_input_embeddings())
     except (AttributeError, NotImplementedError):  # no language model of transformers
         return None
-    if isinstance(embedding, AuxiliaryTrainingWrapper):
-        return embedding.original_module
-    return embedding.get_base_layer() if isinstance(embedding, BaseTunerLayer) else embedding
