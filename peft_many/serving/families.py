@@ -63,6 +63,9 @@ def _areas(arguments: Mapping[str, Any]) -> Tensor:
 _LLAVA = "LlavaMultiModalProjector"
 # By architecture, as models' configs name it.
 FAMILIES = {
+    "Gemma3ForConditionalGeneration": ServedFamily(
+        "gemma3_mm:Gemma3ForConditionalGeneration", "gemma3_mm:Gemma3MultiModalProjector", _alike
+    ),
     "Idefics3ForConditionalGeneration": ServedFamily(
         "idefics3:Idefics3ForConditionalGeneration", "idefics3:Idefics3Connector", _numbers_of_tiles("num_patches")
     ),
@@ -77,6 +80,9 @@ FAMILIES = {
     ),
     "Mistral3ForConditionalGeneration": ServedFamily(
         "mistral3:Mistral3ForConditionalGeneration", "mistral3:Mistral3MultiModalProjector", _areas
+    ),
+    "PaliGemmaForConditionalGeneration": ServedFamily(
+        "paligemma:PaliGemmaForConditionalGeneration", "paligemma:PaliGemmaMultiModalProjector", _alike
     ),
     "Qwen2VLForConditionalGeneration": ServedFamily(
         "qwen2_vl:Qwen2VLForConditionalGeneration", "qwen2_vl:Qwen2VisionPatchMerger", _grids

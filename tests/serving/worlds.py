@@ -126,7 +126,6 @@ _INTERN = {
     "end_image_token": "</img>",
 }
 _PLAIN = {"text_config": TEXT, "vision_config": VISION}
-_PALIGEMMA = {"text_config": TEXT, "vision_config": VISION | {"projection_dim": WIDTH}}
 WORLDS = {
     "llava": World(["<image>"], "<image>", _CLIP, _llava, rename=_HUB_NAMES),
     "llava_next": World(
@@ -173,7 +172,7 @@ WORLDS = {
     ),
     "gemma3": World(
         ["<soft>", "<video>", "<boi>", "<eoi>", "\n", "\n\n", "\n\n\n", "\n\n\n\n"],
-        "<boi>",
+        "w0 <boi>",  # or the line breaks about two images are one, as this tokenizer drops spaces
         {"text_config": TEXT | {"query_pre_attn_scalar": 32}, "vision_config": VISION},
         _gemma3,
         rename=_HUB_NAMES,
@@ -181,9 +180,9 @@ WORLDS = {
     ),
     "paligemma": World(
         ["<image>", "\n"],
-        "<image>",
+        "",  # vLLM puts it in front, and so does transformers
         {
-            "text_config": TEXT,
+            "text_config": TEXT | {"use_bidirectional_attention": False},  # as vLLM, without `token_type_ids`
             "vision_config": VISION | {"projection_dim": WIDTH},
             "projection_dim": WIDTH,
             "hidden_size": WIDTH,
@@ -242,7 +241,10 @@ class Served:
         prompt = self.prompt(words, images)
         if not images:
             return self.processor.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        return self.processor(text=prompt, images=images, return_tensors="pt")
+        inputs = self.processor(text=prompt, images=images, return_tensors="pt")
+        # By these Gemma 3 and PaliGemma have tokens attend to later ones too, which vLLM does not do on CPUs.
+        inputs.pop("token_type_ids", None)
+        return inputs
 
     def prompt(self, words: str, images: list[Image.Image]) -> str:
         return " ".join([*[self.world.image] * len(images), words])
