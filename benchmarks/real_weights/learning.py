@@ -119,7 +119,7 @@ def learn(
         lr_scheduler_type="cosine",
         warmup_steps=max(1, schedule.steps // 20),
         weight_decay=0.0,
-        bf16=on_gpu or has_half_precision(torch.device("cpu")),
+        bf16=has_half_precision(next(model.parameters()).device),
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
         dataloader_num_workers=_WORKERS if on_gpu else 0,  # a CPU has better things to do
