@@ -63,6 +63,15 @@ class FeatureMetric:
         return deviations[-1] * drawn + (along * (deviations[:-1] - deviations[-1])) @ V
 
 
+def gaussian(mean: Tensor, covariance: Covariance, count: int, generator: torch.Generator) -> Tensor:
+    """Vectors with this mean and covariance, shape `(count, d)`, float32, drawn on the CPU."""
+    rows = covariance.factor_rows("cpu").float()
+    along = torch.randn(count, len(rows), generator=generator) @ rows
+    if covariance.remainder:
+        along += covariance.remainder**0.5 * torch.randn(along.shape, generator=generator)
+    return mean.cpu().float() + along
+
+
 def centred(rows: Tensor) -> LowRankCovariance:
     """The covariance of some rows about their own mean, shape `(n, d)` with `n ≥ 2`; exact, float64."""
     rows = rows.double()

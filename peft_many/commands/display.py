@@ -118,6 +118,7 @@ def _show_statistics(found: AdapterInspection) -> None:
             "samples": str(task.samples) if task.covariances or task.prototypes else "not measured",
             "images": str(task.images),
             "instructions": str(task.instructions),
+            "prompts kept": str(task.prompts),
             "inputs": str(task.covariances),
             "directions": _span(task.covariance_ranks),
             "energy": "" if task.energy is None else f"{task.energy:.5f}",

@@ -19,6 +19,9 @@ def measure(
     images: a.Images = None,
     system: a.System = None,
     samples: Annotated[int, typer.Option(min=1, help="The number of answers to measure on.")] = 256,
+    keep_prompts: Annotated[
+        int, typer.Option(min=0, help="Keep this many prompts, word for word, so that merges can be refitted later.")
+    ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Conversations per batch.")] = 4,
     seed: Annotated[int, typer.Option(help="The random seed that chooses the rows.")] = 0,
     device: a.ModelDevice = None,
@@ -58,6 +61,7 @@ def measure(
         seed=seed,
         device=device,
         model_options=a.model_options(load_in),
+        statistics_options={"keep_prompts": keep_prompts},
         push_to=push,
         overwrite=overwrite,
         progress=not quiet,

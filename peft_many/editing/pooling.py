@@ -6,9 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
@@ -21,7 +23,8 @@ from ..files.atomic import new_folder, writable_place
 from ..files.fingerprints import weight_fingerprint
 from ..files.projectors import shapes_of, tensors_inside
 from ..files.source import write_adapter
-from ..files.statistics import AdapterStatistics, FeatureStatistics, InputStatistics, TaskStatistics
+from ..files.statistics import AdapterStatistics, InputStatistics, TaskStatistics
+from ..files.stored_features import FeatureStatistics, Prompts
 from ..files.tensor_keys import KEY_PREFIX
 from ..hub.sources import HubArguments
 from ..merging.arguments import output_folder, several, usable_device
@@ -128,7 +131,7 @@ def pool_adapters(
         inputs=inputs,
         input_of=input_of,
         projectors=_pooled_images(prepared.tasks, truncation),
-        instructions=_pooled_features([task.statistics.instructions for task in prepared.tasks], truncation),
+        **_pooled_words([task.statistics for task in prepared.tasks], truncation),
         fingerprints=fingerprints,
         projector_shapes={
             name: shapes_of(tensors_inside(prepared.routed_tensors, f"{name}.")) for name in prepared.averaged
@@ -179,6 +182,14 @@ def _pooled_images(tasks: Sequence[TaskAdapter], truncation: Truncation) -> dict
     return {projector: one for projector, one in pooled.items() if one is not None}
 
 
+def _pooled_words(measured: Sequence[TaskStatistics], truncation: Truncation) -> dict[str, Any]:
+    """What statistics say of all instructions together, and the prompts of all."""
+    return {
+        "instructions": _pooled_features([one.instructions for one in measured], truncation),
+        "prompts": _pooled_prompts([one.prompts for one in measured], truncation),
+    }
+
+
 def _pooled_features(seen: Sequence[FeatureStatistics | None], truncation: Truncation) -> FeatureStatistics | None:
     """Those of all tasks together, if all have some; a spread only where all have one."""
     known = [one for one in seen if one is not None]
@@ -193,3 +204,14 @@ def _pooled_features(seen: Sequence[FeatureStatistics | None], truncation: Trunc
         between = LowRankCovariance(remainder=0.0, factor=shares.sqrt()[:, None] * (means - shares @ means))
         spread = truncation.apply(added_covariances([(1.0, within), (1.0, between)]))
     return FeatureStatistics((shares @ means).float(), spread, count)
+
+
+def _pooled_prompts(asked: Sequence[Prompts | None], truncation: Truncation) -> Prompts | None:
+    """Those of all tasks together, if all have some."""
+    known = [one for one in asked if one is not None]
+    if not known or len(known) < len(asked):
+        return None
+    longest = max(one.ids.shape[1] for one in known)
+    ids = torch.cat([pad(one.ids, (longest - one.ids.shape[1], 0), value=-1) for one in known])
+    shown = [one.image_tokens for one in known if one.image_tokens is not None]
+    return Prompts(ids, max(one.answer_tokens for one in known), _pooled_features(shown, truncation))

@@ -1,4 +1,4 @@
-"""Which tokens of a batch are the words of its instructions: no image, no padding, no answer."""
+"""Which tokens of a batch are its prompts, and which of these the words of instructions: no image, no padding."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ def instructions_of(model: Any, arguments: Mapping[str, Any]) -> Instructions | 
     ids = token_ids(arguments)
     if ids is None or not ids.numel():
         return None
-    kept = _no_padding(ids, arguments, model) & (ids >= 0)
-    for token in {*placeholder_tokens(model, "image"), *placeholder_tokens(model, "video")}:
-        kept &= ids != token
+    kept = _no_padding(ids, arguments, model) & (ids >= 0) & ~are_placeholders(ids, model)
     answered = _answered(ids, arguments, model)
     cuts = _cuts(ids, arguments)
     if cuts is not None:
@@ -49,6 +47,40 @@ def instructions_of(model: Any, arguments: Mapping[str, Any]) -> Instructions | 
     told = asked.any(1)
     kept = torch.where(told[:, None], asked, kept)
     return Instructions(ids.masked_fill(~kept, 0), kept, told & _tells(arguments, model), cuts is not None)
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Where the prompts and the answers of a batch are, each of the same shape `(rows, length)`."""
+
+    ids: Tensor  # int64
+    asked: Tensor  # which are a prompt's tokens, those in place of images included, bool
+    answered: Tensor  # which are an answer's, bool
+
+
+def prompts_of(model: Any, arguments: Mapping[str, Any]) -> PromptRows:
+    """The prompts among a model's arguments: what comes before the first answer in `labels`.
+
+    A `ValueError` where they cannot be told: there are no token ids, no labels, or several samples in a row.
+    """
+    ids = token_ids(arguments)
+    why = None
+    if ids is None or _has_encoder(model):
+        why = "the model is not called with `input_ids` of a decoder"
+    elif not isinstance(arguments.get("labels"), Tensor):
+        why = "the batches have no `labels` that are -100 on the prompt"
+    elif _cuts(ids, arguments) is not None:
+        why = "the batches have several samples in a row"
+    if ids is None or why is not None:
+        raise ValueError(f"Prompts cannot be kept, since {why}.")
+    tokens, answered = _no_padding(ids, arguments, model), _answered(ids, arguments, model)
+    return PromptRows(ids, tokens & (answered.cumsum(1) == 0), answered)
+
+
+def are_placeholders(ids: Tensor, model: Any) -> Tensor:
+    """Which token ids stand for parts of images or videos."""
+    tokens = {*placeholder_tokens(model, "image"), *placeholder_tokens(model, "video")}
+    return torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
 
 
 def _tells(arguments: Mapping[str, Any], model: Any) -> bool:

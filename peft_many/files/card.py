@@ -133,6 +133,8 @@ def _about_task(config: Described) -> str:
     if measured:
         samples, images = (sum(getattr(task, of) for task in measured) for of in ("samples", "images"))
         about += f" Its statistics were measured on {counted(samples, 'sample')} with {counted(images, 'image')}."
+        kept = sum(len(task.prompts.ids) for task in measured if task.prompts is not None)
+        about += f" They hold {counted(kept, 'prompt')} of these, word for word." if kept else ""
     return about if pool is None else about + _pooled(pool.tasks) + _history(pool.operations)
 
 

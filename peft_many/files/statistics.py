@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..algebra.covariance import Covariance
@@ -19,13 +18,23 @@ from ..algebra.lpm import LowRankDelta
 from .atomic import replace_file
 from .errors import StatisticsError
 from .planned_tensors import Planned, TensorPlan, plans_of
-from .stored_covariance import check_covariance, read_covariance, read_tensor
+from .stored_covariance import read_covariance, read_tensor
+from .stored_features import (
+    INSTRUCTIONS,
+    PROMPTS,
+    FeatureStatistics,
+    Prompts,
+    about_features,
+    image_tokens_of,
+    read_features,
+    read_prompts,
+    tensors_of_features,
+)
 from .tensor_file import TensorFile, open_tensors
 
 STATISTICS_NAME = "adapter_statistics.safetensors"
 FORMAT_VERSION = 1
 COVARIANCE = "covariance"  # in the keys of tensors
-INSTRUCTIONS = "(instructions)"  # in the place of a projector's path, which no module is called by
 
 
 @dataclass(frozen=True)
@@ -34,15 +43,6 @@ class InputStatistics:
 
     covariance: Covariance  # E[x xᵀ]
     tokens: int  # that it is the mean of
-
-
-@dataclass(frozen=True)
-class FeatureStatistics:
-    """What was measured of a task's images where they arrive at one projector, or of its instructions."""
-
-    prototype: Tensor = field(repr=False)  # mean of the images' mean-pooled projector inputs, or of instructions; (d,)
-    spread: Covariance | None  # of these features about the prototype, if of two or more
-    count: int  # images or instructions
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,6 +56,7 @@ class TaskStatistics:
         input_of (`Mapping[str, str]`): By the path of a layer in the base model, the key in `inputs` of what it reads.
         projectors (`Mapping[str, FeatureStatistics]`): Of the images, by the path of the projector.
         instructions ([`FeatureStatistics`], *optional*): Of what is asked, if token ids told.
+        prompts ([`Prompts`], *optional*): Some of what is asked, word for word, if that was to be kept.
         fingerprints (`Mapping[str, Sequence[float]]`):
             By layer, the `weight_fingerprint` of the weights that were measured (or merged): it tells whether they
             were trained further.
@@ -77,6 +78,7 @@ class TaskStatistics:
     input_of: Mapping[str, str] = field(default_factory=dict)
     projectors: Mapping[str, FeatureStatistics] = field(default_factory=dict)
     instructions: FeatureStatistics | None = None
+    prompts: Prompts | None = None
     fingerprints: Mapping[str, Sequence[float]] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     projector_shapes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
@@ -192,8 +194,9 @@ def _header_of(task: TaskStatistics) -> dict[str, Any]:
         **({"weighed": True} if task.weighed else {}),
         "inputs": {key: {"tokens": one.tokens, **one.covariance.numbers()} for key, one in task.inputs.items()},
         "input_of": dict(task.input_of),
-        "projectors": {name: _about(seen, "images") for name, seen in task.projectors.items()},
-        "instructions": task.instructions and _about(task.instructions, "count"),
+        "projectors": {name: about_features(seen, "images") for name, seen in task.projectors.items()},
+        "instructions": task.instructions and about_features(task.instructions, "count"),
+        **({"prompts": task.prompts.to_dict()} if task.prompts is not None else {}),
         "shapes": {name: list(shape) for name, shape in task.shapes.items()},
         "projector_shapes": {
             name: {key: list(shape) for key, shape in shapes.items()} for name, shapes in task.projector_shapes.items()
@@ -205,21 +208,16 @@ def _header_of(task: TaskStatistics) -> dict[str, Any]:
     }
 
 
-def _about(seen: FeatureStatistics, counted: str) -> dict[str, Any]:
-    return {counted: seen.count, "spread": seen.spread and seen.spread.numbers()}
-
-
 def _tensors_of(t: int, task: TaskStatistics) -> Iterator[tuple[str, Planned]]:
     """What the file holds of a task, by key."""
-    covariances = {f"{COVARIANCE}.{key}": measured.covariance for key, measured in task.inputs.items()}
+    for key, measured in task.inputs.items():
+        for part, tensor in measured.covariance.tensors().items():
+            yield f"{t}.{COVARIANCE}.{key}.{part}", Planned.of(tensor)
     words = {} if task.instructions is None else {INSTRUCTIONS: task.instructions}
-    features = {**task.projectors, **words}  # by the ends of their keys
-    covariances |= {f"spread.{name}": seen.spread for name, seen in features.items() if seen.spread}
-    for key, covariance in covariances.items():
-        for part, tensor in covariance.tensors().items():
-            yield f"{t}.{key}.{part}", Planned.of(tensor)
-    for name, seen in features.items():
-        yield f"{t}.prototype.{name}", Planned.of(seen.prototype)
+    tensors = tensors_of_features({**task.projectors, **words, **image_tokens_of(task.prompts)})
+    if task.prompts is not None:
+        tensors[PROMPTS] = task.prompts.ids
+    yield from ((f"{t}.{key}", Planned.of(tensor)) for key, tensor in tensors.items())
     yield from ((f"{t}.lora_A.{name}", plan) for name, plan in plans_of(task.lora_A))
     yield from ((f"{t}.lora_B.{name}", plan) for name, plan in plans_of(task.lora_B))
 
@@ -264,8 +262,9 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
         weighed=bool(task.get("weighed", False)),
         inputs=inputs,
         input_of=dict(task["input_of"]),
-        projectors={name: _read_features(file, t, name, one, "images") for name, one in task["projectors"].items()},
-        instructions=_read_features(file, t, INSTRUCTIONS, asked, "count") if asked else None,
+        projectors={name: read_features(file, t, name, one, "images") for name, one in task["projectors"].items()},
+        instructions=read_features(file, t, INSTRUCTIONS, asked, "count") if asked else None,
+        prompts=read_prompts(file, t, task["prompts"]) if "prompts" in task else None,
         fingerprints=_read_fingerprints(task["fingerprints"]),
         unmoved_projectors=_read_fingerprints(task.get("unmoved_projectors", {})),
         shapes={name: (int(out), int(width)) for name, (out, width) in task["shapes"].items()},
@@ -280,17 +279,3 @@ def _read_task(file: TensorFile, t: int, task: dict[str, Any]) -> TaskStatistics
 
 def _read_fingerprints(content: dict[str, Any]) -> dict[str, list[float]]:
     return {name: [float(value) for value in fingerprint] for name, fingerprint in content.items()}
-
-
-def _read_features(file: TensorFile, t: int, name: str, about: dict[str, Any], counted: str) -> FeatureStatistics:
-    prototype, count = read_tensor(file, f"{t}.prototype.{name}", 1), int(about[counted])
-    if not torch.isfinite(prototype).all():
-        raise StatisticsError(f"{file.path}: tensor '{t}.prototype.{name}' holds NaN or Inf.")
-    if about["spread"] is None:
-        return FeatureStatistics(prototype, None, count)
-    spread = read_covariance(file, f"{t}.spread.{name}", about["spread"])
-    where = "the spread of the instructions" if name == INSTRUCTIONS else f"the spread of the images at '{name}'"
-    if spread.width != len(prototype):
-        raise StatisticsError(f"{file.path}: {where} has width {spread.width}, and their prototype {len(prototype)}.")
-    check_covariance(spread, f"{file.path}: {where}")
-    return FeatureStatistics(prototype, spread, count)

@@ -14,7 +14,8 @@ from ..algebra.gating import confidence, decided, gates
 from ..algebra.precision import without_autocast
 from ..algebra.routing import gaussian_scores, joint_weights, task_weights
 from ..algebra.spread import FeatureMetric
-from ..files.statistics import FeatureStatistics, TaskStatistics
+from ..files.statistics import TaskStatistics
+from ..files.stored_features import FeatureStatistics
 from ..records import GATES, ExpectedRouting, MergeOptions, RoutedProjector
 from ..records.options import IMAGES, INSTRUCTIONS
 from ..routing.row_weights import RowWeights

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..algebra.spread import FeatureMetric
 from ..files.adapter import TaskAdapter
 from ..files.errors import UnmergeableAdapterError
-from ..files.statistics import FeatureStatistics
+from ..files.stored_features import FeatureStatistics
 from ..records import INSTRUCTION_ROUTER, RoutedInstructions
 from .checks import check_same_shape
 from .routed_projectors import feature_metric, own_distances, router_tensors

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..algebra.spread import FeatureMetric, new_distances, shared_metric
 from ..files.adapter import TaskAdapter
 from ..files.errors import UnmergeableAdapterError
-from ..files.statistics import FeatureStatistics
+from ..files.stored_features import FeatureStatistics
 from ..records import RoutedProjector, RoutedTask
 from .checks import check_same_shape
 from .mean_projectors import check_same_tensors

@@ -67,6 +67,7 @@ class TaskInspection(PlannedTask):
         prototypes (`dict[str, int]`): By projector, the width of the visual prototype.
         spreads (`list[str]`): The projectors for which `router="gaussian"` has what it needs.
         instruction_width (`int`, *optional*): The width of the instructions' prototype.
+        prompts (`int`): How many prompts were kept, word for word.
         interference (`float`, *optional*): Of a merge's task, what merging costs it (`MergeReport.interference`).
         datasets (`list[str]`): What it was trained on, where its adapter's model card says so.
     """
@@ -82,6 +83,7 @@ class TaskInspection(PlannedTask):
     prototypes: dict[str, int]
     spreads: list[str]
     instruction_width: int | None
+    prompts: int
     interference: float | None
     datasets: list[str]
 
@@ -246,6 +248,7 @@ def _inspect_task(task: TaskAdapter, told: TaskRecord | None) -> TaskInspection:
         prototypes={name: len(seen.prototype) for name, seen in measured.projectors.items()},
         spreads=sorted(name for name, seen in measured.projectors.items() if seen.spread is not None),
         instruction_width=len(measured.instructions.prototype) if measured.instructions is not None else None,
+        prompts=len(measured.prompts.ids) if measured.prompts is not None else 0,
         interference=None if told is None else told.interference,
         datasets=task.origin.datasets,
     )

@@ -20,7 +20,6 @@ from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers, hang_on_layers
 from ..tuner.registration import give_statistics
 from .answers import AnswerGradients, answer_gradients
-from .features import SPREAD_OF_INSTRUCTIONS, gather_features
 from .forward import check_batches, device_of
 from .gathering import gather_inputs
 from .images import PrototypeHooks
@@ -28,6 +27,7 @@ from .inputs import CovarianceHooks
 from .instructions import InstructionHook
 from .measurable import adapter_to_measure, base_of, further_layers, is_sharded, unwrapped, weights_of
 from .measuring import Measuring
+from .prompts import PromptHooks
 from .tokens import TokenRows
 
 
@@ -43,6 +43,7 @@ def collect_statistics(
     error_budget: float | None = None,
     dtype: torch.dtype = torch.float16,
     weigh_tokens: bool = False,
+    keep_prompts: int = 0,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     share_inputs: bool = True,
     across_processes: bool = True,
@@ -98,6 +99,9 @@ def collect_statistics(
         weigh_tokens (`bool`, defaults to `False`):
             Count tokens by how far they move the answers, for better plain merges, by a backward pass for each forward
             pass (docs/method.md). Needs `labels`, and twice the memory of training; the same for all tasks of a merge.
+        keep_prompts (`int`, defaults to 0):
+            Keep the prompts of so many samples, word for word, and mean and covariance of their image tokens where
+            these enter the language model, so that [`refit_merge`] needs no samples. 16 are enough. Needs `labels`.
         forward_fn (`Callable`, *optional*):
             `forward_fn(model, batch)`, for models that are not called as above.
         share_inputs (`bool`, defaults to `True`):
@@ -150,14 +154,14 @@ def collect_statistics(
         answers = answer_gradients(base, sharded) if weigh_tokens else None
         inputs = _input_hooks(base, layers, also_measure, projectors, truncation.followed, share_inputs, answers)
         images = PrototypeHooks({path: base.get_submodule(path) for path in projectors})
-        return Measuring(peft_model, base, name, layers, sharded, truncation, inputs, images, InstructionHook(base))
+        asked, prompts = InstructionHook(base), PromptHooks(base, keep_prompts)
+        return Measuring(peft_model, base, name, layers, sharded, truncation, inputs, images, asked, prompts)
 
     measuring = processes.together(prepare)
     weights = processes.together(lambda: weights_of(peft_model, measuring.adapter_name, measuring.layers))
     samples = measuring.run(dataloader, max_samples, forward_fn, processes, progress)
     kept = partial(measuring.kept, weights.deltas)
-    seen = gather_features(processes.together(measuring.images.result), processes)
-    asked = gather_features(processes.together(measuring.asked.result), processes, SPREAD_OF_INSTRUCTIONS)
+    features = measuring.features(processes)
     gathered = gather_inputs(processes.together(measuring.inputs.result), kept, processes, device_of(peft_model))
     config = peft_model.peft_config[measuring.adapter_name]
     task = TaskStatistics(
@@ -165,12 +169,10 @@ def collect_statistics(
         samples=samples,
         inputs=gathered.inputs,
         input_of=gathered.input_of,
-        projectors=seen,
-        instructions=next(iter(asked.values()), None),
         fingerprints=weights.fingerprints,
         shapes=weights.shapes,
         weighed=weigh_tokens,
-        **processes.together(lambda: measuring.projectors_now(seen)),
+        **features,
     )
     _warn_of_little(task)
     measuring.asked.warn_of_untold()

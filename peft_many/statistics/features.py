@@ -12,7 +12,7 @@ from ..algebra.devices import float64_device
 from ..algebra.spectrum import Truncation
 from ..algebra.spread import centred
 from ..files.processes import Processes
-from ..files.statistics import FeatureStatistics
+from ..files.stored_features import FeatureStatistics
 
 # Images or instructions of a task whose features are kept, to see how they differ; the prototype is of all.
 MOST_KEPT = 1024

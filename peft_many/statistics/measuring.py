@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,13 @@ from ..algebra.spectrum import Truncation
 from ..algebra.total import FiniteCheck
 from ..files.processes import Processes
 from ..routing.watching import watching_calls
+from .features import SPREAD_OF_INSTRUCTIONS, gather_features
 from .forward import device_of, forward, in_inference, run_together
 from .images import PrototypeHooks
 from .inputs import CovarianceHooks
 from .instructions import InstructionHook
 from .projectors import projector_shapes, unmoved_projectors
+from .prompts import PromptHooks, gather_prompts
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Measuring:
     inputs: CovarianceHooks
     images: PrototypeHooks
     asked: InstructionHook
+    prompts: PromptHooks
 
     @property
     def task_name(self) -> str | None:
@@ -67,7 +70,7 @@ class Measuring:
             self.asked,
             ExitStack() as hooks,
         ):
-            for hook in (self.images, self.inputs):
+            for hook in (self.images, self.inputs, self.prompts):
                 hooks.enter_context(hook)
 
             def run(batch: Any, counts: bool) -> None:
@@ -88,13 +91,18 @@ class Measuring:
         """What is kept of the covariance of the layers' input, by the adapter's deltas if they have a say."""
         return self.truncation.apply(covariance, [deltas[name] for name in layers if name in deltas])
 
-    def projectors_now(self, seen: Collection[str]) -> dict[str, Any]:
-        """What statistics say of the adapter's copies of projectors; `seen` are those that images reached."""
+    def features(self, processes: Processes) -> dict[str, Any]:
+        """What statistics say of images and words, over all processes, and of the adapter's copies of projectors."""
+        seen = gather_features(processes.together(self.images.result), processes)
+        asked = gather_features(processes.together(self.asked.result), processes, SPREAD_OF_INSTRUCTIONS)
         projectors = list(self.images.projectors)
         unseen = [name for name in projectors if name not in seen]
         return {
+            "projectors": seen,
+            "instructions": next(iter(asked.values()), None),
+            "prompts": gather_prompts(self.prompts, processes),
             "projector_shapes": projector_shapes(self.base, self.adapter_name, projectors),
-            "unmoved_projectors": unmoved_projectors(self.base, self.adapter_name, unseen),
+            "unmoved_projectors": processes.together(lambda: unmoved_projectors(self.base, self.adapter_name, unseen)),
         }
 
     def _checked(self, batches: Iterable[Any]) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from peft_many import measure_adapter
+from peft_many import inspect_adapter, measure_adapter
 from peft_many.commands import app
 from peft_many.commands.arguments import model_options
 from tests.adapters import files
@@ -20,7 +20,7 @@ def run(*words: object, code: int = 0):
 
 def test_it_is_measure_adapter(place, tmp_path):  # noqa: F811
     words = ["measure", place / "plain", "--data", place / "colours.json", "--name", "colours", "--samples", 6]
-    told = run(*words, "--seed", 1, "--output", tmp_path / "1")
+    told = run(*words, "--seed", 1, "--keep-prompts", 2, "--output", tmp_path / "1")
     assert told.stdout == f"The measured adapter: {tmp_path / '1'}\n"
     measure_adapter(
         place / "plain",
@@ -29,9 +29,11 @@ def test_it_is_measure_adapter(place, tmp_path):  # noqa: F811
         task_name="colours",
         max_samples=6,
         seed=1,
+        statistics_options={"keep_prompts": 2},
         progress=False,
     )
     assert files(tmp_path / "1") == files(tmp_path / "2")
+    assert [task.prompts for task in inspect_adapter(tmp_path / "1").tasks] == [2]
     assert "not empty" in run(*words, "--output", tmp_path / "1", code=1).stderr
     assert "There is no file" in run(*words[:2], "--data", "none.jsonl", "-o", tmp_path / "3", code=1).stderr
 

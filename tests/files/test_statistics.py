@@ -20,14 +20,13 @@ from peft_many.algebra.spectrum import Truncation
 from peft_many.files.errors import StatisticsError
 from peft_many.files.statistics import (
     FORMAT_VERSION,
-    INSTRUCTIONS,
     STATISTICS_NAME,
     AdapterStatistics,
-    FeatureStatistics,
     InputStatistics,
     TaskStatistics,
 )
 from peft_many.files.stored_covariance import check_covariance
+from peft_many.files.stored_features import IMAGE_TOKENS, INSTRUCTIONS, FeatureStatistics, Prompts
 from peft_many.merging.prepare import group_by_input
 
 WIDTH = 12
@@ -59,6 +58,11 @@ def task(seed: int = 0, **changes) -> TaskStatistics:
             "projector.2": FeatureStatistics(torch.tensor([1e-30]), None, 1),
         },
         "instructions": FeatureStatistics(torch.arange(float(WIDTH)) / 7, factored(seed + 3), 5),
+        "prompts": Prompts(
+            torch.tensor([[-1, 5, 6], [7, 8, 9]], dtype=torch.int32),
+            answer_tokens=4,
+            image_tokens=FeatureStatistics(torch.arange(float(WIDTH)) / 5, factored(seed + 4), 6),
+        ),
         "projector_shapes": {"projector": {"norm.count": (), "weight": (3, WIDTH)}},
         "fingerprints": {"a.q": [0.1 + 0.2], "c.o": [math.pi, -1.0]},
     }
@@ -91,7 +95,11 @@ def assert_same(one: AdapterStatistics, two: AdapterStatistics) -> None:
             assert measured.tokens == second.inputs[key].tokens
             assert_same_covariance(measured.covariance, second.inputs[key].covariance)
         pairs = [(seen, second.projectors[name]) for name, seen in first.projectors.items()]
-        for seen, other in [*pairs, (first.instructions, second.instructions)]:
+        ours, theirs = first.prompts, second.prompts
+        assert ours.answer_tokens == theirs.answer_tokens
+        assert same_bits(ours.ids, theirs.ids)
+        more = [(first.instructions, second.instructions), (ours.image_tokens, theirs.image_tokens)]
+        for seen, other in [*pairs, *more]:
             assert seen.count == other.count
             assert same_bits(seen.prototype, other.prototype)
             assert_same_covariance(seen.spread, other.spread)
@@ -328,6 +336,7 @@ TENSORS = [
     "0.prototype.projector",
     "0.lora_A.c.o",
     "0.lora_B.c.o",
+    f"0.prototype.{IMAGE_TOKENS}",
 ]
 
 
@@ -407,6 +416,22 @@ def test_a_spread_of_another_width_than_its_prototype(path):
     assert_refused(path, "spread of the images at 'projector' has width 12, and their prototype 5")
     rewrite(path, {"0.prototype.projector": torch.zeros(12), f"0.prototype.{INSTRUCTIONS}": torch.zeros(5)})
     assert_refused(path, "spread of the instructions has width 12, and their prototype 5")
+    rewrite(path, {f"0.prototype.{INSTRUCTIONS}": torch.zeros(12), f"0.prototype.{IMAGE_TOKENS}": torch.zeros(5)})
+    assert_refused(path, "spread of the image tokens has width 12, and their prototype 5")
+
+
+@pytest.mark.parametrize("ids", [[[-1, -1], [1, 2]], [[-2, 1]], [[]]])
+def test_prompts_that_are_none(path, ids):
+    rewrite(path, {"0.prompts": torch.tensor(ids, dtype=torch.int32)})
+    assert_refused(path, "tensor '0.prompts' holds no prompts")
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 10**9])
+def test_answers_of_a_length_that_nobody_waits_for(path, tokens):
+    header = header_of(path)
+    header["tasks"][0]["prompts"]["answer_tokens"] = tokens
+    rewrite(path, header=header)
+    assert_refused(path, f"{tokens} tokens long")
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, "-inf"])
