@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -45,3 +45,12 @@ def put_back(pairs: Collection[LoraPair], after_errors_only: bool = False) -> It
             for pair, A, B in before:
                 pair.A.copy_(A)
                 pair.B.copy_(B)
+
+
+@contextlib.contextmanager
+def own_in_place(pairs: Mapping[str, LoraPair], own: Mapping[str, LowRankDelta]) -> Iterator[None]:
+    """A task's own deltas, by layer, in place of a merge's while the block runs."""
+    with put_back(pairs.values()):
+        for path, pair in pairs.items():
+            pair.set(own.get(path, pair.nothing()))
+        yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,8 @@ from ..tuner.config import MAnyConfig
 from ..tuner.layers import lora_layers
 from ..tuner.merged_linear import exact_weights
 from .calibration import check_calibration, samples_of
-from .lora_pair import LoraPair, put_back
+from .imagined import check_prompts, imagined
+from .lora_pair import LoraPair, own_in_place, put_back
 from .token_weights import squared_gradients
 
 DEFAULT_REFIT_RIDGE = 1e-4
@@ -40,7 +40,7 @@ _TOKENS = 8192  # whose inputs and outputs are in float64 at once
 
 def refit_merge(
     model: PeftModel,
-    calibration: Mapping[str, Iterable[Any]],
+    calibration: Mapping[str, Iterable[Any]] | None = None,
     *,
     targets: Literal["outputs", "deltas"] = "outputs",
     ridge: float = DEFAULT_REFIT_RIDGE,
@@ -50,7 +50,7 @@ def refit_merge(
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     progress: bool = True,
 ) -> None:
-    """Refit a merge's LoRA weights, in place, on a few samples of each task, without training.
+    """Refit a merge's LoRA weights, in place, on a few samples of each task, or without any.
 
     LPM is the optimum of each layer on inputs as they are with one task's adapter. In the merge every layer changes
     the inputs of the next. This goes through the layers in the order in which they run, and fits each in closed form
@@ -67,14 +67,17 @@ def refit_merge(
     Args:
         model ([`~peft.PeftModel`]):
             What [`merge_adapter_sequence`] returned, or a merge that was loaded with its statistics.
-        calibration (`Mapping[str, Iterable]`):
-            For each of the merge's tasks, by name, batches as for training; each is read once.
+        calibration (`Mapping[str, Iterable]`, *optional*):
+            For each of the merge's tasks, by name, batches as for training; each is read once. Without it, samples are
+            imagined: prompts that were kept (`collect_statistics(keep_prompts=16)`), image tokens drawn from a
+            Gaussian with the mean and covariance of the task's, and what the task's own adapter answers.
         targets (`str`, defaults to `"outputs"`): `"outputs"` or `"deltas"`, as above.
         ridge (`float`, defaults to 1e-4):
             `λ`, the share of the mean input energy with which each layer is pulled to the tasks' own deltas.
         rank (`int`, *optional*):
             The largest rank of a refitted layer; defaults to what the layer has in the merge, and cannot be more.
-        max_samples (`int`, *optional*, defaults to 128): Of each task; `None` reads all.
+        max_samples (`int`, *optional*, defaults to 128):
+            Of each task; `None` reads all, or imagines one for each prompt.
         weigh_tokens (`bool`, defaults to `False`):
             Count tokens by how far they move the answers, as in [`collect_statistics`]: one backward pass for each
             batch, which needs `labels`.
@@ -106,13 +109,22 @@ def refit_merge(
         model = extract_model_from_parallel(model, keep_torch_compile=False)
     name, config, merge, statistics = _merge_to_refit(model)
     tasks = {task.name or "": task for task in statistics.tasks}
-    check_calibration(tasks, calibration)
+    if calibration is None:
+        check_prompts(tasks, model.get_base_model())
+    else:
+        check_calibration(tasks, calibration)
     layers: dict[str, Any] = dict(lora_layers(model.get_base_model(), name))
     exact = exact_weights(model.get_base_model(), name, config)
     pairs = {path: LoraPair(layer, name) for path, layer in layers.items()}
     own = {task: _own_deltas(statistics, t, pairs) for t, task in enumerate(tasks)}
     with exact, put_back(pairs.values(), after_errors_only=True), in_inference(model, name):
-        samples = {task: samples_of(calibration[task], max_samples, task, device_of(model)) for task in tasks}
+        samples = {}
+        for task, measured in tasks.items():
+            if calibration is not None:
+                samples[task] = samples_of(calibration[task], max_samples, task, device_of(model))
+            elif measured.prompts is not None:
+                with own_in_place(pairs, own[task]):
+                    samples[task] = imagined(model, measured.prompts, max_samples)
         weights = {task: measured.weight for task, measured in tasks.items()}
 
         def run(batch: Any) -> None:
@@ -153,7 +165,7 @@ class _Refit:
         found = {}
         if self.answers is not None:
             for task in self.weights:
-                with self._own_in_place(task):
+                with own_in_place(self.pairs, self.own[task]):
                     found[task] = squared_gradients(self.layers, self.answers, self.samples[task], self.run)
         return found
 
@@ -191,16 +203,8 @@ class _Refit:
 
     def _with_own_deltas(self, task: str, group: Sequence[str]) -> LayerCapture:
         """What the layers see and give where the task's own adapter is in place everywhere."""
-        with self._own_in_place(task):
+        with own_in_place(self.pairs, self.own[task]):
             return self._observed(task, group)
-
-    @contextlib.contextmanager
-    def _own_in_place(self, task: str) -> Iterator[None]:
-        """The task's own adapter in place in the block."""
-        with put_back(self.pairs.values()):
-            for path, pair in self.pairs.items():
-                pair.set(self.own[task].get(path, pair.nothing()))
-            yield
 
     def _observed(self, task: str, group: Sequence[str]) -> LayerCapture:
         """One pass over a task's samples, up to the layers of the group."""

@@ -100,13 +100,19 @@ def load_base(root: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(root / "base")
 
 
+def last_token(ids: torch.Tensor) -> torch.Tensor:
+    """Labels by which the last token is the answer."""
+    return ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 1, -100)
+
+
 def save_adapter(root: Path, folder: str, seed: int, config: PeftConfig) -> None:
     torch.manual_seed(seed)
     base = load_base(root)
     model = get_peft_model(base, config)
     scatter(model, seed)
     if isinstance(config, MAnyConfig):
-        collect_statistics(model, batches(base, "llava", seed), progress=False)
+        answered = [{**batch, "labels": last_token(batch["input_ids"])} for batch in batches(base, "llava", seed)]
+        collect_statistics(model, answered, keep_prompts=2, progress=False)
     model.save_pretrained(root / folder)
 
 
