@@ -22,6 +22,7 @@ else:
     from . import metrics
     from .editing.pooling import pool_adapters
     from .editing.refit import refit_merge
+    from .editing.refit_files import refit_merge_files
     from .editing.tasks import add_task, remove_task, reweight_tasks
     from .exports import export_lora, export_model, export_routed_model, load_routed_model
     from .hub.llava_checkpoint import import_llava_checkpoint
@@ -73,6 +74,7 @@ __all__ = [
     "pool_adapters",
     "read_recipe",
     "refit_merge",
+    "refit_merge_files",
     "remove_task",
     "reweight_tasks",
     "save_evaluation",

@@ -14,6 +14,7 @@ from .export import export
 from .look import inspect, report
 from .measure import measure
 from .merge import merge, plan
+from .refit import refit
 from .running import Commands
 
 app = typer.Typer(
@@ -41,5 +42,5 @@ def main(
     """Merge task adapters of multimodal language models without forgetting (MAny, arXiv 2604.14016)."""
 
 
-for command in (measure, plan, merge, ask, evaluate, inspect, report, add, remove, pool, export):
+for command in (measure, plan, merge, ask, evaluate, inspect, report, add, remove, refit, pool, export):
     app.command()(command)

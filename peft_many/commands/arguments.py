@@ -148,6 +148,23 @@ def weights_by_task(given: list[str] | None) -> dict[str, float] | None:
     return weights or None
 
 
+def data_by_task(given: list[str], needed: str = "") -> dict[str, str]:
+    """What `--data task=data` says, several times; without a name a file's own is the task's."""
+    found: dict[str, str] = {}
+    for text in given:
+        task, named, place = text.partition("=")
+        task, place = (task, place) if named else (Path(text).stem, text)
+        if task in found:
+            raise typer.BadParameter(
+                f"Data of '{task}' are given twice: {found[task]} and {place}. Name each: TASK=DATA.",
+                param_hint="--data",
+            )
+        found[task] = place
+    if needed and not found:
+        raise typer.BadParameter(f"Give {needed}: --data TASK=DATA, for each task.", param_hint="--data")
+    return found
+
+
 def model_options(load_in: str | None) -> dict[str, Any]:
     """Arguments of the base model's `from_pretrained` for `--load-in`; projectors, which tasks train, stay whole."""
     if load_in is None:

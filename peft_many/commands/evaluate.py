@@ -80,7 +80,7 @@ def evaluate(
         check_evaluation_folder(output, overwrite, merge)  # now, and not when all are asked
     found = evaluate_merge(
         merge,
-        _by_task([*(data or ()), *(more or ())]),
+        a.data_by_task([*(data or ()), *(more or ())], "test questions"),
         metric=_metrics(metric),
         alone=alone,
         text=text,
@@ -111,23 +111,6 @@ def _tell(found: Evaluation, output: Path | None, overwrite: bool, json: bool) -
         folder = save_evaluation(found, output, overwrite=overwrite)
         if not json:
             typer.echo(f"Scores and answers: {folder}")
-
-
-def _by_task(given: list[str]) -> dict[str, str]:
-    """Data by task; without a name a file's own is the task's."""
-    found: dict[str, str] = {}
-    for text in given:
-        task, named, place = text.partition("=")
-        task, place = (task, place) if named else (Path(text).stem, text)
-        if task in found:
-            raise typer.BadParameter(
-                f"Data of '{task}' are given twice: {found[task]} and {place}. Name each: TASK=DATA.",
-                param_hint="--data",
-            )
-        found[task] = place
-    if not found:
-        raise typer.BadParameter("Give test questions: --data TASK=DATA, for each task.", param_hint="--data")
-    return found
 
 
 def _metrics(given: list[str] | None) -> str | dict[str, str]:

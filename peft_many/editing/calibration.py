@@ -8,11 +8,43 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 
-from ..files.statistics import TaskStatistics
+from ..files.statistics import AdapterStatistics, TaskStatistics
+from ..records import MergeRecord
 from ..statistics.forward import batch_size, check_batches
+from ..tuner.config import MAnyConfig
 
 
-def check_calibration(tasks: Mapping[str, TaskStatistics], calibration: Mapping[str, Iterable[Any]]) -> None:
+def check_can_be_refitted(
+    config: Any, name: str, calibration: Mapping[str, Any] | None
+) -> tuple[MergeRecord, AdapterStatistics]:
+    """A merge that can be refitted and its statistics, or a `ValueError` that says why it cannot.
+
+    It has no gates, and there are samples or prompts of every task.
+    """
+    if not isinstance(config, MAnyConfig) or config.merge is None:
+        raise ValueError(f"{name} is no merge, as `merge_adapter_sequence` makes them, so there is nothing to refit.")
+    if config.merge.options.gate_lora:
+        raise ValueError(
+            f"{name} was merged with `gate_lora=True`, and a refit would overwrite the tasks' blocks that its gates "
+            "choose among; refit a merge with `gate_lora=False`."
+        )
+    if not isinstance(config.statistics, AdapterStatistics):
+        raise ValueError(f"{name} was loaded without its statistics, which hold its tasks' own deltas.")
+    tasks = {task.name or "": task for task in config.statistics.tasks}
+    if calibration is not None:
+        _check_calibration(tasks, calibration)
+        return config.merge, config.statistics
+    without = [task for task, measured in tasks.items() if measured.prompts is None]
+    if without:
+        raise ValueError(
+            f"No prompts were kept of {', '.join(map(repr, without))}, so that samples cannot be imagined. Give "
+            "samples of every task, or measure the adapters by "
+            "`collect_statistics(model, dataloader, keep_prompts=16)` and merge them again."
+        )
+    return config.merge, config.statistics
+
+
+def _check_calibration(tasks: Mapping[str, TaskStatistics], calibration: Mapping[str, Any]) -> None:
     """There have to be samples of every task, and of no other."""
     if not isinstance(calibration, Mapping):
         raise ValueError(

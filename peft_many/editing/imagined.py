@@ -18,14 +18,7 @@ _AT_ONCE = 16  # prompts that are answered together
 
 
 def check_prompts(tasks: Mapping[str, TaskStatistics], base: nn.Module) -> None:
-    """Every task needs prompts that the model can read, or there is a `ValueError`."""
-    without = [name for name, task in tasks.items() if task.prompts is None]
-    if without:
-        raise ValueError(
-            f"No prompts were kept of {', '.join(map(repr, without))}, so that samples cannot be imagined. Give "
-            "`calibration`, batches of every task, or measure the adapters by "
-            "`collect_statistics(model, dataloader, keep_prompts=16)` and merge them again."
-        )
+    """Prompts that were kept have to be ones that the model can read, or there is a `ValueError`."""
     weight = _embedding(base).weight
     for name, task in tasks.items():
         if (prompts := task.prompts) is None:

@@ -29,7 +29,7 @@ from ..statistics.tokens import masks_of
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import lora_layers
 from ..tuner.merged_linear import exact_weights
-from .calibration import check_calibration, samples_of
+from .calibration import check_can_be_refitted, samples_of
 from .imagined import check_prompts, imagined
 from .lora_pair import LoraPair, own_in_place, put_back
 from .token_weights import squared_gradients
@@ -107,12 +107,10 @@ def refit_merge(
         raise ValueError(f"`rank` must be at least 1, but it is {rank}.")
     if isinstance(model, nn.Module):
         model = extract_model_from_parallel(model, keep_torch_compile=False)
-    name, config, merge, statistics = _merge_to_refit(model)
+    name, config, merge, statistics = _merge_to_refit(model, calibration)
     tasks = {task.name or "": task for task in statistics.tasks}
     if calibration is None:
         check_prompts(tasks, model.get_base_model())
-    else:
-        check_calibration(tasks, calibration)
     layers: dict[str, Any] = dict(lora_layers(model.get_base_model(), name))
     exact = exact_weights(model.get_base_model(), name, config)
     pairs = {path: LoraPair(layer, name) for path, layer in layers.items()}
@@ -246,26 +244,20 @@ def _examples(
         yield root * rows, root * delta
 
 
-def _merge_to_refit(model: Any) -> tuple[str, MAnyConfig, MergeRecord, AdapterStatistics]:
+def _merge_to_refit(
+    model: Any, calibration: Mapping[str, Iterable[Any]] | None
+) -> tuple[str, MAnyConfig, MergeRecord, AdapterStatistics]:
     if not isinstance(model, PeftModel):
         raise ValueError(
             f"`model` must be a PeftModel that holds a merge, but it is a {type(model).__name__}; "
             "`PeftModel.from_pretrained(base, folder)` loads a saved one."
         )
     names = model.active_adapters
-    config = model.peft_config[names[0]] if len(names) == 1 else None
-    if not isinstance(config, MAnyConfig) or config.merge is None:
-        raise ValueError(
-            "Exactly one adapter has to be active, and it has to be a merge; see `merge_adapter_sequence`."
-        )
-    if config.merge.options.gate_lora:
-        raise ValueError(
-            f"Adapter '{names[0]}' was merged with `gate_lora=True`, and a refit would overwrite the tasks' blocks "
-            "that its gates choose among; refit a merge with `gate_lora=False`."
-        )
-    if not isinstance(config.statistics, AdapterStatistics):
-        raise ValueError(f"Adapter '{names[0]}' was loaded without its statistics, which hold its tasks' own deltas.")
-    return names[0], config, config.merge, config.statistics
+    if len(names) != 1:
+        raise ValueError("Exactly one adapter has to be active, and it has to be a merge.")
+    config: Any = model.peft_config[names[0]]
+    merge, statistics = check_can_be_refitted(config, f"Adapter '{names[0]}'", calibration)
+    return names[0], config, merge, statistics
 
 
 def _own_deltas(statistics: AdapterStatistics, t: int, pairs: Mapping[str, LoraPair]) -> dict[str, LowRankDelta]:

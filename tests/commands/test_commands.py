@@ -28,7 +28,9 @@ from tests import new_process
 from tests.adapters import STATISTICS, base, but_operations, files, make
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("measure", "ask", "evaluate", "plan", "merge", "inspect", "report", "add", "remove", "pool", "export")
+NAMES = (
+    *("measure", "ask", "evaluate", "plan", "merge", "inspect", "report", "add", "remove", "refit", "pool", "export"),
+)
 
 
 @pytest.fixture(scope="module")

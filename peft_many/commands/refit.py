@@ -1,0 +1,76 @@
+"""`peft-many refit`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import arguments as a
+from .edit import AMerge
+
+
+def refit(
+    merge: AMerge,
+    output: a.Output,
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="TASK=DATA", help="Further tasks and their data, as in --data.", show_default=False),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="TASK=DATA",
+            help=f"Samples of a task: {a.SomeData} Can be given several times. Without data, samples are imagined.",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="The largest rank of a refitted layer.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="The number of samples of each task.")] = 128,
+    weigh_tokens: Annotated[
+        bool, typer.Option(help="Count tokens by how far they move the answers, by backward passes.")
+    ] = True,
+    split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
+    images: a.Images = None,
+    base_model: a.Base = None,
+    system: a.System = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Conversations per batch.")] = 4,
+    seed: Annotated[int, typer.Option(help="The random seed that chooses the rows.")] = 0,
+    device: a.ModelDevice = None,
+    load_in: a.LoadIn = None,
+    overwrite: a.Overwrite = False,
+    quiet: a.Quiet = False,
+) -> None:
+    """Fit a merge's LoRA to what each layer gets in the merge, on samples of its tasks or without any.
+
+    Better than the merge itself for servers that know no gates. Without data it needs adapters that were measured with
+    --keep-prompts.
+
+    [bold]Examples[/bold]
+
+    peft-many refit merged --output refitted [dim]# on prompts that the tasks' adapters kept[/dim]
+
+    peft-many refit merged --data clevr=clevr.jsonl iconqa=iconqa.jsonl --output refitted
+    """
+    from .. import refit_merge_files
+
+    folder = refit_merge_files(
+        merge,
+        output,
+        a.data_by_task([*(data or ()), *(more or ())]) or None,
+        rank=rank,
+        max_samples=samples,
+        weigh_tokens=weigh_tokens,
+        base_model=base_model,
+        split=split,
+        images=images,
+        system=system,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        model_options=a.model_options(load_in),
+        overwrite=overwrite,
+        progress=not quiet,
+    )
+    typer.echo(f"The refitted merge: {folder}")
