@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -11,9 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftModel
-from torch import Tensor
 
 from peft_many import collect_statistics, refit_merge
 
@@ -21,15 +19,14 @@ from .methods import Answerer, Method, merged, refitted, same
 from .model import Collator
 from .parts import pairs_of, with_parts
 from .pretraining import pretraining_examples
-from .training import LONGEST_ANSWER, answers, batches_of
+from .training import answers, batches_of
 from .workshop import BATCH_SIZE, Workshop
 from .world import Example, Task
 
 PLAIN, UNMEASURED = "the plain merge", "adapters that nobody measured"
-IMAGINED = 64  # pictures of a task
+PRETENDED = 64  # samples of an adapter that nobody measured
+KEPT = 16  # prompts that an adapter keeps
 _WEIGHED = "weighed"
-
-Batch = dict[str, Tensor]
 
 
 def weighed(shop: Workshop, task: Task) -> Path:
@@ -41,68 +38,17 @@ def _weighed(shop: Workshop, stage: int, **options: Any) -> Answerer:
     return same(merged(shop, stage, adapter=partial(weighed, shop), **options))
 
 
-# --- Imagined pictures -----------------------------------------------------------------------------------------------
+# --- Imagined samples ------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def imagined(shop: Workshop, task: Task) -> list[Batch]:
-    """Batches whose image tokens nobody saw, for a refit without the task's data.
-
-    They are drawn from a Gaussian, all alike, with the mean and covariance of the task's image tokens behind its
-    projector, which is what an adapter would have to keep, beside prompts. The task's own adapter answers.
-    """
-    own = _own(shop, task)
-    image = own.get_base_model().config.image_token_id
-    seen = torch.cat([embedded(own, batch)[batch["input_ids"] == image] for batch in shop.measured(task)]).double()
-    mean, generator = seen.mean(0), torch.Generator().manual_seed(shop.seed)
-    values, directions = torch.linalg.eigh((seen - mean).T @ (seen - mean) / len(seen))
-    root = directions * values.clamp(min=0).sqrt()
-    found = []
-    for prompts in _of_one_length(shop.samples(task, IMAGINED), Collator(shop.tiny, prompts_only=True)):
-        embeds, places = embedded(own, prompts), prompts["input_ids"] == image
-        noise = torch.randn(int(places.sum()), len(mean), generator=generator, dtype=torch.float64)
-        embeds[places] = (mean + noise @ root.T).float()
-        new = own.generate(
-            inputs_embeds=embeds,
-            attention_mask=prompts["attention_mask"],
-            max_new_tokens=LONGEST_ANSWER,
-            do_sample=False,
-        )
-        kept = new != own.get_base_model().config.text_config.pad_token_id
-        found.append(
-            {
-                "inputs_embeds": torch.cat([embeds, own.get_input_embeddings()(new)], dim=1),
-                "attention_mask": torch.cat([prompts["attention_mask"], kept.long()], dim=1),
-                "labels": torch.cat([torch.full_like(prompts["input_ids"], -100), new.where(kept, -100)], dim=1),
-            }
-        )
-    return found
-
-
-def embedded(model: PeftModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """What goes into the language model, image tokens included, `(rows, length, d)`."""
-    seen: list[Tensor] = []
-    language_model = model.get_base_model().model.language_model
-    hook = language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].clone()), with_kwargs=True
-    )
-    with hook, torch.no_grad():
-        model(**batch)
-    return seen[0]
-
-
-def _of_one_length(examples: list[Example], collate: Collator) -> Iterator[Batch]:
-    by_length: dict[int, list[Example]] = {}
-    for example in examples:
-        by_length.setdefault(len(example.question.split()), []).append(example)
-    for group in by_length.values():
-        yield from batches_of(group, collate, BATCH_SIZE)
+def with_prompts(shop: Workshop, task: Task) -> Path:
+    """The task's own adapter with what samples can be imagined from."""
+    return shop.remeasured(task, "prompts", keep_prompts=KEPT)
 
 
 def _refitted_on_imagined(shop: Workshop, stage: int, **options: Any) -> Answerer:
-    model = merged(shop, stage, router="gaussian")
-    calibration = {task.name: imagined(shop, task) for task in shop.tasks[:stage]}
-    refit_merge(model, calibration, progress=False, **options)
+    model = merged(shop, stage, adapter=partial(with_prompts, shop), router="gaussian")
+    refit_merge(model, progress=False, **options)
     return same(model)
 
 
@@ -126,7 +72,7 @@ def _noise(shop: Workshop, task: Task, count: int) -> list[np.ndarray]:
 PICTURES = {"other tasks' pictures": _pictures_of_others, "plain pictures": _plain_pictures, "noise": _noise}
 
 
-def pretended(shop: Workshop, task: Task, pictures: str, prompts: str, count: int = IMAGINED) -> list[Example]:
+def pretended(shop: Workshop, task: Task, pictures: str, prompts: str, count: int = PRETENDED) -> list[Example]:
     """Pictures that are not the task's with `"own"` prompts or the `"base"`'s, answered by the task's own adapter."""
     questions = [example.question for example in shop.samples(task, count)]
     if prompts == "base":

@@ -72,6 +72,13 @@ def _refit(bench: Bench, **options: Any) -> Answerer:
     return _same(model)
 
 
+def _refit_without_data(bench: Bench, **options: Any) -> Answerer:
+    model = _merged(bench, **options)
+    with autocast(model.device):
+        refit_merge(model, max_samples=bench.settings.measured, progress=False)
+    return _same(model)
+
+
 def _sequential(bench: Bench) -> Answerer:
     folder, before = bench.folder / "sequential", None
     for task in bench.tasks():
@@ -127,6 +134,7 @@ _LISTED = (
     Method("MAny", "LPM and CPM (2604.14016).", _merge),
     Method("MAny, Gaussian router", "Images compared in the tasks' own metrics.", partial(_merge, router="gaussian")),
     Method("MAny, refitted", "The same, its LoRA fitted on samples.", partial(_refit, router="gaussian")),
+    Method("MAny, refitted without data", "... on imagined samples.", partial(_refit_without_data, router="gaussian")),
     Method("gated by images", "Each row gets the LoRA of the task that its image is like.", partial(_merge, **_GATED)),
     Method("gated by instructions", "... its instruction.", partial(_merge, **_GATED, gate_by="instructions")),
     Method("gated by both", "... both.", partial(_merge, **_GATED, gate_by="both")),

@@ -32,6 +32,7 @@ RESULTS_NAME = "results.json"
 PREPARED_NAME = "prepared.json"
 ALIGNMENT = Schedule(steps=400, batch_size=32, learning_rate=1e-3)
 TRAINING = Schedule(steps=400, batch_size=16, learning_rate=5e-4)
+_KEPT_PROMPTS = 16  # of each task, for refits without data
 
 # Libraries that the stages of preparing take: building and aligning the model, or else painting.
 _NEEDED = {"checkpoint": ("gguf", "timm"), "alignment": ("timm",)}
@@ -195,7 +196,9 @@ class Bench:
             found["losses"] = learn(adapted, collator, examples, wants.training, state, wants.seed, task.name)
             with autocast(adapted.device):
                 measured = batches(examples[: wants.measured], collator.training, wants.training.at_once)
-                collect_statistics(adapted, measured, max_samples=wants.measured, progress=False)
+                collect_statistics(
+                    adapted, measured, max_samples=wants.measured, keep_prompts=_KEPT_PROMPTS, progress=False
+                )
             with new_folder(folder) as partial:
                 adapted.save_pretrained(partial)
             model, collator = self.base()
