@@ -48,6 +48,10 @@ Replace = Annotated[bool, typer.Option("--overwrite", help="Replace earlier resu
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 # Of commands that run a base model.
 SomeData = "a .json, .jsonl or .parquet file, or a folder or Hub id that `datasets` reads."
+MoreData = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="TASK=DATA", help="Further tasks and their data, as in --data.", show_default=False),
+]
 Base = Annotated[
     str | None,
     typer.Option(
@@ -146,6 +150,11 @@ def weights_by_task(given: list[str] | None) -> dict[str, float] | None:
         if not task:
             raise typer.BadParameter(f"'{text}' is not TASK=NUMBER.", param_hint="--weight")
     return weights or None
+
+
+def data_option(what: str) -> Any:
+    """`--data`, which takes data of several tasks."""
+    return typer.Option("--data", "-d", metavar="TASK=DATA", help=f"{what}: {SomeData} Can be given several times.")
 
 
 def data_by_task(given: list[str], needed: str = "") -> dict[str, str]:

@@ -29,19 +29,8 @@ _Alone = Annotated[
 
 def evaluate(
     merge: Annotated[str, typer.Argument(help="The folder or Hub id of a merge.", show_default=False)],
-    more: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="TASK=DATA", help="Further tasks and their data, as in --data.", show_default=False),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            "-d",
-            metavar="TASK=DATA",
-            help=f"Test questions of a task: {a.SomeData} Can be given several times.",
-        ),
-    ] = None,
+    more: a.MoreData = None,
+    data: Annotated[list[str] | None, a.data_option("Test questions of a task")] = None,
     metric: _Metric = None,
     alone: _Alone = "all",
     text: Annotated[Path | None, typer.Option(help="A text file to compute the perplexity of.")] = None,

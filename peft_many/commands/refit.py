@@ -13,19 +13,8 @@ from .edit import AMerge
 def refit(
     merge: AMerge,
     output: a.Output,
-    more: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="TASK=DATA", help="Further tasks and their data, as in --data.", show_default=False),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            "-d",
-            metavar="TASK=DATA",
-            help=f"Samples of a task: {a.SomeData} Can be given several times. Without data, samples are imagined.",
-        ),
-    ] = None,
+    more: a.MoreData = None,
+    data: Annotated[list[str] | None, a.data_option("Samples of a task")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="The largest rank of a refitted layer.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="The number of samples of each task.")] = 128,
     weigh_tokens: Annotated[
@@ -44,8 +33,8 @@ def refit(
 ) -> None:
     """Fit a merge's LoRA to what each layer gets in the merge, on samples of its tasks or without any.
 
-    Better than the merge itself for servers that know no gates. Without data it needs adapters that were measured with
-    --keep-prompts.
+    Better than the merge itself for servers that know no gates. Without data, samples are imagined from prompts that
+    the tasks' adapters kept: measure --keep-prompts.
 
     [bold]Examples[/bold]
 
