@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,6 +40,8 @@ from ..records.options import MEAN
 from ..records.words import counted
 from ..tuner.config import MAnyConfig
 from .pool_sizes import DEFAULT_POOL_RANK, DEFAULT_STATISTICS_RANK
+
+_MOST_PROMPTS = 64  # that a pool keeps of its tasks'
 
 
 @without_autocast()
@@ -207,11 +210,13 @@ def _pooled_features(seen: Sequence[FeatureStatistics | None], truncation: Trunc
 
 
 def _pooled_prompts(asked: Sequence[Prompts | None], truncation: Truncation) -> Prompts | None:
-    """Those of all tasks together, if all have some."""
+    """Those of all tasks, one of each in turn, as far as a pool has room; if all have some."""
     known = [one for one in asked if one is not None]
     if not known or len(known) < len(asked):
         return None
     longest = max(one.ids.shape[1] for one in known)
-    ids = torch.cat([pad(one.ids, (longest - one.ids.shape[1], 0), value=-1) for one in known])
+    padded = [pad(one.ids, (longest - one.ids.shape[1], 0), value=-1) for one in known]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*padded))
+    ids = torch.stack([row for row in in_turn if row is not None][:_MOST_PROMPTS])
     shown = [one.image_tokens for one in known if one.image_tokens is not None]
     return Prompts(ids, max(one.answer_tokens for one in known), _pooled_features(shown, truncation))

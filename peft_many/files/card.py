@@ -133,7 +133,7 @@ def _about_task(config: Described) -> str:
     if measured:
         samples, images = (sum(getattr(task, of) for task in measured) for of in ("samples", "images"))
         about += f" Its statistics were measured on {counted(samples, 'sample')} with {counted(images, 'image')}."
-        kept = sum(len(task.prompts.ids) for task in measured if task.prompts is not None)
+        kept = sum(task.kept_prompts for task in measured)
         about += f" They hold {counted(kept, 'prompt')} of these, word for word." if kept else ""
     return about if pool is None else about + _pooled(pool.tasks) + _history(pool.operations)
 
@@ -186,6 +186,7 @@ def _table_of(tasks: Sequence[TaskRecord]) -> str:
         "weight": lambda task: f"{task.weight:g}",
         "samples": lambda task: str(task.samples),
         "images": lambda task: str(task.images),
+        "prompts kept, word for word": lambda task: str(task.prompts or ""),
         "interference": lambda task: "" if task.interference is None else f"{task.interference:.3f}",
         "sha256": lambda task: task.origin.sha256[:12],
     }

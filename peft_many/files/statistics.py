@@ -98,6 +98,11 @@ class TaskStatistics:
         return max((seen.count for seen in self.projectors.values()), default=0)
 
     @property
+    def kept_prompts(self) -> int:
+        """Prompts that are kept, word for word."""
+        return 0 if self.prompts is None else len(self.prompts.ids)
+
+    @property
     def is_measured(self) -> bool:
         """Whether there are statistics at all; tasks that were never measured can be merged by some methods."""
         return bool(self.inputs or self.projectors)

@@ -17,6 +17,7 @@ from .tensor_file import TensorFile
 # In the places of projectors' paths, which no module is called by.
 INSTRUCTIONS, IMAGE_TOKENS = "(instructions)", "(image tokens)"
 PROMPTS = "prompts"  # in the keys of tensors
+_MOST_COUNTED = 2**53  # images or tokens, beyond which float64 is not exact
 MOST_ANSWER_TOKENS = 1024  # that a stranger's file can have generated for each prompt
 
 
@@ -72,6 +73,8 @@ def tensors_of_features(features: Mapping[str, FeatureStatistics]) -> dict[str, 
 def read_features(file: TensorFile, t: int, name: str, about: dict[str, Any], counted: str) -> FeatureStatistics:
     """Task `t`'s features, of which the header says `about`."""
     prototype, count = read_tensor(file, f"{t}.prototype.{name}", 1), int(about[counted])
+    if not 1 <= count <= _MOST_COUNTED:
+        raise StatisticsError(f"{file.path}: '{t}.prototype.{name}' is said to be the mean of {count}.")
     if not torch.isfinite(prototype).all():
         raise StatisticsError(f"{file.path}: tensor '{t}.prototype.{name}' holds NaN or Inf.")
     if about["spread"] is None:
@@ -92,7 +95,9 @@ def read_prompts(file: TensorFile, t: int, about: dict[str, Any]) -> Prompts:
         raise StatisticsError(
             f"{file.path}: answers to its prompts are said to be {longest} tokens long, not 1 to {MOST_ANSWER_TOKENS}."
         )
-    if not ids.numel() or ids.min() < -1 or (ids < 0).all(1).any():
+    begun = (ids >= 0).cummax(1).values if ids.numel() else ids
+    if not ids.numel() or ids.min() < -1 or not (begun == (ids >= 0)).all() or not begun[:, -1].all():
         raise StatisticsError(f"{file.path}: tensor '{t}.{PROMPTS}' holds no prompts: token ids, after any -1.")
     seen = about["image_tokens"]
-    return Prompts(ids, longest, seen and read_features(file, t, IMAGE_TOKENS, seen, "count"))
+    tokens = None if seen is None else read_features(file, t, IMAGE_TOKENS, seen, "count")
+    return Prompts(ids, longest, tokens)

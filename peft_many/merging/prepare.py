@@ -150,6 +150,7 @@ def _task_record(task: TaskAdapter, interference: float | None) -> TaskRecord:
         origin=replace(task.origin, projectors_left_out=left_out, base_tensors=sorted(task.base_tensors)),
         samples=task.statistics.samples,
         images=task.statistics.images,
+        prompts=task.statistics.kept_prompts,
         interference=interference,
     )
 

@@ -70,6 +70,7 @@ class TaskRecord(Record):
         origin ([`Origin`]): Where its adapter came from.
         samples (`int`): How many samples it was measured on.
         images (`int`): How many images were among them.
+        prompts (`int`): How many of their prompts are kept, word for word.
         interference (`float`, *optional*): What merging costs it (`MergeReport.interference`).
     """
 
@@ -78,6 +79,7 @@ class TaskRecord(Record):
     origin: Origin
     samples: int = 0
     images: int = 0
+    prompts: int = 0
     interference: Number | None = None
 
 

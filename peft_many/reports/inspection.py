@@ -248,7 +248,7 @@ def _inspect_task(task: TaskAdapter, told: TaskRecord | None) -> TaskInspection:
         prototypes={name: len(seen.prototype) for name, seen in measured.projectors.items()},
         spreads=sorted(name for name, seen in measured.projectors.items() if seen.spread is not None),
         instruction_width=len(measured.instructions.prototype) if measured.instructions is not None else None,
-        prompts=len(measured.prompts.ids) if measured.prompts is not None else 0,
+        prompts=measured.kept_prompts,
         interference=None if told is None else told.interference,
         datasets=task.origin.datasets,
     )

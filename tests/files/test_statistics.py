@@ -420,7 +420,7 @@ def test_a_spread_of_another_width_than_its_prototype(path):
     assert_refused(path, "spread of the image tokens has width 12, and their prototype 5")
 
 
-@pytest.mark.parametrize("ids", [[[-1, -1], [1, 2]], [[-2, 1]], [[]]])
+@pytest.mark.parametrize("ids", [[[-1, -1], [1, 2]], [[-2, 1]], [[]], [[1, -1, 2]], [[1, -1]]])
 def test_prompts_that_are_none(path, ids):
     rewrite(path, {"0.prompts": torch.tensor(ids, dtype=torch.int32)})
     assert_refused(path, "tensor '0.prompts' holds no prompts")
@@ -473,3 +473,23 @@ def test_a_remainder_that_is_no_energy(path, remainder):
     covariance = AdapterStatistics.load(path).tasks[0].covariance_of("c.o")
     with pytest.raises(StatisticsError, match="remainder"):
         check_covariance(covariance, "'c.o'")
+
+
+@pytest.mark.parametrize("tokens", [0, False, "", {}, []])
+def test_image_tokens_that_are_nothing_in_another_way(path, tokens):
+    header = header_of(path)
+    header["tasks"][0]["prompts"]["image_tokens"] = tokens
+    rewrite(path, header=header)
+    with pytest.raises(StatisticsError):
+        AdapterStatistics.load(path)
+
+
+@pytest.mark.parametrize("count", [0, -8, 10**400])
+def test_a_mean_of_no_number_of_features(path, count):
+    untouched = header_of(path)
+    for change in (lambda task: task["projectors"]["projector"], lambda task: task["prompts"]["image_tokens"]):
+        header = json.loads(json.dumps(untouched))
+        about = change(header["tasks"][0])
+        about["images" if "images" in about else "count"] = count
+        rewrite(path, header=header)
+        assert_refused(path, f"the mean of {count}")
