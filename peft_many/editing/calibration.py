@@ -10,12 +10,21 @@ from accelerate.utils import send_to_device
 
 from ..files.statistics import AdapterStatistics, TaskStatistics
 from ..records import MergeRecord
-from ..statistics.forward import batch_size, check_batches
+from ..statistics.forward import batch_size, check_batches, check_max_samples
 from ..tuner.config import MAnyConfig
 
 
+def check_numbers(ridge: float, rank: int | None, max_samples: Any) -> None:
+    """Refuse a ridge, a rank or a number of samples that makes no sense, with a `ValueError`."""
+    check_max_samples(max_samples)
+    if not 0 < ridge < float("inf"):
+        raise ValueError(f"`ridge` must be positive and finite, but it is {ridge}.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` must be at least 1, but it is {rank}.")
+
+
 def check_can_be_refitted(
-    config: Any, name: str, calibration: Mapping[str, Any] | None
+    config: Any, name: str, calibration: Mapping[str, Any] | None, argument: str = "calibration"
 ) -> tuple[MergeRecord, AdapterStatistics]:
     """A merge that can be refitted and its statistics, or a `ValueError` that says why it cannot.
 
@@ -32,9 +41,9 @@ def check_can_be_refitted(
         raise ValueError(f"{name} was loaded without its statistics, which hold its tasks' own deltas.")
     tasks = {task.name or "": task for task in config.statistics.tasks}
     if calibration is not None:
-        _check_calibration(tasks, calibration)
+        _check_calibration(tasks, calibration, argument)
         return config.merge, config.statistics
-    without = [task for task, measured in tasks.items() if measured.prompts is None]
+    without = [task for task, measured in tasks.items() if measured.prompts is None and measured.weight > 0]
     if without:
         raise ValueError(
             f"No prompts were kept of {', '.join(map(repr, without))}, so that samples cannot be imagined. Give "
@@ -44,17 +53,17 @@ def check_can_be_refitted(
     return config.merge, config.statistics
 
 
-def _check_calibration(tasks: Mapping[str, TaskStatistics], calibration: Mapping[str, Any]) -> None:
+def _check_calibration(tasks: Mapping[str, TaskStatistics], calibration: Mapping[str, Any], argument: str) -> None:
     """There have to be samples of every task, and of no other."""
     if not isinstance(calibration, Mapping):
         raise ValueError(
-            f"`calibration` must give each task's batches by its name, {{'{next(iter(tasks))}': …}}, but it is a "
+            f"`{argument}` must give each task's samples by its name, {{'{next(iter(tasks))}': …}}, but it is a "
             f"{type(calibration).__name__}."
         )
     unknown, missing = (sorted({*a} - {*b}) for a, b in ((calibration, tasks), (tasks, calibration)))
     if unknown or missing:
         said = f"unknown: {', '.join(unknown)}" if unknown else f"missing: {', '.join(missing)}"
-        raise ValueError(f"`calibration` needs samples of every task of the merge, {', '.join(tasks)}; {said}.")
+        raise ValueError(f"`{argument}` needs samples of every task of the merge, {', '.join(tasks)}; {said}.")
 
 
 def samples_of(batches: Iterable[Any], most: int | None, task: str, device: torch.device) -> list[Any]:

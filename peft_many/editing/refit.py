@@ -29,7 +29,7 @@ from ..statistics.tokens import masks_of
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import lora_layers
 from ..tuner.merged_linear import exact_weights
-from .calibration import check_can_be_refitted, samples_of
+from .calibration import check_can_be_refitted, check_numbers, samples_of
 from .imagined import check_prompts, imagined
 from .lora_pair import LoraPair, own_in_place, put_back
 from .token_weights import squared_gradients
@@ -69,7 +69,7 @@ def refit_merge(
             What [`merge_adapter_sequence`] returned, or a merge that was loaded with its statistics.
         calibration (`Mapping[str, Iterable]`, *optional*):
             For each of the merge's tasks, by name, batches as for training; each is read once. Without it, samples are
-            imagined: prompts that were kept (`collect_statistics(keep_prompts=16)`), image tokens drawn from a
+            made up: prompts that were kept (`collect_statistics(keep_prompts=16)`), image tokens drawn from a
             Gaussian with the mean and covariance of the task's, and what the task's own adapter answers.
         targets (`str`, defaults to `"outputs"`): `"outputs"` or `"deltas"`, as above.
         ridge (`float`, defaults to 1e-4):
@@ -77,7 +77,8 @@ def refit_merge(
         rank (`int`, *optional*):
             The largest rank of a refitted layer; defaults to what the layer has in the merge, and cannot be more.
         max_samples (`int`, *optional*, defaults to 128):
-            Of each task; `None` reads all, or imagines one for each prompt.
+            Of each task; `None` reads all. Without `calibration` each prompt gets pictures in turn until there are so
+            many, or, if it is `None` or there are no pictures, one sample.
         weigh_tokens (`bool`, defaults to `False`):
             Count tokens by how far they move the answers, as in [`collect_statistics`]: one backward pass for each
             batch, which needs `labels`.
@@ -101,17 +102,16 @@ def refit_merge(
     """
     if targets not in ("outputs", "deltas"):
         raise ValueError(f"`targets` must be 'outputs' or 'deltas', but it is {targets!r}.")
-    if not 0 < ridge < float("inf"):
-        raise ValueError(f"`ridge` must be positive and finite, but it is {ridge}.")
-    if rank is not None and rank < 1:
-        raise ValueError(f"`rank` must be at least 1, but it is {rank}.")
+    check_numbers(ridge, rank, max_samples)
+    if calibration is None and forward_fn is not None:
+        raise ValueError("`forward_fn` runs the model on your batches; without `calibration` there are none.")
     if isinstance(model, nn.Module):
         model = extract_model_from_parallel(model, keep_torch_compile=False)
     name, config, merge, statistics = _merge_to_refit(model, calibration)
     tasks = {task.name or "": task for task in statistics.tasks}
-    if calibration is None:
-        check_prompts(tasks, model.get_base_model())
     layers: dict[str, Any] = dict(lora_layers(model.get_base_model(), name))
+    if calibration is None:
+        check_prompts(tasks, model.get_base_model(), layers)
     exact = exact_weights(model.get_base_model(), name, config)
     pairs = {path: LoraPair(layer, name) for path, layer in layers.items()}
     own = {task: _own_deltas(statistics, t, pairs) for t, task in enumerate(tasks)}
@@ -120,7 +120,7 @@ def refit_merge(
         for task, measured in tasks.items():
             if calibration is not None:
                 samples[task] = samples_of(calibration[task], max_samples, task, device_of(model))
-            elif measured.prompts is not None:
+            elif measured.prompts is not None and measured.weight > 0:
                 with own_in_place(pairs, own[task]):
                     samples[task] = imagined(model, measured.prompts, max_samples)
         weights = {task: measured.weight for task, measured in tasks.items()}
@@ -162,7 +162,7 @@ class _Refit:
         """By task and layer, how far each token moves the answers of the task's own adapter."""
         found = {}
         if self.answers is not None:
-            for task in self.weights:
+            for task in self.samples:
                 with own_in_place(self.pairs, self.own[task]):
                     found[task] = squared_gradients(self.layers, self.answers, self.samples[task], self.run)
         return found

@@ -17,7 +17,7 @@ from ..files.atomic import new_folder
 from ..hub.base_model import BaseModel
 from ..hub.loading import put_on
 from ..hub.sources import HubArguments, find_adapter, replaceable_files
-from .calibration import check_can_be_refitted
+from .calibration import check_can_be_refitted, check_numbers
 from .refit import DEFAULT_REFIT_RIDGE, refit_merge
 
 
@@ -76,12 +76,13 @@ def refit_merge_files(
         PosixPath('refitted')
         ```
     """
+    check_numbers(ridge, rank, max_samples)
     folder = Path(output_dir).expanduser()
     with new_folder(folder, replaceable_files(folder, overwrite)) as partial:
         source = find_adapter(merge, **hub)
         config = PeftConfig.from_pretrained(str(source.folder))
         # Files are read before the model is: what is missing shows at once.
-        check_can_be_refitted(config, source.name, data)
+        check_can_be_refitted(config, source.name, data, "data")
         examples = {
             task: read_examples(rows, split=split, images=images, limit=max_samples, seed=seed)
             for task, rows in (data or {}).items()

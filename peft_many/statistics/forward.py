@@ -117,12 +117,17 @@ def _holds_more_than_text_and_numbers(value: Any) -> bool:
     return not (isinstance(value, (str, bytes, int, float, type(None))) or hasattr(value, "__array_interface__"))
 
 
+def check_max_samples(max_samples: int | None) -> None:
+    """Refuse what is no number of samples, with a `ValueError`; `None` is all."""
+    if max_samples is not None and not (isinstance(max_samples, Integral) and max_samples >= 1):
+        raise ValueError(f"`max_samples` must be a whole number of at least 1, but it is {max_samples!r}.")
+
+
 def check_batches(batches: Any, max_samples: int | None, forward_fn: Any = None) -> None:
     """Refuse what is no collection of batches, a single one say, and what cannot be called, with a `ValueError`."""
     if forward_fn is not None and not callable(forward_fn):
         raise ValueError(f"`forward_fn` must be a function of the model and a batch, not {forward_fn!r}.")
-    if max_samples is not None and not (isinstance(max_samples, Integral) and max_samples >= 1):
-        raise ValueError(f"`max_samples` must be a whole number of at least 1, but it is {max_samples!r}.")
+    check_max_samples(max_samples)
     if isinstance(batches, (str, os.PathLike, Mapping, Tensor, nn.Module)) or not (
         hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
     ):

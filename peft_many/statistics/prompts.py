@@ -57,6 +57,10 @@ class PromptHooks:
         rows = prompts_of(model, arguments_of(model.forward, args, kwargs))
         ids, asked, answered = (part[:left].cpu() for part in (rows.ids, rows.asked, rows.answered))
         images = asked & are_placeholders(ids, model)
+        if (ids[asked] < 0).any():
+            raise ValueError("Prompts cannot be kept, since token ids below zero stand for images.")
+        asked &= (asked.any(1) & answered.any(1))[:, None]  # a row without an answer may be one that was cut off
+        images &= asked
         self.prompts += [row[kept].int() for row, kept in zip(ids, asked) if kept.any()]
         self.answer_tokens = max(self.answer_tokens, int(_first_run(answered).sum(1).max()))
         self._shape = rows.ids.shape

@@ -29,8 +29,9 @@ def labelled(family: str, seed: int, rows: int = 8) -> list[dict[str, Tensor]]:
     """The last two tokens of a row are its answer."""
     found = batches(base(family), family, seed, rows=rows)
     for part in found:
-        left = part["attention_mask"].flip(1).cumsum(1).flip(1)
-        part["labels"] = part["input_ids"].where((left <= 2) & part["attention_mask"].bool(), -100)
+        mask = part.get("attention_mask", torch.ones_like(part["input_ids"]))
+        left = mask.flip(1).cumsum(1).flip(1)
+        part["labels"] = part["input_ids"].where((left <= 2) & mask.bool(), -100)
     return found
 
 
@@ -96,8 +97,11 @@ def test_every_family_imagines(shelf: Any, family: str) -> None:
             assert torch.isfinite(model(**batch).logits).all()
 
 
-def test_what_was_imagined_is_saved_with_a_merge(shelf: Any, tmp_path: Path) -> None:
+def test_prompts_are_saved_with_a_merge(shelf: Any, tmp_path: Path) -> None:
     merge(shelf, "llava").save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "prompts kept, word for word" in card
+    assert "| 8 | 8 |" in card  # samples, images, prompts
     model = PeftModel.from_pretrained(base("llava"), tmp_path)
     refit_merge(model, **QUIET)
     again = merge(shelf, "llava")
@@ -131,17 +135,18 @@ def test_answers_stop_at_their_end(shelf: Any) -> None:
     model = measured("llama", 0).eval()
     prompts = replace(prompts_of(model), answer_tokens=6)
     model.get_base_model().generation_config.eos_token_id = None
-    free = torch.cat([batch["labels"][:, -6:] for batch in imagined(model, prompts, None)])
-    end = int(free[0, 2])  # what one of them says
+    end = int(imagined(model, prompts, None)[0]["labels"][0, -4])  # what one of them says
     for ends in (end, [end, 99]):
         model.get_base_model().generation_config.eos_token_id = ends
+        said = []
         for batch in imagined(model, prompts, None):
             for labels, mask in zip(batch["labels"], batch["attention_mask"]):
-                said = labels[labels != -100].tolist()
-                assert end not in said[:-1]
-                assert len(said) == 6 or said[-1] in (end, 99)
-                assert mask.sum() >= len(said)
-                assert not mask[len(mask) - 6 + len(said) :].any()  # padding behind it
+                said.append(labels[labels != -100].tolist())
+                assert end not in said[-1][:-1]
+                assert len(said[-1]) == 6 or said[-1][-1] in (end, 99)
+                assert mask.tolist() == [1] * int(mask.sum()) + [0] * int(len(mask) - mask.sum())  # padding behind it
+                assert labels[int(mask.sum()) - 1] != -100
+        assert min(map(len, said)) < 6
 
 
 def test_image_tokens_are_drawn_in_the_places_of_pictures(shelf: Any) -> None:
@@ -149,13 +154,18 @@ def test_image_tokens_are_drawn_in_the_places_of_pictures(shelf: Any) -> None:
     prompts = prompts_of(model)
     embed = model.get_input_embeddings()
     assert prompts.image_tokens is not None
+    rows = [row[row >= 0].long() for row in prompts.ids]
     drawn = []
-    for batch, rows in zip(imagined(model, prompts, None), (prompts.ids >= 0).sum(1).argsort(stable=True).split(16)):
-        for embeds, ids in zip(batch["inputs_embeds"], prompts.ids[rows]):
-            inside = embeds[-2 - len(ids) : -2][ids >= 0]
-            ids = ids[ids >= 0].long()
-            torch.testing.assert_close(inside[ids != tiny.IMAGE], embed(ids[ids != tiny.IMAGE]))
-            drawn.append(inside[ids == tiny.IMAGE])
+    for batch in imagined(model, prompts, None):
+        for embeds, labels in zip(batch["inputs_embeds"], batch["labels"]):
+            words = embeds[: int((labels == -100).sum())]
+            ids = next(  # the prompt with these words
+                ids
+                for ids in rows
+                if len(ids) == len(words)
+                and torch.allclose(words[ids != tiny.IMAGE], embed(ids[ids != tiny.IMAGE]), atol=1e-5)
+            )
+            drawn.append(words[ids == tiny.IMAGE])
     tokens = torch.cat(drawn)
     assert len(tokens) == (prompts.ids == tiny.IMAGE).sum()
     spread = tokens.double().T.cov().trace().item()
@@ -181,6 +191,31 @@ def test_so_many_are_imagined(shelf: Any, most: int, family: str, count: int) ->
     assert sum(len(batch["labels"]) for batch in batches) == count
     rows = {tuple(row.flatten().tolist()) for batch in batches for row in batch["inputs_embeds"]}
     assert len(rows) == count
+
+
+def test_positions_that_are_learnt_are_those_of_the_prompt_alone(shelf: Any) -> None:
+    """Of GPT-2 padding on the left would move the words."""
+    model = measured("gpt2", 0).eval()
+    (own,) = (row[row >= 0] for row in prompts_of(model).ids[:1])
+    longer = torch.cat([own, own])
+    pair = replace(
+        prompts_of(model),
+        ids=torch.stack([longer, torch.cat([torch.full_like(own, -1), own])]),
+        answer_tokens=4,
+    )
+    alone = replace(pair, ids=own[None])
+    (said,) = (batch["labels"][0, -4:] for batch in imagined(model, alone, None))
+    found = [batch["labels"][0, -4:] for batch in imagined(model, pair, None)]
+    assert torch.equal(found[0], said)
+
+
+def test_few_of_many_prompts_are_taken_evenly(shelf: Any) -> None:
+    model = measured("llama", 0).eval()
+    ids = torch.arange(5, 13, dtype=torch.int32)[:, None]
+    prompts = replace(prompts_of(model), ids=ids, answer_tokens=1)
+    first = model.get_input_embeddings()(ids[::2, 0].long())
+    (batch,) = imagined(model, prompts, 4)
+    torch.testing.assert_close(batch["inputs_embeds"][:, 0], first)
 
 
 def test_the_same_is_imagined_again(shelf: Any) -> None:
@@ -218,11 +253,54 @@ def test_a_pool_keeps_the_prompts_of_all_its_tasks(shelf: Any, tmp_path: Path) -
     own = [AdapterStatistics.load(folder / STATISTICS).tasks[0].prompts for folder in folders]
     assert pool.prompts is not None
     rows = [row for prompts in own for row in prompts.ids.tolist()]  # type: ignore[union-attr]
-    words = [[token for token in row if token >= 0] for row in rows]
-    assert [[token for token in row if token >= 0] for row in pool.prompts.ids.tolist()] == words
+    words, found = ([[t for t in row if t >= 0] for row in some] for some in (rows, pool.prompts.ids.tolist()))
+    assert sorted(found) == sorted(words)
     assert pool.prompts.image_tokens is not None
     assert pool.prompts.image_tokens.count == sum(one.image_tokens.count for one in own)  # type: ignore[union-attr]
     (none,) = AdapterStatistics.load(
         pool_adapters([folders[0], shelf("llava", 1, keep_prompts=0)], tmp_path / "without", **QUIET) / STATISTICS
     ).tasks
     assert none.prompts is None
+
+
+def test_a_pool_of_pools_keeps_no_more_than_a_pool(
+    shelf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_many.editing.pooling._MOST_PROMPTS", 10)
+    first = pool_adapters([shelf("llava", 0), shelf("llava", 1)], tmp_path / "first", **QUIET)
+    both = pool_adapters([first, shelf("llava", 2)], tmp_path / "both", **QUIET)
+    (pool,) = AdapterStatistics.load(both / STATISTICS).tasks
+    assert pool.prompts is not None
+    assert len(pool.prompts.ids) == 10
+    own = AdapterStatistics.load(shelf("llava", 2) / STATISTICS).tasks[0].prompts
+    assert own is not None
+    kept = {tuple(token for token in row if token >= 0) for row in pool.prompts.ids.tolist()}
+    assert kept & {tuple(token for token in row if token >= 0) for row in own.ids.tolist()}
+
+
+@pytest.mark.parametrize("count", [0, -1, "5", 1.5])
+def test_a_number_of_samples_that_is_none(shelf: Any, count: Any) -> None:
+    with pytest.raises(ValueError, match="max_samples"):
+        refit_merge(merge(shelf, "llava"), max_samples=count, **QUIET)
+
+
+def test_a_function_of_batches_needs_batches(shelf: Any) -> None:
+    with pytest.raises(ValueError, match="forward_fn"):
+        refit_merge(merge(shelf, "llava"), forward_fn=lambda model, batch: model(**batch), **QUIET)
+
+
+def test_lora_on_the_vision_tower_needs_samples(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        config = MAnyConfig(r=2, task_name=f"task {seed}", target_modules=r".*(vision_tower|language_model).*v_proj")
+        model = get_peft_model(base("llava"), config)
+        collect_statistics(model, labelled("llava", seed), keep_prompts=4, **QUIET)
+        model.save_pretrained(tmp_path / str(seed))
+    merged = merge_adapter_sequence(base("llava"), [tmp_path / "0", tmp_path / "1"], **QUIET)
+    with pytest.raises(ValueError, match=r"reads pictures.*give samples"):
+        refit_merge(merged, **QUIET)
+
+
+def test_a_task_without_weight_needs_no_prompts(shelf: Any) -> None:
+    folders = [shelf("llava", 0), shelf("llava", 1, keep_prompts=0)]
+    model = merge_adapter_sequence(base("llava"), folders, weights=[1.0, 0.0], **QUIET)
+    refit_merge(model, weigh_tokens=True, **QUIET)

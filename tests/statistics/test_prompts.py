@@ -171,3 +171,22 @@ def test_the_card_and_inspect_say_that_they_are_there(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert "They hold 4 prompts of these, word for word." in (tmp_path / "README.md").read_text()
     assert [task.prompts for task in inspect_adapter(tmp_path).tasks] == [4]
+
+
+def test_a_row_without_an_answer_is_no_prompt() -> None:
+    """Its answer may have been cut off, or hidden."""
+    model = adapted("llama")
+    ids = torch.tensor([[5, 6, 50], [7, 8, 51]])
+    labels = torch.tensor([[-100, -100, 50], [-100, -100, -100]])
+    prompts = kept(model, [{"input_ids": ids, "labels": labels}])
+    assert prompts is not None
+    assert prompts.ids.tolist() == [[5, 6]]
+
+
+def test_of_a_conversation_the_first_question_is_kept() -> None:
+    model = adapted("llama")
+    ids = torch.tensor([[5, 6, 50, 7, 51, 52]])
+    prompts = kept(model, [{"input_ids": ids, "labels": ids.where(ids >= 50, -100)}])
+    assert prompts is not None
+    assert prompts.ids.tolist() == [[5, 6]]
+    assert prompts.answer_tokens == 1
