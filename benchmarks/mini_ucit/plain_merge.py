@@ -46,7 +46,7 @@ def with_prompts(shop: Workshop, task: Task) -> Path:
     return shop.remeasured(task, "prompts", keep_prompts=KEPT)
 
 
-def _refitted_on_imagined(shop: Workshop, stage: int, **options: Any) -> Answerer:
+def _refitted_without_data(shop: Workshop, stage: int, **options: Any) -> Answerer:
     model = merged(shop, stage, adapter=partial(with_prompts, shop), router="gaussian")
     refit_merge(model, progress=False, **options)
     return same(model)
@@ -126,8 +126,8 @@ def plain_merges() -> Iterator[Method]:
     after = partial(refitted, targets="outputs", router="gaussian", weigh_tokens=True)
     yield Method("refit, tokens weighed", PLAIN, "", after)
     for weigh, how in ((False, ""), (True, ", tokens weighed")):
-        after = partial(_refitted_on_imagined, weigh_tokens=weigh)
-        yield Method(f"refit on imagined pictures{how}", PLAIN, "", after)
+        after = partial(_refitted_without_data, weigh_tokens=weigh)
+        yield Method(f"refit without data{how}", PLAIN, "", after)
     yield Method("average, own projector", UNMEASURED, "", _average)
     for pictures in PICTURES:
         for weigh, how in ((False, ""), (True, ", weighed")):
