@@ -97,6 +97,8 @@ def export_lora(
     output = output_folder(output_dir, [adapter, base_model])
     source = find_adapter(adapter, **hub)
     (read,) = with_current_names([read_adapter(source)], None)
+    if with_tasks and read.merge is None:
+        raise ValueError(f"{source.name} is no merge, so there are no tasks' LoRAs beside it (`with_tasks`).")
     if check_for is not None:
         one_of("check_for", check_for, SERVERS)
         read = as_served(read, BaseModel.of(base_model, read.config, hub))
@@ -108,8 +110,6 @@ def export_lora(
             f"{source.name} has layers of rank {config.r}, and vLLM serves at most {SERVED_RANKS[-1]}: merge it again "
             f"with `rank={SERVED_RANKS[-1]}` or less."
         )
-    if with_tasks and read.merge is None:
-        raise ValueError(f"{source.name} is no merge, so there are no tasks' LoRAs beside it (`with_tasks`).")
     stored = next(iter(tensors.values())).dtype
     dtype = str(stored).removeprefix("torch.")
     notes = [f"All layers have rank {config.r} (vLLM: `max_lora_rank={served}`), in {dtype}."]
