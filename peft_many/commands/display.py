@@ -165,7 +165,7 @@ def show_evaluation(found: Evaluation) -> None:
     _show_table("Scores in per cent", rows)
     _say(f"Questions: {counts}")
     if found.forgotten:
-        changed = ", ".join(f"{task} {-points:+.1f}" for task, points in found.forgotten.items())
+        changed = ", ".join(f"{task} {round(-points, 1) + 0.0:+.1f}" for task, points in found.forgotten.items())
         _say(f"The merge compared with each task's adapter alone, in points: {changed}")
 
 
