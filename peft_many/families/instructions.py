@@ -79,8 +79,10 @@ def prompts_of(model: Any, arguments: Mapping[str, Any]) -> PromptRows:
 
 def are_placeholders(ids: Tensor, model: Any) -> Tensor:
     """Which token ids stand for parts of images or videos."""
-    tokens = {*placeholder_tokens(model, "image"), *placeholder_tokens(model, "video")}
-    return torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for token in {*placeholder_tokens(model, "image"), *placeholder_tokens(model, "video")}:
+        found |= ids == token  # a tensor of them would have to be copied to a GPU in every call
+    return found
 
 
 def _tells(arguments: Mapping[str, Any], model: Any) -> bool:
