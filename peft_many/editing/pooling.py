@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
@@ -214,9 +212,6 @@ def _pooled_prompts(asked: Sequence[Prompts | None], truncation: Truncation) -> 
     known = [one for one in asked if one is not None]
     if not known or len(known) < len(asked):
         return None
-    longest = max(one.ids.shape[1] for one in known)
-    padded = [pad(one.ids, (longest - one.ids.shape[1], 0), value=-1) for one in known]
-    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*padded))
-    ids = torch.stack([row for row in in_turn if row is not None][:_MOST_PROMPTS])
-    shown = [one.image_tokens for one in known if one.image_tokens is not None]
-    return Prompts(ids, max(one.answer_tokens for one in known), _pooled_features(shown, truncation))
+    rows = ([row[row >= 0] for row in one.ids] for one in known)
+    tokens = _pooled_features([one.image_tokens for one in known if one.image_tokens is not None], truncation)
+    return Prompts.in_turn(rows, _MOST_PROMPTS, max(one.answer_tokens for one in known), tokens)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..algebra.covariance import Covariance
 from .errors import StatisticsError
@@ -43,6 +45,16 @@ class Prompts:
     ids: Tensor = field(repr=False)
     answer_tokens: int
     image_tokens: FeatureStatistics | None = None
+
+    @classmethod
+    def in_turn(
+        cls, prompts: Iterable[Sequence[Tensor]], most: int, answer_tokens: int, image_tokens: FeatureStatistics | None
+    ) -> Prompts:
+        """Up to `most` of several lists of prompts, token ids `(length,)` each: one of each list in turn."""
+        mixed = itertools.chain.from_iterable(itertools.zip_longest(*prompts))
+        rows = [row for row in mixed if row is not None][:most]
+        ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+        return cls(ids, answer_tokens, image_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """What the header of a statistics file says."""

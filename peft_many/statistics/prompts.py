@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from contextlib import ExitStack
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from peft.utils import PeftWarning
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ..algebra.total import FiniteCheck
 from ..families.instructions import are_placeholders, prompts_of
@@ -56,11 +54,10 @@ class PromptHooks:
             return
         rows = prompts_of(model, arguments_of(model.forward, args, kwargs))
         ids, asked, answered = (part[:left].cpu() for part in (rows.ids, rows.asked, rows.answered))
-        images = asked & are_placeholders(ids, model)
         if (ids[asked] < 0).any():
             raise ValueError("Prompts cannot be kept, since token ids below zero stand for images.")
-        asked &= (asked.any(1) & answered.any(1))[:, None]  # a row without an answer may be one that was cut off
-        images &= asked
+        asked &= answered.any(1, keepdim=True)  # a row without an answer may be one that was cut off
+        images = asked & are_placeholders(ids, model)
         self.prompts += [row[kept].int() for row, kept in zip(ids, asked) if kept.any()]
         self.answer_tokens = max(self.answer_tokens, int(_first_run(answered).sum(1).max()))
         self._shape = rows.ids.shape
@@ -98,16 +95,14 @@ def gather_prompts(hooks: PromptHooks, processes: Processes) -> Prompts | None:
         return None
     seen = gather_features(processes.together(hooks.result), processes).get(IMAGE_TOKENS)
     everyone = processes.every(lambda: (hooks.prompts, hooks.answer_tokens))
-    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*(prompts for prompts, _ in everyone)))
-    prompts = [one for one in in_turn if one is not None][: hooks.count]
+    prompts = [found for found, _ in everyone if found]
     longest = min(max(tokens for _, tokens in everyone), MOST_ANSWER_TOKENS)
-    shown = any(are_placeholders(one, hooks.model).any() for one in prompts)
+    shown = any(are_placeholders(one, hooks.model).any() for found in prompts for one in found)
     if shown and (seen is None or seen.spread is None or seen.spread.trace == 0):
         why = "the images of this model do not enter its language model as tokens of their own"
     elif not prompts or not longest:
         why = "no batch had a prompt with an answer"
     else:
-        ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side="left")
-        return Prompts(ids, longest, seen)
-    warnings.warn(f"No prompts were kept, since {why}; `refit_merge` will need samples.", PeftWarning, stacklevel=3)
+        return Prompts.in_turn(prompts, hooks.count, longest, seen)
+    warnings.warn(f"No prompts were kept, since {why}; `refit_merge` will need samples.", PeftWarning, stacklevel=4)
     return None
