@@ -11,6 +11,7 @@ from torch import Tensor
 from ..algebra.devices import float64_device
 from ..algebra.spectrum import Truncation
 from ..algebra.spread import centred
+from ..algebra.total import FiniteCheck
 from ..files.processes import Processes
 from ..files.stored_features import FeatureStatistics
 
@@ -44,6 +45,12 @@ class PooledFeatures:
     def on_cpu(self) -> PooledFeatures:
         """The same on the CPU."""
         return PooledFeatures(self.total.cpu(), self.count, [part.cpu() for part in self.kept])
+
+
+def finished(found: Mapping[str, PooledFeatures], message: str) -> dict[str, PooledFeatures]:
+    """The same on the CPU, or a `RuntimeError` with the message, where `{}` is a name, if one holds NaN or Inf."""
+    FiniteCheck({name: one.total.sum() for name, one in found.items()}, message).refuse()
+    return {name: one.on_cpu() for name, one in found.items()}
 
 
 def gather_features(

@@ -10,11 +10,10 @@ from peft.utils import PeftWarning
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..algebra.total import FiniteCheck
 from ..routing.instructions import features_of_instructions
 from ..routing.row_weights import cached_length
 from ..routing.watched import arguments_of
-from .features import PooledFeatures
+from .features import PooledFeatures, finished
 
 _NAME = "instructions"
 
@@ -39,9 +38,7 @@ class InstructionHook:
 
     def result(self) -> dict[str, PooledFeatures]:
         """What was seen, under one name; nothing if no call had token ids."""
-        sums = {name: found.total.sum() for name, found in self._found.items()}
-        FiniteCheck(sums, "The base model's token embeddings hold NaN or Inf.").refuse()
-        return {name: found.on_cpu() for name, found in self._found.items()}
+        return finished(self._found, "The base model's token embeddings hold NaN or Inf.")
 
     def warn_of_untold(self) -> None:
         """Warn the caller of the caller if there were instructions that could not be told from answers."""

@@ -10,13 +10,12 @@ import torch
 from peft.utils import PeftWarning
 from torch import Tensor, nn
 
-from ..algebra.total import FiniteCheck
 from ..families.instructions import are_placeholders, prompts_of
 from ..families.parts import parts_of
 from ..files.processes import Processes
 from ..files.stored_features import IMAGE_TOKENS, MOST_ANSWER_TOKENS, Prompts
 from ..routing.watched import arguments_of
-from .features import MOST_KEPT, PooledFeatures, gather_features
+from .features import MOST_KEPT, PooledFeatures, finished, gather_features
 
 
 class PromptHooks:
@@ -78,9 +77,7 @@ class PromptHooks:
 
     def result(self) -> dict[str, PooledFeatures]:
         """The image tokens, under one name; nothing if there were none."""
-        sums = {name: found.total.sum() for name, found in self.image_tokens.items()}
-        FiniteCheck(sums, "The image tokens hold NaN or Inf where they enter the language model.").refuse()
-        return {name: found.on_cpu() for name, found in self.image_tokens.items()}
+        return finished(self.image_tokens, "The image tokens hold NaN or Inf where they enter the language model.")
 
 
 def _first_run(answered: Tensor) -> Tensor:
