@@ -2,21 +2,16 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import huggingface_hub.constants
 import hypothesis
 import pytest
-import torch
 
 from tests import places
 
-# Pytest has imported huggingface_hub before this file: pyproject.toml names a warning of PEFT's.
-huggingface_hub.constants.HF_HUB_OFFLINE = True
-torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
 

@@ -45,6 +45,7 @@ def _small_batches():
     with pytest.MonkeyPatch.context() as patch:
         for module in (workshop, plain_merge):
             patch.setattr(module, "BATCH_SIZE", ROWS)
+        patch.setattr(plain_merge, "KEPT", 2)
         yield
 
 

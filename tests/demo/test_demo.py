@@ -22,15 +22,19 @@ def test_a_few_steps_of_training_move_the_answers():
     torch.manual_seed(0)
     task, collate = TASKS[2], Collator(LLAVA)
     model = get_peft_model(LLAVA.load(), MAnyConfig(r=4))
-    losses = train(model, [collate(task.examples(16, "train", seed)) for seed in range(30)], 30, 4e-3)
+    losses = train(model, [collate(task.examples(8, "train", seed)) for seed in range(20)], 20, 4e-3)
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
 @pytest.mark.slow
 def test_the_demo_in_small_tells_its_story(tmp_path, monkeypatch):
-    """An eighteenth of the training: what must hold is the order, not the numbers; MAny gets 31, averaging 2."""
+    """An eighteenth of the training, two of four tasks: what must hold is the order, not the numbers.
+
+    MAny gets 38, averaging 15, sequential fine-tuning 13.
+    """
     monkeypatch.setattr(running, "BATCH_SIZE", 16)
-    told = CliRunner().invoke(app, ["--output", str(tmp_path), "--steps", "50", "--tests", "40"]).stdout
+    monkeypatch.setattr(running, "TASKS", TASKS[2:])
+    told = CliRunner().invoke(app, ["--output", str(tmp_path), "--steps", "50", "--tests", "24"]).stdout
     assert "MAny" in told
     assert "each task alone" in told
     results = json.loads((tmp_path / "results.json").read_text())
@@ -39,7 +43,7 @@ def test_the_demo_in_small_tells_its_story(tmp_path, monkeypatch):
     assert means["MAny"] > means["averaging"]
     assert means["each task alone"] > means["zero-shot"]
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert load_merged(tmp_path).peft_config["default"].merge.names == sorted(t.name for t in TASKS)
+    assert load_merged(tmp_path).peft_config["default"].merge.names == sorted(t.name for t in TASKS[2:])
 
 
 def test_the_demo_passes_its_options_on(tmp_path, monkeypatch):
