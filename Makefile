@@ -24,8 +24,9 @@ real: $(VENV)/.real
 gpu: $(VENV)/.gpu
 	$(BIN)/python -m benchmarks.gpu
 
+# What the tests of a file share is made once, where one process runs them all.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # With a real vLLM, which wants other versions and so has an environment of its own; two cores, CPUs will do.
 serve-test: $(VENV)-vllm/.ready

@@ -207,8 +207,9 @@ def test_a_gate_chooses_loras(shelf, tmp_path, family, options):
         LoRAs(ServedMerge.read(str(merged)), tmp_path)
 
 
-def test_words_choose_loras_where_no_projector_is_routed(tmp_path):
-    served = Served(tmp_path / "llava", "llava", tasks="xy")
+@pytest.mark.parametrize("family", ["llava", "llama"])
+def test_words_choose_loras_where_no_projector_is_routed(tmp_path, family):
+    served = Served(tmp_path / family, family, tasks="xy")
     merged = served.merge("xy", tmp_path / "merged", gate_by="instructions")
     loras = export_lora(merged, tmp_path / "lora", with_tasks=True).folder
     names = []

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from peft_many import MAnyConfig, collect_statistics, merge_adapter_files
 from tests.adapters import scatter
 from tests.families.shrink import merged
-from tests.tiny import _FAMILIES, PATCH, with_random_weights
+from tests.tiny import _FAMILIES, PATCH, Family, _text, with_random_weights
 
 WIDTH, HEADS, SIDE = 64, 2, 16
 WORDS = 100
@@ -41,7 +41,7 @@ class World:
         changes (`dict`): What its configuration needs to be served.
         processor (`Callable`): Of a tokenizer.
         sizes (`list[tuple[int, int]]`): Widths and heights of images.
-        most (`int`): Images in a prompt.
+        most (`int`): Images in a prompt; none are for a language model.
         rename (`tuple[str, str]`, *optional*): What tensors of real checkpoints are called, in place of ours.
     """
 
@@ -126,7 +126,9 @@ _INTERN = {
     "end_image_token": "</img>",
 }
 _PLAIN = {"text_config": TEXT, "vision_config": VISION}
+_SPECS = {**_FAMILIES, "llama": Family("Llama", _text)}
 WORLDS = {
+    "llama": World([], "", TEXT, lambda tokenizer: tokenizer, most=0),
     "llava": World(["<image>"], "<image>", _CLIP, _llava, rename=_HUB_NAMES),
     "llava_next": World(
         ["<image>"], "<image>", _CLIP, _llava_next, [(8, 8), (16, 8), (16, 16), (16, 12)], rename=_HUB_NAMES
@@ -203,7 +205,7 @@ WORLDS = {
 
 def architecture(family: str) -> str:
     """As a model's config names it."""
-    return f"{_FAMILIES[family].prefix}ForConditionalGeneration"
+    return f"{_SPECS[family].prefix}For{'ConditionalGeneration' if WORLDS[family].most else 'CausalLM'}"
 
 
 class Served:
@@ -212,7 +214,7 @@ class Served:
     def __init__(self, root: Path, family: str, tasks: str = "abc", world: World | None = None) -> None:
         self.root, self.family, self.world = root, family, world or WORLDS[family]
         self.base, self.processor = root / "base", self.world.processor(_tokenizer(self.world))
-        spec = _FAMILIES[family]
+        spec = _SPECS[family]
         config = getattr(transformers, f"{spec.prefix}Config")(**merged(spec.config(), self.world.changes))
         model = with_random_weights(getattr(transformers, architecture(family)), config, 0, torch.float32)
         model.generation_config.suppress_tokens = None
@@ -231,7 +233,8 @@ class Served:
         torch.manual_seed(seed)
         model = get_peft_model(self.model(), MAnyConfig(r=4, lora_alpha=8, task_name=name, **options))
         scatter(model, seed)
-        loader = [self.inputs(text(row, seed), [picture(self, seed, row)]) for row in range(4)]
+        images = [[picture(self, seed, row)] if self.world.most else [] for row in range(4)]
+        loader = [self.inputs(text(row, seed), shown) for row, shown in enumerate(images)]
         collect_statistics(model, loader, energy=1.0, progress=False)
         model.save_pretrained(self.root / name)
         return self.root / name
@@ -240,7 +243,8 @@ class Served:
         """Of one prompt, as the model takes them."""
         prompt = self.prompt(words, images)
         if not images:
-            return self.processor.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+            tokenizer = self.processor.tokenizer if self.world.most else self.processor
+            return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         inputs = self.processor(text=prompt, images=images, return_tensors="pt")
         # By these Gemma 3 and PaliGemma have tokens attend to later ones too, which vLLM does not do on CPUs.
         inputs.pop("token_type_ids", None)
@@ -253,7 +257,12 @@ class Served:
         return merge_adapter_files([self.adapters[name] for name in names], output, progress=False, **options)
 
     def prompts(self) -> list[tuple[str, list[Image.Image]]]:
-        """Three of text, eight with an image of some task, and one with two images of different tasks."""
+        """Three of text, eight with an image of some task, and one with two images of different tasks.
+
+        A language model gets twelve of text, of all tasks.
+        """
+        if not self.world.most:
+            return [(text(row, row % len(self.adapters)), []) for row in range(12)]
         of_text = [(text(row, 7), []) for row in range(3)]
         of_images = [(text(row, row % 4), [picture(self, row % 4, 10 + row)]) for row in range(8)]
         several = [picture(self, task, 20 + task) for task in range(self.world.most)]
