@@ -33,9 +33,9 @@ class GatedLinear(MergedLinear):
         if gates is None:
             return super().forward(input)
         between = [1] * (input.dim() - 2)
-        own = nn.functional.linear(input, self.task_weight[gates.columns])
+        own = nn.functional.linear(input, _part(self.task_weight, 0, gates.columns))
         if not gates.are_one:
-            own = own * gates.own[:, gates.columns].reshape(-1, *between, own.shape[-1])
+            own = own * _part(gates.own, 1, gates.columns).reshape(-1, *between, own.shape[-1])
         if gates.merged is None:
             return own
         return super().forward(input) * gates.merged.reshape(-1, *between, 1) + own
@@ -44,7 +44,7 @@ class GatedLinear(MergedLinear):
 class ColumnsLinear(MergedLinear):
     """The `lora_B` behind a `GatedLinear`, which may give it a part of the columns: those of the tasks that are there.
 
-    A call costs what one adapter costs, however many tasks were merged, where all its rows belong to one of them.
+    A call costs what the adapters of its rows' tasks cost, however many were merged.
     """
 
     def __init__(self, lora_B: nn.Linear, lora_A: GatedLinear) -> None:
@@ -58,7 +58,14 @@ class ColumnsLinear(MergedLinear):
             return super().forward(input)
         gates = current_gates(self.adapter_name, self.ranks, input)
         assert gates is not None
-        return nn.functional.linear(input, self.weight[:, gates.columns], self.bias)
+        return nn.functional.linear(input, _part(self.weight, 1, gates.columns), self.bias)
+
+
+def _part(matrix: Tensor, dim: int, columns: slice | Tensor) -> Tensor:
+    """Some rows (`dim=0`) or columns of a matrix."""
+    if isinstance(columns, Tensor):
+        return matrix.index_select(dim, columns)
+    return matrix[columns] if dim == 0 else matrix[:, columns]
 
 
 def gate_layers(model: nn.Module, adapter_name: str, merge: MergeRecord) -> None:
