@@ -15,16 +15,25 @@ CAPTION_METRICS = ("BLEU", "METEOR", "ROUGE-L", "CIDEr")
 def check_captions_can_be_scored(leave_out: Collection[str] = ()) -> None:
     """Find out that something is missing before hours of generation.
 
+    A caption is split into words, as Java may be there and not run, and pycocoevalcap writes into its own folder.
+
     Raises:
         ModuleNotFoundError: pycocoevalcap is not installed.
         FileNotFoundError: There is no Java.
         ValueError: `leave_out` names no metric.
+        OSError, RuntimeError: Captions cannot be split into words.
     """
+    if _check_installed(leave_out):
+        _in_words({0: ["a caption"]})
+
+
+def _check_installed(leave_out: Collection[str]) -> bool:
+    """Whether anything is to be computed, which then can be."""
     unknown = sorted(set(leave_out) - set(CAPTION_METRICS))
     if unknown:
         raise ValueError(f"There is no caption metric {unknown[0]!r}; there are {', '.join(CAPTION_METRICS)}.")
     if set(leave_out) == set(CAPTION_METRICS):
-        return
+        return False
     try:
         import pycocoevalcap.tokenizer.ptbtokenizer  # noqa: F401
     except ModuleNotFoundError as error:
@@ -36,6 +45,7 @@ def check_captions_can_be_scored(leave_out: Collection[str] = ()) -> None:
             "Captions are split into words by Stanford's tokenizer, and METEOR is computed, by Java programs that "
             "pycocoevalcap brings along, but there is no `java`. Install a Java runtime (version 8 or later)."
         )
+    return True
 
 
 def caption_scores(
@@ -52,7 +62,7 @@ def caption_scores(
     Returns:
         `dict[str, float]`: By metric, `BLEU-1` to `BLEU-4` among them.
     """
-    check_captions_can_be_scored(leave_out)
+    _check_installed(leave_out)
     if len(captions) != len(references) or not captions or not all(references):
         raise ValueError(f"There are {len(captions)} captions and {len(references)} images with references.")
     wanted = [metric for metric in CAPTION_METRICS if metric not in leave_out]
@@ -73,7 +83,13 @@ def _in_words(captions: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
 
     # One caption is one line there, so characters that end lines must go first.
     lines = {image: [{"caption": " ".join(text.split())} for text in texts] for image, texts in captions.items()}
-    split: dict[int, list[str]] = PTBTokenizer().tokenize(lines)
+    try:
+        split: dict[int, list[str]] = PTBTokenizer().tokenize(lines)
+    except OSError as error:
+        raise OSError(
+            f"pycocoevalcap cannot split captions into words: {error}. It runs `java`, and writes a file into the "
+            "folder that it is installed in."
+        ) from error
     if {image: len(texts) for image, texts in split.items()} != {image: len(texts) for image, texts in lines.items()}:
         raise RuntimeError("Stanford's tokenizer gave another number of captions than it got. Does `java` run?")
     return split

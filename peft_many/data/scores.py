@@ -52,7 +52,7 @@ def check_metric(metric: str) -> None:
 
     Raises:
         ValueError: There is no such metric.
-        ModuleNotFoundError, FileNotFoundError: What scores captions is not installed.
+        ModuleNotFoundError, OSError, RuntimeError: What scores captions is not installed, or does not run.
     """
     if metric not in METRICS:
         raise ValueError(f"There is no metric {metric!r}; there are {', '.join(METRICS)}.")

@@ -18,8 +18,9 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
+from ..data.conversations import Example
 from ..data.reading import read_examples, read_text
-from ..data.scores import check_metric, score
+from ..data.scores import CAPTIONS, check_metric, score
 from ..files.atomic import replace_file, results_folder
 from ..hub.sources import HubArguments
 from ..records.values import one_of
@@ -103,8 +104,8 @@ def evaluate_merge(
             the merge are compared with that task's adapter.
         metric (`str` or `Mapping[str, str]`, defaults to `"exact"`):
             How answers are scored, or how by task: `"exact"` (equal but for case and a stop at the end), `"vqa"`
-            (VQA's accuracy), or `"captions"` (the mean of BLEU, METEOR, ROUGE-L and CIDEr, by pycocoevalcap, which
-            needs Java).
+            (VQA's accuracy), or `"captions"` (the mean of BLEU-1 to BLEU-4, METEOR, ROUGE-L and CIDEr, by
+            pycocoevalcap, which needs Java; above 100 is possible, as CIDEr counts up to 1000).
         alone (`str`, defaults to `"all"`):
             Ask each task's adapter alone the questions of all tasks (`"all"`), of its own (`"own"`), or none.
         text (`str` or `os.PathLike`, *optional*): A text file to compute the perplexity of.
@@ -127,7 +128,8 @@ def evaluate_merge(
         >>> from peft_many import evaluate_merge
 
         >>> rows = [{"image": "red.png", "question": "What colour is it ?", "answer": "red"}]
-        >>> found = evaluate_merge("merged", {"clevr": rows}, base_model="base", max_new_tokens=2, progress=False)
+        >>> options = {"base_model": "base", "max_new_tokens": 2, "progress": False}
+        >>> found = evaluate_merge("merged", {"clevr": rows}, **options)
         >>> sorted(found.scores)
         ['base model', 'clevr alone', 'iconqa alone', 'merge']
         ```
@@ -167,11 +169,22 @@ def evaluate_merge(
             }
             if prose is not None and who in (MERGE, ADAPTER, BASE):
                 perplexity[who] = perplexity_of(running.model, running.collator.tokenizer, prose, progress)
-    scores = {
-        who: {task: score(metrics[task], said, questions[task]) for task, said in by_task.items()}
-        for who, by_task in answers.items()
-    }
+    scores = _scores(metrics, answers, questions, progress)
     return Evaluation(metrics, {task: len(rows) for task, rows in questions.items()}, scores, perplexity, answers)
+
+
+def _scores(
+    metrics: Mapping[str, str],
+    answers: Mapping[str, Mapping[str, Sequence[str]]],
+    questions: Mapping[str, Sequence[Example]],
+    progress: bool,
+) -> dict[str, dict[str, float]]:
+    """The mean scores by who answered and by task; with a bar where that takes time."""
+    silent = not progress or CAPTIONS not in metrics.values()
+    return {
+        who: {task: score(metrics[task], said, questions[task]) for task, said in by_task.items()}
+        for who, by_task in tqdm(answers.items(), desc="Scoring captions", disable=silent)
+    }
 
 
 def _warn_of_strange(data: Mapping[str, Any], tasks: Sequence[str]) -> None:
@@ -227,7 +240,8 @@ def save_evaluation(found: Evaluation, output_dir: str | os.PathLike[str], *, ov
         >>> from peft_many.reports.evaluation import Evaluation
 
         >>> scores = {"merge": {"clevr": 50.0}, "clevr alone": {"clevr": 60.0}}
-        >>> save_evaluation(Evaluation({"clevr": "exact"}, {"clevr": 10}, scores), "evaluated").name
+        >>> found = Evaluation({"clevr": "exact"}, {"clevr": 10}, scores)
+        >>> save_evaluation(found, "evaluated").name
         'evaluated'
         ```
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,4 +61,16 @@ def test_a_score_is_the_mean_in_per_cent():
 def test_captions_say_what_they_lack(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     with pytest.raises(ModuleNotFoundError, match=r"not installed: `pip install 'peft-many\[ucit\]'`\.$"):
+        check_metric("captions")
+
+
+def test_captions_are_tried_before_hours_of_generation(monkeypatch):
+    class Tokenizer:
+        def tokenize(self, captions):
+            raise PermissionError("the folder cannot be written to")
+
+    for name in ("pycocoevalcap", "pycocoevalcap.tokenizer", "pycocoevalcap.tokenizer.ptbtokenizer"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(PTBTokenizer=Tokenizer))
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    with pytest.raises(OSError, match=r"cannot split captions into words: the folder cannot be written to\. It runs"):
         check_metric("captions")
