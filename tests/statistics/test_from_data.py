@@ -122,12 +122,14 @@ def test_options_reach_the_base_model_and_the_measuring(place, tmp_path):
     assert {one.covariance.factor.shape[0] for one in task.inputs.values()} == {3}
 
 
-def test_quantised_bases_keep_what_tasks_train(place, tmp_path):
+def test_quantised_bases_keep_what_tasks_train(place, tmp_path, caplog):
     """In 4 bits, bitsandbytes computes on a CPU with widths from 64 on only."""
     pytest.importorskip("bitsandbytes")
     quantised = BitsAndBytesConfig(load_in_8bit=True)
     options = {"model_options": {"quantization_config": quantised}, "progress": False}
-    measure_adapter(place / "colours", place / "colours.json", tmp_path / "1", **options)
+    with caplog.at_level("WARNING", "bitsandbytes"):
+        measure_adapter(place / "colours", place / "colours.json", tmp_path / "1", **options)
+    assert not [one for one in caplog.messages if "will be cast" in one]
     assert {"model.multi_modal_projector", "model.vision_tower"} <= set(quantised.llm_int8_skip_modules)
 
 
@@ -140,11 +142,19 @@ def test_the_measured_adapter_goes_to_the_hub(place, tmp_path, hub, monkeypatch)
     assert hub.files("me/measured")[STATISTICS] == files(tmp_path / "1")[STATISTICS]
 
 
+def test_pushing_without_a_token_is_refused_before_measuring(place, tmp_path, hub):  # noqa: F811
+    options = {"push_to": "me/measured", "base_model": "nowhere"}
+    with pytest.raises(ValueError, match="'me/measured' needs a token of the Hub: log in by `hf auth login`"):
+        measure_adapter(place / "colours", place / "colours.json", tmp_path / "1", **options)
+    assert not hub.requests
+
+
 def test_where_the_measured_adapter_is_when_it_cannot_be_pushed(place, tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(PeftModel, "push_to_hub", fails)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     given = {"push_to": "me/measured", "progress": False, "max_samples": 4}
     with pytest.raises(OSError, match=r"is in '.*kept', but could not be pushed to 'me/measured': no network"):
         measure_adapter(place / "colours", place / "colours.json", tmp_path / "kept", **given)
