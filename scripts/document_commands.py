@@ -14,6 +14,7 @@ import typer
 from peft_many.commands import app
 
 PAGE = Path(__file__).parents[1] / "docs" / "command-line.md"
+WIDTH = 86  # of code on a page; see tests/docs/test_rendered.py
 BEGIN = "<!-- made by scripts/document_commands.py -->"
 
 
@@ -27,6 +28,7 @@ def documented() -> str:
 def _section(name: str, command) -> str:
     text, _, examples = inspect.cleandoc(command.help).partition("[bold]Examples[/bold]")
     lines = [re.sub(r" *\[dim\](.*?)\[/dim\]", r"  \1", line) for line in examples.splitlines() if line]
+    lines = [part for line in lines for part in _broken(line)]
     arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
     usage = " ".join(_shown(argument) for argument in arguments)
     rows = [(f"`{_shown(argument)}`", _help(argument)) for argument in arguments]
@@ -40,6 +42,14 @@ def _section(name: str, command) -> str:
         f"\n## peft-many {name}\n\n`peft-many {name} {usage}`\n\n{_plain(text).strip()}\n\n```bash\n{shown}\n```\n\n"
         f"| | |\n|---|---|\n{table}\n"
     )
+
+
+def _broken(line: str) -> list[str]:
+    """A command in lines that the page shows whole, broken before its options."""
+    lines = [line]
+    while len(lines[-1]) > WIDTH and (end := lines[-1].rfind(" --", 5, WIDTH - 2)) > 0:
+        lines[-1:] = [f"{lines[-1][:end]} \\", f"    {lines[-1][end + 1 :]}"]
+    return lines
 
 
 def _shown(argument) -> str:

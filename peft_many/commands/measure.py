@@ -27,7 +27,11 @@ def measure(
     device: a.ModelDevice = None,
     load_in: a.LoadIn = None,
     push: Annotated[
-        str | None, typer.Option(metavar="REPO_ID", help="Also push the measured adapter to this Hub repository.")
+        str | None,
+        typer.Option(
+            metavar="REPO_ID",
+            help="Also push the measured adapter to this Hub repository; if there is none, a public one is created.",
+        ),
     ] = None,
     overwrite: a.Overwrite = False,
     quiet: a.Quiet = False,

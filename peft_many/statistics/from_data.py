@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_token
 from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftConfig
 from typing_extensions import Unpack
@@ -79,7 +80,9 @@ def measure_adapter(
         model_options (`Mapping`, *optional*):
             Goes to the base model's `from_pretrained`: `{"quantization_config": BitsAndBytesConfig(...)}` say.
         statistics_options (`Mapping`, *optional*): Goes to [`collect_statistics`]: `{"rank": 128}` say.
-        push_to (`str`, *optional*): A Hub repository that the measured adapter goes to as well.
+        push_to (`str`, *optional*):
+            A Hub repository that the measured adapter goes to as well. One that does not exist is created, as
+            everybody's to read.
         overwrite (`bool`, defaults to `False`): Replace an adapter that is in `output_dir`, be it the one measured.
         progress (`bool`, defaults to `True`): Show a progress bar.
         **hub: `token`, `cache_dir` and `local_files_only`, as in [`merge_adapter_files`].
@@ -89,7 +92,7 @@ def measure_adapter(
 
     Raises:
         ValueError: The data are in no format that is known, the adapter is a merge, or the processor has no chat
-            template; all that [`collect_statistics`] raises.
+            template; nobody is logged in to push; all that [`collect_statistics`] raises.
         FileNotFoundError: The adapter, its base model, the data or an image are not there.
         UnmergeableAdapterError: The adapter cannot be merged.
         FileExistsError: The output folder is there already.
@@ -102,14 +105,19 @@ def measure_adapter(
         >>> from peft_many import measure_adapter
 
         >>> rows = [{"image": "red.png", "question": "What colour is it ?", "answer": "red"}]
-        >>> measure_adapter("clevr", rows, "clevr-measured", base_model="base", progress=False)
-        PosixPath('clevr-measured')
+        >>> measure_adapter("clevr", rows, "measured", base_model="base", progress=False)
+        PosixPath('measured')
         ```
     """
     folder = Path(output_dir).expanduser()
     replaced = replaceable_files(folder, overwrite)
     if push_to is not None:
-        validate_repo_id(push_to)  # now, and not when all is measured
+        # Now, and not when all is measured.
+        validate_repo_id(push_to)
+        if not isinstance(hub.get("token"), str) and get_token() is None:
+            raise ValueError(
+                f"Pushing to '{push_to}' needs a token of the Hub: log in by `hf auth login`, or pass `token`."
+            )
     with new_folder(folder, replaced) as partial, _as_adapter(find_adapter(adapter, **hub), base_model) as source:
         config = PeftConfig.from_pretrained(str(source.folder))
         if merge_of(config) is not None:
