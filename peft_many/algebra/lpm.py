@@ -58,8 +58,10 @@ class _Task:
 class LeastSquaresMerge:
     """Merges the task deltas of layers that share one input.
 
-        minimise over ΔW   Σ_t w_t ‖(ΔW − ΔW_t) C_t^½‖²_F,   C_t ← C_t + λ · mean(diag C_t) · I
-        solution           ΔW* = [B_1 … B_T] · A*,  A* = [w_1 A_1 C_1; …; w_T A_T C_T] R⁻¹,  R = Σ_t w_t C_t
+        minimise over ΔW   Σ_t w_t ‖(ΔW − ΔW_t) C_t^½‖²_F
+                           C_t ← C_t + λ · mean(diag C_t) · I
+        solution           ΔW* = [B_1 … B_T] · A*,  R = Σ_t w_t C_t
+                           A* = [w_1 A_1 C_1; …; w_T A_T C_T] R⁻¹
 
     The ridge `λ` pulls unseen directions to the tasks' mean delta. Adding tasks one at a time and solving after each
     is the recursion of recursive least squares in information form: every step gives the optimum over the tasks so

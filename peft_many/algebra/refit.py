@@ -13,7 +13,8 @@ from .scatter import SingularMergeError
 class LayerRefit:
     """Fits the delta of one layer to targets on observed inputs, and brings it to a rank.
 
-        minimise over ΔW   Σ_t w_t ( mean ‖ΔW x̂ − d‖² + λ_t ‖ΔW − ΔW_t‖²_F ),      λ_t = λ · mean diag E[x̂ x̂ᵀ]
+        minimise over ΔW   Σ_t w_t ( mean ‖ΔW x̂ − d‖² + λ_t ‖ΔW − ΔW_t‖²_F )
+                           λ_t = λ · mean diag E[x̂ x̂ᵀ]
 
     over the tokens of task `t`, with `x̂` the layer's input in the merged model and `d` what its delta should make of
     it. With `d = ΔW_t x̂` this is LPM on the merged model's own inputs (RegMean++, arXiv 2508.03121); with `d` the

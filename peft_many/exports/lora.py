@@ -90,7 +90,8 @@ def export_lora(
         ```py
         >>> from peft_many import export_lora
 
-        >>> export_lora("merged", "lora").notes[0]  # then: vllm serve … --enable-lora --lora-modules merged=lora
+        >>> # then: vllm serve … --enable-lora --lora-modules merged=lora
+        >>> export_lora("merged", "lora").notes[0]
         'All layers have rank 8 (vLLM: `max_lora_rank=8`), in float32.'
         ```
     """

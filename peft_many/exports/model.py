@@ -65,7 +65,7 @@ def export_model(
 
         >>> exported = export_model("merged", "model", base_model="base", projector="clevr")
         >>> exported.notes[0]
-        "The projector 'model.multi_modal_projector' is that of 'clevr' and is no longer routed. ...
+        "The projector 'model.multi_modal_projector' is that of 'clevr' and is ...
         ```
     """
     output = output_folder(output_dir, [adapter, base_model])

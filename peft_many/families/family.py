@@ -82,7 +82,8 @@ def register_family(model_type: str, family: Family) -> None:
         ```py
         >>> from peft_many.families import Family, register_family
 
-        >>> register_family("my_vlm", Family(projectors=("eye_to_mouth",), language_model="mouth"))
+        >>> family = Family(projectors=("eye_to_mouth",), language_model="mouth")
+        >>> register_family("my_vlm", family)
         ```
     """
     FAMILIES[model_type] = family

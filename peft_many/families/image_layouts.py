@@ -40,7 +40,9 @@ def register_image_layout(layout: ImageLayout) -> ImageLayout:
         >>> @register_image_layout
         ... def by_patch_counts(call: ProjectorCall) -> ImageRows | None:
         ...     counts = call.image_arguments.get("patch_counts")  # of `get_image_features`
-        ...     return None if counts is None else ImageRows(torch.as_tensor(counts), flat=True)
+        ...     if counts is None:
+        ...         return None
+        ...     return ImageRows(torch.as_tensor(counts), flat=True)
         ```
     """
     LAYOUTS.insert(0, layout)

@@ -18,7 +18,8 @@ class CoreSpace(MergeMethod):
 
         bases       Q_B of all B_t and Q_A of all A_tᵀ, orthonormal
         core        M_t = Q_Bᵀ (w_t B_t A_t) Q_A = U_t Σ_t V_tᵀ
-        TSV-M       ΔW = λ Q_B · orth([U_1 … U_T]) · diag(Σ_1 … Σ_T) · orth([V_1 … V_T])ᵀ · Q_Aᵀ
+        TSV-M       ΔW = λ Q_B · U · diag(Σ_1 … Σ_T) · Vᵀ · Q_Aᵀ
+                    U = orth([U_1 … U_T]),  V = orth([V_1 … V_T])
 
     `orth(X)` is the nearest matrix with orthonormal columns, `P Sᵀ` of the SVD `X = P Λ Sᵀ`. Of the core's `n`
     dimensions each task gets `⌊n / T⌋`, so with equal ranks nothing is cut off. The core matrices are

@@ -93,8 +93,14 @@ class MergeOptions:
         ```py
         >>> from peft_many import MergeOptions
 
-        >>> MergeOptions(ridge=1e-5, router="gaussian").describe()
-        {'method': 'lpm', 'projectors': 'routed', 'ridge': 1e-05, 'router': 'gaussian', 'dtype': 'float32'}
+        >>> options = MergeOptions(ridge=1e-5, router="gaussian")
+        >>> for name, value in options.describe().items():
+        ...     print(name, value)
+        method lpm
+        projectors routed
+        ridge 1e-05
+        router gaussian
+        dtype float32
         ```
     """
 

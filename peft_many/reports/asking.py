@@ -81,7 +81,8 @@ def ask_merge(
         ```py
         >>> from peft_many import ask_merge
 
-        >>> found = ask_merge("merged", "What colour is it ?", "red.png", base_model="base", max_new_tokens=2)
+        >>> question, options = "What colour is it ?", {"max_new_tokens": 2}
+        >>> found = ask_merge("merged", question, "red.png", base_model="base", **options)
         >>> sorted(found.routing["model.multi_modal_projector"])
         ['clevr', 'iconqa']
         ```

@@ -28,7 +28,8 @@ class GateMiddleware:
 
         ```bash
         peft-many export merged --format lora --with-tasks --output loras
-        vllm serve base --enable-lora --max-loras 3 --additional-config '{"peft_many": "merged"}' \
+        vllm serve base --enable-lora --max-loras 3 \
+            --additional-config '{"peft_many": "merged"}' \
             --lora-modules merged=loras clevr=loras/task_0 iconqa=loras/task_1 \
             --worker-extension-cls peft_many.serving.gate.RoutingWorker \
             --middleware peft_many.serving.middleware.GateMiddleware

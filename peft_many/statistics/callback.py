@@ -42,7 +42,8 @@ class MAnyCallback(TrainerCallback):
     Example:
 
         ```py
-        >>> trainer = Trainer(model, args, train_dataset=dataset, callbacks=[MAnyCallback(max_samples=128)])
+        >>> measuring = MAnyCallback(max_samples=128)
+        >>> trainer = Trainer(model, args, train_dataset=dataset, callbacks=[measuring])
         >>> trainer.train()
         >>> trainer.save_model("clevr")
         ```

@@ -131,8 +131,9 @@ def collect_statistics(
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from peft_many import MAnyConfig, collect_statistics
 
-        >>> sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-        >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
+        >>> sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 100}
+        >>> config = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, **sizes)
+        >>> base = LlamaForCausalLM(config)
         >>> model = get_peft_model(base, MAnyConfig(r=4, task_name="demo"))
         >>> batches = [{"input_ids": torch.randint(0, 100, (4, 16))} for _ in range(8)]
         >>> statistics = collect_statistics(model, batches, progress=False)
