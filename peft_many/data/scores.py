@@ -60,10 +60,13 @@ def check_metric(metric: str) -> None:
         check_captions_can_be_scored()
 
 
+def score_captions(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """What each caption metric says of the answers, in per cent, and their `"mean"`."""
+    return caption_scores(answers, [_right(example) for example in examples])
+
+
 def score(metric: str, answers: Sequence[str], examples: Sequence[Example]) -> float:
-    """The mean score of answers, in per cent."""
-    if metric == CAPTIONS:
-        return caption_scores(answers, [_right(example) for example in examples])["mean"]
+    """The mean score of answers, in per cent, by a metric that looks at each answer alone."""
     points = [SCORES[metric](answer, example) for answer, example in zip(answers, examples, strict=True)]
     return 100 * sum(points) / len(points)
 

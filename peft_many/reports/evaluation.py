@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 
 from ..data.conversations import Example
 from ..data.reading import read_examples, read_text
-from ..data.scores import CAPTIONS, check_metric, score
+from ..data.scores import CAPTIONS, check_metric, score, score_captions
 from ..files.atomic import replace_file, results_folder
 from ..hub.sources import HubArguments
 from ..records.values import one_of
@@ -43,6 +43,9 @@ class Evaluation:
             By who answered (`"merge"`, or `"adapter"` if it is none, `"base model"`, and a task's adapter,
             `"clevr alone"`) and by task, the mean score in per cent.
         perplexity (`dict[str, float]`): Of a text, by the merge and by the base model.
+        captions (`dict[str, dict[str, dict[str, float]]]`):
+            By who answered, by task that is scored by `"captions"`, and by caption metric: `BLEU-1` to `BLEU-4`,
+            `METEOR`, `ROUGE-L`, `CIDEr` and their `mean`.
         answers (`dict[str, dict[str, list[str]]]`): What was said, by who answered and by task.
     """
 
@@ -50,6 +53,7 @@ class Evaluation:
     questions: dict[str, int]
     scores: dict[str, dict[str, float]]
     perplexity: dict[str, float] = field(default_factory=dict)
+    captions: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     answers: dict[str, dict[str, list[str]]] = field(default_factory=dict, repr=False)
 
     @property
@@ -169,22 +173,30 @@ def evaluate_merge(
             }
             if prose is not None and who in (MERGE, ADAPTER, BASE):
                 perplexity[who] = perplexity_of(running.model, running.collator.tokenizer, prose, progress)
-    scores = _scores(metrics, answers, questions, progress)
-    return Evaluation(metrics, {task: len(rows) for task, rows in questions.items()}, scores, perplexity, answers)
+    scores, captions = _scored(metrics, answers, questions, progress)
+    counts = {task: len(rows) for task, rows in questions.items()}
+    return Evaluation(metrics, counts, scores, perplexity, captions, answers)
 
 
-def _scores(
+def _scored(
     metrics: Mapping[str, str],
     answers: Mapping[str, Mapping[str, Sequence[str]]],
     questions: Mapping[str, Sequence[Example]],
     progress: bool,
-) -> dict[str, dict[str, float]]:
-    """The mean scores by who answered and by task; with a bar where that takes time."""
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, dict[str, float]]]]:
+    """The scores and caption metrics of an [`Evaluation`]; with a bar where Java is started for each who answered."""
+    scores: dict[str, dict[str, float]] = {}
+    captions: dict[str, dict[str, dict[str, float]]] = {}
     silent = not progress or CAPTIONS not in metrics.values()
-    return {
-        who: {task: score(metrics[task], said, questions[task]) for task, said in by_task.items()}
-        for who, by_task in tqdm(answers.items(), desc="Scoring captions", disable=silent)
-    }
+    for who, by_task in tqdm(answers.items(), desc="Scoring captions", disable=silent):
+        scores[who] = {}
+        for task, said in by_task.items():
+            if metrics[task] == CAPTIONS:
+                found = captions.setdefault(who, {})[task] = score_captions(said, questions[task])
+                scores[who][task] = found["mean"]
+            else:
+                scores[who][task] = score(metrics[task], said, questions[task])
+    return scores, captions
 
 
 def _warn_of_strange(data: Mapping[str, Any], tasks: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from peft_many import evaluate_merge, merge_adapter_files, save_evaluation
 from peft_many.commands import app
+from peft_many.data import scores
 from peft_many.reports.evaluation import Evaluation
 from peft_many.reports.running import BASE, MERGE
 from tests.adapters import scatter
@@ -55,6 +56,26 @@ def test_everybody_is_asked_everything(place, data, monkeypatch):  # noqa: F811
     none = evaluate_merge(place / "gated", {"other": data["warm"]}, alone="none", max_new_tokens=2, progress=False)
     assert list(none.scores) == [MERGE, BASE]
     assert none.forgotten == {}
+
+
+def test_caption_metrics_are_told_one_by_one(place, data, monkeypatch):  # noqa: F811
+    asked = []
+
+    def caption_scores(captions, references):
+        asked.append((captions, references))
+        return {"CIDEr": 60.0, "mean": 30.0}
+
+    monkeypatch.setattr(scores, "caption_scores", caption_scores)
+    monkeypatch.setattr(scores, "check_captions_can_be_scored", lambda: None)
+    options = {"metric": {"warm": "captions"}, "alone": "own", "max_new_tokens": 8, "progress": False}
+    found = evaluate_merge(place / "gated", data, **options)
+    assert found.captions == {
+        who: {"warm": {"CIDEr": 60.0, "mean": 30.0}} for who in found.scores if who != "cold alone"
+    }
+    assert {row["warm"] for row in found.scores.values() if "warm" in row} == {30.0}
+    assert found.scores["cold alone"] == {"cold": 100.0}
+    assert [captions for captions, _ in asked] == [row["warm"] for row in found.answers.values() if "warm" in row]
+    assert found.to_dict()["captions"] == found.captions
 
 
 def test_one_tasks_adapter_is_evaluated_too(place, data):  # noqa: F811
