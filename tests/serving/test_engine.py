@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -36,6 +37,15 @@ from tests.serving.worlds import WORLDS, Served, architecture, rename
 SHELVES: dict[str, Served] = {}
 
 
+@pytest.fixture(autouse=True)
+def _garbage_is_collected_once(monkeypatch):
+    """vLLM does it eight times in an engine's life, which takes longer than all else with as many modules as here."""
+    collect = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda generation=2: 0)
+    yield
+    collect()
+
+
 @pytest.fixture
 def shelf(tmp_path_factory):
     def made(family: str) -> Served:
@@ -58,6 +68,7 @@ def answers(served: Served, model, lora=None, merge=None, dtype="float32", look=
         dtype=dtype,
         enforce_eager=True,
         max_model_len=256,
+        num_gpu_blocks_override=64,  # of a gigabyte of zeros
         **{"max_num_seqs": 4, **options},
         limit_mm_per_prompt={"image": served.world.most},
         additional_config={} if merge is None else {"peft_many": str(merge)},
@@ -97,9 +108,10 @@ def test_base_lora_and_merge(shelf, tmp_path, family):
     assert answers(served, served.base, lora, merged) == expected
 
 
-# Two implementations that round to bfloat16 in other places differ by a hundredth, and by a tenth at most; answers of
-# another projector differ by nine hundredths and more in the mean.
-NEAR = {"mean": 0.05, "most": 0.25}
+# Two implementations that round to bfloat16 in other places differ by a hundredth or two in the mean, and mostly by a
+# tenth at most, by half in one prompt on a CPU without AVX-512; answers of another projector differ by nine hundredths
+# and more in the mean.
+NEAR = {"mean": 0.05, "most": 0.6}
 
 
 def is_near(found, expected) -> bool:
