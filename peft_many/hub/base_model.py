@@ -98,7 +98,7 @@ class BaseModel:
         if getattr(quantised, "llm_int8_skip_modules", ()) is None:
             quantised.llm_int8_skip_modules = [*self._visual_parts(), "lm_head"]
         # It says at each layer of each batch that inputs are cast, as 8 bits always do.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         model = self.load(**{"device_map": {"": str(device)}, **options})
         _check_four_bits(model)
         return model
