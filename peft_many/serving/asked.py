@@ -6,7 +6,7 @@ import vllm
 from vllm.config import VllmConfig
 
 from ..records import ROUTED_PREFIX
-from .families import FAMILIES, KNOWN_VERSIONS
+from .families import FAMILIES, KNOWN_VERSIONS, is_known
 from .merge import ServedMerge
 
 
@@ -22,7 +22,7 @@ def merge_to_route_by(config: VllmConfig) -> ServedMerge | None:
         told = model.model if model.revision is None else f"{model.model}@{model.revision}"
     if told is None:
         return None
-    if not vllm.__version__.startswith(tuple(f"{known}." for known in KNOWN_VERSIONS)):
+    if not is_known(vllm.__version__):
         raise ValueError(
             f"peft_many knows how to route projectors in vLLM {', '.join(KNOWN_VERSIONS)}, and this is "
             f'{vllm.__version__}: install one of these, or serve without "peft_many" in `additional_config`.'

@@ -14,6 +14,12 @@ from torch import Tensor
 
 KNOWN_VERSIONS = ("0.32",)
 
+
+def is_known(version: str) -> bool:
+    """Whether the rows hold for a version of vLLM."""
+    return version.startswith(tuple(f"{known}." for known in KNOWN_VERSIONS))
+
+
 # What each image has of the rows that a projector gets, `(images,)`, up to a factor: all get what they have in
 # proportion. Of the arguments of `embed_multimodal`, those of a batch of images.
 Shares = Callable[[Mapping[str, Any]], Tensor]

@@ -68,9 +68,7 @@ async def _gated(body: bytes, state: Any) -> bytes:
     """A request's body, with the model that its images and words choose."""
     try:
         asked = json.loads(body)
-        contents = [message["content"] for message in asked["messages"]]
-        parts = [part for content in contents if isinstance(content, list) for part in content]
-        urls = [part["image_url"]["url"] for part in parts if part.get("type") == "image_url"]
+        urls = _image_urls(asked["messages"])
         lora = state.openai_serving_models.lora_requests.get(asked["model"])
     except (AttributeError, KeyError, TypeError, ValueError):
         return body  # the server says what is wrong with it
@@ -93,6 +91,14 @@ async def _gated(body: bytes, state: Any) -> bytes:
     weights = (await state.engine_client.collective_rpc("route_request", args=(images, prompt)))[0]
     chosen = LoRAs(merge, Path(lora.lora_path)).chosen(weights)
     return json.dumps({**asked, "model": _name_of(chosen, state.openai_serving_models)}).encode()
+
+
+def _image_urls(messages: list[dict[str, Any]]) -> list[str]:
+    """Of all images in a chat, in the forms that vLLM takes."""
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    told = [part["image_url"] for part in parts if part.get("type", "image_url") in ("image_url", "input_image")]
+    return [one if isinstance(one, str) else one["url"] for one in told]
 
 
 async def _token_ids(body: bytes, state: Any) -> list[int]:

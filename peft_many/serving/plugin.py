@@ -19,7 +19,7 @@ def register() -> None:
 
     They do what vLLM's do, unless `--additional-config '{"peft_many": "<merge>"}'` names a merge, or the model is one
     that [`export_routed_model`] wrote. No model is imported here. A merge that cannot be routed by stops the server
-    before it loads anything.
+    before it loads anything. In a vLLM that is not known, its own models stay.
 
     Example:
 
@@ -34,9 +34,16 @@ def register() -> None:
     _check_what_is_asked()
     try:
         from ..records import ROUTED_PREFIX
-        from .families import FAMILIES
+        from .families import FAMILIES, KNOWN_VERSIONS, is_known
     except Exception:  # whatever it is, it is no reason to stop servers that are asked for no merge
         logger.exception("peft_many cannot be loaded, so that nothing can be routed.")
+        return
+    if not is_known(vllm.__version__):
+        logger.warning(
+            "peft_many routes images in vLLM %s, and this is %s: models are served as without it, and merges refused.",
+            ", ".join(KNOWN_VERSIONS),
+            vllm.__version__,
+        )
         return
     for architecture in FAMILIES:
         for name in (architecture, f"{ROUTED_PREFIX}{architecture}"):

@@ -105,7 +105,7 @@ ROUTED = [name for name in WORLDS if architecture(name) in FAMILIES]
 def test_base_lora_and_merge(shelf, tmp_path, family):
     served = shelf(family)
     merged = served.merge("abc", tmp_path / "merged")  # c trained no projector
-    lora = export_lora(merged, tmp_path / "lora").folder
+    lora = export_lora(merged, tmp_path / "lora", check_for="vllm", base_model=served.base).folder
     expected = served.expected(merged)
     assert served.expected(served.merge("abc", tmp_path / "mean", projectors="mean")) != expected
     assert answers(served, served.base, lora, merged) == expected
@@ -306,6 +306,17 @@ def test_a_model_that_nobody_would_route(shelf, tmp_path):
         answers(shelf("llava"), shelf("llava").base, merge=merged, hf_overrides=onevision)
     with pytest.raises(ValueError, match=r"of 'LlavaFor.*serve it as 'Transformers.*leave out `--model-impl`"):
         answers(shelf("llava"), shelf("llava").base, merge=merged, model_impl="transformers")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("cudagraph_mm_encoder", True), ("compile_mm_encoder", True), ("mm_encoder_tp_mode", "data")],
+)
+def test_options_with_which_images_would_not_be_routed(shelf, tmp_path, option, value):
+    merged = shelf("llava").merge("ab", tmp_path / "merged")
+    given = {option: value} if option == "mm_encoder_tp_mode" else {"compilation_config": {option: value}}
+    with pytest.raises(ValueError, match=f"vLLM cannot route projectors with `{option}.*; leave it out"):
+        answers(shelf("llava"), shelf("llava").base, merge=merged, **given)
 
 
 def test_a_merge_for_another_base_model(shelf, tmp_path):

@@ -56,6 +56,15 @@ def test_each_family_is_registered_without_being_imported(registry, monkeypatch)
     assert "peft_many.serving.models" not in sys.modules
 
 
+def test_another_version_keeps_its_own_models(registry, monkeypatch, caplog):
+    """Where these are called otherwise, ours could not be made of them, and nothing would load."""
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.99.0")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    register()
+    assert registry.models == {}
+    assert "routes images in vLLM 0.32, and this is 0.99.0: models are served as without it" in caplog.text
+
+
 class Arguments:
     """Stands in for vLLM's `EngineArgs`."""
 

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: make ser
 
 from peft_many import export_lora
 from peft_many.serving.gate import as_file
+from peft_many.serving.middleware import _image_urls
 from tests.serving.worlds import Served
 
 TEMPLATE = (
@@ -41,7 +43,7 @@ def serving(model, log, *options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--api-key", "secret", *map(str, options)]
     with open(log, "w") as file:
         process = subprocess.Popen(
@@ -100,3 +102,22 @@ def test_the_gate_in_the_server(tmp_path, by):
         assert answer(address, "second", words, images)[1] == "second"  # nobody else is gated
         with pytest.raises(urllib.error.HTTPError, match="401"):
             answer(address, "merged", words, images, key="none")
+    assert "Images are routed among the projectors of the tasks a, b" in (tmp_path / "log").read_text()
+
+
+IMAGE = "data:image/png;base64,AAAA"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": IMAGE}},
+        {"image_url": {"url": IMAGE}},
+        {"image_url": IMAGE},
+        {"type": "input_image", "image_url": IMAGE},
+    ],
+)
+def test_images_are_seen_in_all_forms_that_vllm_takes(part):
+    called = {"role": "assistant", "tool_calls": []}
+    messages = [{"role": "user", "content": [part, "what is it?", {"type": "text", "text": "and?"}]}, called]
+    assert _image_urls(messages) == [IMAGE]
