@@ -15,7 +15,8 @@ from typing_extensions import Unpack
 from ..algebra.precision import without_autocast
 from ..files.adapter import Adapter, read_adapter
 from ..files.atomic import new_folder
-from ..files.card import class_of, plain, quoted
+from ..files.card import plain
+from ..files.card_usage import class_of, quoted
 from ..files.errors import UnmergeableAdapterError
 from ..files.key_layouts import with_current_names
 from ..files.source import write_adapter

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
@@ -29,37 +28,13 @@ from ..records.options import BOTH, INSTRUCTIONS
 from ..records.words import counted, shortened
 from ..version import __version__
 from .atomic import replace_file
+from .card_usage import Described, going_on, is_ours, sees, usage
 
 CARD_NAME = "README.md"
 _BEGIN, _END = "<!-- peft_many -->", "<!-- /peft_many -->"
 _PLUGIN = "`peft_many` (MAny, arXiv 2604.14016)"
-_GOING_ON = """Tasks can be added to it and forgotten, without the adapters that it was made of:
-
-```bash
-peft-many add . me/new-task --output with-new-task
-peft-many remove . TASK --output without-task
-```
-
-vLLM serves it, with `peft_many` beside it; the export says which rank it takes:
-
-```bash
-peft-many export . --format lora --output lora
-vllm serve BASE_MODEL --enable-lora --max-lora-rank RANK --lora-modules merged=lora \\
-    --additional-config '{"peft_many": "."}'
-```"""
 _MOST_IN_TABLE = 12  # tasks
 _LARGEST_CARD = 1 << 20  # bytes that are read of somebody else's card
-
-
-class Described(Protocol):
-    """What a card tells of a config: that of a task's adapter or of a merge.
-
-    Those of type MANY have `task_name`, `projector_modules` and `pool` too.
-    """
-
-    base_model_name_or_path: str | None
-    auto_mapping: dict[str, Any] | None
-    statistics: Any
 
 
 def update_card(folder: Path, config: Described, repo_id: str | None = None, subfolder: str | None = None) -> None:
@@ -77,8 +52,8 @@ def update_card(folder: Path, config: Described, repo_id: str | None = None, sub
     data.base_model = config.base_model_name_or_path or data.base_model
     if data.base_model:
         data.base_model_relation = "adapter"
-    if _sees(config):
-        data.pipeline_tag = data.pipeline_tag or "image-text-to-text"
+    if sees(config) and data.pipeline_tag in (None, "text-generation"):  # which PEFT makes of "CAUSAL_LM"
+        data.pipeline_tag = "image-text-to-text"
     tasks = merge.tasks if (merge := merge_of(config)) is not None else []
     found = [*_listed(data.datasets), *(name for task in tasks for name in task.origin.datasets)]
     if found:
@@ -86,12 +61,21 @@ def update_card(folder: Path, config: Described, repo_id: str | None = None, sub
     tags = {"lora", "peft-many", "continual-learning", *(["merge"] if merge is not None else [])}
     data.tags = sorted(tags.union(data.tags or []))
     rest = re.sub(f"{_BEGIN}.*?{_END}", "", card.text, flags=re.DOTALL).strip()
-    about = _about_task(config) if merge is None else _about_merge(merge, _sees(config))
-    going_on = [] if merge is None else [_GOING_ON]
-    parts = [_BEGIN, about, _usage(config, repo_id, subfolder), *going_on, f"Saved by peft_many {__version__}.", _END]
-    card.text = "\n\n".join(parts) + f"\n\n{rest}\n"
+    about = (
+        _about_task(config) if merge is None else _about_merge(merge, bool(getattr(config, "projector_modules", None)))
+    )
+    rest = "" if _is_untouched(rest) else rest
+    further = [] if merge is None else [going_on(config, merge)]
+    parts = [_BEGIN, about, usage(config, repo_id, subfolder), *further, f"Saved by peft_many {__version__}.", _END]
+    card.text = "\n\n".join(filter(None, [*parts, rest])) + "\n"
     with replace_file(path) as temporary:
         card.save(temporary)
+
+
+def _is_untouched(text: str) -> bool:
+    """Whether it is the form with nothing filled in that PEFT saves."""
+    form = re.sub(r"### Framework versions\s+- PEFT \S+\s*$", "", text)
+    return form.strip() == ModelCard.from_template(ModelCardData()).text.strip()
 
 
 def data_sets_of(folder: Path) -> list[str]:
@@ -127,7 +111,7 @@ def _about_task(config: Described) -> str:
     name: str | None = getattr(config, "task_name", None)
     pool: PoolRecord | None = getattr(config, "pool", None)
     task = f" for the task “{plain(name)}”" if name else ""
-    made = "Trained" if _is_ours(config) else "Measured"
+    made = "Trained" if is_ours(config) else "Measured"
     about = f"# A task adapter{task}\n\n{made} with {_PLUGIN}, to be merged with others of its kind."
     measured = getattr(config.statistics, "tasks", ())
     if measured:
@@ -235,48 +219,3 @@ def _how(options: MergeOptions) -> str:
     described = options.merge_method.describe()
     name, source = plain(described.pop("name")), plain(described.pop("source"))
     return f"`{name}({', '.join(f'{option}={value!r}' for option, value in described.items())})` ({source})"
-
-
-# --- How to load it --------------------------------------------------------------------------------------------------
-
-
-def _usage(config: Described, repo_id: str | None, subfolder: str | None) -> str:
-    kind = class_of(config)
-    base = config.base_model_name_or_path
-    within = f", subfolder={quoted(subfolder)}" if subfolder else ""
-    where = f"{quoted(repo_id)}{within})" if repo_id else '".")  # this folder, or its id on the Hub'
-    lines = [
-        *(["import peft_many  # pip install peft-many; registers the adapter type MANY"] if _is_ours(config) else []),
-        "from peft import PeftModel",
-        *([f"from transformers import {kind}"] if base else []),
-        "",
-        f"base = {kind}.from_pretrained({quoted(base)})" if base else "base = ...  # what the adapter was trained on",
-        f"model = PeftModel.from_pretrained(base, {where}",
-    ]
-    return "```python\n" + "\n".join(lines) + "\n```"
-
-
-def quoted(text: str) -> str:
-    """As a Python string, without what could end our part of the card."""
-    return json.dumps(text).replace("<", r"\u003c")
-
-
-def class_of(config: Any) -> str:
-    """The class to load the base model with: the one that PEFT noted down, or the auto class of its kind."""
-    noted = config.auto_mapping or {}
-    name, library = noted.get("base_model_class"), str(noted.get("parent_library"))
-    # Names in a downloaded config are not to become code in a card that people copy from.
-    if isinstance(name, str) and re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) and library.startswith("transformers."):
-        return name
-    return "AutoModelForImageTextToText" if _sees(config) else "AutoModelForCausalLM"
-
-
-def _is_ours(config: Any) -> bool:
-    """Whether its type is MANY, which PEFT does not know without this package."""
-    return hasattr(config, "projector_modules")
-
-
-def _sees(config: Any) -> bool:
-    """Whether the adapter is one of a model that takes images, as far as it and its statistics tell."""
-    measured = getattr(config.statistics, "tasks", ()) if hasattr(config, "statistics") else ()
-    return bool(getattr(config, "projector_modules", None)) or any(task.projectors for task in measured)

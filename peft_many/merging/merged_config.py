@@ -32,7 +32,7 @@ def merged_config(
         modules_to_save=projectors or None,
         projector_modules=list(projectors),
         fan_in_fan_out=any(getattr(config, "fan_in_fan_out", False) for config in configs),
-        task_type=_task_type(configs) if not projectors else None,
+        task_type=None if projectors or _take_images(prepared.adapters) else _task_type(configs),
         auto_mapping=_common(configs, "auto_mapping"),
         base_model_name_or_path=base_model,
         revision=revision,
@@ -50,6 +50,11 @@ def _common(configs: Iterable[Any], field: str) -> Any:
     """The value that all configs which have one agree on, else `None`."""
     values = [value for config in configs if (value := getattr(config, field, None))]
     return values[0] if values and all(value == values[0] for value in values) else None
+
+
+def _take_images(adapters: Iterable[Adapter]) -> bool:
+    """Whether images passed while they were measured: then "CAUSAL_LM" is said of a language model inside."""
+    return any(task.statistics.images for adapter in adapters for task in adapter.tasks)
 
 
 def _task_type(configs: Sequence[Any]) -> Any:

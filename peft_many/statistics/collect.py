@@ -179,6 +179,9 @@ def collect_statistics(
     measuring.asked.warn_of_untold()
     statistics = AdapterStatistics((task,))
     give_statistics(config, statistics)
+    if config.auto_mapping is None:  # PEFT notes down the model's class only where no task type is said
+        kind = type(measuring.base)
+        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     hang_on_layers(measuring.base, measuring.adapter_name, statistics)
     return statistics
 

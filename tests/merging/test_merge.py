@@ -587,6 +587,24 @@ def test_a_merge_says_how_it_was_made_and_is_merged_further_so(shelf, tmp_path):
     assert (config.merge.options.ridge, config.merge.options.temperature) == (1e-5, 0.1)
 
 
+def test_plain_loras_of_a_model_that_takes_images(tmp_path):
+    """PEFT's examples call them "CAUSAL_LM", by which `AutoPeftModel` would refuse their merge."""
+    options = {"kind": LoraConfig, "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
+    made = [make(tmp_path / name, seed=seed, **options).folder for seed, name in enumerate("ab")]
+    untold = (made[0] / "README.md").read_text()
+    assert "More Information Needed" not in untold
+    assert "pipeline_tag: image-text-to-text" in untold
+    folder = merge(tmp_path, *made)
+    config = MAnyConfig.from_pretrained(folder)
+    assert config.task_type is None
+    assert config.auto_mapping["base_model_class"] == "LlavaForConditionalGeneration"
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card
+    assert "AutoModelForCausalLM" not in card
+    assert "--lora-modules merged=lora\n```" in card, "nothing is routed"
+    assert "visual prototypes" not in card
+
+
 def test_config_type_of_a_merge(shelf, tmp_path):
     folder = merge(tmp_path, shelf("llama a").folder, shelf("llama b").folder)
     config = MAnyConfig.from_pretrained(folder)
