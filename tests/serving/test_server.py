@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # other tests of this process say otherwise
     "VLLM_NO_USAGE_STATS": "1",
 }
 
