@@ -64,7 +64,7 @@ def update_card(folder: Path, config: Described, repo_id: str | None = None, sub
     about = (
         _about_task(config) if merge is None else _about_merge(merge, bool(getattr(config, "projector_modules", None)))
     )
-    rest = "" if _is_untouched(rest) else rest
+    rest = "" if rest and _is_untouched(rest) else rest
     further = [] if merge is None else [going_on(config, merge)]
     parts = [_BEGIN, about, usage(config, repo_id, subfolder), *further, f"Saved by peft_many {__version__}.", _END]
     card.text = "\n\n".join(filter(None, [*parts, rest])) + "\n"

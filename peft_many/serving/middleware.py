@@ -97,7 +97,8 @@ def _image_urls(messages: list[dict[str, Any]]) -> list[str]:
     """Of all images in a chat, in the forms that vLLM takes."""
     contents = [message.get("content") for message in messages]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    told = [part["image_url"] for part in parts if part.get("type", "image_url") in ("image_url", "input_image")]
+    parts = [part for part in parts if part.get("type", "image_url") in ("image_url", "input_image")]
+    told = [part["image_url"] for part in parts if "image_url" in part]  # a text may come without a type, too
     return [one if isinstance(one, str) else one["url"] for one in told]
 
 

@@ -120,5 +120,8 @@ IMAGE = "data:image/png;base64,AAAA"
 )
 def test_images_are_seen_in_all_forms_that_vllm_takes(part):
     called = {"role": "assistant", "tool_calls": []}
-    messages = [{"role": "user", "content": [part, "what is it?", {"type": "text", "text": "and?"}]}, called]
+    messages = [
+        {"role": "user", "content": [part, "what is it?", {"type": "text", "text": "and?"}, {"text": "?"}]},
+        called,
+    ]
     assert _image_urls(messages) == [IMAGE]
