@@ -64,7 +64,8 @@ def update_card(folder: Path, config: Described, repo_id: str | None = None, sub
     about = (
         _about_task(config) if merge is None else _about_merge(merge, bool(getattr(config, "projector_modules", None)))
     )
-    rest = "" if rest and _is_untouched(rest) else rest
+    if rest and (merge is not None or config.statistics is not None) and _is_untouched(rest):
+        rest = ""  # what was measured or merged says what it is itself
     further = [] if merge is None else [going_on(config, merge)]
     parts = [_BEGIN, about, usage(config, repo_id, subfolder), *further, f"Saved by peft_many {__version__}.", _END]
     card.text = "\n\n".join(filter(None, [*parts, rest])) + "\n"
