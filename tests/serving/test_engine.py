@@ -309,14 +309,18 @@ def test_a_model_that_nobody_would_route(shelf, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("cudagraph_mm_encoder", True), ("compile_mm_encoder", True), ("mm_encoder_tp_mode", "data")],
+    ("family", "option", "given"),
+    [
+        ("llava", "cudagraph_mm_encoder", {"compilation_config": {"cudagraph_mm_encoder": True}}),
+        ("llava", "compile_mm_encoder", {"compilation_config": {"compile_mm_encoder": True}}),
+        # vLLM itself falls back to "weights" for a model that does not support it, as LLaVA.
+        ("qwen2_vl", "mm_encoder_tp_mode", {"mm_encoder_tp_mode": "data"}),
+    ],
 )
-def test_options_with_which_images_would_not_be_routed(shelf, tmp_path, option, value):
-    merged = shelf("llava").merge("ab", tmp_path / "merged")
-    given = {option: value} if option == "mm_encoder_tp_mode" else {"compilation_config": {option: value}}
+def test_options_with_which_images_would_not_be_routed(shelf, tmp_path, family, option, given):
+    merged = shelf(family).merge("ab", tmp_path / "merged")
     with pytest.raises(ValueError, match=f"vLLM cannot route projectors with `{option}.*; leave it out"):
-        answers(shelf("llava"), shelf("llava").base, merge=merged, **given)
+        answers(shelf(family), shelf(family).base, merge=merged, **given)
 
 
 def test_a_merge_for_another_base_model(shelf, tmp_path):
