@@ -38,7 +38,7 @@ def export(
     ] = False,
     check_for: Annotated[
         Literal["vllm"] | None,
-        typer.Option("--check-for", help="lora: check that this server can load every layer."),
+        typer.Option("--check-for", help="lora: check that this server loads every layer, each in its own rank."),
     ] = None,
     dry_run: a.DryRun = False,
     json: a.Json = False,

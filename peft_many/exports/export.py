@@ -48,12 +48,18 @@ def read_pairs(adapter: Adapter) -> Pairs:
     return found
 
 
-def as_lora(adapter: Adapter, pairs: Pairs, kind: type[Config], **options: Any) -> tuple[Config, dict[str, Tensor]]:
-    """A config with the largest rank in all layers and a scaling of one, and its tensors, filled up with zeros."""
-    rank = max(A.shape[0] for A, _ in pairs.values())
+def as_lora(
+    adapter: Adapter, pairs: Pairs, kind: type[Config], *, pad: bool = True, **options: Any
+) -> tuple[Config, dict[str, Tensor]]:
+    """A config with a scaling of one, and its tensors: all filled up with zeros to the largest rank, or as they are."""
+    ranks = {module: A.shape[0] for module, (A, _) in pairs.items()}
+    rank = max(ranks.values())
+    smaller = {} if pad else {module.replace(".", r"\."): r for module, r in ranks.items() if r < rank}
     config = kind(
         r=rank,
         lora_alpha=rank,
+        rank_pattern=smaller,
+        alpha_pattern=dict(smaller),
         target_modules=sorted(pairs),
         fan_in_fan_out=bool(getattr(adapter.config, "fan_in_fan_out", False)),
         inference_mode=True,
@@ -62,7 +68,7 @@ def as_lora(adapter: Adapter, pairs: Pairs, kind: type[Config], **options: Any) 
     config.target_modules = sorted(pairs)  # a set would be saved in another order by every process
     tensors = {}
     for module, pair in pairs.items():
-        for half, tensor in zip("AB", padded(*pair, rank)):
+        for half, tensor in zip("AB", padded(*pair, rank) if pad else pair):
             tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor
     return config, tensors
 

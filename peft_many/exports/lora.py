@@ -62,8 +62,9 @@ def export_lora(
 ) -> Export:
     """Write a merge or an adapter as a plain PEFT LoRA, which loads without this package.
 
-    Every layer has the same rank, that of the largest (smaller ones are filled up with zeros), and a scaling of one.
-    vLLM has to be told the next of 8, 16, 32, 64, 128, 256, 320 and 512, which the notes name. No base model is read.
+    Every layer has the same rank, that of the largest (smaller ones are filled up with zeros), and a scaling of one, as
+    some servers, such as llama.cpp, know one rank for all. vLLM has to be told the next of 8, 16, 32, 64, 128, 256, 320
+    and 512, which the notes name. No base model is read.
     On text the outputs are those of the adapter. The projectors stay behind: images are seen through the base model's.
 
     Args:
@@ -74,7 +75,8 @@ def export_lora(
             its tasks: what a server chooses among to do as `gate_lora` does (`peft_many.serving.gate`).
         check_for (`str`, *optional*):
             `"vllm"` makes sure that each of its layers is one of the base model's language model, by the base model's
-            config alone: vLLM leaves out others without a word. It gets the names that transformers has today.
+            config alone: vLLM leaves out others without a word. It gets the names that transformers has today, and
+            each layer keeps its own rank.
         base_model (`str`, *optional*): For that: a folder or Hub id, if the adapter does not say it.
         **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
@@ -105,7 +107,8 @@ def export_lora(
         one_of("check_for", check_for, SERVERS)
         read = as_served(read, BaseModel.of(base_model, read.config, hub))
     told = {name: getattr(read.config, name) for name in ("task_type", "base_model_name_or_path", "revision")}
-    config, tensors = as_lora(read, read_pairs(read), LoraConfig, **told)
+    shape: Mapping[str, Any] = {**told, "pad": check_for is None}
+    config, tensors = as_lora(read, read_pairs(read), LoraConfig, **shape)
     served = next((served for served in SERVED_RANKS if served >= config.r), None)
     if served is None:
         raise UnmergeableAdapterError(
@@ -114,12 +117,13 @@ def export_lora(
         )
     stored = next(iter(tensors.values())).dtype
     dtype = str(stored).removeprefix("torch.")
-    notes = [f"All layers have rank {config.r} (vLLM: `max_lora_rank={served}`), in {dtype}."]
+    ranks = "Layers have ranks up to" if config.rank_pattern else "All layers have rank"
+    notes = [f"{ranks} {config.r} (vLLM: `max_lora_rank={served}`), in {dtype}."]
     notes += [*_left_behind(read), *(_beside(read) if with_tasks else notes_on_gate(read))]
     with new_folder(output) as folder:
         write_adapter(folder, config, tensors)
         if with_tasks:
-            _write_tasks(folder, read, stored, told)
+            _write_tasks(folder, read, stored, shape)
         base = config.base_model_name_or_path
         usage = _USAGE.format(
             kind=class_of(read.config),
@@ -153,10 +157,10 @@ def _beside(read: Adapter) -> Iterator[str]:
     yield f"The tasks' own LoRAs are in folders of their own: {names}."
 
 
-def _write_tasks(folder: Path, adapter: Adapter, dtype: torch.dtype, told: Mapping[str, Any]) -> None:
+def _write_tasks(folder: Path, adapter: Adapter, dtype: torch.dtype, shape: Mapping[str, Any]) -> None:
     """The LoRAs of a merge's tasks, each in a folder of its own."""
     for t, task in enumerate(adapter.tasks):
         read = {module: delta.read() for module, delta in sorted(task.deltas.items())}
         pairs = {module: (delta.A.to(dtype), delta.B.to(dtype)) for module, delta in read.items()}
         (folder / f"task_{t}").mkdir()
-        write_adapter(folder / f"task_{t}", *as_lora(adapter, pairs, LoraConfig, **told))
+        write_adapter(folder / f"task_{t}", *as_lora(adapter, pairs, LoraConfig, **shape))

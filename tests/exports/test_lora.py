@@ -155,6 +155,20 @@ def test_layers_that_a_server_would_leave_out(shelf, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_server_that_reads_rank_patterns_needs_no_padding(shelf, tmp_path):
+    options = {"target_modules": r".*language_model.*(q|v)_proj", "rank_pattern": {"q_proj": 3}, "r": 5}
+    made = make(tmp_path / "a", kind=LoraConfig, lora_alpha=7, **options)
+    exported = export_lora(made.folder, tmp_path / "lora", check_for="vllm", base_model=shelf.base)
+    assert exported.notes[0].startswith("Layers have ranks up to 5 (vLLM: `max_lora_rank=8`)")
+    found = text_logits(PeftModel.from_pretrained(base("llava"), exported.folder))
+    assert distance(found, text_logits(PeftModel.from_pretrained(base("llava"), made.folder))) < 1e-5
+    tensors = load_file(exported.folder / WEIGHTS)
+    assert {(key.split(".")[-3], len(A)) for key, A in tensors.items() if "lora_A" in key} == {
+        ("q_proj", 3),
+        ("v_proj", 5),
+    }
+
+
 def test_ranks_that_no_server_takes(tmp_path):
     options = {"lora_alpha": 1, "target_modules": ["q_proj"]}
     large = make(tmp_path / "a", "llama", r=300, **options).folder

@@ -165,14 +165,17 @@ def test_bfloat16(shelf, tmp_path, family):
 OPTIONS = {
     "mixed": {"temperature": 1.0},
     "top": {"temperature": 1.0, "top_k": 2},
-    "gaussian": {"router": "gaussian", "temperature": 0.5, "abstain_above": 2.0},
+    "gaussian": {"router": "gaussian", "temperature": 0.5, "top_k": 2, "abstain_above": 2.0},
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options(shelf, tmp_path, options):
-    served = shelf("llava")
-    merged = served.merge("abc", tmp_path / "merged", **options)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llava", "mixed"), ("llava", "top"), *[(family, "gaussian") for family in ROUTED]],
+)
+def test_options(shelf, tmp_path, family, options):
+    served = shelf(family)
+    merged = served.merge("abc", tmp_path / "merged", **OPTIONS[options])
     lora = export_lora(merged, tmp_path / "lora").folder
     assert answers(served, served.base, lora, merged) == served.expected(merged)
 

@@ -231,7 +231,7 @@ class Served:
     def _task(self, seed: int, name: str) -> Path:
         options: dict[str, Any] = {"projector_modules": []} if name in "cxy" else {}
         torch.manual_seed(seed)
-        model = get_peft_model(self.model(), MAnyConfig(r=4, lora_alpha=8, task_name=name, **options))
+        model = get_peft_model(self.model(), MAnyConfig(r=4, lora_alpha=8, rank_pattern={"q_proj": 2}, task_name=name, **options))
         scatter(model, seed)
         images = [[picture(self, seed, row)] if self.world.most else [] for row in range(4)]
         loader = [self.inputs(text(row, seed), shown) for row, shown in enumerate(images)]
