@@ -32,7 +32,7 @@ from peft_many.serving.families import FAMILIES
 from peft_many.serving.gate import Gate, LoRAs
 from peft_many.serving.merge import ServedMerge
 from peft_many.serving.projector import ServedProjector
-from tests.serving.worlds import WORLDS, Served, architecture, rename
+from tests.serving.worlds import GEMMA3_IN_CROPS, WORLDS, Served, architecture, rename
 
 SHELVES: dict[str, Served] = {}
 
@@ -71,6 +71,7 @@ def answers(served: Served, model, lora=None, merge=None, dtype="float32", look=
         num_gpu_blocks_override=64,  # of a gigabyte of zeros
         **{"max_num_seqs": 4, **options},
         limit_mm_per_prompt={"image": served.world.most},
+        mm_processor_kwargs=served.world.asked or None,
         additional_config={} if merge is None else {"peft_many": str(merge)},
     )
     try:
@@ -109,6 +110,16 @@ def test_base_lora_and_merge(shelf, tmp_path, family):
     expected = served.expected(merged)
     assert served.expected(served.merge("abc", tmp_path / "mean", projectors="mean")) != expected
     assert answers(served, served.base, lora, merged) == expected
+
+
+def test_crops_of_gemma3_decide_by_themselves(tmp_path):
+    """Crops of one picture that look like two tasks go through two projectors, as in transformers."""
+    served = Served(tmp_path / "gemma3", "gemma3", world=GEMMA3_IN_CROPS)
+    merged = served.merge("abc", tmp_path / "merged")
+    lora = export_lora(merged, tmp_path / "lora", check_for="vllm", base_model=served.base).folder
+    (_, (image,)) = served.prompts()[3]
+    assert len(served.inputs("w1", [image])["pixel_values"]) == 3  # the picture and two crops
+    assert answers(served, served.base, lora, merged) == served.expected(merged)
 
 
 # Two implementations that round to bfloat16 in other places differ by a hundredth or two in the mean, and mostly by a

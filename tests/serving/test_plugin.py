@@ -105,6 +105,7 @@ import sys, types
 sys.modules["vllm"] = types.ModuleType("vllm")
 import peft_many
 import peft_many.serving.families, peft_many.serving.merge, peft_many.serving.plugin, peft_many.serving.projector
+import peft_many.serving.words
 for name in ("peft", "accelerate"):
     assert name not in sys.modules, name
 try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class World:
         sizes (`list[tuple[int, int]]`): Widths and heights of images.
         most (`int`): Images in a prompt; none are for a language model.
         rename (`tuple[str, str]`, *optional*): What tensors of real checkpoints are called, in place of ours.
+        named (`dict`): The special tokens that the processor asks the tokenizer for by name.
+        asked (`dict`): The processor's options, in transformers and in vLLM.
     """
 
     special: list[str]
@@ -53,6 +55,7 @@ class World:
     most: int = 2
     rename: tuple[str, str] | None = None
     named: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
 
 
 def _llava(tokenizer: Any) -> Any:
@@ -119,6 +122,8 @@ _QWEN_SIZES = [(16, 16), (24, 16), (16, 8)]
 _IDEFICS_TOKENS = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
 _TILES = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
 _GEMMA = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<soft>"}
+_IN_CROPS = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8, "pan_and_scan_max_num_crops": 2}
+_IN_CROPS |= {"pan_and_scan_min_ratio_to_activate": 1.2}
 _INTERN = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
@@ -203,6 +208,14 @@ WORLDS = {
 }
 
 
+GEMMA3_IN_CROPS = replace(
+    WORLDS["gemma3"],
+    special=[" " if token == "<video>" else token for token in WORLDS["gemma3"].special],  # crops have one between
+    asked=_IN_CROPS,
+    sizes=[(2 * SIDE, SIDE), (SIDE, 3 * SIDE)],
+)
+
+
 def architecture(family: str) -> str:
     """As a model's config names it."""
     return f"{_SPECS[family].prefix}For{'ConditionalGeneration' if WORLDS[family].most else 'CausalLM'}"
@@ -245,7 +258,7 @@ class Served:
         if not images:
             tokenizer = self.processor.tokenizer if self.world.most else self.processor
             return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        inputs = self.processor(text=prompt, images=images, return_tensors="pt")
+        inputs = self.processor(text=prompt, images=images, return_tensors="pt", **self.world.asked)
         # By these Gemma 3 and PaliGemma have tokens attend to later ones too, which vLLM does not do on CPUs.
         inputs.pop("token_type_ids", None)
         return inputs
