@@ -67,8 +67,8 @@ def show_inspection(found: AdapterInspection) -> None:
     at = f" at {found.revision}" if found.revision else ""
     _say(Text.assemble((found.name, "bold"), f"{at}: {kind} ({found.peft_type})"))
     _say(
-        f"Base model {found.base_model or 'not named'}; {found.layers} layers of rank {_span(found.ranks)}, "
-        f"{found.parameters:,} parameters in {found.dtype}."
+        f"Base model {found.base_model or 'not named'}; {counted(found.layers, 'layer')} of rank "
+        f"{_span(found.ranks)}, {found.parameters:,} parameters in {found.dtype}."
     )
     if found.problem is not None:
         _say(f"It cannot be merged: {found.problem}")

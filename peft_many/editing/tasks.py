@@ -181,7 +181,7 @@ def _merged_anew(
         raise ValueError(f"`weights` must map tasks' names to weights, but it is {change['weights']!r}.")
     if output_dir is None and not Path(merge).expanduser().is_dir():
         raise ValueError(
-            f"'{merge}' is not a local folder, so it cannot be replaced; give a folder for the new merge."
+            f"'{merge}' is not a local folder, so it cannot be replaced; give a folder for the new merge (`--output`)."
         )
     return merge_adapter_files(
         [merge, *further],

@@ -94,7 +94,8 @@ def writable_place(path: Path, replaced: Collection[str] = ()) -> Path:
     found = sorted(inside.name for inside in path.iterdir()) if path.exists() else []
     if found and not replaced:
         raise FileExistsError(
-            f"The output folder '{path}' already exists and is not empty; nothing was written.{_hint()}"
+            f"The output folder '{path}' already exists and is not empty; nothing was written. Give another "
+            f"folder.{_hint()}"
         )
     strange = next((name for name in found if name not in replaced or not (path / name).is_file()), None)
     if strange is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..algebra.covariance import Covariance
 from ..algebra.lpm import LowRankDelta
+from ..records.words import counted
 from .atomic import replace_file
 from .errors import StatisticsError
 from .planned_tensors import Planned, TensorPlan, plans_of
@@ -89,8 +90,9 @@ class TaskStatistics:
     lora_B: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        inputs = f"{len(self.inputs)} inputs of {len(self.input_of)} layers"
-        return f"<TaskStatistics of {self.name!r}: {self.samples} samples, {self.images} images, {inputs}>"
+        inputs = f"{counted(len(self.inputs), 'input')} of {counted(len(self.input_of), 'layer')}"
+        seen = f"{counted(self.samples, 'sample')}, {counted(self.images, 'image')}"
+        return f"<TaskStatistics of {self.name!r}: {seen}, {inputs}>"
 
     @property
     def images(self) -> int:

@@ -27,7 +27,7 @@ def check_tasks(tasks: Sequence[TaskAdapter]) -> None:
         if same is not task:
             raise UnmergeableAdapterError(
                 f"Two tasks are called '{task.name}': {same.source} and {task.source}. Pass `task_names` to tell them "
-                "apart (for a merge, a list of its tasks' names)."
+                "apart (for a merge, a list of its tasks' names), on the command line `--name ADAPTER=TASK`."
             )
         if not 0.0 <= task.weight < float("inf"):
             raise ValueError(f"The weight of {task.source} is {task.weight}; weights must be finite and not negative.")
@@ -70,9 +70,9 @@ def _check_covariances(task: TaskAdapter) -> None:
     if not task.statistics.is_measured:
         raise UnmergeableAdapterError(
             f"{task.source} has no statistics: load it, run `collect_statistics(model, dataloader)` on its task's "
-            f"data, and save it again; or merge by a method that needs none ({', '.join(without_statistics())}), with "
-            "averaged projectors: `method='average', projectors='mean'`, on the command line `--method average "
-            "--projectors mean`."
+            "data, and save it again (`peft-many measure ADAPTER --data FILE --output FOLDER`); or merge by a method "
+            f"that needs none ({', '.join(without_statistics())}), with averaged projectors: `method='average', "
+            "projectors='mean'`, on the command line `--method average --projectors mean`."
         )
     module = next((module for module in task.deltas if module not in task.statistics.input_of), None)
     if module is not None:
@@ -96,14 +96,14 @@ def _check_prototypes(task: TaskAdapter, projectors: Sequence[str]) -> None:
     if projectors and not task.statistics.is_measured:
         raise UnmergeableAdapterError(
             f"{task.source} has no statistics, so images cannot be routed to its task's projector '{projectors[0]}': "
-            "run `collect_statistics` on it, or average the projectors: `projectors='mean'`, on the command line "
-            "`--projectors mean`."
+            "run `collect_statistics` on it (`peft-many measure ADAPTER --data FILE --output FOLDER`), or average the "
+            "projectors: `projectors='mean'`, on the command line `--projectors mean`."
         )
     for projector in task.projectors:
         if projector not in task.statistics.projectors:
             raise UnmergeableAdapterError(
                 f"{task.source} trained the projector '{projector}', but its statistics hold no visual prototype: no "
-                "image passed while they were collected. `projectors='mean'` needs none."
+                "image passed while they were collected. `projectors='mean'` (`--projectors mean`) needs none."
             )
 
 

@@ -16,8 +16,8 @@ from .checks import check_same_shape
 def average_projectors(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, list[str]], dict[str, Tensor]]:
     """The weighted mean of every projector over the tasks that trained it; sums are float64.
 
-    A task that did not train it has no say: what it would add is the base model's, which is not known here. What comes
-    back are the names of the tasks in the mean of each projector, and the tensors by their full keys.
+    A task that did not train it does not count: what it would add is the base model's, which is not known here. What
+    comes back are the names of the tasks in the mean of each projector, and the tensors by their full keys.
     """
     averaged: dict[str, list[str]] = {}
     tensors: dict[str, Tensor] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from .base import Number, Record
 from .options import BOTH, IMAGES, INSTRUCTIONS
+from .words import counted
 
 GATES = "gate_lora"  # in the place of a projector's path
 # Two tasks are named as hard to tell apart where one takes this much of what the other itself, or who has most, gets.
@@ -98,7 +99,10 @@ class ExpectedRouting(Record):
         what = "inputs" if routed == GATES else "images"
         lines = [f"'{one}' and '{two}' {_SAME[self.by]}: {self._taken(one, two, what)}." for one, two in pairs]
         if len(pairs) > _MOST_NAMED:
-            lines[_MOST_NAMED:] = [f"{len(pairs) - _MOST_NAMED} more pairs of tasks are hard to tell apart."]
+            more = len(pairs) - _MOST_NAMED
+            lines[_MOST_NAMED:] = [
+                f"{counted(more, 'more pair')} of tasks {'is' if more == 1 else 'are'} hard to tell apart."
+            ]
         left_out = "Inputs that are like no task's are left to the base model"
         if routed != GATES:
             of = "" if self.by == IMAGES else " of inputs"

@@ -157,7 +157,7 @@ class MergeOptions:
             if value is False or name == "method":
                 continue
             if LPM in about["of"] and self.merge_method is not None:
-                raise ValueError(f"`{name}` is an option of LPM, not of the method '{self.merge_method.name}'.")
+                raise ValueError(f"`{name}` is an option of the method 'lpm', not of '{self.merge_method.name}'.")
             if ROUTED in about["of"] and self.projectors == MEAN:
                 raise ValueError(f"`{name}` is an option of routed projectors, not of `projectors='{MEAN}'`.")
         _check_together(self)

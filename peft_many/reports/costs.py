@@ -22,8 +22,8 @@ from ..merging.expected_routing import DrawnInputs
 from ..merging.prepare import group_by_input
 from ..records import ExpectedRouting, MergeRecord, most_telling
 
-_LEAST = 0.1  # of a residual that is worth naming
-_AMOUNTS = ((2 / 3, "most"), (1 / 3, "much"), (_LEAST, "a little"), (-1.0, "hardly anything"))
+_LEAST, _MUCH = 0.1, 1 / 3  # of a residual that is worth naming, and of one that is called so
+_AMOUNTS = ((2 / 3, "most"), (_MUCH, "much"), (_LEAST, "a little"), (-1.0, "hardly anything"))
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class MergeReport:
         """Sentences on the pairs of tasks that contradict each other."""
         pairs = self.conflicting_pairs()
         told = [
-            f"'{one}' and '{two}' contradict each other: merged as a pair, one loses {amount(lost)} ({lost:.3f})."
+            f"'{one}' and '{two}' contradict each other{'' if lost >= _MUCH else ' a little'}: merged as a pair, one "
+            f"loses {amount(lost)} ({lost:.3f})."
             for one, two, lost in pairs
             if lost >= _LEAST
         ]

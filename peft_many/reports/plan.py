@@ -17,6 +17,7 @@ from ..merging.selection import TaskWeights
 from ..records import GATES, ExpectedRouting, MergeOptions, most_telling
 from ..records.keywords import takes_merge_options
 from ..records.options import BOTH, INSTRUCTIONS, ROUTED
+from ..records.words import counted
 from .inspection import PlannedTask, known_of
 
 _FEW_SAMPLES = 32
@@ -150,7 +151,9 @@ def _notes(prepared: PreparedMerge) -> list[str]:
                 )
             notes.append(note)
         if 0 < task.statistics.samples < _FEW_SAMPLES:
-            notes.append(f"'{task.name}' was measured on {task.statistics.samples} samples; 32 to 128 are enough.")
+            notes.append(
+                f"'{task.name}' was measured on {counted(task.statistics.samples, 'sample')}; 32 to 128 are enough."
+            )
         for projector in prepared.routing:
             if projector not in task.statistics.projectors:
                 notes.append(f"'{task.name}' saw no image at '{projector}', so no image is sent to it.")

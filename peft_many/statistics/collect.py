@@ -16,6 +16,7 @@ from ..families.parts import find_projectors, language_model_linears, parts_of, 
 from ..files.peft_methods import described, is_plain_lora
 from ..files.processes import ALONE, all_processes
 from ..files.statistics import AdapterStatistics, TaskStatistics
+from ..records.words import counted
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers, hang_on_layers
 from ..tuner.registration import give_statistics
@@ -234,8 +235,8 @@ def _warn_of_little(task: TaskStatistics) -> None:
     unseen = sorted(name for name in task.input_of if task.tokens_of(name) == 0)
     if unseen:
         warnings.warn(
-            f"No token reached {len(unseen)} adapted layers while measuring, among them '{unseen[0]}'. In a merge, "
-            "this task will not count there. More samples may help.",
+            f"No token reached {counted(len(unseen), 'adapted layer')} while measuring, among them '{unseen[0]}'. In "
+            "a merge, this task will not count there. More samples may help.",
             PeftWarning,
             stacklevel=3,
         )

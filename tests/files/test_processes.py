@@ -225,7 +225,10 @@ def test_nobody_is_warned_who_waits_for_a_moment(group):
 def test_of_several_processes_that_write_one_folder_the_others_learn_why_they_may_not(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
-    for several, said in (("1", "nothing was written.$"), ("2", "only one of them .*`across_processes=True`")):
+    for several, said in (
+        ("1", "Give another folder.$"),
+        ("2", "only one of them .*`across_processes=True`"),
+    ):
         monkeypatch.setenv("WORLD_SIZE", several)
         with pytest.raises(FileExistsError, match=said), shared_folder(tmp_path / "out", (), ALONE):
             pass

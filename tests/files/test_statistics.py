@@ -182,7 +182,7 @@ def test_it_is_shown_in_a_line_each():
     inputs = InputStatistics(DenseCovariance(0.0, torch.eye(64)), 7)
     task = TaskStatistics("clevr", 5, {"a": inputs}, {"a": "a", "b": "a"})
     assert repr(AdapterStatistics((task,))) == (
-        "AdapterStatistics([<TaskStatistics of 'clevr': 5 samples, 0 images, 1 inputs of 2 layers>])"
+        "AdapterStatistics([<TaskStatistics of 'clevr': 5 samples, 0 images, 1 input of 2 layers>])"
     )
     assert "tensor" not in repr(inputs)
 

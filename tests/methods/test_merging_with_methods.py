@@ -481,7 +481,7 @@ def test_a_mean_that_does_not_fit_the_model_is_refused(shelf, tmp_path):
     ("options", "message"),
     [
         ({"method": "tyes"}, r"unknown method 'tyes'; known: lpm, average"),
-        ({"method": "ties", "ridge": 1e-3}, r"`ridge` is an option of LPM, not of the method 'ties'"),
+        ({"method": "ties", "ridge": 1e-3}, r"`ridge` is an option of the method 'lpm', not of 'ties'"),
         ({"projectors": "median"}, r"`projectors` must be one of 'routed', 'mean', but it is 'median'"),
         ({"projectors": "mean", "temperature": 0.1}, r"is an option of routed projectors"),
         ({"projectors": "mean", "top_k": 1}, r"is an option of routed projectors"),

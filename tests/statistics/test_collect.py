@@ -533,7 +533,7 @@ def test_layers_that_no_token_reached_are_warned_of() -> None:
     def embed_only(model: Any, batch: Tensor) -> None:
         model.get_base_model().table(batch)
 
-    with pytest.warns(PeftWarning, match="No token reached 1 adapted layers while measuring, among them 'line'"):
+    with pytest.warns(PeftWarning, match="No token reached 1 adapted layer while measuring, among them 'line'"):
         collect(model, [torch.tensor([[1, 2, 3]])], forward_fn=embed_only)
 
 
