@@ -51,7 +51,7 @@ def read_pairs(adapter: Adapter) -> Pairs:
 def as_lora(
     adapter: Adapter, pairs: Pairs, kind: type[Config], *, pad: bool = True, **options: Any
 ) -> tuple[Config, dict[str, Tensor]]:
-    """A config with a scaling of one, and its tensors: all filled up with zeros to the largest rank, or as they are."""
+    """A config with a scaling of one, and its tensors: all filled up with zeros to the largest rank, or not."""
     ranks = {module: A.shape[0] for module, (A, _) in pairs.items()}
     rank = max(ranks.values())
     smaller = {} if pad else {module.replace(".", r"\."): r for module, r in ranks.items() if r < rank}

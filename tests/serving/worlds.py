@@ -242,9 +242,11 @@ class Served:
         return kind.from_pretrained(self.base, dtype=torch.float32).eval()
 
     def _task(self, seed: int, name: str) -> Path:
-        options: dict[str, Any] = {"projector_modules": []} if name in "cxy" else {}
+        options: dict[str, Any] = {"r": 4, "rank_pattern": {"q_proj": 2}, "lora_alpha": 8, "task_name": name}
+        if name in "cxy":
+            options["projector_modules"] = []
         torch.manual_seed(seed)
-        model = get_peft_model(self.model(), MAnyConfig(r=4, lora_alpha=8, rank_pattern={"q_proj": 2}, task_name=name, **options))
+        model = get_peft_model(self.model(), MAnyConfig(**options))
         scatter(model, seed)
         images = [[picture(self, seed, row)] if self.world.most else [] for row in range(4)]
         loader = [self.inputs(text(row, seed), shown) for row, shown in enumerate(images)]
