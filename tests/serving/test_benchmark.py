@@ -1,4 +1,4 @@
-"""The benchmark of serving runs to its end: two engines, each in a process of its own."""
+"""The benchmark of serving runs to its end: three engines, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def test_it_runs(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-5000:]
     found = json.loads((tmp_path / "serving.json").read_text())
-    (pair,) = found["pairs"]
-    assert pair.keys() == {"plain", "routed"}
-    assert found["throughput_ratio"]["cpu"]["median"] == pair["plain"]["cpu"] / pair["routed"]["cpu"]
+    (turn,) = found["turns"]
+    assert turn.keys() == {"plain", "routed", "gated"}
+    for kind in ("routed", "gated"):
+        assert found["throughput_ratio"][kind]["cpu"]["median"] == turn["plain"]["cpu"] / turn[kind]["cpu"]

@@ -222,7 +222,10 @@ def architecture(family: str) -> str:
 
 
 class Served:
-    """A family's base model on disk, and tasks that are letters; `c`, `x` and `y` trained no projector."""
+    """A family's base model on disk, and tasks that are letters.
+
+    `c`, `x` and `y` trained no projector; the ranks of `x` and `y` differ from layer to layer.
+    """
 
     def __init__(self, root: Path, family: str, tasks: str = "abc", world: World | None = None) -> None:
         self.root, self.family, self.world = root, family, world or WORLDS[family]
@@ -242,11 +245,10 @@ class Served:
         return kind.from_pretrained(self.base, dtype=torch.float32).eval()
 
     def _task(self, seed: int, name: str) -> Path:
-        options: dict[str, Any] = {"r": 4, "rank_pattern": {"q_proj": 2}, "lora_alpha": 8, "task_name": name}
-        if name in "cxy":
-            options["projector_modules"] = []
+        options: dict[str, Any] = {"projector_modules": []} if name in "cxy" else {}
+        options["rank_pattern"] = {"q_proj": 2} if name in "xy" else {}
         torch.manual_seed(seed)
-        model = get_peft_model(self.model(), MAnyConfig(**options))
+        model = get_peft_model(self.model(), MAnyConfig(r=4, lora_alpha=8, task_name=name, **options))
         scatter(model, seed)
         images = [[picture(self, seed, row)] if self.world.most else [] for row in range(4)]
         loader = [self.inputs(text(row, seed), shown) for row, shown in enumerate(images)]
