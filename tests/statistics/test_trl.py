@@ -1,19 +1,28 @@
-"""`MAnyCallback` in trainers of TRL with their own defaults: supervised on pictures and packed text, DPO, and GRPO."""
+"""`MAnyCallback` in trainers of TRL with their own defaults (supervised on pictures and packed text, DPO, GRPO), and
+measuring what TRL's command line trained.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from typer.testing import CliRunner
 
 from peft_many import MAnyCallback, MAnyConfig, merge_adapter_files, merge_adapter_sequence
+from peft_many.commands import app
 from tests import tiny
+from tests.adapters import WEIGHTS, logits
+from tests.docs.pages import ROOT, commands
 from tests.examples.scripts import script, training_arguments, write_toy
+from tests.examples.toy import save_base, save_image
 
 trl = pytest.importorskip("trl", reason="TRL needs Python 3.11")
 datasets = pytest.importorskip("datasets")
@@ -168,3 +177,35 @@ def test_grpo_measures_prompts_with_their_completions(toy, tmp_path):
     assert len(trained) == 3
     assert task.samples == 8
     assert {measured.tokens for measured in task.inputs.values()} == {sum(trained[-2:])}
+
+
+def test_the_command_line_as_the_page_shows_it(tmp_path, monkeypatch):
+    from trl.cli import main
+
+    page = (ROOT / "docs/how-to/train.md").read_text(encoding="utf-8")
+    (trained,), (measured,) = commands(page, "trl", "sft"), commands(page, "peft-many", "measure")
+    row = json.loads(re.search(r'`({"file_name".+?})`', page)[1])
+    monkeypatch.chdir(tmp_path)
+    base = save_base(Path("llava-hf/llava-1.5-7b-hf"))
+    for number in range(4):
+        save_image(Path(f"clevr-data/{number}.png"), "red")
+    rows = [json.dumps({**row, "file_name": f"{number}.png"}) for number in range(4)]
+    Path("clevr-data/metadata.jsonl").write_text("\n".join(rows))
+    monkeypatch.setenv("HF_DATASETS_CACHE", "cache")  # of the process that it starts
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    main([*trained[1:], "--max_steps", "2", "--use_cpu", "--report_to", "none"])
+    done = CliRunner().invoke(app, measured[1:])
+    assert done.exit_code == 0, done.output
+
+    (task,) = PeftConfig.from_pretrained("clevr").statistics.tasks
+    assert (task.name, task.samples, task.images) == ("clevr", 4, 4)
+    assert list(task.projectors) == ["model.multi_modal_projector"]
+    models = [AutoModelForImageTextToText.from_pretrained(base) for _ in range(3)]
+    ours = get_peft_model(models[0], MAnyConfig())
+    ours.save_pretrained("ours")
+    tensors = load_file(f"clevr/{WEIGHTS}")
+    assert tensors.keys() == load_file(f"ours/{WEIGHTS}").keys(), "the layers and the projector of our own config"
+    assert all(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+    own = logits(PeftModel.from_pretrained(models[1], "clevr"), "llava")
+    merged = logits(merge_adapter_sequence(models[2], ["clevr"], progress=False), "llava")
+    torch.testing.assert_close(merged, own, atol=1e-4, rtol=1e-4)
