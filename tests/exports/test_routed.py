@@ -134,7 +134,7 @@ def test_one_import_and_one_call_in_a_new_process(shelf, tmp_path):
 
 
 def test_transformers_serve_loads_it_or_stops(shelf, tmp_path):
-    """What `docs/how-to/other-servers.md` says of it, but for the web server around."""
+    """What `docs/how-to/transformers-serve.md` says of it, but for the web server around."""
     merged = shelf.merge("ab", tmp_path / "merged")
     exported = export_routed_model(merged, tmp_path / "model", base_model=shelf.base)
     batch = batches(base("llava"), "llava", seed=50)[0]
