@@ -94,7 +94,7 @@ def test_what_is_broken_stops_those_who_ask_for_a_merge_and_no_others(registry, 
 
 
 def test_the_page_lists_the_families_and_versions():
-    page = (ROOT / "docs" / "how-to" / "vllm.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     assert all(f"`{architecture}`" in page for architecture in FAMILIES)
     assert all(f"vLLM {version}" in page for version in KNOWN_VERSIONS)
 
