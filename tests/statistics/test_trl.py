@@ -182,7 +182,7 @@ def test_grpo_measures_prompts_with_their_completions(toy, tmp_path):
 def test_the_command_line_as_the_page_shows_it(tmp_path, monkeypatch):
     from trl.cli import main
 
-    page = (ROOT / "docs/how-to/train.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/how-to/train-with-trl.md").read_text(encoding="utf-8")
     (trained,), (measured,) = commands(page, "trl", "sft"), commands(page, "peft-many", "measure")
     row = json.loads(re.search(r'`({"file_name".+?})`', page)[1])
     monkeypatch.chdir(tmp_path)
