@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft import LoraConfig
 from typing_extensions import Unpack
 
 from ..algebra.precision import without_autocast
-from ..files.adapter import Adapter, read_adapter
+from ..files.adapter import Adapter, TaskAdapter, read_adapter
 from ..files.atomic import new_folder
 from ..files.card import plain
 from ..files.card_usage import class_of, quoted
@@ -24,6 +25,7 @@ from ..hub.base_model import BaseModel
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.arguments import output_folder
 from ..merging.prepare import AdapterPath
+from ..records import TASKS_NAME
 from ..records.values import one_of
 from .export import (
     Export,
@@ -72,7 +74,8 @@ def export_lora(
         output_dir (`str`): The folder to create; it must not exist, or be empty.
         with_tasks (`bool`, defaults to `False`):
             Write the LoRAs of a merge's tasks too, in the folders `task_0`, `task_1` and so on within, in the order of
-            its tasks: what a server chooses among to do as `gate_lora` does (`peft_many.serving.gate`).
+            its tasks: what a server chooses among to do as `gate_lora` does (`peft_many.serving.gate`). `tasks.json`
+            says whose they are.
         check_for (`str`, *optional*):
             `"vllm"` makes sure that each of its layers is one of the base model's language model, by the base model's
             config alone: vLLM leaves out others without a word. It gets the names that transformers has today, and
@@ -109,12 +112,7 @@ def export_lora(
     told = {name: getattr(read.config, name) for name in ("task_type", "base_model_name_or_path", "revision")}
     shape: Mapping[str, Any] = {**told, "pad": check_for is None}
     config, tensors = as_lora(read, read_pairs(read), LoraConfig, **shape)
-    served = next((served for served in SERVED_RANKS if served >= config.r), None)
-    if served is None:
-        raise UnmergeableAdapterError(
-            f"{source.name} has layers of rank {config.r}, and vLLM serves at most {SERVED_RANKS[-1]}: merge it again "
-            f"with `rank={SERVED_RANKS[-1]}` or less."
-        )
+    served = _served_rank(source.name, config.r, read.tasks if with_tasks else [])
     stored = next(iter(tensors.values())).dtype
     dtype = str(stored).removeprefix("torch.")
     ranks = "Layers have ranks up to" if config.rank_pattern else "All layers have rank"
@@ -133,6 +131,24 @@ def export_lora(
         )
         write_card(folder, "A LoRA of {tasks}", read, base, usage, notes, library_name="peft")
     return Export(output, notes)
+
+
+def _served_rank(name: str, rank: int, tasks: Sequence[TaskAdapter]) -> int:
+    """The `max_lora_rank` that vLLM has to be told, for an adapter and the tasks that are exported beside it."""
+    most = SERVED_RANKS[-1]
+    if rank > most:
+        raise UnmergeableAdapterError(
+            f"{name} has layers of rank {rank}, and vLLM serves at most {most}: merge it again with `rank={most}` or "
+            "less."
+        )
+    of_tasks = {task.name: max((delta.rank for delta in task.deltas.values()), default=0) for task in tasks}
+    large = next((task for task, its in of_tasks.items() if its > most), None)
+    if large is not None:
+        raise UnmergeableAdapterError(
+            f"The task '{large}' of {name} has layers of rank {of_tasks[large]}, and vLLM serves at most {most}: "
+            "export it without the tasks' own LoRAs (`with_tasks`)."
+        )
+    return next(served for served in SERVED_RANKS if served >= max(rank, *of_tasks.values(), 0))
 
 
 def _left_behind(read: Adapter) -> Iterator[str]:
@@ -158,7 +174,10 @@ def _beside(read: Adapter) -> Iterator[str]:
 
 
 def _write_tasks(folder: Path, adapter: Adapter, dtype: torch.dtype, shape: Mapping[str, Any]) -> None:
-    """The LoRAs of a merge's tasks, each in a folder of its own."""
+    """The LoRAs of a merge's tasks, each in a folder of its own, and whose they are."""
+    assert adapter.merge is not None
+    identities = json.dumps(adapter.merge.identities, indent=2, ensure_ascii=False)
+    (folder / TASKS_NAME).write_text(f"{identities}\n", encoding="utf-8")
     for t, task in enumerate(adapter.tasks):
         read = {module: delta.read() for module, delta in sorted(task.deltas.items())}
         pairs = {module: (delta.A.to(dtype), delta.B.to(dtype)) for module, delta in read.items()}

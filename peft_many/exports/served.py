@@ -30,10 +30,12 @@ def as_served(adapter: Adapter, base: BaseModel) -> Adapter:
     parts = parts_of(model)
     inside = "" if parts is None or parts.language_model is None else f"{parts.language_model}."
     head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
-    stray = next((name for name in adapter.pairs if not name.startswith(inside) and name not in head), None)
+    adapted = [*adapter.pairs, *(name for task in adapter.tasks for name in task.deltas)]
+    stray = next((name for name in adapted if not name.startswith(inside) and name not in head), None)
     if stray is not None:
         raise UnmergeableAdapterError(
             f"The layer '{stray}' is outside the language model '{inside[:-1]}', where vLLM ignores a LoRA silently "
-            "(unless it has `--enable-tower-connector-lora`): serve a folded model (`export_model`)."
+            "(unless it has `--enable-tower-connector-lora`, with which it routes no projectors): serve a folded "
+            "model (`export_model`)."
         )
     return adapter

@@ -5,6 +5,7 @@ from .options import ROUTERS, MergeOptions
 from .record import (
     INSTRUCTION_ROUTER,
     ROUTED_PREFIX,
+    TASKS_NAME,
     MergeRecord,
     Operation,
     Origin,
@@ -22,6 +23,7 @@ __all__ = [
     "INSTRUCTION_ROUTER",
     "ROUTED_PREFIX",
     "ROUTERS",
+    "TASKS_NAME",
     "ExpectedRouting",
     "MergeOptions",
     "MergeRecord",

@@ -12,6 +12,7 @@ from .options import MergeOptions
 
 # Before the architecture of a whole model with routed projectors: who would not route them knows no such architecture.
 ROUTED_PREFIX = "Routed"
+TASKS_NAME = "tasks.json"  # beside exported LoRAs: whose they are (`MergeRecord.identities`)
 # Of a base model: what merges with `gate_by` compare instructions with.
 INSTRUCTION_ROUTER = "instruction_routers"
 
@@ -236,6 +237,11 @@ class MergeRecord(Record):
     def names(self) -> list[str]:
         """The names of the tasks, in their order."""
         return [task.name for task in self.tasks]
+
+    @property
+    def identities(self) -> list[dict[str, str]]:
+        """What tells its tasks from those of other merges, in their order."""
+        return [{"name": task.name, "sha256": task.origin.sha256} for task in self.tasks]
 
     @property
     def is_routed(self) -> bool:

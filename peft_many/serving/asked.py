@@ -37,11 +37,15 @@ def _check_routes_images(config: VllmConfig) -> None:
     """Refuse models and options with which images would not be routed."""
     model = config.model_config
     _check_architecture(model.architecture, model.architectures)
+    compiled, images = config.compilation_config, model.multimodal_config
     for problem, is_there in {
-        "`cudagraph_mm_encoder`, as a CUDA graph cannot choose": config.compilation_config.cudagraph_mm_encoder,
-        "`compile_mm_encoder`, as a compiled graph cannot choose": config.compilation_config.compile_mm_encoder,
-        '`mm_encoder_tp_mode="data"`, as one device must see all images': model.multimodal_config.mm_encoder_tp_mode
-        == "data",
+        "`cudagraph_mm_encoder`, as a CUDA graph cannot choose": compiled.cudagraph_mm_encoder,
+        "`compile_mm_encoder`, as a compiled graph cannot choose": compiled.compile_mm_encoder,
+        '`mm_encoder_tp_mode="data"`, as one device must see all images': images.mm_encoder_tp_mode == "data",
+        "`enable_tower_connector_lora`, as LoRA there takes all images at once": getattr(
+            config.lora_config, "enable_tower_connector_lora", False
+        ),
+        "`ec_transfer_config`, as another server may encode by no merge": config.ec_transfer_config is not None,
     }.items():
         if is_there:
             raise ValueError(f"vLLM cannot route projectors with {problem}; leave it out.")

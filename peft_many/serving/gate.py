@@ -7,6 +7,8 @@ first, and again with the request: vision encoder and projectors see each image 
 from __future__ import annotations
 
 import io
+import json
+import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from vllm import LLM
+from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -22,6 +25,7 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from ..algebra.gating import confidence
+from ..records import TASKS_NAME
 from ..records.options import INSTRUCTIONS
 from .merge import ServedMerge, served_merge
 from .words import placeholders, router_of_words, scores_of_words, weights_of_request
@@ -37,29 +41,30 @@ class RoutingWorker:
         which these are as long as the model sees them.
         """
         merge = served_merge(self.vllm_config.additional_config["peft_many"])  # which no model knows if it routes none
-        pictures = [Image.open(io.BytesIO(content)).convert("RGB") for content in images]
         with torch.inference_mode():
             goes_by_images = bool(merge.record.routing) and merge.record.options.gate_by != INSTRUCTIONS
-            by_images, fits = _by_images(self, pictures) if goes_by_images else (None, None)
+            by_images, fits = _by_images(self, images) if goes_by_images else (None, None)
             scores = None
             if merge.record.instructions is not None:
-                scores = _by_words(self, merge, _token_ids(self, pictures, prompt))
+                scores = _by_words(self, merge, _token_ids(self, images, prompt))
             found = weights_of_request(by_images, scores, fits)
         return None if found is None else found.tolist()
 
 
-def _by_images(worker: Any, pictures: list[Image.Image]) -> tuple[Tensor | None, Tensor | None]:
+def _by_images(worker: Any, images: list[bytes]) -> tuple[Tensor | None, Tensor | None]:
     """What each task counts for each image, and which tasks take it, `(images, tasks)`; `None` if nothing tells."""
-    runner, found = worker.model_runner, []
+    if not images:
+        return None, None
+    runner, found = worker.model_runner, {}
     processor = MULTIMODAL_REGISTRY.create_processor(runner.model_config)
     prompt = processor.dummy_inputs.get_dummy_text({"image": 1})
-    for picture in pictures:
-        inputs = processor(prompt, processor.info.parse_mm_data({"image": [picture]}))
+    for content in dict.fromkeys(images):  # equal ones are encoded once
+        inputs = processor(prompt, processor.info.parse_mm_data({"image": [_opened(content)]}))
         items = [("image", item) for item in inputs["mm_kwargs"]["image"]]
-        for _, _, arguments in group_and_batch_mm_kwargs(items, device=worker.device):
-            found.append(runner.get_model().task_weights(**arguments))
-    weights, fits = [one for one, _ in found], [one for _, one in found if one is not None]
-    return torch.cat(weights) if weights else None, torch.cat(fits) if fits else None
+        ((_, _, arguments),) = group_and_batch_mm_kwargs(items, device=worker.device)
+        found[content] = runner.get_model().task_weights(**arguments)
+    weights, fits = zip(*(found[content] for content in images))
+    return torch.cat(weights), None if fits[0] is None else torch.cat(fits)
 
 
 def _by_words(worker: Any, merge: ServedMerge, ids: list[int]) -> Tensor:
@@ -72,14 +77,14 @@ def _by_words(worker: Any, merge: ServedMerge, ids: list[int]) -> Tensor:
     return scores_of_words(known["router_of_words"], words, _embedding(worker.model_runner.get_model()))
 
 
-def _token_ids(worker: Any, pictures: list[Image.Image], prompt: str | list[int] | None) -> list[int]:
+def _token_ids(worker: Any, images: list[bytes], prompt: str | list[int] | None) -> list[int]:
     if not isinstance(prompt, str):
         return prompt or []
     config = worker.model_runner.model_config
     if not config.is_multimodal_model:
         return list(cached_tokenizer_from_config(config).encode(prompt))
     processor = MULTIMODAL_REGISTRY.create_processor(config)
-    shown = processor.info.parse_mm_data({"image": pictures} if pictures else {})
+    shown = processor.info.parse_mm_data({"image": [_opened(content) for content in images]} if images else {})
     return list(processor(prompt, shown)["prompt_token_ids"])
 
 
@@ -104,7 +109,9 @@ class Gate:
         loras (`str`): What `export_lora(merge, loras, with_tasks=True)` wrote.
 
     Raises:
-        ValueError: The server routes by no merge, or `loras` lacks the LoRA of a task.
+        ValueError:
+            The server routes by no merge or lacks the worker extension, or `loras` lacks the LoRA of a task or was
+            exported from another merge.
 
     Example:
 
@@ -124,8 +131,7 @@ class Gate:
     """
 
     def __init__(self, llm: LLM, loras: str | Path) -> None:
-        told = llm.llm_engine.vllm_config.additional_config.get("peft_many")
-        self.loras = LoRAs(ServedMerge.read(told), Path(loras))
+        self.loras = LoRAs(merge_to_gate_by(llm.llm_engine.vllm_config), Path(loras))
         self._llm = llm
 
     def lora_for(self, images: Sequence[Image.Image], prompt: str | list[int] | None = None) -> LoRARequest | None:
@@ -143,8 +149,20 @@ class Gate:
         return self.loras.chosen(self._llm.collective_rpc("route_request", args=(contents, prompt))[0])
 
 
+def merge_to_gate_by(config: VllmConfig) -> ServedMerge:
+    """The merge that a server was told; a `ValueError` says what it has to be told for a gate."""
+    told = config.additional_config.get("peft_many") if isinstance(config.additional_config, dict) else None
+    extension = config.parallel_config.worker_extension_cls
+    if not extension or not issubclass(pkgutil.resolve_name(extension), RoutingWorker):
+        raise ValueError(
+            f"A gate asks the server's workers, which need `worker_extension_cls="
+            f'"{RoutingWorker.__module__}.{RoutingWorker.__name__}"` (`--worker-extension-cls` of `vllm serve`).'
+        )
+    return served_merge(told)
+
+
 class LoRAs:
-    """The merged LoRA and those of the tasks, as requests."""
+    """The merged LoRA and those of the tasks, as requests; a `ValueError` says why these are not the merge's."""
 
     def __init__(self, merge: ServedMerge, folder: Path) -> None:
         self.merge = merge
@@ -154,6 +172,12 @@ class LoRAs:
             raise ValueError(
                 f"'{folder}' lacks the LoRA of the task '{names[missing]}': export it again, with `with_tasks=True` "
                 "(`peft-many export --format lora --with-tasks`)."
+            )
+        found = folder / TASKS_NAME
+        if not found.is_file() or json.loads(found.read_text(encoding="utf-8")) != merge.record.identities:
+            raise ValueError(
+                f"The LoRAs in '{folder}' are not those of the tasks of the merge in '{merge.folder}': export them "
+                "again from that merge, or name the other one in `additional_config`."
             )
         self.merged = LoRARequest("merged", 1, str(folder))
         self.of_tasks = [LoRARequest(name, 2 + t, str(folder / f"task_{t}")) for t, name in enumerate(names)]
@@ -166,6 +190,10 @@ class LoRAs:
             return None
         row = torch.tensor([weights])
         return self.of_tasks[int(row.argmax())] if confidence(row).item() else self.merged
+
+
+def _opened(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 def as_file(image: Image.Image) -> bytes:

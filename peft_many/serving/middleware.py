@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,25 @@ from typing import Any
 from vllm import envs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
-from vllm.multimodal.media import MediaConnector
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
-from .gate import LoRAs, as_file
-from .merge import served_merge
+from .gate import LoRAs, as_file, merge_to_gate_by
+
+logger = init_logger(f"vllm.{__name__}")
+
+ADDRESS = "/v1/chat/completions"
 
 
 class GateMiddleware:
     """Rewrites `model` in chat completions: `--middleware peft_many.serving.middleware.GateMiddleware`.
 
     Gated is whoever asks for a LoRA in whose folder those of the tasks lie (`export_lora(..., with_tasks=True)`). All
-    of them have to be served, under any names. Other requests pass as they are. An image by its address is fetched
-    twice, as the server does it, and once more where gates go by instructions; videos do not count. Whoever lacks the
-    server's key gets no further than to be told so.
+    of them have to be served, under any names: a server that lacks one, or anything else that gating needs, does not
+    start. Other requests pass as they are. An image by its address is fetched twice, as the server does it, and once
+    more where gates go by instructions; videos do not count. Whoever lacks the server's key gets no further than to be
+    told so.
 
     Example:
 
@@ -41,19 +47,27 @@ class GateMiddleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """As ASGI has it."""
-        if scope["type"] != "http" or not scope["path"].endswith("/chat/completions"):
+        if scope["type"] == "lifespan":
+            try:
+                check_gate(scope["app"].state)
+            except ValueError as error:
+                await send({"type": "lifespan.startup.failed", "message": str(error)})
+                return
+        # No others: the server asks for its key there, and only inside of what it was told to put around itself.
+        is_chat = scope["type"] == "http" and scope["method"] == "POST"
+        if not is_chat or scope["path"].removeprefix(scope.get("root_path", "")) != ADDRESS:
             await self.app(scope, receive, send)
             return
-        # The server asks for its key only inside of what it was told to put around itself.
         tokens = [key for key in (scope["app"].state.args.api_key or [envs.VLLM_API_KEY]) if key]
         await (AuthenticationMiddleware(self._gate, tokens) if tokens else self._gate)(scope, receive, send)
 
     async def _gate(self, scope: Any, receive: Any, send: Any) -> None:
-        body, more = b"", True
+        pieces, more = [], True
         while more:
             message = await receive()
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-        body = await _gated(body, scope["app"].state)
+            pieces.append(message.get("body", b""))
+            more = message.get("more_body", False)
+        body = await _gated(b"".join(pieces), scope["app"].state)
         lengths = (b"content-length", str(len(body)).encode())
         headers = [lengths if name == b"content-length" else (name, value) for name, value in scope["headers"]]
         unread = [{"type": "http.request", "body": body, "more_body": False}]
@@ -64,6 +78,25 @@ class GateMiddleware:
         await self.app({**scope, "headers": headers}, replay, send)
 
 
+def check_gate(state: Any) -> None:
+    """A `ValueError` says what a server lacks that is to gate, before it serves anything."""
+    merge = merge_to_gate_by(state.engine_client.vllm_config)
+    served = {_folder_of(lora): name for name, lora in state.openai_serving_models.lora_requests.items()}
+    gated = [folder for folder in served if _has_tasks(folder)]
+    if not gated:
+        raise ValueError(
+            "The gate has nothing to choose from: none of `--lora-modules` is the folder of a merge's LoRA with those "
+            "of its tasks within, as `peft-many export --format lora --with-tasks` writes it."
+        )
+    for folder in gated:
+        for lora in LoRAs(merge, folder).of_tasks:
+            if _folder_of(lora) not in served:
+                raise ValueError(
+                    f"The gate of '{served[folder]}' may choose the LoRA of the task '{lora.lora_name}', which is not "
+                    f"served: add `NAME={lora.lora_path}` to `--lora-modules`."
+                )
+
+
 async def _gated(body: bytes, state: Any) -> bytes:
     """A request's body, with the model that its images and words choose."""
     try:
@@ -72,25 +105,49 @@ async def _gated(body: bytes, state: Any) -> bytes:
         lora = state.openai_serving_models.lora_requests.get(asked["model"])
     except (AttributeError, KeyError, TypeError, ValueError):
         return body  # the server says what is wrong with it
-    if lora is None or not Path(lora.lora_path, "task_0").is_dir():
+    if lora is None or not _has_tasks(_folder_of(lora)):
         return body
     config = state.engine_client.vllm_config
-    merge = served_merge(config.additional_config.get("peft_many"))
+    merge = merge_to_gate_by(config)
     by_words = merge.record.options.gates_by_instructions
     if not urls and not by_words:
         return body
-    media = MediaConnector(
-        allowed_local_media_path=config.model_config.allowed_local_media_path,
-        allowed_media_domains=config.model_config.allowed_media_domains,
-    )
+    multimodal = config.model_config.multimodal_config
+    if urls and (multimodal is None or len(urls) > multimodal.get_limit_per_prompt("image")):
+        return body  # which the server refuses
     try:
-        images = [as_file(await media.fetch_image_async(url)) for url in urls]
+        images = await _images(urls, asked, config.model_config)
         prompt = await _token_ids(body, state) if by_words else None
-    except Exception:  # whatever it is, the server meets it too, and answers
+        weights = (await state.engine_client.collective_rpc("route_request", args=(images, prompt)))[0]
+    except Exception as error:  # whatever is wrong with an image or the chat, the server meets it too, and answers
+        logger.warning("A request for '%s' passes the gate as it is, which cannot read it: %s", asked["model"], error)
         return body
-    weights = (await state.engine_client.collective_rpc("route_request", args=(images, prompt)))[0]
-    chosen = LoRAs(merge, Path(lora.lora_path)).chosen(weights)
+    chosen = LoRAs(merge, _folder_of(lora)).chosen(weights)
     return json.dumps({**asked, "model": _name_of(chosen, state.openai_serving_models)}).encode()
+
+
+async def _images(urls: list[str], asked: dict[str, Any], model: Any) -> list[bytes]:
+    """The images of a request, fetched as the server does it."""
+    if not urls:
+        return []
+    media = MEDIA_CONNECTOR_REGISTRY.load(
+        envs.VLLM_MEDIA_CONNECTOR,
+        media_io_kwargs=asked.get("media_io_kwargs") or model.multimodal_config.media_io_kwargs,
+        allowed_local_media_path=model.allowed_local_media_path,
+        allowed_media_domains=model.allowed_media_domains,
+    )
+    once = list(dict.fromkeys(urls))
+    found = dict(zip(once, await asyncio.gather(*map(media.fetch_image_async, once))))
+    files = {url: as_file(image) for url, image in found.items()}
+    return [files[url] for url in urls]
+
+
+def _folder_of(lora: LoRARequest) -> Path:
+    return Path(lora.lora_path).expanduser().resolve()
+
+
+def _has_tasks(folder: Path) -> bool:
+    return (folder / "task_0").is_dir()
 
 
 def _image_urls(messages: list[dict[str, Any]]) -> list[str]:
@@ -114,9 +171,8 @@ def _name_of(chosen: LoRARequest | None, models: Any) -> str:
     """What the server calls a LoRA; `None` is the base model."""
     if chosen is None:
         return str(models.base_model_paths[0].name)
-    here = Path(chosen.lora_path).resolve()
     served = models.lora_requests.items()
-    found = next((name for name, one in served if Path(one.lora_path).resolve() == here), None)
+    found = next((name for name, one in served if _folder_of(one) == _folder_of(chosen)), None)
     if found is None:
-        raise ValueError(f"The LoRA in '{here}' is not served: name it among `--lora-modules`.")
+        raise ValueError(f"The LoRA of the task '{chosen.lora_name}' is not served any more.")
     return str(found)

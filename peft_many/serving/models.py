@@ -14,13 +14,14 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from ..algebra.routing import among_all
-from ..records import ROUTED_PREFIX
 from .asked import merge_to_route_by
 from .families import FAMILIES
 from .merge import KEY_PREFIX, ServedMerge
 from .projector import ServedProjector, images_lie, served
 
 logger = init_logger(f"vllm.{__name__}")
+
+EMBEDDED = ("image_embeds", "video_embeds")  # what comes behind the projectors already
 
 
 def __getattr__(name: str) -> Any:
@@ -53,7 +54,7 @@ def routed_model(architecture: str) -> type[Any]:
                 _route(self, merge)
 
         def embed_multimodal(self, **kwargs: Any) -> Any:
-            if self.served_merge is None:
+            if self.served_merge is None or not kwargs.keys().isdisjoint(EMBEDDED):
                 return super().embed_multimodal(**kwargs)
             with images_lie(family.shares(kwargs)):
                 return super().embed_multimodal(**kwargs)
@@ -78,7 +79,8 @@ def routed_model(architecture: str) -> type[Any]:
             of_base = ((name, tensor) for name, tensor in weights if not name.startswith(KEY_PREFIX))
             return super().load_weights(itertools.chain(of_base, self.served_merge.projector_tensors()))
 
-    Routed.__name__ = Routed.__qualname__ = f"{ROUTED_PREFIX}{stock.__name__}"
+    # vLLM tells some models by the names of their classes, as where it speculates.
+    Routed.__name__, Routed.__qualname__ = stock.__name__, stock.__qualname__
     return Routed
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peft_many import export_lora, merge_adapter_files
+from peft_many import collect_statistics, export_lora, merge_adapter_files
 from peft_many.files.errors import UnmergeableAdapterError
 from tests import new_process
-from tests.adapters import STATISTICS, WEIGHTS, base, distance, files, logits, make, make_loha, merged_deltas
+from tests.adapters import STATISTICS, WEIGHTS, base, batches, distance, files, logits, make, make_loha, merged_deltas
 from tests.exports.shelf import Shelf, text_logits
 
 
@@ -127,6 +127,9 @@ def test_the_tasks_own_lie_within(shelf, tmp_path, options):
         "The tasks' own LoRAs are in folders of their own: a (`task_0`), b (`task_1`), c (`task_2`)."
     )
     assert not any("gate_lora" in note for note in exported.notes)
+    whose = json.loads((exported.folder / "tasks.json").read_text())
+    record = json.loads((merged / "adapter_config.json").read_text())["merge"]
+    assert whose == [{"name": task["name"], "sha256": task["origin"]["sha256"]} for task in record["tasks"]]
     for t, name in enumerate("abc"):
         found = text_logits(PeftModel.from_pretrained(base("llava"), exported.folder / f"task_{t}"))
         expected = text_logits(PeftModel.from_pretrained(base("llava"), shelf.adapters[name]))
@@ -145,9 +148,14 @@ def test_layers_that_a_server_would_leave_out(shelf, tmp_path):
     other = make(tmp_path / "b", "gpt2", kind=LoraConfig, target_modules=["c_fc"], fan_in_fan_out=True, r=2).folder
     with pytest.raises(UnmergeableAdapterError, match=r"'.*c_fc' matches no module of LlavaForConditionalGeneration"):
         export_lora(other, tmp_path / "none", **options)
-    tower = make(tmp_path / "c", kind=LoraConfig, target_modules=r".*vision_tower.*q_proj", r=2).folder
-    with pytest.raises(UnmergeableAdapterError, match=r"vision_tower.*outside the language model 'model\."):
-        export_lora(tower, tmp_path / "none", **options)
+    make(tmp_path / "c", kind=LoraConfig, target_modules=r".*vision_tower.*q_proj", r=2)
+    loha = LoHaConfig(r=2, target_modules=r".*vision_tower.*q_proj", init_weights=False)
+    model = get_peft_model(base("llava"), loha)
+    collect_statistics(model, batches(model, "llava", 0), progress=False)
+    model.save_pretrained(tmp_path / "d")
+    for tower in (tmp_path / "c", tmp_path / "d"):
+        with pytest.raises(UnmergeableAdapterError, match=r"vision_tower.*outside the language model 'model\."):
+            export_lora(tower, tmp_path / "none", **options)
     with pytest.raises(FileNotFoundError, match="The base model 'no/model' cannot be read"):
         export_lora(merged, tmp_path / "none", check_for="vllm", base_model="no/model", local_files_only=True)
     with pytest.raises(ValueError, match="`check_for` must be one of 'vllm', but it is 'other'"):
@@ -167,6 +175,21 @@ def test_a_server_that_reads_rank_patterns_needs_no_padding(shelf, tmp_path):
         ("q_proj", 3),
         ("v_proj", 5),
     }
+
+
+def test_the_tasks_own_may_have_a_larger_rank(tmp_path):
+    options = {"lora_alpha": 1, "target_modules": ["q_proj"]}
+    adapters = [
+        make(tmp_path / name, "llama", task_name=name, r=r, **options).folder for name, r in (("a", 4), ("b", 12))
+    ]
+    merged = merge_adapter_files(adapters, tmp_path / "merged", rank=4, progress=False)
+    assert "max_lora_rank=8" in export_lora(merged, tmp_path / "lora").notes[0]
+    assert "max_lora_rank=16" in export_lora(merged, tmp_path / "all", with_tasks=True).notes[0]
+    large = make(tmp_path / "c", "llama", task_name="c", r=600, **options).folder
+    merged = merge_adapter_files([*adapters, large], tmp_path / "larger", rank=4, progress=False)
+    with pytest.raises(UnmergeableAdapterError, match=r"The task 'c' of .* rank 600.*without the tasks' own LoRAs"):
+        export_lora(merged, tmp_path / "none", with_tasks=True)
+    assert not (tmp_path / "none").exists()
 
 
 def test_ranks_that_no_server_takes(tmp_path):

@@ -31,8 +31,9 @@ from peft_many import export_lora, export_routed_model
 from peft_many.serving.families import FAMILIES
 from peft_many.serving.gate import Gate, LoRAs
 from peft_many.serving.merge import ServedMerge
+from peft_many.serving.models import routed_model
 from peft_many.serving.projector import ServedProjector
-from tests.serving.worlds import GEMMA3_IN_CROPS, WORLDS, Served, architecture, rename
+from tests.serving.worlds import GEMMA3_IN_CROPS, WIDTH, WORLDS, Served, architecture, rename
 
 SHELVES: dict[str, Served] = {}
 
@@ -56,8 +57,8 @@ def shelf(tmp_path_factory):
     return made
 
 
-def answers(served: Served, model, lora=None, merge=None, dtype="float32", look=None, **options):
-    """What a server answers to all prompts; `look` is called with its model.
+def answers(served: Served, model, lora=None, merge=None, dtype="float32", look=None, shown=None, **options):
+    """What a server answers to all prompts; `look` is called with its model. `shown` takes the place of each image.
 
     With `max_logprobs`, also the log-probabilities of all tokens in each step, `(steps, vocabulary)`.
     """
@@ -81,6 +82,8 @@ def answers(served: Served, model, lora=None, merge=None, dtype="float32", look=
             {"prompt": served.prompt(words, images), **({"multi_modal_data": {"image": images}} if images else {})}
             for words, images in served.prompts()
         ]
+        if shown is not None:
+            prompts = [{"prompt": served.prompt("w1 w2", [shown]), "multi_modal_data": {"image": shown}}]
         request = None if lora is None else lora(llm) if callable(lora) else LoRARequest("merged", 1, str(lora))
         sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=options.get("max_logprobs"))
         made = [one.outputs[0] for one in llm.generate(prompts, sampling, lora_request=request, use_tqdm=False)]
@@ -235,6 +238,9 @@ def test_a_gate_chooses_loras(shelf, tmp_path, family, options):
     assert ("merged" in names[:3]) == ("gate_by" not in options)  # of text, only words can tell the task
     with pytest.raises(ValueError, match=r"lacks the LoRA of the task 'a': export it again, with `with_tasks=True`"):
         LoRAs(ServedMerge.read(str(merged)), tmp_path)
+    other = served.merge("ab", tmp_path / "other", gate_lora=True, **options)
+    with pytest.raises(ValueError, match=r"are not those of the tasks of the merge in .*: export them again"):
+        LoRAs(ServedMerge.read(str(other)), Path(loras))
 
 
 @pytest.mark.parametrize("family", ["llava", "llama"])
@@ -306,6 +312,12 @@ def test_ordinary_models_are_as_ever(shelf):
     assert found == served.expected_of(served.model())
 
 
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_models_keep_their_names(architecture):
+    """By which vLLM tells some, as where it speculates."""
+    assert routed_model(architecture).__name__ == FAMILIES[architecture].model.partition(":")[2]
+
+
 def test_another_version_refuses_to_route(shelf, tmp_path, monkeypatch):
     served = shelf("llava")
     monkeypatch.setattr("vllm.__version__", "0.99.0")
@@ -328,6 +340,7 @@ def test_a_model_that_nobody_would_route(shelf, tmp_path):
     [
         ("llava", "cudagraph_mm_encoder", {"compilation_config": {"cudagraph_mm_encoder": True}}),
         ("llava", "compile_mm_encoder", {"compilation_config": {"compile_mm_encoder": True}}),
+        ("llava", "enable_tower_connector_lora", {"enable_lora": True, "enable_tower_connector_lora": True}),
         # vLLM itself falls back to "weights" for a model that does not support it, as LLaVA.
         ("qwen2_vl", "mm_encoder_tp_mode", {"mm_encoder_tp_mode": "data"}),
     ],
@@ -338,7 +351,18 @@ def test_options_with_which_images_would_not_be_routed(shelf, tmp_path, family, 
         answers(shelf(family), shelf(family).base, merge=merged, **given)
 
 
+def test_images_that_come_embedded_pass_no_projector(shelf, tmp_path):
+    """They are of another encoder and projector: the model's own class takes them, with a merge or without."""
+    served = shelf("llava")
+    embedded = torch.randn(1, 16, WIDTH, generator=torch.Generator().manual_seed(0))
+    found = [
+        answers(served, served.base, merge=merge, shown=embedded, enable_mm_embeds=True)
+        for merge in (None, served.merge("ab", tmp_path / "merged"))
+    ]
+    assert found[0] == found[1]
+
+
 def test_a_merge_for_another_base_model(shelf, tmp_path):
     merged = shelf("qwen2_vl").merge("ab", tmp_path / "merged")
-    with pytest.raises(ValueError, match=r"routes 'model\.visual\.merger', which is no projector of this RoutedLlava"):
+    with pytest.raises(ValueError, match=r"routes 'model\.visual\.merger', which is no projector of this LlavaFor"):
         answers(shelf("llava"), shelf("llava").base, merge=merged)
