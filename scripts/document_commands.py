@@ -1,25 +1,48 @@
-"""Write the reference part of docs/command-line.md from the commands' own help, which the tests compare.
+"""Write what the command line says of itself, which the tests compare.
+
+That is the options of merging, from the fields of `MergeOptions`, and the reference part of docs/command-line.md, from
+the commands' own help.
 
 python scripts/document_commands.py
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 import re
 from pathlib import Path
 
 import typer
 
-from peft_many.commands import app
+from peft_many import MergeOptions
 
-PAGE = Path(__file__).parents[1] / "docs" / "command-line.md"
+ROOT = Path(__file__).parents[1]
+OPTIONS = ROOT / "peft_many" / "commands" / "merge_options.json"
+PAGE = ROOT / "docs" / "command-line.md"
 WIDTH = 86  # of code on a page; see tests/docs/test_rendered.py
 BEGIN = "<!-- made by scripts/document_commands.py -->"
 
 
+def listed() -> str:
+    """The options of merging as the command line reads them: help, type and choices of each."""
+    defaults = MergeOptions().filled_in([]).describe()
+    found = {}
+    for option in dataclasses.fields(MergeOptions):
+        help, choices = option.metadata["help"], option.metadata["choices"]
+        default = option.metadata["by_default"] or defaults.get(option.name)
+        help += f" One of {', '.join(choices)}." if choices else ""
+        help += f" [dim]default: {default}[/dim]" if default else ""
+        kind = next((kind for kind in ("bool", "float", "int") if re.match(rf"{kind}\b", str(option.type))), "str")
+        found[option.name] = {"help": help, "kind": kind, "choices": choices}
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+
+
 def documented() -> str:
     """The page as it should be: what is written by hand, and every command below it."""
+    from peft_many.commands import app  # which reads the options that are listed
+
     by_hand = PAGE.read_text(encoding="utf-8").partition(BEGIN)[0]
     group = typer.main.get_command(app)
     return by_hand + BEGIN + "\n" + "".join(_section(name, command) for name, command in group.commands.items())
@@ -74,4 +97,5 @@ def _plain(text: str) -> str:
 
 
 if __name__ == "__main__":
+    OPTIONS.write_text(listed(), encoding="utf-8")
     PAGE.write_text(documented(), encoding="utf-8")

@@ -16,6 +16,7 @@ from .scatter import Seen, SingularMergeError, inverse_scatter_product, slices, 
 
 __all__ = ["LeastSquaresMerge", "LowRankDelta", "SingularMergeError"]
 
+DEFAULT_RIDGE = 1e-4
 # Share of a merged delta that may get lost when its factors are rounded; above, another factorisation is stored.
 LARGEST_ROUNDING_LOSS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
@@ -73,7 +74,7 @@ class LeastSquaresMerge:
     A layer that a task did not train counts as a delta of zero there: leave it out of `deltas`.
     """
 
-    def __init__(self, ridge: float = 1e-4, device: torch.device | str = "cpu") -> None:
+    def __init__(self, ridge: float = DEFAULT_RIDGE, device: torch.device | str = "cpu") -> None:
         self.ridge = ridge
         self.device = float64_device(device)
         self._tasks: list[_Task] = []

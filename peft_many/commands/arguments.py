@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from .merge_options import OPTIONS
+
 AnAdapter = "A folder or a Hub id: me/adapter, me/adapter@revision."
 Adapters = Annotated[
     list[str] | None,
@@ -40,7 +42,7 @@ SameBase = Annotated[
         "--same-base", help="Accept adapters that name different base models: these are one model under several names."
     ),
 ]
-Ridge = Annotated[float | None, typer.Option(min=0, help="The ridge λ of the method lpm. [dim]default: 1e-4[/dim]")]
+Ridge = Annotated[float | None, typer.Option(min=0, help=OPTIONS["ridge"]["help"])]
 Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, … [dim]default: cpu[/dim]")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the adapter that is in the output folder.")]

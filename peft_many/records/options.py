@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ..algebra.lpm import DEFAULT_RIDGE
 from ..methods import LPM, METHODS, MergeMethod, as_method
 from ..methods.base import ForeignMethod
-from .values import DTYPES, count, dtype, flag, not_negative, number, one_of, positive
+from .values import DTYPES, count, dtype, flag, not_negative, number, one_of, option_field, positive
 
 ROUTERS = {"cosine": 0.02, "gaussian": 1.0}  # with their default temperatures
 ROUTED, MEAN = "routed", "mean"
 IMAGES, INSTRUCTIONS, BOTH = "images", "instructions", "both"
-
-
-def _option(
-    check: Callable[[str, Any, Sequence[str]], None] | None = None,
-    *,
-    default: Any = None,
-    of: Sequence[str] = (),
-    inherited: bool | Sequence[str] = False,
-    otherwise: Any = None,
-    choices: Sequence[str] = (),
-) -> Any:
-    """A field of [`MergeOptions`], with all that the rest of the package must know of it.
-
-    `of` says where it has a meaning: `LPM`, `ROUTED` or both. One that is left open is `inherited` from merges among
-    the adapters where these agree (on the options named here, too), and is `otherwise` this, or what this makes of the
-    options before it. What the command line says of it is in `commands/merge_options.py`.
-    """
-    about = {"check": check, "of": of, "inherited": inherited, "otherwise": otherwise, "choices": choices}
-    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +86,20 @@ class MergeOptions:
         ```
     """
 
-    method: str | MergeMethod = _option(default=LPM, choices=(LPM, *METHODS))  # noqa: RUF009
-    projectors: str = _option(one_of, default=ROUTED, choices=(ROUTED, MEAN))
-    ridge: float | None = _option(not_negative, of=(LPM,), inherited=True, otherwise=1e-4)
-    router: str | None = _option(
+    method: str | MergeMethod = option_field(  # noqa: RUF009
+        "How to merge the LoRA deltas.", default=LPM, choices=(LPM, *METHODS)
+    )
+    projectors: str = option_field(
+        "Route each image to the tasks' projectors, or average the projectors' weights.",
+        one_of,
+        default=ROUTED,
+        choices=(ROUTED, MEAN),
+    )
+    ridge: float | None = option_field(
+        "The ridge λ of the method lpm.", not_negative, of=(LPM,), inherited=True, otherwise=DEFAULT_RIDGE
+    )
+    router: str | None = option_field(
+        "How an image is compared with the tasks' images.",
         one_of,
         of=(ROUTED,),
         inherited=True,
@@ -115,51 +107,65 @@ class MergeOptions:
         choices=tuple(ROUTERS),
     )
     # Another router measures other distances, so that these two are inherited along with it.
-    temperature: float | None = _option(
+    temperature: float | None = option_field(
+        "The temperature τ of the router's softmax.",
         positive,
         of=(ROUTED,),
         inherited=("router",),
         otherwise=lambda options: ROUTERS[options.router],
+        by_default=f"{ROUTERS['cosine']}, gaussian: {ROUTERS['gaussian']:g}",
     )
-    top_k: int | None = _option(count, of=(ROUTED,), inherited=True)
-    rank: int | None = _option(count)
-    gate_lora: bool | None = _option(flag, of=(LPM, ROUTED), inherited=True, otherwise=False)
-    gate_by: str | None = _option(
+    top_k: int | None = option_field(
+        "The most projectors that an image is sent through.",
+        count,
+        of=(ROUTED,),
+        inherited=True,
+        by_default="no limit",
+    )
+    rank: int | None = option_field(
+        "The largest rank of a merged layer.", count, by_default="the sum of the tasks' ranks"
+    )
+    gate_lora: bool | None = option_field(
+        "Let each input choose among the tasks' LoRAs, not only their projectors.",
+        flag,
+        of=(LPM, ROUTED),
+        inherited=True,
+        otherwise=False,
+    )
+    gate_by: str | None = option_field(
+        "What --gate-lora chooses by.",
         one_of,
         of=(LPM, ROUTED),
         inherited=("gate_lora",),
         otherwise=lambda options: IMAGES if options.gate_lora else None,
         choices=(IMAGES, INSTRUCTIONS, BOTH),
+        by_default=IMAGES,
     )
-    route_by: str | None = _option(
+    route_by: str | None = option_field(
+        "What chooses among the projectors.",
         one_of,
         of=(ROUTED,),
         inherited=("gate_by",),
         otherwise=lambda options: IMAGES if options.gates_by_instructions else None,
         choices=(IMAGES, INSTRUCTIONS, BOTH),
+        by_default=IMAGES,
     )
-    abstain_above: float | None = _option(
+    abstain_above: float | None = option_field(
+        "Use the base model's own weights for inputs that are further than this from every task; 3 loses hardly any "
+        "of the tasks' own.",
         positive,
         of=(ROUTED,),
         inherited=("router", "gate_by"),
+        by_default="never",
     )
-    dtype: torch.dtype = _option(dtype, default=torch.float32, choices=tuple(DTYPES))  # noqa: RUF009
+    dtype: torch.dtype = option_field(  # noqa: RUF009
+        "The dtype of the merged LoRA weights.", dtype, default=torch.float32, choices=tuple(DTYPES)
+    )
 
     def __post_init__(self) -> None:
         method = as_method(self.method)
         object.__setattr__(self, "method", LPM if method is None else method)
-        for option in dataclasses.fields(self):
-            name, value, about = option.name, getattr(self, option.name), option.metadata
-            if value is None:
-                continue
-            if about["check"] is not None:
-                about["check"](name, value, about["choices"])
-            if value is False or name == "method":
-                continue
-            if LPM in about["of"] and self.merge_method is not None:
-                raise ValueError(f"`{name}` is an option of the method 'lpm', not of '{self.merge_method.name}'.")
-            if ROUTED in about["of"] and self.projectors == MEAN:
-                raise ValueError(f"`{name}` is an option of routed projectors, not of `projectors='{MEAN}'`.")
+        _check_each(self)
         _check_together(self)
         if self.gate_by is not None:
             object.__setattr__(self, "gate_lora", True)
@@ -181,21 +187,7 @@ class MergeOptions:
 
     def filled_in(self, merges: Sequence[MergeOptions]) -> MergeOptions:
         """The same with nothing left open that matters: what merges among the adapters agree on, or the defaults."""
-        found = self
-        for option in dataclasses.fields(self):
-            name, about = option.name, option.metadata
-            is_idle = (LPM in about["of"] and self.merge_method is not None) or (
-                ROUTED in about["of"] and self.projectors != ROUTED
-            )
-            if getattr(found, name) is not None or not about["inherited"] or (is_idle and about["otherwise"]):
-                continue
-            along = () if about["inherited"] is True else about["inherited"]
-            is_alike = all(_agreed(merges, one) == getattr(found, one) for one in along)
-            value = _agreed(merges, name) if is_alike and not is_idle else None
-            if value is None:
-                value = about["otherwise"](found) if callable(about["otherwise"]) else about["otherwise"]
-            found = replace(found, **{name: value})
-        return found
+        return _filled_in(self, merges)
 
     def describe(self) -> dict[str, Any]:
         """The options that are set, as JSON and as a recipe has them; [`MergeOptions.read`] reads it."""
@@ -225,6 +217,22 @@ class MergeOptions:
             else:
                 found[name] = value
         return cls(**found)
+
+
+def _check_each(options: MergeOptions) -> None:
+    """Refuse values that an option cannot have, and options that mean nothing here."""
+    for option in dataclasses.fields(options):
+        name, value, about = option.name, getattr(options, option.name), option.metadata
+        if value is None:
+            continue
+        if about["check"] is not None:
+            about["check"](name, value, about["choices"])
+        if value is False or name == "method":
+            continue
+        if LPM in about["of"] and options.merge_method is not None:
+            raise ValueError(f"`{name}` is an option of the method 'lpm', not of '{options.merge_method.name}'.")
+        if ROUTED in about["of"] and options.projectors == MEAN:
+            raise ValueError(f"`{name}` is an option of routed projectors, not of `projectors='{MEAN}'`.")
 
 
 def _check_together(options: MergeOptions) -> None:
@@ -267,6 +275,23 @@ def _method(value: Any, foreign: bool) -> str | MergeMethod:
         return kind(**options)
     except TypeError as error:
         raise ValueError(f"`method`: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from None
+
+
+def _filled_in(found: MergeOptions, merges: Sequence[MergeOptions]) -> MergeOptions:
+    for option in dataclasses.fields(found):
+        name, about = option.name, option.metadata
+        is_idle = (LPM in about["of"] and found.merge_method is not None) or (
+            ROUTED in about["of"] and found.projectors != ROUTED
+        )
+        if getattr(found, name) is not None or not about["inherited"] or (is_idle and about["otherwise"]):
+            continue
+        along = () if about["inherited"] is True else about["inherited"]
+        is_alike = all(_agreed(merges, one) == getattr(found, one) for one in along)
+        value = _agreed(merges, name) if is_alike and not is_idle else None
+        if value is None:
+            value = about["otherwise"](found) if callable(about["otherwise"]) else about["otherwise"]
+        found = replace(found, **{name: value})
+    return found
 
 
 def _agreed(merges: Sequence[MergeOptions], option: str) -> Any:

@@ -1,14 +1,37 @@
-"""What values options may have; each check names the option in its error."""
+"""What an option of merging is declared by, and the values that it may have; each check names it in its error."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import field
 from typing import Any
 
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def option_field(
+    help: str,
+    check: Callable[[str, Any, Sequence[str]], None] | None = None,
+    *,
+    default: Any = None,
+    of: Sequence[str] = (),
+    inherited: bool | Sequence[str] = False,
+    otherwise: Any = None,
+    choices: Sequence[str] = (),
+    by_default: str = "",
+) -> Any:
+    """A field of [`MergeOptions`], with all that the rest of the package must know of it.
+
+    `of` says where it has a meaning: with the method "lpm", with routed projectors, or with both. One that is left
+    open is `inherited` from merges among the adapters where these agree (on the options named here, too), and is
+    `otherwise` this, or what this makes of the options before it. The command line says `help` of it, and `by_default`
+    where the default is no single value.
+    """
+    about = {"check": check, "of": of, "inherited": inherited, "otherwise": otherwise, "choices": choices}
+    return field(default=default, metadata={**about, "help": help, "by_default": by_default})
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from peft_many import read_recipe
 from peft_many.commands import app
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "peft_many"
 PAGE = ROOT / "docs" / "command-line.md"
 DOCS = ROOT / "docs"
 TOLD = [PAGE, ROOT / "README.md", DOCS / "mini-ucit.md", DOCS / "index.md", *sorted(DOCS.glob("how-to/*.md"))]
@@ -28,6 +29,11 @@ def script():
 
 def test_the_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == script().documented(), "run python scripts/document_commands.py"
+
+
+def test_the_options_of_merging_are_up_to_date():
+    listed = PACKAGE / "commands" / "merge_options.json"
+    assert listed.read_text(encoding="utf-8") == script().listed(), "run python scripts/document_commands.py"
 
 
 def calls():

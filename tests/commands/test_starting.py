@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import os
 import re
@@ -11,8 +10,6 @@ import sys
 from pathlib import Path
 
 import peft_many_command
-from peft_many import MergeOptions
-from peft_many.commands.merge_options import OPTIONS
 from tests.adapters import make
 
 ROOT = Path(__file__).parents[2]
@@ -60,23 +57,3 @@ def test_the_command_is_what_is_installed():
     (place,) = re.findall(r'\[project\.scripts]\npeft-many = "(.+)"\n', packaging)
     assert importlib.metadata.EntryPoint("peft-many", place, "console_scripts").load() is peft_many_command.main
     assert f'py-modules = ["{peft_many_command.__name__}"]' in packaging
-
-
-def test_the_command_line_has_the_options_of_merging():
-    """They are written twice, since `MergeOptions` needs torch."""
-    fields = {one.name: one for one in dataclasses.fields(MergeOptions)}
-    assert list(OPTIONS) == list(fields)
-    defaults = MergeOptions().filled_in([])
-    for name, option in OPTIONS.items():
-        assert option.choices == fields[name].metadata["choices"], name
-        assert option.help.endswith("."), name
-        declared = str(fields[name].type)
-        kind = next(
-            (kind for kind in (bool, float, int) if kind.__name__ in declared and "dtype" not in declared), str
-        )
-        assert option.kind is kind, name
-        default = defaults.describe().get(name)
-        if isinstance(default, float) and name != "temperature":
-            assert float(option.default) == default
-        elif isinstance(default, str):
-            assert option.default == default, name
