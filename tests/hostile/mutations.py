@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from peft_many.records import MergeOptions, MergeRecord
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -147,7 +150,7 @@ def targeted(config: dict[str, Any], random: Random) -> None:
             "width": 64,
             "tasks": ["a", "b"],
             "directions": 2,
-            "distance": 1.0,
+            "distances": [1.0, 1.0],
             **known,
             **changes,
         }
@@ -174,7 +177,7 @@ def targeted(config: dict[str, Any], random: Random) -> None:
         lambda: routed(tasks=random.choice([[], None, [{}], [[]], {"name": 1}])),
         lambda: asked(width=huge),
         lambda: asked(directions=random.choice([huge, *NUMBERS])),
-        lambda: asked(distance=random.choice(NUMBERS)),
+        lambda: asked(distances=[random.choice(NUMBERS) for _ in range(2)]),
         lambda: asked(tasks=random.choice([[], None, ["a"], ["b", "a"], ["a", "a"], ["a", "b", "c"]])),
         lambda: merge.update(tasks=one_task * many(random)),
         lambda: gated(task_ranks=[huge] * 2),
@@ -235,29 +238,8 @@ FIELDS = [
     "pool",
     "task_name",
 ]
-RECORD = [
-    "options",
-    "tasks",
-    "operations",
-    "routing",
-    "instructions",
-    "averaged_projectors",
-    "task_ranks",
-    "task_rank_pattern",
-]
-OPTIONS = [
-    "method",
-    "projectors",
-    "ridge",
-    "router",
-    "temperature",
-    "top_k",
-    "abstain_above",
-    "rank",
-    "gate_lora",
-    "gate_by",
-    "dtype",
-]
+RECORD = [field.name for field in dataclasses.fields(MergeRecord)]
+OPTIONS = [field.name for field in dataclasses.fields(MergeOptions)]
 
 
 def mutate_text(text: bytes, random: Random) -> bytes:
