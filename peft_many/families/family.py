@@ -89,6 +89,16 @@ def register_family(model_type: str, family: Family) -> None:
     FAMILIES[model_type] = family
 
 
+def is_registered_projector(path: str) -> bool:
+    """Whether a family names its projector so, where there is no model to look at and tell which is a list's last."""
+    return any(ends_in(path, end) for family in FAMILIES.values() for end in family.projectors)
+
+
+def ends_in(path: str, end: str) -> bool:
+    """Whether a module's path ends so, in whole names."""
+    return path == end or path.endswith(f".{end}")
+
+
 def family_of(model: Any) -> Family:
     """What is registered for a model's family, or a `Family` that says nothing."""
     return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""), Family())

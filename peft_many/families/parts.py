@@ -12,7 +12,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .family import Parts, family_of
+from .family import Parts, ends_in, family_of
 from .linears import is_linear
 from .structure import is_inside, last_width, may_project, members_of, name_of, parts_by_structure, plain
 
@@ -81,7 +81,7 @@ def _with_row(model: nn.Module, parts: Parts | None) -> Parts | None:
     if not row.projectors:
         return parts
     paths = [(name, _from_the_end(model, name)) for name, _ in model.named_modules()]
-    named = [name for name, other in paths if any(_ends(name, end) or _ends(other, end) for end in row.projectors)]
+    named = [name for name, other in paths if any(ends_in(name, end) or ends_in(other, end) for end in row.projectors)]
     return replace(parts or Parts(), projectors=tuple(named))
 
 
@@ -173,16 +173,12 @@ def _from_the_end(model: nn.Module, name: str) -> str:
     return f"{holder}.-1" if is_last else name
 
 
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
-
-
 def match_projectors(model: nn.Module, wanted: list[str]) -> list[str]:
     """The paths that end with the given names, as `modules_to_save` matches them."""
     names = [name for name, _ in model.named_modules()]
     found: list[str] = []
     for suffix in wanted:
-        matches = [name for name in names if _ends(name, suffix)]
+        matches = [name for name in names if ends_in(name, suffix)]
         if not matches:
             raise ValueError(
                 f"`projector_modules` names '{suffix}', but no module of {type(model).__name__} ends with that name."

@@ -9,6 +9,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
+from ..families.family import is_registered_projector
 from ..records import MergeRecord
 from .errors import UnmergeableAdapterError
 from .fingerprints import same_weights, state_fingerprint
@@ -143,12 +144,13 @@ def tensors_inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
 
 
 def _named_like_projectors(rest: Iterable[str]) -> list[str]:
-    """The modules of these tensors that transformers' families call so that they are projectors."""
+    """The modules of these tensors that are called as projectors of known families are."""
     parents = {key.rsplit(".", levels)[0]: None for key in rest for levels in range(key.count("."), 0, -1)}
     found: list[str] = []
     for path in parents:
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if PROJECTOR_NAME.fullmatch(path.rpartition(".")[2]) and not inside:
+        named = PROJECTOR_NAME.fullmatch(path.rpartition(".")[2]) or is_registered_projector(path)
+        if named and not inside:
             found.append(path)
     return found
 

@@ -1,15 +1,16 @@
 """A model of somebody's own, whose parts and whose images are known only because they were registered."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, PretrainedConfig, PreTrainedModel
 
-from peft_many import MAnyConfig, collect_statistics, merge_adapter_sequence
+from peft_many import MAnyConfig, collect_statistics, inspect_adapter, merge_adapter_files, merge_adapter_sequence
 from peft_many.families import (
     Family,
     ImageRows,
@@ -20,9 +21,11 @@ from peft_many.families import (
     register_image_layout,
 )
 from peft_many.families.image_layouts import image_rows_of
+from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.tuner.projector import ProjectorMixture
 from tests.files.making import perturb
 
+BRIDGE = "from_eye_to_mouth"
 PICTURE, PATCH = 9, 12  # the token that stands for a patch; values of a patch
 
 
@@ -110,9 +113,9 @@ def by_patches_per_picture(call: ProjectorCall) -> ImageRows | None:
 def test_a_model_of_ones_own_is_trained_merged_and_routed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No projector was found in EyeAndMouth"):
         get_peft_model(build(), MAnyConfig())
-    register_family("eye_and_mouth", Family(projectors=("from_eye_to_mouth",), language_model="mouth"))
+    register_family("eye_and_mouth", Family(projectors=(BRIDGE,), language_model="mouth"))
     model = get_peft_model(build(), MAnyConfig())
-    assert model.peft_config["default"].projector_modules == ["from_eye_to_mouth"]
+    assert model.peft_config["default"].projector_modules == [BRIDGE]
     assert not any("lora" in name for name, _ in model.named_parameters() if ".mouth." not in name)
     with pytest.raises(RuntimeError, match=r"flat vision features.*register_image_layout"):
         collect_statistics(model, [batch_of(pictures_of(0))], progress=False)
@@ -129,6 +132,23 @@ def test_a_model_of_ones_own_is_trained_merged_and_routed(tmp_path: Path) -> Non
             alone = merged(**batch_of([picture]))[0]
             torch.testing.assert_close(row[: len(alone)], alone, atol=1e-5, rtol=1e-5)
         merged.merge_and_unload()
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_projector_of_an_unmeasured_adapter_is_told_by_what_is_registered(tmp_path: Path) -> None:
+    folders = [tmp_path / str(task) for task in range(2)]
+    for task, folder in enumerate(folders):
+        config = LoraConfig(r=2, target_modules=["mouth.layers.0.self_attn.q_proj"], modules_to_save=[BRIDGE])
+        model = get_peft_model(build(), config)
+        perturb(model, "default", seed=task)
+        model.save_pretrained(str(folder))
+    merge = partial(
+        merge_adapter_files, folders, tmp_path / "merged", method="average", projectors="mean", progress=False
+    )
+    with pytest.raises(UnmergeableAdapterError, match=rf"'{BRIDGE}\.\w+' belongs to a module .* is no projector"):
+        merge()
+    register_family("eye_and_mouth", Family(projectors=(BRIDGE,), language_model="mouth"))
+    assert inspect_adapter(str(merge())).averaged_projectors == {BRIDGE: ["0", "1"]}
 
 
 def decisions(merged: PeftModel, inputs: dict[str, Any]) -> Tensor:
