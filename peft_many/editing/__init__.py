@@ -1,1 +1,4 @@
-"""What is done to a merge afterwards: tasks are added, removed, pooled, and refitted."""
+"""What is done to a merge afterwards: tasks are added, removed, weighted anew and pooled, and merges refitted.
+
+What makes another merge of a merge, or a pool, enters; how adapters are merged is in `merging`.
+"""

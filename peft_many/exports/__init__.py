@@ -1,6 +1,7 @@
-"""Other people's formats: adapters and merges for servers and programs that know nothing of this package.
+"""Other people's formats: adapters and merges as servers and programs read them that do not merge.
 
-Each export reads one adapter, writes one folder whole or not at all, and says in its card what it cannot do.
+Each export enters with a file of its own: it reads one adapter, writes one folder whole or not at all, and says in its
+card what it cannot do. What it writes loads without this package, but for a routed model, which needs it to route.
 """
 
 from .export import Export

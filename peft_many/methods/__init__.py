@@ -1,6 +1,7 @@
 """Other merging methods behind one interface: what `method=` of the merging functions takes.
 
-They merge each layer by itself. LPM, the default, is in `peft_many.algebra.lpm`.
+A method enters if it merges each layer by itself, from the tasks' deltas and covariances; files and models are not
+known here. LPM, the default, is in `peft_many.algebra.lpm`.
 """
 
 from .average import Average

@@ -1,4 +1,7 @@
-"""What a merge is, as data: its options, its tasks, what was done to it. A record checks itself when it is read."""
+"""What a merge is, as data: its options, its tasks, what was done to it. A record checks itself when it is read.
+
+Only what an adapter's config can hold enters: no tensors, no files and no models.
+"""
 
 from .expected_routing import GATES, ExpectedRouting, most_telling
 from .options import ROUTERS, MergeOptions
