@@ -1,4 +1,4 @@
-"""Draws docs/architecture.svg: the rooms of the package on their floors, with their sizes, and what imports what.
+"""Draws docs/architecture.svg: the rooms of the package on their floors, and what imports what.
 
     python scripts/draw_rooms.py
 
@@ -51,21 +51,18 @@ def imports() -> Counter[tuple[str, str]]:
     """How many imports there are from each room to each other one."""
     graph = grimp.build_graph("peft_many", cache_dir=None)
     found: Counter[tuple[str, str]] = Counter()
-    for importer in graph.modules:
-        for imported in graph.find_modules_directly_imported_by(importer):
+    for importer in sorted(graph.modules):  # so that the same imports draw the same file
+        for imported in sorted(graph.find_modules_directly_imported_by(importer)):
             pair = tuple([*module.split("."), ""][1] for module in (importer, imported))
             if pair[0] != pair[1]:
                 found[pair] += 1
     return found
 
 
-def about(room: str) -> tuple[str, str]:
-    """What a room says of itself in one sentence, and its size."""
-    files = list((ROOT / "peft_many" / room).glob("**/*.py"))
-    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+def about(room: str) -> str:
+    """What a room says of itself in one sentence."""
     text = ast.get_docstring(ast.parse((ROOT / "peft_many" / room / "__init__.py").read_text(encoding="utf-8"))) or ""
-    sentence = re.split(r"(?<=\.)\s", " ".join(text.split()))[0]
-    return sentence.replace("`", ""), f"{len(files)} files, {lines:,} lines"
+    return re.split(r"(?<=\.)\s", " ".join(text.split()))[0].replace("`", "")
 
 
 def place(storeys: Sequence[Sequence[str]]) -> Boxes:
@@ -85,12 +82,10 @@ def draw_boxes(axes: Axes, boxes: Boxes, colours: Mapping[str, str]) -> None:
         )
         shape.set(facecolor="white", edgecolor=colours[room], linewidth=1.6)
         axes.add_patch(shape)
-        sentence, size = about(room)
         wide = int((right - left) * 15.5)
-        lines = textwrap.wrap(sentence, wide, max_lines=3, placeholder=" …")
+        lines = textwrap.wrap(about(room), wide, max_lines=3, placeholder=" …")
         at = bottom + HEIGHT - 0.1
         axes.text(left + 0.12, at, room, weight="bold", size=9, va="top", color=colours[room], zorder=4)
-        axes.text(right - 0.12, at, size, size=6.5, va="top", ha="right", color="#666666", zorder=4)
         axes.text(left + 0.12, at - 0.19, "\n".join(lines), size=6.2, va="top", zorder=4, linespacing=1.15)
 
 
