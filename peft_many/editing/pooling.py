@@ -69,6 +69,9 @@ def pool_adapters(
     is lost: its tasks share one projector, so that images are no longer routed among them, and none of them can be
     forgotten. Pool tasks that look alike, and leave the others apart.
 
+    While it is made, the whole pool is in memory, and of the adapters' LoRAs and covariances those of one group of
+    layers with the same input.
+
     Merges and pools may be among the adapters. Arguments that are not listed are as in [`merge_adapter_files`].
 
     Args:
@@ -83,6 +86,7 @@ def pool_adapters(
         `Path`: The folder.
 
     Raises:
+        ValueError: `statistics_rank` is below 1, or an option is impossible, as in [`merge_adapter_files`].
         FileExistsError: The output folder exists and is not empty.
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError: As in [`merge_adapter_sequence`].
 

@@ -34,7 +34,8 @@ def add_task(
     """Add a task to a merge, without the adapters that it was made of and without a base model.
 
     The result is what merging all adapters at once with the merge's options would have given; a refit of the merge
-    ([`refit_merge`]) is not kept.
+    ([`refit_merge`]) is not kept. All tasks are merged anew, in the time and memory that [`merge_adapter_files`] takes
+    for that many.
 
     Args:
         merge (`str`): The folder or Hub id of a merge.
@@ -51,6 +52,7 @@ def add_task(
         `Path`: The folder.
 
     Raises:
+        ValueError: `weights` is no mapping, or the merge is no local folder and there is no `output_dir`.
         UnmergeableAdapterError, AdapterNotFoundError, StatisticsError, FileExistsError: As in [`merge_adapter_files`].
 
     Example:
@@ -89,7 +91,8 @@ def remove_task(
 
     The result is what merging the other tasks' adapters with the merge's options would have given, and no tensor of
     the task is left in the files. Copies of the merge elsewhere, in a Hub repository's history say, are not touched.
-    A refitted merge ([`refit_merge`]) is merged anew, without its refit, which the task had a part in.
+    A refitted merge ([`refit_merge`]) is merged anew, without its refit, which the task had a part in. All other tasks
+    are merged anew, as in [`add_task`].
 
     Arguments that are not listed are as in [`add_task`].
 
@@ -100,7 +103,7 @@ def remove_task(
         `Path`: The folder.
 
     Raises:
-        ValueError: The merge has no task of that name, or no other.
+        ValueError: The merge has no task of that name, or no other; or as in [`add_task`].
         UnmergeableAdapterError: The task has a part in the mean of several projectors, which cannot be undone.
         AdapterNotFoundError, StatisticsError, FileExistsError: As in [`merge_adapter_files`].
 
@@ -130,13 +133,18 @@ def reweight_tasks(
     """Give tasks of a merge other weights, without the adapters that it was made of and without a base model.
 
     The result is what merging the tasks' adapters with these weights would have given; a refit of the merge
-    ([`refit_merge`]) is not kept. The arguments are as in [`add_task`].
+    ([`refit_merge`]) is not kept. All tasks are merged anew, as in [`add_task`].
+
+    Arguments that are not listed are as in [`add_task`].
+
+    Args:
+        weights (`Mapping[str, float]`): Weights by task name; the others keep theirs.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        ValueError: The merge has no task of that name.
+        ValueError: The merge has no task of that name; or as in [`add_task`].
         UnmergeableAdapterError: A projector is the mean of several tasks' and cannot be weighted anew.
         AdapterNotFoundError, StatisticsError, FileExistsError: As in [`merge_adapter_files`].
 

@@ -66,7 +66,8 @@ def export_lora(
 
     Every layer has the same rank, that of the largest (smaller ones are filled up with zeros), and a scaling of one:
     some servers, such as llama.cpp, know one rank for all. vLLM has to be told the next of 8, 16, 32, 64, 128, 256,
-    320 and 512, which the notes name. No base model is read.
+    320 and 512, which the notes name. No base model is read; the LoRA is in memory,
+    whole.
     On text the outputs are those of the adapter. The projectors stay behind: images are seen through the base model's.
 
     Args:

@@ -42,6 +42,8 @@ def export_model(
     their weights, or that of one task. On the tiny LLaVA of Mini-UCIT the mean answers 19 % rightly and one task's own
     18 to 20 % (that task as ever), where routing answers 71 %: if images matter, use [`export_routed_model`].
 
+    The whole base model is loaded into memory, on the CPU and in the dtype that it is stored in.
+
     Args:
         adapter (`str`): The folder or Hub id of a merge, or of one task's adapter.
         output_dir (`str`): The folder to create; it must not exist, or be empty.

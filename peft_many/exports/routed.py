@@ -49,6 +49,7 @@ def export_routed_model(
 
     The LoRAs are in the weights and cost nothing any more; the tasks' projectors and prototypes lie beside them as an
     adapter without LoRA. [`load_routed_model`] gives the model back. The folder is of no use for merging further.
+    The whole base model is loaded into memory, as in [`export_model`].
 
     Args:
         adapter (`str`): The folder or Hub id of a merge with routed projectors.
