@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mode
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from ..files.key_layouts import with_current_names
 from ..files.statistics import TaskStatistics
 from ..files.tensor_file import TensorFile
 from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT
-from ..hub.sources import find_adapter
+from ..hub.sources import HubArguments, find_adapter
 from ..records import (
     MergeOptions,
     MergeRecord,
@@ -162,7 +161,7 @@ def prepare_merge(
     weights: TaskWeights = None,
     without: Sequence[str] = (),
     task_names: Sequence[TaskNames] | None = None,
-    hub: Mapping[str, Any],
+    hub: HubArguments,
     progress: bool,
     same_base: bool = False,
     base: nn.Module | None = None,

@@ -25,8 +25,8 @@ from ..records import ExpectedRouting, Operation, TaskRecord, merge_of
 
 
 @dataclass(frozen=True)
-class PlannedTask:
-    """One task of a planned merge.
+class TaskSummary:
+    """One task of a merge, planned or made, or of another adapter.
 
     Args:
         name (`str`): Its name in the merge.
@@ -52,8 +52,8 @@ class PlannedTask:
 
 
 @dataclass(frozen=True)
-class TaskInspection(PlannedTask):
-    """One task of an adapter: what [`PlannedTask`] says of it, and more.
+class TaskInspection(TaskSummary):
+    """One task of an adapter: what [`TaskSummary`] says of it, and more.
 
     Args:
         revision (`str`, *optional*): Its commit, if it came from the Hub.
@@ -214,7 +214,7 @@ def _inspected(
 
 
 def known_of(task: TaskAdapter) -> dict[str, Any]:
-    """The fields of [`PlannedTask`] but `source`; neither weights nor covariances are read for them."""
+    """The fields of [`TaskSummary`] but `source`; neither weights nor covariances are read for them."""
     ranks = [delta.rank for delta in task.deltas.values()]
     return {
         "name": task.name,

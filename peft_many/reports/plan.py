@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..files.errors import StatisticsError, UnmergeableAdapterError
-from ..hub.sources import AdapterNotFoundError
+from ..hub.sources import AdapterNotFoundError, HubArguments
 from ..merging.arguments import usable_device
 from ..merging.prepare import AdapterPath, PreparedMerge, TaskNames, prepare_merge
 from ..merging.selection import TaskWeights
@@ -18,7 +18,7 @@ from ..records import GATES, ExpectedRouting, MergeOptions, most_telling
 from ..records.keywords import takes_merge_options
 from ..records.options import BOTH, INSTRUCTIONS, ROUTED
 from ..records.words import counted
-from .inspection import PlannedTask, known_of
+from .inspection import TaskSummary, known_of
 
 _FEW_SAMPLES = 32
 
@@ -30,7 +30,7 @@ class MergePlan:
     Args:
         problems (`list[str]`): What has to be put right first.
         notes (`list[str]`): What is worth knowing before it is made.
-        tasks (`list[PlannedTask]`): What would be merged, in the order of the merge.
+        tasks (`list[TaskSummary]`): What would be merged, in the order of the merge.
         layers (`int`): How many layers the merge would adapt.
         groups (`int`): How many problems there are to solve: one for each input that layers share.
         ranks (`tuple[int, int]`): The smallest and largest rank of a merged layer.
@@ -44,7 +44,7 @@ class MergePlan:
 
     problems: list[str]
     notes: list[str]
-    tasks: list[PlannedTask]
+    tasks: list[TaskSummary]
     layers: int = 0
     groups: int = 0
     ranks: tuple[int, int] = (0, 0)
@@ -103,7 +103,7 @@ def plan_merge(
     usable_device(device)
     chosen = MergeOptions(**options)
     about_tasks: dict[str, Any] = {"weights": weights, "without": without, "task_names": task_names}
-    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub: HubArguments = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     expected = (AdapterNotFoundError, StatisticsError, UnmergeableAdapterError)
     try:
         prepared = prepare_merge(adapters, chosen, **about_tasks, hub=hub, progress=progress, same_base=same_base)
@@ -119,7 +119,7 @@ def plan_merge(
     return MergePlan(
         problems=[],
         notes=_notes(prepared),
-        tasks=[PlannedTask(**known_of(task), source=task.source) for task in prepared.tasks],
+        tasks=[TaskSummary(**known_of(task), source=task.source) for task in prepared.tasks],
         layers=len(ranks),
         groups=len(prepared.groups),
         ranks=(min(ranks), max(ranks)),
