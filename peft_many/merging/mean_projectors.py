@@ -21,13 +21,13 @@ def average_projectors(tasks: Sequence[TaskAdapter]) -> tuple[dict[str, list[str
     """
     averaged: dict[str, list[str]] = {}
     tensors: dict[str, Tensor] = {}
-    with_say = [task for task in tasks if task.weight > 0]
-    for projector in sorted({name for task in with_say for name in task.projectors}):
-        heard = [task for task in with_say if projector in task.projectors]
-        check_same_tensors(projector, heard)
-        averaged[projector] = [task.name for task in heard]
-        for key in heard[0].projectors[projector]:
-            parts = [(task, task.projectors[projector][key]) for task in heard]
+    weighted = [task for task in tasks if task.weight > 0]
+    for projector in sorted({name for task in weighted for name in task.projectors}):
+        trained = [task for task in weighted if projector in task.projectors]
+        check_same_tensors(projector, trained)
+        averaged[projector] = [task.name for task in trained]
+        for key in trained[0].projectors[projector]:
+            parts = [(task, task.projectors[projector][key]) for task in trained]
             tensors[f"{projector}.{key}"] = _mean(parts, f"{projector}.{key}")
     return averaged, tensors
 

@@ -88,7 +88,7 @@ class Measuring:
         return samples
 
     def kept(self, deltas: Mapping[str, LowRankDelta], covariance: Covariance, layers: Sequence[str]) -> Covariance:
-        """What is kept of the covariance of the layers' input, by the adapter's deltas if they have a say."""
+        """What is kept of the covariance of the layers' input; an error budget is one of the adapter's deltas."""
         return self.truncation.apply(covariance, [deltas[name] for name in layers if name in deltas])
 
     def features(self, processes: Processes) -> dict[str, Any]:
