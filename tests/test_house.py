@@ -5,13 +5,27 @@ from __future__ import annotations
 import ast
 import configparser
 import importlib.util
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_many import MAnyConfig, collect_statistics, merge_adapter_files
+from peft_many.algebra.covariance import Covariance
+from peft_many.algebra.sketch import CovarianceAccumulator, CovarianceSketch
+from peft_many.files.statistics import InputStatistics
+from peft_many.tuner.layers import lora_layers
+from tests import adapters
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peft_many"
@@ -62,11 +76,91 @@ def test_the_architecture_page_names_rooms_and_files_that_exist():
     assert rooms == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
-@pytest.mark.parametrize(("way", "longest"), [("covariance", 12), ("projector", 10)])
-def test_the_ways_are_short(way, longest):
+def path_of(what: str) -> str:
+    """What the architecture page says of a path."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    section = page.partition(f"## The path of a {way}\n")[2].partition("\n## ")[0]
-    assert 5 <= len(re.findall(r"^\d+\. `\w+/\w+\.py`", section, re.M)) <= longest
+    return page.partition(f"## The path of {what}\n")[2].partition("\n## ")[0]
+
+
+def steps(text: str, mark: str = r"\d+\.") -> list[str]:
+    """The files of a list."""
+    return re.findall(rf"^{mark} `(\w+/\w+\.py)`", text, re.M)
+
+
+@pytest.mark.parametrize(("what", "longest"), [("a covariance", 12), ("a projector", 26)])
+def test_the_paths_grow_no_longer(what, longest):
+    """For a projector ten were aimed at; the page says so."""
+    found = steps(path_of(what))
+    assert 5 <= len({*found}) <= longest
+
+
+@contextmanager
+def files_that_run(holds: Callable[[Any], bool] | None = None) -> Iterator[set[str]]:
+    """The package's files, a function of which runs meanwhile, or runs and holds such an object."""
+    found: set[str] = set()
+    inside = f"{PACKAGE}{os.sep}"
+
+    def look(frame: FrameType, event: str, given: Any) -> None:
+        name = frame.f_code.co_filename
+        if event != "return" or not name.startswith(inside):
+            return
+        if holds is None or any(map(holds, (given, *frame.f_locals.values()))):
+            found.add(name.removeprefix(inside).replace(os.sep, "/"))
+
+    before = sys.getprofile()
+    threading.setprofile(look)
+    sys.setprofile(look)
+    try:
+        yield found
+    finally:
+        sys.setprofile(before)
+        threading.setprofile(None)
+
+
+def holds_covariance(value: Any) -> bool:
+    """Whether it is the covariance of an input, or the running sum that it is made of, or holds one."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    kinds = (Covariance, CovarianceAccumulator, CovarianceSketch, InputStatistics)
+    return any(isinstance(part, kinds) for part in parts)
+
+
+def two_tasks(folder: Path, family: str, batches: Callable[[int], list[dict[str, torch.Tensor]]]) -> list[Path]:
+    """Two measured adapters."""
+    config = {"r": 2, "target_modules": r".*layers\.0.*(q_proj|up_proj)"}
+    for seed, name in enumerate("ab"):
+        model = get_peft_model(adapters.base(family), MAnyConfig(**config, task_name=name))
+        adapters.scatter(model, seed)
+        collect_statistics(model, batches(seed), rank=4, progress=False)
+        model.save_pretrained(folder / name)
+    return [folder / name for name in "ab"]
+
+
+def test_the_path_of_a_covariance_is_the_one_on_the_page(tmp_path):
+    """Inputs that are no token ids: no instructions are read, whose features have covariances too."""
+    width = adapters.base("llama").config.hidden_size
+
+    def batches(seed: int) -> list[dict[str, torch.Tensor]]:
+        return [{"inputs_embeds": torch.randn(2, 20, width, generator=torch.Generator().manual_seed(seed))}]
+
+    with files_that_run(holds_covariance) as found:
+        merge_adapter_files(two_tasks(tmp_path, "llama", batches), tmp_path / "merge", progress=False)
+        merged = PeftModel.from_pretrained(adapters.base("llama"), tmp_path / "merge")
+        assert all(layer.covariance["default"].trace > 0 for layer in lora_layers(merged, "default").values())
+    page = path_of("a covariance")
+    assert found == {*steps(page), *steps(page, "-")}
+
+
+def test_the_path_of_an_image_is_the_one_on_the_page(tmp_path):
+    base = adapters.base("llava")
+    tasks = two_tasks(tmp_path, "llava", lambda seed: adapters.batches(base, "llava", seed, rows=2))
+    merge_adapter_files(tasks, tmp_path / "merge", progress=False)
+    merged = PeftModel.from_pretrained(base, tmp_path / "merge").eval()
+    projector, running, found = merged.get_submodule(f"base_model.model.{adapters.PROJECTOR}"), ExitStack(), []
+    projector.register_forward_pre_hook(lambda *_: found.append(running.enter_context(files_that_run())))
+    projector.register_forward_hook(lambda *_: running.close())
+    with running, torch.no_grad():
+        merged(**adapters.batches(base, "llava", 0, rows=2)[0])
+    assert found == [{*steps(path_of("a projector").partition("\nAn image, ")[2])}]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("importlinter") is None, reason="import-linter is not installed")

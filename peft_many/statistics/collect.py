@@ -22,7 +22,7 @@ from ..tuner.layers import adapted_layers, hang_on_layers
 from ..tuner.registration import give_statistics
 from .answers import AnswerGradients, answer_gradients
 from .forward import check_batches, device_of
-from .gathering import gather_inputs
+from .gathering import gather_inputs, kept
 from .images import PrototypeHooks
 from .inputs import CovarianceHooks
 from .instructions import InstructionHook
@@ -162,9 +162,9 @@ def collect_statistics(
     measuring = processes.together(prepare)
     weights = processes.together(lambda: weights_of(peft_model, measuring.adapter_name, measuring.layers))
     samples = measuring.run(dataloader, max_samples, forward_fn, processes, progress)
-    kept = partial(measuring.kept, weights.deltas)
+    finish = partial(kept, measuring.truncation, weights.deltas)
     features = measuring.features(processes)
-    gathered = gather_inputs(processes.together(measuring.inputs.result), kept, processes, device_of(peft_model))
+    gathered = gather_inputs(processes.together(measuring.inputs.result), finish, processes, device_of(peft_model))
     config = peft_model.peft_config[measuring.adapter_name]
     task = TaskStatistics(
         name=measuring.task_name,

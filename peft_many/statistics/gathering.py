@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from ..algebra.covariance import Covariance
 from ..algebra.devices import float64_device
+from ..algebra.lpm import LowRankDelta
+from ..algebra.spectrum import Truncation
 from ..files.processes import Processes
 from ..files.statistics import InputStatistics
 from .inputs import MeasuredInputs, added_inputs
+
+
+def kept(
+    truncation: Truncation, deltas: Mapping[str, LowRankDelta], covariance: Covariance, layers: Sequence[str]
+) -> Covariance:
+    """What is kept of the covariance of the layers' input; an error budget is one of the adapter's deltas."""
+    return truncation.apply(covariance, [deltas[name] for name in layers if name in deltas])
 
 
 def gather_inputs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,6 @@ from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..algebra.covariance import Covariance
-from ..algebra.lpm import LowRankDelta
 from ..algebra.spectrum import Truncation
 from ..algebra.total import FiniteCheck
 from ..files.processes import Processes
@@ -86,10 +84,6 @@ class Measuring:
         if samples == 0:
             raise ValueError("The dataloader gave no batch, so there is nothing to measure.")
         return samples
-
-    def kept(self, deltas: Mapping[str, LowRankDelta], covariance: Covariance, layers: Sequence[str]) -> Covariance:
-        """What is kept of the covariance of the layers' input; an error budget is one of the adapter's deltas."""
-        return self.truncation.apply(covariance, [deltas[name] for name in layers if name in deltas])
 
     def features(self, processes: Processes) -> dict[str, Any]:
         """What statistics say of images and words, over all processes, and of the adapter's copies of projectors."""
