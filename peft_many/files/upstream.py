@@ -1,7 +1,7 @@
 """What this package touches of PEFT and torch that they do not offer. Each has a tripwire in `test_upstream.py`.
 
-Overridden private methods are where they are overridden (`tuner/model.py`, `tuner/projector.py`); the tripwires know
-them too.
+Overridden private methods are where they are overridden (`tuner/model.py`, `tuner/projector.py`,
+`tuner/merged_linear.py`, `routing/task_router.py`); the tripwires know them too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from torch import Tensor, nn
 
 
 def prefix_of(config: PeftConfig) -> str:
@@ -40,6 +41,19 @@ def default_store() -> Any:
     What is public, `monitored_barrier`, is for the gloo backend only.
     """
     return torch.distributed.distributed_c10d._get_default_store()
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's children as it holds them: what changes there, changes in the module.
+
+    `named_children` leaves out a child's second name, and names without a child.
+    """
+    return module._modules
+
+
+def times_written(tensor: Tensor) -> int:
+    """How often a tensor was written to in place; inference tensors do not count that, and nothing public does."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def wrap_method(owner: type, name: str, wrapper: Callable[..., Any]) -> None:

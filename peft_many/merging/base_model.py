@@ -12,6 +12,7 @@ from ..families.linears import features_of_linear, is_linear
 from ..files.errors import UnmergeableAdapterError
 from ..files.patterns import check_patterns
 from ..files.tensor_keys import KEY_PREFIX
+from ..files.upstream import children_of
 from ..routing.watching import unwatch_calls
 from ..tuner.config import MAnyConfig
 
@@ -95,15 +96,16 @@ def _check_copies(
 @contextlib.contextmanager
 def untouched_on_failure(model: nn.Module) -> Iterator[None]:
     """Wrap a model in the `with` block; if that fails, every module is put back where it was."""
-    before = [(module, dict(module._modules), set(vars(module))) for module in model.modules()]
+    before = [(module, dict(children_of(module)), set(vars(module))) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
         unwatch_calls(model.modules())
         for module, children, attributes in before:
-            module._modules.clear()
-            module._modules.update(children)
+            now = children_of(module)
+            now.clear()
+            now.update(children)
             for name in set(vars(module)) - attributes:  # what PEFT and image watching left on the module
                 del vars(module)[name]
         for parameter, requires_grad in flags:

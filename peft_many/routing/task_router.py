@@ -42,11 +42,11 @@ class TaskRouter(nn.Module):
         return FeatureMetric(self.directions, self.variances) if self.is_gaussian else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> TaskRouter:
-        before: dict[str, Any] = dict(self._buffers)
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, after in self.named_buffers(recurse=False):
+        for name, after in dict(self.named_buffers(recurse=False)).items():
             # Of `to_empty` there is nothing to keep.
-            self._buffers[name] = after.float() if before[name].is_meta else before[name].to(after.device)
+            setattr(self, name, after.float() if before[name].is_meta else before[name].to(after.device))
         return self
 
 

@@ -19,6 +19,7 @@ from ..algebra.total import FiniteCheck
 from ..families.linears import features_of_linear
 from ..families.projector_call import features_of
 from ..files.statistics import InputStatistics
+from ..files.upstream import times_written
 from .answers import AnswerGradients
 from .tokens import TokenRows
 
@@ -102,7 +103,7 @@ class SharedInputs:
 
     def _arrival(self, name: str, inputs: Tensor) -> _Arrival:
         arrival = self._arrivals.get(id(inputs)) if self.share else None
-        version = 0 if inputs.is_inference() else inputs._version  # inference tensors have none
+        version = times_written(inputs)
         if (
             arrival is not None
             and arrival.tensor() is inputs

@@ -46,5 +46,5 @@ def route_instructions(model: nn.Module, adapter_name: str, merge: MergeRecord) 
 def forget_instructions(model: nn.Module) -> None:
     """Leave nothing on a model where no adapter has a router."""
     routers: Any = getattr(model, INSTRUCTION_ROUTER, None)
-    if not getattr(routers, "modules_to_save", None):
-        vars(model)["_modules"].pop(INSTRUCTION_ROUTER, None)
+    if routers is not None and not getattr(routers, "modules_to_save", None):
+        delattr(model, INSTRUCTION_ROUTER)

@@ -151,7 +151,7 @@ class ProjectorMixture(TaskRouter):
             return super().__getattr__(name)
         except AttributeError:
             # Some models read attributes of their projector, such as `spatial_merge_size`.
-            experts = self.__dict__.get("_modules", {}).get("experts")
+            experts = None if name == "experts" else getattr(self, "experts", None)
             value = getattr(next(iter(experts.values())), name) if experts else None
             if value is None or isinstance(value, nn.Module):  # one expert's parts are not the mixture's
                 raise

@@ -21,7 +21,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_many import MAnyConfig, MAnyModel
-from peft_many.files.upstream import default_store, prefix_of, wrap_method
+from peft_many.files.upstream import children_of, default_store, prefix_of, times_written, wrap_method
+from peft_many.routing.task_router import TaskRouter
+from peft_many.tuner.instruction_routers import InstructionRouters
+from peft_many.tuner.merged_linear import MergedLinear
 from peft_many.tuner.projector import ProjectorWrapper
 from tests.forked import in_two_processes
 
@@ -83,7 +86,7 @@ def test_a_method_is_wrapped_once_where_it_is_defined():
     assert "made" not in vars(Derived)
 
 
-# What PEFT's tuner and wrapper call of themselves, and ours override.
+# What PEFT's tuner and wrapper and torch's modules call of themselves, and ours override.
 OVERRIDDEN = {
     (MAnyModel, LoraModel): [
         "_prepare_adapter_config",
@@ -98,6 +101,9 @@ OVERRIDDEN = {
         "_forward_wrapped_mixed_batch",
         "_mixed_batch_forward",
     ],
+    (InstructionRouters, ModulesToSaveWrapper): [],
+    (MergedLinear, nn.Linear): ["_save_to_state_dict", "_load_from_state_dict", "_apply"],
+    (TaskRouter, nn.Module): ["_apply"],
 }
 
 
@@ -110,14 +116,17 @@ def test_overridden_private_methods_have_the_same_parameters(ours, theirs, name)
     )
     assert name in vars(ours)
     names = list(there.parameters)
-    passed_on = any(kind.kind is kind.VAR_KEYWORD for kind in here.parameters.values())
+    passing = {inspect.Parameter.VAR_KEYWORD}
+    if hasattr(nn.Module, name):  # torch gives its own by their places
+        passing.add(inspect.Parameter.VAR_POSITIONAL)
+    passed_on = any(kind.kind in passing for kind in here.parameters.values())
     assert [one for one in names if one in here.parameters] == names or passed_on
 
 
 def test_no_other_private_method_is_overridden():
     for (ours, theirs), known in OVERRIDDEN.items():
         private = {name for name in vars(ours) if re.fullmatch(r"_(?!abc_)[a-z]\w*", name)}
-        assert {name for name in private if hasattr(theirs, name) and not hasattr(nn.Module, name)} == set(known)
+        assert {name for name in private if hasattr(theirs, name)} == set(known)
 
 
 def test_the_process_group_s_store_counts_and_knows_the_timeout():
@@ -133,6 +142,24 @@ def _use_store(rank):
     return store.timeout.total_seconds(), [store.add(f"key {rank}", step) for step in (0, 1, -1)]
 
 
+def test_a_module_s_children_are_had_by_all_their_names():
+    module = nn.Module()
+    module.one = module.again = nn.Identity()
+    module.register_module("none", None)
+    assert children_of(module) == {"one": module.one, "again": module.one, "none": None}
+    assert children_of(module) is children_of(module)
+    assert [name for name, _ in module.named_children()] == ["one"]
+
+
+def test_writing_to_a_tensor_is_counted_but_in_inference():
+    tensor = torch.zeros(2)
+    before = times_written(tensor)
+    tensor[:1].add_(1)
+    assert times_written(tensor) == before + 1
+    with torch.inference_mode():
+        assert times_written(torch.zeros(2).add_(1)) == 0
+
+
 def test_errors_of_a_broken_connection_are_those_of_the_http_library():
     assert issubclass(huggingface_hub.errors.HfHubHTTPError, httpx.HTTPError)
 
@@ -140,15 +167,16 @@ def test_errors_of_a_broken_connection_are_those_of_the_http_library():
 def test_no_other_private_name_is_used():
     """Attributes and modules with an underscore in front, of objects that are not our own."""
     known = {
-        # torch's own: a module's children as they are, and how often a tensor was written to.
-        "merging/base_model.py": {"module._modules"},
-        "statistics/inputs.py": {"inputs._version"},
-        "files/upstream.py": {"distributed_c10d._get_default_store"},
+        "files/upstream.py": {"distributed_c10d._get_default_store", "module._modules", "tensor._version"},
+        # Ours: a mark on the function that stands for vLLM's, and what a watcher is pickled with.
+        "serving/plugin.py": {"_checks_merge"},
+        "routing/watched.py": {"_module"},
     }
     found: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
         used = {m for m in re.findall(r"\b(\w+\._[a-z]\w*)", text) if not m.startswith(("self.", "cls."))}
+        used |= set(re.findall(r"""(?:\[|\b(?:get|pop|\w+attr)\([^()]*?)["'](_[a-z]\w*)["']""", text))
         used |= set(re.findall(r"(?:from|import) (?!self\.)(?:\w+\.)+(_\w+)", text))
         if used:
             found[str(path.relative_to(PACKAGE))] = used
