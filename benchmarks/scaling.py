@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from peft_many.algebra.scatter import cost, span_is_cheaper
+from peft_many.algebra.scatter import multiplications, span_is_cheaper
 from peft_many.algebra.sketch import MOST_NUMBERS
 from peft_many.algebra.spectrum import Truncation
 from peft_many.editing.pooling import DEFAULT_POOL_RANK
@@ -126,7 +126,7 @@ def solving_bytes(sizes: Sizes) -> float:
 def solving_flops(sizes: Sizes) -> float:
     """Of the exact merge, by the cheaper of its two forms for each input."""
     rank = sizes.tasks * sizes.statistics_rank
-    return sizes.total(lambda width, outputs: 2 * cost(width, rank, sizes.tasks * sizes.r * len(outputs)))
+    return sizes.total(lambda width, outputs: 2 * multiplications(width, rank, sizes.tasks * sizes.r * len(outputs)))
 
 
 def _is_whole(sizes: Sizes, width: int, outputs: tuple[int, ...]) -> bool:

@@ -55,10 +55,10 @@ class Covariance(ABC):
     @functools.cached_property
     def trace(self) -> float:
         """`tr C`, the mean squared norm of the inputs."""
-        return self.energy().item()
+        return self.trace_there().item()
 
     @abstractmethod
-    def energy(self) -> Tensor:
+    def trace_there(self) -> Tensor:
         """`tr C`, float64, where the tensors are."""
 
     def on(self: Self, device: torch.device) -> Self:
@@ -130,7 +130,7 @@ class DenseCovariance(Covariance):
     def width(self) -> int:
         return self.matrix.shape[0]
 
-    def energy(self) -> Tensor:
+    def trace_there(self) -> Tensor:
         return self.matrix.diagonal().double().sum() + self.remainder * self.width
 
     def _moved(self, device: torch.device) -> DenseCovariance:
@@ -188,7 +188,7 @@ class LowRankCovariance(Covariance):
     def rank(self) -> int:
         return self.factor.shape[0]
 
-    def energy(self) -> Tensor:
+    def trace_there(self) -> Tensor:
         squared = self.scale * self.scale  # infinite where `scale**2` is an OverflowError
         return self._stored().square().sum(dtype=torch.float64) * squared + self.remainder * self.width
 
@@ -279,7 +279,7 @@ def _check_remainder(remainder: float) -> None:
 def know_traces(covariances: Sequence[Covariance]) -> None:
     """Ask for the traces of several covariances on one device at once; each keeps its own."""
     unknown = [covariance for covariance in covariances if "trace" not in vars(covariance)]
-    for covariance, (trace,) in zip(unknown, numbers_of([covariance.energy() for covariance in unknown])):
+    for covariance, (trace,) in zip(unknown, numbers_of([covariance.trace_there() for covariance in unknown])):
         vars(covariance)["trace"] = trace  # where `cached_property` looks
 
 

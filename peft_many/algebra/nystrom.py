@@ -12,7 +12,7 @@ from .spectrum import Spectrum, decomposed
 _TRIES = 16  # each with ten times the shift of the one before, the last beyond what any sum can need
 
 
-def nystrom_spectra(test: Sequence[Tensor], moved: Tensor, core: Tensor, energy: Tensor) -> list[Spectrum]:
+def nystrom_spectra(test: Sequence[Tensor], moved: Tensor, core: Tensor, traces: Tensor) -> list[Spectrum]:
     """The spectra of `C ≈ Y (QᵀQ)⁻¹ Yᵀ` for each of several `Ω`, with `Y = XᵀQ` and `Q = X Ω`.
 
     `Ω` are orthonormal up to rounding, shape `(in, size)`; `Y`, `(n, in, size)`, `QᵀQ` and `tr C`, `(n,)`, are float64
@@ -24,7 +24,7 @@ def nystrom_spectra(test: Sequence[Tensor], moved: Tensor, core: Tensor, energy:
     small shift `s`, which is taken off again, is definite.
     """
     rounding = torch.finfo(torch.float32).eps
-    shift, step = torch.zeros_like(energy), rounding * torch.linalg.vector_norm(moved, dim=(1, 2))
+    shift, step = torch.zeros_like(traces), rounding * torch.linalg.vector_norm(moved, dim=(1, 2))
     for _ in range(_TRIES):
         shift = shift + step
         core.diagonal(dim1=1, dim2=2).add_(step[:, None])
@@ -36,7 +36,7 @@ def nystrom_spectra(test: Sequence[Tensor], moved: Tensor, core: Tensor, energy:
         root = torch.where(failed[:, None, None], harmless, root)  # `eigh` takes no NaN
         values, directions = decomposed(torch.linalg.solve_triangular(root, moved.mT, upper=False))
         values = (values - shift[:, None]).clamp(min=0.0)
-        rest = (energy - values.sum(1)).clamp(min=0.0)
+        rest = (traces - values.sum(1)).clamp(min=0.0)
         numbers = torch.cat([failed[:, None], rest[:, None], values], dim=1).cpu()
         if not numbers[:, 0].any():
             return [Spectrum(of[2:], found, of[1].item()) for of, found in zip(numbers, directions)]

@@ -37,12 +37,14 @@ def relative_residuals(merged: MergedDelta, tasks: Sequence[tuple[LowRankDelta, 
         else:
             moment = covariance.moment(torch.cat([merged.A.double(), own.A.double()]))
         difference = symmetric(gram[:rank, :rank], -gram[:rank, of_own], gram[of_own, of_own])
-        found.append(torch.stack([_energy(difference, moment), _energy(gram[of_own, of_own], moment[rank:, rank:])]))
+        found.append(
+            torch.stack([_mean_square(difference, moment), _mean_square(gram[of_own, of_own], moment[rank:, rank:])])
+        )
     lost, whole = torch.stack(found).unbind(1)
     return torch.where(whole > 0, (lost / whole).sqrt(), torch.nan)
 
 
-def _energy(gram: Tensor, moment: Tensor) -> Tensor:
+def _mean_square(gram: Tensor, moment: Tensor) -> Tensor:
     """`tr(BᵀB A C Aᵀ)`, the mean squared norm of the outputs `B A x`."""
     return (gram * moment).sum().clamp(min=0.0)
 

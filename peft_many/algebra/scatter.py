@@ -56,21 +56,21 @@ def inverse_scatter_product(
 
 
 def span_is_cheaper(width: int, rank: int, rows: int) -> bool:
-    """Whether working in the span of the stacked factors is cheaper than in `in × in`, as [`cost`] counts."""
-    return _cost_in_span(width, rank, rows) < _cost_by_cholesky(width, rank, rows)
+    """Whether working in the span of the stacked factors is cheaper than in `in × in`, by [`multiplications`]."""
+    return _multiplications_in_span(width, rank, rows) < _multiplications_by_cholesky(width, rank, rows)
 
 
-def cost(width: int, rank: int, rows: int) -> float:
-    """Multiplications that [`inverse_scatter_product`] takes of `rank` rows in all factors and `rows` in all `A`."""
-    return min(_cost_in_span(width, rank, rows), _cost_by_cholesky(width, rank, rows))
+def multiplications(width: int, rank: int, rows: int) -> float:
+    """How many [`inverse_scatter_product`] takes of `rank` rows in all factors and `rows` in all `A`."""
+    return min(_multiplications_in_span(width, rank, rows), _multiplications_by_cholesky(width, rank, rows))
 
 
-def _cost_in_span(width: int, rank: int, rows: int) -> float:
+def _multiplications_in_span(width: int, rank: int, rows: int) -> float:
     # Half of the symmetric Z Zᵀ, its Cholesky factor, A Zᵀ, two triangular solves, and the way back through Z.
     return rank**2 * width / 2 + rank**3 / 6 + rows * (2 * rank * width + rank**2)
 
 
-def _cost_by_cholesky(width: int, rank: int, rows: int) -> float:
+def _multiplications_by_cholesky(width: int, rank: int, rows: int) -> float:
     # Half of the symmetric Zᵀ Z, its Cholesky factor, and two triangular solves.
     return width**2 * rank / 2 + width**3 / 6 + rows * width**2
 

@@ -44,7 +44,7 @@ class CovarianceAccumulator:
         self.tokens = 0
 
     @property
-    def energy(self) -> Tensor:
+    def sum_of_squares(self) -> Tensor:
         """`Σ ‖x‖²`, float64, one number on the sums' device; not finite if an input was not."""
         return self.total.diagonal().sum()
 
@@ -81,7 +81,7 @@ class CovarianceSketch:
     of what has been rounded are exact but for float32 sums. Totals are float64 (see [`Total`]), as is the final
     decomposition. Of the directions that are followed, the last fifth or so is inaccurate.
 
-    Nothing is read from a GPU while rows are added: whether all were finite is seen in `energy`.
+    Nothing is read from a GPU while rows are added: whether all were finite is seen in `sum_of_squares`.
     """
 
     def __init__(self, width: int, size: int, device: torch.device | str = "cpu") -> None:
@@ -91,16 +91,16 @@ class CovarianceSketch:
         self.sums: _Sums | None = None  # once there are more tokens than are kept
 
     @property
-    def energy(self) -> Tensor:
+    def sum_of_squares(self) -> Tensor:
         """`Σ ‖x‖²`, of which the mean is `tr C`: one number on the sums' device, float64 if that has it.
 
         Not finite if an input was not, or had entries near 1e18.
         """
         if self.sums is not None:
-            return self.sums.energy.sum.squeeze(0)
+            return self.sums.sum_of_squares.sum.squeeze(0)
         total = Total(1, device=self.device)
         for rows in self.first:
-            total.add(_energy(rows.float()))
+            total.add(_sum_of_squares(rows.float()))
         return total.sum.squeeze(0)
 
     @without_autocast()
@@ -142,8 +142,8 @@ def spectra(sketches: Sequence[CovarianceSketch]) -> list[Spectrum]:
     for place, (part, sketch) in enumerate(zip(sums, sketches, strict=True)):
         torch.div(part.moved.value(), sketch.tokens, out=moved[place])
         torch.div(part.core.value(), sketch.tokens, out=core[place])
-    energy = [one.energy.to(home, torch.float64) / one.tokens for one in sketches]
-    return nystrom_spectra([part.test for part in sums], moved, core, torch.stack(energy))
+    traces = [one.sum_of_squares.to(home, torch.float64) / one.tokens for one in sketches]
+    return nystrom_spectra([part.test for part in sums], moved, core, torch.stack(traces))
 
 
 def finished(
@@ -176,10 +176,10 @@ class _Sums:
         self.test = test
         self.moved = Total(*test.shape, device=test.device)
         self.core = Total(test.shape[1], test.shape[1], device=test.device)
-        self.energy = Total(1, device=test.device)
+        self.sum_of_squares = Total(1, device=test.device)
 
     def add(self, rows: Tensor) -> None:
-        """Add the products and the energy of some rows.
+        """Add the products of some rows, and their squares.
 
         A CPU converts them one block of features after the other, whose copies stay in its cache. Other devices get
         the whole at once: CUDA sums up products of bfloat16 in float32 without a copy; float16 becomes float32, as `Q`
@@ -200,7 +200,7 @@ class _Sums:
             step = width if rows.dtype == projected.dtype else _BLOCK
             for start, part in zip(range(0, width, step), rows.split(step, dim=1)):
                 block = part.to(projected.dtype)
-                self.energy.add(_energy(block))
+                self.sum_of_squares.add(_sum_of_squares(block))
                 self.moved.add(_inner(block, projected), start)
 
 
@@ -215,7 +215,7 @@ def _inner(rows: Tensor, others: Tensor) -> Tensor:
     return torch.mm(rows.T, others, out_dtype=torch.float32)
 
 
-def _energy(rows: Tensor) -> Tensor:
+def _sum_of_squares(rows: Tensor) -> Tensor:
     """`Σ ‖x‖²` of a batch, shape `(1,)`, float32."""
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
     return torch.dot(norms, norms).unsqueeze(0)
@@ -229,7 +229,7 @@ def _test_matrix(rows: Tensor, size: int) -> Tensor:
     signs = _random_signs(rows.shape[1], size, rows.device)
     first = _Sums(signs)
     first.add(rows)
-    moved, mean = first.moved.value(), first.energy.value() / rows.numel()
+    moved, mean = first.moved.value(), first.sum_of_squares.value() / rows.numel()
     moved /= len(rows) * mean.clamp(min=1e-30)
     # Where the first tokens span fewer than `size` directions, random ones take the free places.
     moved += 1e-3 * signs.to(moved.device)

@@ -21,8 +21,8 @@ class CovarianceSum(Covariance):
     def width(self) -> int:
         return self.parts[0][1].width
 
-    def energy(self) -> Tensor:
-        total = torch.stack([weight * part.energy() for weight, part in self.parts]).sum()
+    def trace_there(self) -> Tensor:
+        total = torch.stack([weight * part.trace_there() for weight, part in self.parts]).sum()
         return total + self.remainder * self.width
 
     def _moved(self, device: torch.device) -> CovarianceSum:

@@ -19,7 +19,7 @@ from ..files.atomic import new_folder
 from ..files.card import plain
 from ..files.card_usage import class_of, quoted
 from ..files.errors import UnmergeableAdapterError
-from ..files.key_layouts import with_current_names
+from ..files.older_names import with_current_names
 from ..files.source import write_adapter
 from ..hub.base_model import BaseModel
 from ..hub.sources import HubArguments, find_adapter

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 from ..algebra.precision import without_autocast
 from ..files.adapter import Adapter, read_adapter
 from ..files.atomic import new_folder
-from ..files.key_layouts import with_current_names
+from ..files.older_names import with_current_names
 from ..hub.base_model import BaseModel
 from ..hub.sources import HubArguments, find_adapter
 from ..merging.arguments import output_folder

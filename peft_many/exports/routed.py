@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 from ..algebra.precision import without_autocast
 from ..files.adapter import Adapter, read_adapter
 from ..files.atomic import new_folder
-from ..files.key_layouts import with_current_names
+from ..files.older_names import with_current_names
 from ..files.source import write_adapter
 from ..files.tensor_keys import KEY_PREFIX
 from ..hub.base_model import BaseModel, model_class

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from ..families.parts import parts_of
 from ..files.adapter import Adapter
 from ..files.errors import UnmergeableAdapterError
-from ..files.key_layouts import with_current_names
+from ..files.older_names import with_current_names
 from ..hub.base_model import BaseModel, model_class
 from ..hub.sources import first_line
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..algebra.lpm import has_full_rank
-from ..algebra.scatter import cost
+from ..algebra.scatter import multiplications
 from ..files.adapter import Adapter, TaskAdapter, read_without_hash, with_hashes
 from ..files.errors import UnmergeableAdapterError
-from ..files.key_layouts import with_current_names
+from ..files.older_names import with_current_names
 from ..files.statistics import TaskStatistics
 from ..files.tensor_file import TensorFile
 from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT
@@ -98,7 +98,7 @@ class PreparedMerge:
             return float(sum(math.prod(self.shape_of(layer)) for layer in group))
         covariances = [task.statistics.covariance_of(group[0]) for task in self.tasks]
         rank = sum(covariance.rank for covariance in covariances if covariance is not None)
-        return cost(self.shape_of(group[0])[1], rank, sum(sum(self.ranks_of(layer)) for layer in group))
+        return multiplications(self.shape_of(group[0])[1], rank, sum(sum(self.ranks_of(layer)) for layer in group))
 
     @property
     def whole_tensors(self) -> dict[str, Tensor]:

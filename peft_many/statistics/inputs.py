@@ -188,8 +188,8 @@ class CovarianceHooks:
 
         Other processes may need the whole pass, so it is not asked before.
         """
-        energies = {name: running.energy for name, running in self._sums.items()}
-        return FiniteCheck(energies, "The input of '{}' holds NaN or Inf; its covariance would be worthless.")
+        squares = {name: running.sum_of_squares for name, running in self._sums.items()}
+        return FiniteCheck(squares, "The input of '{}' holds NaN or Inf; its covariance would be worthless.")
 
     def result(self) -> MeasuredInputs:
         """What was measured of every layer that has a sum; sketches stay on their devices."""

@@ -41,18 +41,18 @@ def test_sketches_of_one_shape_are_finished_together_as_each_alone():
 
 
 def test_it_is_the_formula_of_the_paper():
-    test, moved, core, energy = sums(range(3))
+    test, moved, core, traces = sums(range(3))
     expected = [y @ torch.linalg.solve(c, y.T) for y, c in zip(moved, core)]
-    for found, one, trace in zip(nystrom_spectra(test, moved.clone(), core.clone(), energy), expected, energy):
+    for found, one, trace in zip(nystrom_spectra(test, moved.clone(), core.clone(), traces), expected, traces):
         assert relative_error(dense(found), one) < 1e-5, "that is the shift"
         assert found.trace == pytest.approx(trace.item(), rel=1e-12)
 
 
 def test_only_sketches_that_are_indefinite_get_a_larger_shift():
-    test, moved, core, energy = sums(range(3))
-    untouched = nystrom_spectra(test, moved.clone(), core.clone(), energy)
+    test, moved, core, traces = sums(range(3))
+    untouched = nystrom_spectra(test, moved.clone(), core.clone(), traces)
     core[1].diagonal().sub_(1e-4 * moved[1].norm() + torch.linalg.eigvalsh(core[1])[0])
-    found = nystrom_spectra(test, moved, core, energy)
+    found = nystrom_spectra(test, moved, core, traces)
     for place in (0, 2):
         assert relative_error(dense(found[place]), dense(untouched[place])) < 1e-12
     assert 1e-6 < relative_error(dense(found[1]), dense(untouched[1])) < 0.1
@@ -69,10 +69,10 @@ def test_directions_that_no_token_reached_do_no_harm():
 
 
 def test_what_is_not_finite_is_an_error():
-    test, moved, core, energy = sums(range(2))
+    test, moved, core, traces = sums(range(2))
     core[1, 0, 0] = torch.nan
     with pytest.raises(FloatingPointError):
-        nystrom_spectra(test, moved, core, energy)
+        nystrom_spectra(test, moved, core, traces)
 
 
 def test_running_sums_of_all_kinds_are_finished_and_let_go():
@@ -121,7 +121,7 @@ def on_gpu(sketch: CovarianceSketch) -> CovarianceSketch:
     sketch.device = torch.device("cuda:0")
     sums = sketch.sums
     sums.test = torch.empty(sums.test.shape, device="cuda:0")
-    for total in (sums.moved, sums.core, sums.energy):
+    for total in (sums.moved, sums.core, sums.sum_of_squares):
         total.sum = torch.empty(total.sum.shape, dtype=torch.float64, device="cuda:0")
     return sketch
 

@@ -44,8 +44,8 @@ def test_the_cost_model_prefers_the_smaller_matrix(seed, width, rank, rows):
         assert scatter.span_is_cheaper(width, rank, rows)
     if rank >= 2 * width:
         assert not scatter.span_is_cheaper(width, rank, rows)
-    assert scatter.cost(width, rank, rows) <= min(
-        scatter._cost_in_span(width, rank, rows), scatter._cost_by_cholesky(width, rank, rows)
+    assert scatter.multiplications(width, rank, rows) <= min(
+        scatter._multiplications_in_span(width, rank, rows), scatter._multiplications_by_cholesky(width, rank, rows)
     )
 
 

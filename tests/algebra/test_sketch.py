@@ -111,7 +111,7 @@ def test_nothing_of_the_size_of_the_covariance_is_held():
 def test_memory_is_what_is_said(dtype, factor):
     size, width = 16, 512
     sums = sketched(inputs(0, tokens=400, width=width).to(dtype), size).sums
-    held = [sums.test, *(total.sum for total in (sums.moved, sums.core, sums.energy))]
+    held = [sums.test, *(total.sum for total in (sums.moved, sums.core, sums.sum_of_squares))]
     assert sum(part.nbytes for part in held) == factor * size * width + 8 * size**2 + 8
 
 
@@ -189,15 +189,15 @@ def test_reduced_precision_of_matrix_products_is_not_taken():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("kind", [lambda: CovarianceSketch(WIDTH, 20), lambda: CovarianceAccumulator(WIDTH)])
-def test_what_is_not_finite_is_seen_in_the_energy(bad, kind):
+def test_what_is_not_finite_is_seen_in_the_sum_of_squares(bad, kind):
     rows = inputs(0, tokens=5)
     rows[2, 7] = bad
     for before in (0, 50):  # more than are kept as they are
         running = kind()
         running.update(inputs(1, tokens=before))
-        assert running.energy.isfinite()
+        assert running.sum_of_squares.isfinite()
         running.update(rows)
-        assert not running.energy.isfinite()
+        assert not running.sum_of_squares.isfinite()
 
 
 @given(seeds, st.lists(st.integers(1, 400), min_size=1, max_size=4))

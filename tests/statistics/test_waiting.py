@@ -92,7 +92,7 @@ def test_a_gpu_is_not_waited_for(dtype: torch.dtype, padded: bool, size: int | N
         assert extra(counted, lambda: model(hidden)) <= MOST_LAUNCHES * INPUTS, counted.kernels
     assert not counted.waits
     for running in hooks._sums.values():
-        assert running.energy.device.type == "cuda"
+        assert running.sum_of_squares.device.type == "cuda"
 
 
 def test_each_input_is_summed_up_where_it_is() -> None:
@@ -105,7 +105,7 @@ def test_each_input_is_summed_up_where_it_is() -> None:
         assert not hooks.tokens.masks["attention_mask"].all_tokens
         with FakeTensorMode(allow_non_fake_inputs=True):
             model(hidden)
-    assert [running.energy.device.type for running in hooks._sums.values()] == ["cuda", "cuda", "cpu"]
+    assert [running.sum_of_squares.device.type for running in hooks._sums.values()] == ["cuda", "cuda", "cpu"]
 
 
 def test_a_gpu_sums_up_bfloat16_without_a_copy() -> None:
