@@ -14,7 +14,7 @@ from torch import Tensor
 from ..algebra.reduction import padded
 from ..files.adapter import Adapter
 from ..files.card import CARD_NAME, is_repo_id, plain
-from ..files.tensor_keys import KEY_PREFIX
+from ..files.tensor_keys import lora_key
 from ..records.words import counted, shortened
 from ..version import __version__
 
@@ -42,7 +42,7 @@ def read_pairs(adapter: Adapter) -> Pairs:
         return {module: (delta.A, delta.B) for module, delta in read.items()}
     found = {}
     for module, pair in sorted(adapter.pairs.items()):
-        dtype = pair.weights.dtype(f"{KEY_PREFIX}{pair.module}.lora_A.weight")
+        dtype = pair.weights.dtype(pair.key("A"))
         delta = pair.read()
         found[module] = (delta.A.to(dtype), delta.B.to(dtype))
     return found
@@ -69,7 +69,7 @@ def as_lora(
     tensors = {}
     for module, pair in pairs.items():
         for half, tensor in zip("AB", padded(*pair, rank) if pad else pair):
-            tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = tensor
+            tensors[lora_key(module, half)] = tensor
     return config, tensors
 
 

@@ -15,7 +15,7 @@ from .errors import UnmergeableAdapterError
 from .fingerprints import fingerprint_there, same_weights
 from .statistics import AdapterStatistics, TaskStatistics
 from .tensor_file import TensorFile
-from .tensor_keys import KEY_PREFIX, SHARDED
+from .tensor_keys import SHARDED, lora_key
 
 CPU = torch.device("cpu")
 
@@ -87,7 +87,7 @@ class StoredPair:
 
     def key(self, half: str) -> str:
         """What one of the two is called in the file."""
-        return f"{KEY_PREFIX}{self.module}.lora_{half}.weight"
+        return lora_key(self.module, half)
 
 
 def delta_of_adapter(pair: StoredPair, measured: TaskStatistics, name: str) -> StoredDelta:

@@ -21,6 +21,11 @@ SHARDED = (
 )
 
 
+def lora_key(layer: str, half: str) -> str:
+    """What a layer's `lora_A` or `lora_B` is called in a file; `half` is `"A"` or `"B"`."""
+    return f"{KEY_PREFIX}{layer}.lora_{half}.weight"
+
+
 @dataclass(frozen=True)
 class TensorKeys:
     """The keys of an adapter's tensors, sorted, by what they belong to."""

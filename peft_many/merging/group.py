@@ -18,7 +18,7 @@ from ..algebra.residual import relative_residuals
 from ..algebra.scatter import slices
 from ..files.errors import UnmergeableAdapterError
 from ..files.fingerprints import FINGERPRINT_LENGTH, fingerprint_there
-from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT
+from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT, lora_key
 from ..records.words import counted
 from .by_method import merge_by_method
 from .overlap import overlapped
@@ -118,7 +118,7 @@ def tensors_of(merged: Mapping[str, MergedDelta]) -> dict[str, Tensor]:
     tensors = {}
     for module, delta in merged.items():
         for half, tensor in (("A", delta.A), ("B", delta.B)):
-            tensors[f"{KEY_PREFIX}{module}.lora_{half}.weight"] = fetched(tensor.contiguous())
+            tensors[lora_key(module, half)] = fetched(tensor.contiguous())
         if delta.task_A is not None:
             tensors[f"{KEY_PREFIX}{module}.{TASK_WEIGHT}"] = fetched(delta.task_A.contiguous())
     return tensors

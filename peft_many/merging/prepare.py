@@ -20,7 +20,7 @@ from ..files.errors import UnmergeableAdapterError
 from ..files.older_names import with_current_names
 from ..files.statistics import TaskStatistics
 from ..files.tensor_file import TensorFile
-from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT
+from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT, lora_key
 from ..hub.sources import HubArguments, find_adapter
 from ..records import (
     MergeOptions,
@@ -110,8 +110,8 @@ class PreparedMerge:
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for layer in self.layers:
             (out, width), rank, dtype = self.shape_of(layer), self.rank_of(layer), self.options.dtype
-            found[f"{KEY_PREFIX}{layer}.lora_A.weight"] = (dtype, (rank, width))
-            found[f"{KEY_PREFIX}{layer}.lora_B.weight"] = (dtype, (out, rank))
+            found[lora_key(layer, "A")] = (dtype, (rank, width))
+            found[lora_key(layer, "B")] = (dtype, (out, rank))
             if self.options.gate_lora:
                 found[f"{KEY_PREFIX}{layer}.{TASK_WEIGHT}"] = (dtype, (rank, width))
         for name, tensor in self.whole_tensors.items():
