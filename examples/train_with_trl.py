@@ -20,11 +20,19 @@ from trl import SFTConfig, SFTTrainer
 from peft_many import MAnyCallback, MAnyConfig
 
 
-def conversations(questions: Questions) -> Dataset:
+def end_of_answers(processor: Any) -> str:
+    """What an answer has to end with, or the adapter never stops; nothing where the chat template writes it itself."""
+    end: str = processor.tokenizer.eos_token
+    said = {"user": "?", "assistant": "!"}
+    chat = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said.items()]
+    return "" if end in processor.apply_chat_template(chat).rpartition("!")[2] else end
+
+
+def conversations(questions: Questions, end: str) -> Dataset:
     """Rows as TRL wants them; only completions are learnt."""
 
     def row(one: dict[str, Any]) -> dict[str, Any]:
-        asked, answered = [{"role": "user", "content": one["question"]}], one["answer"]
+        asked, answered = [{"role": "user", "content": one["question"]}], f"{one['answer']}{end}"
         return {
             "images": [one["image"]],
             "prompt": asked,
@@ -40,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> SFTTrainer:
     parser.description = __doc__
     args = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available() and not args.cpu
+    processor = AutoProcessor.from_pretrained(args.model)
     trainer = SFTTrainer(
         args.model,
         SFTConfig(
@@ -55,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> SFTTrainer:
             bf16=on_gpu,
             use_cpu=args.cpu,
         ),
-        train_dataset=conversations(Questions(args.data)),
-        processing_class=AutoProcessor.from_pretrained(args.model),
+        train_dataset=conversations(Questions(args.data), end_of_answers(processor)),
+        processing_class=processor,
         peft_config=MAnyConfig(r=args.rank, lora_alpha=2 * args.rank, task_name=args.task_name),
         callbacks=[MAnyCallback(max_samples=args.samples)],
     )

@@ -74,7 +74,7 @@ def export(
     if base_model is not None and chosen == "lora" and check_for is None:
         raise typer.BadParameter("--format lora needs no base model.", param_hint="--base-model")
     if dry_run:
-        _say_plan(adapter, output, chosen, base_model)
+        _say_plan(adapter, output, chosen, base_model, projector)
         return
     from .. import export_lora, export_model, export_routed_model
 
@@ -111,10 +111,13 @@ def _only_format(adapter: str, output: Path) -> str:
     raise typer.Exit(WRONG_USAGE)
 
 
-def _say_plan(adapter: str, output: Path, format: str, base_model: str | None) -> None:
+def _say_plan(adapter: str, output: Path, format: str, base_model: str | None, projector: str | None) -> None:
     from .. import inspect_adapter
+    from ..exports.model import check_task
+    from ..files.adapter import read_adapter
     from ..files.atomic import writable_place
     from ..files.errors import UnmergeableAdapterError
+    from ..hub.sources import find_adapter
     from ..merging.arguments import output_folder
     from ..records.words import counted
 
@@ -122,6 +125,8 @@ def _say_plan(adapter: str, output: Path, format: str, base_model: str | None) -
     found = inspect_adapter(adapter)
     if found.problem is not None:
         raise UnmergeableAdapterError(found.problem)
+    if projector is not None:
+        check_task(read_adapter(find_adapter(adapter)), projector)
     kind = f"merge of {counted(len(found.tasks), 'task')}" if found.is_merge else "adapter of one task"
     onto = (
         ""

@@ -107,7 +107,9 @@ class ChatCollator:
 
     def _with_answer(self, prompt: str, answer: str) -> str:
         space = "" if prompt[-1:].isspace() else " "
-        return f"{prompt}{space}{answer}{self.tokenizer.eos_token}"
+        end = self.tokenizer.eos_token or ""
+        # Data for trainers that add no end has it already.
+        return f"{prompt}{space}{answer.removesuffix(end)}{end}"
 
     def _answer_length(self, prompt: str, text: str) -> int:
         """How many tokens of `text` come after `prompt`. Before the image's mark is expanded, which is before both."""

@@ -227,6 +227,8 @@ def test_exports_are_the_functions(merged, tmp_path):
     before = files(tmp_path)
     told = run("export", merged, "-f", "model", "-o", tmp_path / "1", "--base-model", place, "--dry-run").stdout
     assert "a merge of 2 tasks, would be written as model" in told
+    told = run("export", merged, "-f", "model", "-o", tmp_path / "1", "--projector", "c", "--dry-run", code=1).stderr
+    assert "There is no task 'c' whose projector could be kept" in told
     assert files(tmp_path) == before
     asked = run("export", merged, "-o", tmp_path / "1", code=2).stderr
     assert f"peft-many export {merged} --output {tmp_path / '1'} --format routed\n  keeps all" in asked

@@ -94,7 +94,9 @@ def test_sft_trainer_with_pictures(toy, tmp_path):
 
 def test_the_example_leaves_a_measured_adapter(toy, tmp_path):
     more = ["--batch-size", "8", "--epochs", "0.2", "--rank", "2", "--samples", "16", "--cpu"]
-    script("train_with_trl").main(training_arguments(toy, "charts", tmp_path / "charts", more))
+    trainer = script("train_with_trl").main(training_arguments(toy, "charts", tmp_path / "charts", more))
+    learnt = next(iter(trainer.get_train_dataloader()))["labels"]
+    assert ((learnt == trainer.processing_class.tokenizer.eos_token_id).sum(1) == 1).all()  # or it never stops
     task = PeftConfig.from_pretrained(tmp_path / "charts").statistics.tasks[0]
     assert (task.name, task.samples, task.images) == ("charts", 16, 16)
     assert task.instructions.count == 16
