@@ -225,8 +225,9 @@ def _located(image: Any, folders: Sequence[Path], name: str) -> Any:
     given = str(named).removeprefix("file://")
     found = next((folder / given for folder in folders if (folder / given).is_file()), None)
     if found is None:
+        places = " or ".join(f"'{folder}'" for folder in folders)
         raise FileNotFoundError(
-            f"The image '{given}' of {name} is not in {', '.join(map(str, folders))}; say by `images` which folder "
-            "the image paths are relative to."
+            f"There is no image '{given}', which {name} names, in {places}: say by `--images`, in Python `images=`, "
+            "which folder the image paths are relative to."
         )
     return found

@@ -23,7 +23,7 @@ def select_tasks(adapters: Sequence[Adapter], weights: TaskWeights, without: Col
     elif weights is not None:
         factors = weights
     _check_known(by_name, adapters, "weigh")
-    _check_known(without, adapters, "leave out")
+    _check_known(without, adapters, "remove")
     selected = []
     for adapter, factor in zip(adapters, factors):
         tasks = [

@@ -161,7 +161,7 @@ def test_dry_runs_write_nothing(shelf, merged, tmp_path):
     assert "1 task to merge" in run("remove", merged, "a", "--dry-run", "-q").stdout
     assert "`--overwrite`" in run("merge", shelf["a"], "-o", merged, "--dry-run", "-q", code=1).stderr
     told = run("remove", merged, "x", "--dry-run", "-q", code=1).stderr
-    assert "no task 'x' to leave out; the tasks are 'a', 'b'" in told
+    assert "no task 'x' to remove; the tasks are 'a', 'b'" in told
     assert files(tmp_path) == before
 
 

@@ -217,7 +217,7 @@ def test_tasks_are_reweighted_as_if_merged_so(shelf, tmp_path):
 def test_mistakes_are_explained(shelf, tmp_path):
     whole = merge(shelf, "a b", tmp_path / "whole")
     before = files(whole)
-    with pytest.raises(ValueError, match=r"no task 'x' to leave out; the tasks are 'a', 'b'"):
+    with pytest.raises(ValueError, match=r"no task 'x' to remove; the tasks are 'a', 'b'"):
         remove_task(whole, "x", progress=False)
     with pytest.raises(ValueError, match=r"no task 'x' to weigh; the tasks are 'a', 'b'"):
         merge_adapter_files([whole], tmp_path / "new", weights={"x": 1.0}, progress=False)
