@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import vllm
 from vllm.config import VllmConfig
 
@@ -10,14 +12,18 @@ from .families import FAMILIES, KNOWN_VERSIONS, is_known
 from .merge import ServedMerge
 
 
+def told_merge(config: VllmConfig) -> Any:
+    """What `additional_config` names as the merge, if it does."""
+    return config.additional_config.get("peft_many") if isinstance(config.additional_config, dict) else None
+
+
 def merge_to_route_by(config: VllmConfig) -> ServedMerge | None:
     """The merge that the server was told, or that lies in the model's own folder if it is called a routed one.
 
     Raises:
         ValueError: It cannot be routed by: the model, vLLM's version, another of its options, or the merge.
     """
-    told = config.additional_config.get("peft_many") if isinstance(config.additional_config, dict) else None
-    model = config.model_config
+    told, model = told_merge(config), config.model_config
     if told is None and any(name.startswith(ROUTED_PREFIX) for name in model.architectures):
         told = model.model if model.revision is None else f"{model.model}@{model.revision}"
     if told is None:

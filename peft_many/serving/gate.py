@@ -27,6 +27,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from ..algebra.gating import confidence
 from ..records import TASKS_NAME
 from ..records.options import INSTRUCTIONS
+from .asked import told_merge
 from .merge import ServedMerge, served_merge
 from .words import placeholders, router_of_words, scores_of_words, weights_of_request
 
@@ -40,30 +41,32 @@ class RoutingWorker:
         Images are the bytes of image files. A prompt is a text with a placeholder for each of them, or token ids in
         which these are as long as the model sees them.
         """
-        merge = served_merge(self.vllm_config.additional_config["peft_many"])  # which no model knows if it routes none
+        merge = served_merge(told_merge(self.vllm_config))  # which no model knows if it routes none
+        opened = {content: Image.open(io.BytesIO(content)).convert("RGB") for content in dict.fromkeys(images)}
+        pictures = [opened[content] for content in images]
         with torch.inference_mode():
             goes_by_images = bool(merge.record.routing) and merge.record.options.gate_by != INSTRUCTIONS
-            by_images, fits = _by_images(self, images) if goes_by_images else (None, None)
+            by_images, fits = _by_images(self, pictures) if goes_by_images else (None, None)
             scores = None
             if merge.record.instructions is not None:
-                scores = _by_words(self, merge, _token_ids(self, images, prompt))
+                scores = _by_words(self, merge, _token_ids(self, pictures, prompt))
             found = weights_of_request(by_images, scores, fits)
         return None if found is None else found.tolist()
 
 
-def _by_images(worker: Any, images: list[bytes]) -> tuple[Tensor | None, Tensor | None]:
+def _by_images(worker: Any, pictures: list[Image.Image]) -> tuple[Tensor | None, Tensor | None]:
     """What each task counts for each image, and which tasks take it, `(images, tasks)`; `None` if nothing tells."""
-    if not images:
+    if not pictures:
         return None, None
     runner, found = worker.model_runner, {}
     processor = MULTIMODAL_REGISTRY.create_processor(runner.model_config)
     prompt = processor.dummy_inputs.get_dummy_text({"image": 1})
-    for content in dict.fromkeys(images):  # equal ones are encoded once
-        inputs = processor(prompt, processor.info.parse_mm_data({"image": [_opened(content)]}))
+    for picture in {id(one): one for one in pictures}.values():  # one that comes again is encoded once
+        inputs = processor(prompt, processor.info.parse_mm_data({"image": [picture]}))
         items = [("image", item) for item in inputs["mm_kwargs"]["image"]]
         ((_, _, arguments),) = group_and_batch_mm_kwargs(items, device=worker.device)
-        found[content] = runner.get_model().task_weights(**arguments)
-    weights, fits = zip(*(found[content] for content in images))
+        found[id(picture)] = runner.get_model().task_weights(**arguments)
+    weights, fits = zip(*(found[id(picture)] for picture in pictures))
     return torch.cat(weights), None if fits[0] is None else torch.cat(fits)
 
 
@@ -77,14 +80,14 @@ def _by_words(worker: Any, merge: ServedMerge, ids: list[int]) -> Tensor:
     return scores_of_words(known["router_of_words"], words, _embedding(worker.model_runner.get_model()))
 
 
-def _token_ids(worker: Any, images: list[bytes], prompt: str | list[int] | None) -> list[int]:
+def _token_ids(worker: Any, pictures: list[Image.Image], prompt: str | list[int] | None) -> list[int]:
     if not isinstance(prompt, str):
         return prompt or []
     config = worker.model_runner.model_config
     if not config.is_multimodal_model:
         return list(cached_tokenizer_from_config(config).encode(prompt))
     processor = MULTIMODAL_REGISTRY.create_processor(config)
-    shown = processor.info.parse_mm_data({"image": [_opened(content) for content in images]} if images else {})
+    shown = processor.info.parse_mm_data({"image": pictures} if pictures else {})
     return list(processor(prompt, shown)["prompt_token_ids"])
 
 
@@ -151,14 +154,13 @@ class Gate:
 
 def merge_to_gate_by(config: VllmConfig) -> ServedMerge:
     """The merge that a server was told; a `ValueError` says what it has to be told for a gate."""
-    told = config.additional_config.get("peft_many") if isinstance(config.additional_config, dict) else None
     extension = config.parallel_config.worker_extension_cls
     if not extension or not issubclass(pkgutil.resolve_name(extension), RoutingWorker):
         raise ValueError(
             f"A gate asks the server's workers, which need `worker_extension_cls="
             f'"{RoutingWorker.__module__}.{RoutingWorker.__name__}"` (`--worker-extension-cls` of `vllm serve`).'
         )
-    return served_merge(told)
+    return served_merge(told_merge(config))
 
 
 class LoRAs:
@@ -190,10 +192,6 @@ class LoRAs:
             return None
         row = torch.tensor([weights])
         return self.of_tasks[int(row.argmax())] if confidence(row).item() else self.merged
-
-
-def _opened(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 def as_file(image: Image.Image) -> bytes:

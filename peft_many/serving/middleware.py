@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
+from .asked import told_merge
 from .gate import LoRAs, as_file, merge_to_gate_by
+from .merge import served_merge
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -80,8 +83,9 @@ class GateMiddleware:
 
 def check_gate(state: Any) -> None:
     """A `ValueError` says what a server lacks that is to gate, before it serves anything."""
-    merge = merge_to_gate_by(state.engine_client.vllm_config)
-    served = {_folder_of(lora): name for name, lora in state.openai_serving_models.lora_requests.items()}
+    config = state.engine_client.vllm_config
+    merge_to_gate_by(config)
+    served = _names_by_folder(state.openai_serving_models)
     gated = [folder for folder in served if _has_tasks(folder)]
     if not gated:
         raise ValueError(
@@ -89,7 +93,7 @@ def check_gate(state: Any) -> None:
             "of its tasks within, as `peft-many export --format lora --with-tasks` writes it."
         )
     for folder in gated:
-        for lora in LoRAs(merge, folder).of_tasks:
+        for lora in _loras_in(folder, told_merge(config)).of_tasks:
             if _folder_of(lora) not in served:
                 raise ValueError(
                     f"The gate of '{served[folder]}' may choose the LoRA of the task '{lora.lora_name}', which is not "
@@ -108,8 +112,8 @@ async def _gated(body: bytes, state: Any) -> bytes:
     if lora is None or not _has_tasks(_folder_of(lora)):
         return body
     config = state.engine_client.vllm_config
-    merge = merge_to_gate_by(config)
-    by_words = merge.record.options.gates_by_instructions
+    loras = _loras_in(_folder_of(lora), told_merge(config))
+    by_words = loras.merge.record.options.gates_by_instructions
     if not urls and not by_words:
         return body
     multimodal = config.model_config.multimodal_config
@@ -122,8 +126,7 @@ async def _gated(body: bytes, state: Any) -> bytes:
     except Exception as error:  # whatever is wrong with an image or the chat, the server meets it too, and answers
         logger.warning("A request for '%s' passes the gate as it is, which cannot read it: %s", asked["model"], error)
         return body
-    chosen = LoRAs(merge, _folder_of(lora)).chosen(weights)
-    return json.dumps({**asked, "model": _name_of(chosen, state.openai_serving_models)}).encode()
+    return json.dumps({**asked, "model": _name_of(loras.chosen(weights), state.openai_serving_models)}).encode()
 
 
 async def _images(urls: list[str], asked: dict[str, Any], model: Any) -> list[bytes]:
@@ -137,9 +140,20 @@ async def _images(urls: list[str], asked: dict[str, Any], model: Any) -> list[by
         allowed_media_domains=model.allowed_media_domains,
     )
     once = list(dict.fromkeys(urls))
-    found = dict(zip(once, await asyncio.gather(*map(media.fetch_image_async, once))))
-    files = {url: as_file(image) for url, image in found.items()}
+    fetched = await asyncio.gather(*map(media.fetch_image_async, once))
+    files = dict(zip(once, map(as_file, fetched)))
     return [files[url] for url in urls]
+
+
+@functools.cache
+def _loras_in(folder: Path, told: str) -> LoRAs:
+    """A merge's LoRAs; what is served does not change, so that they are looked at once."""
+    return LoRAs(served_merge(told), folder)
+
+
+def _names_by_folder(models: Any) -> dict[Path, str]:
+    """What the server calls its LoRAs; of two names for one, the first."""
+    return {_folder_of(lora): str(name) for name, lora in reversed(models.lora_requests.items())}
 
 
 def _folder_of(lora: LoRARequest) -> Path:
@@ -171,8 +185,7 @@ def _name_of(chosen: LoRARequest | None, models: Any) -> str:
     """What the server calls a LoRA; `None` is the base model."""
     if chosen is None:
         return str(models.base_model_paths[0].name)
-    served = models.lora_requests.items()
-    found = next((name for name, one in served if _folder_of(one) == _folder_of(chosen)), None)
+    found = _names_by_folder(models).get(_folder_of(chosen))
     if found is None:
         raise ValueError(f"The LoRA of the task '{chosen.lora_name}' is not served any more.")
-    return str(found)
+    return found
