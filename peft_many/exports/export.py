@@ -14,6 +14,7 @@ from torch import Tensor
 from ..algebra.reduction import padded
 from ..files.adapter import Adapter
 from ..files.card import CARD_NAME, is_repo_id, plain
+from ..files.patterns import exceptions_by_pattern
 from ..files.tensor_keys import lora_key
 from ..records.words import counted, shortened
 from ..version import __version__
@@ -54,7 +55,7 @@ def as_lora(
     """A config with a scaling of one, and its tensors: all filled up with zeros to the largest rank, or not."""
     ranks = {module: A.shape[0] for module, (A, _) in pairs.items()}
     rank = max(ranks.values())
-    smaller = {} if pad else {module.replace(".", r"\."): r for module, r in ranks.items() if r < rank}
+    smaller = {} if pad else exceptions_by_pattern(ranks, rank)
     config = kind(
         r=rank,
         lora_alpha=rank,

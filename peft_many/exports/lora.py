@@ -66,8 +66,8 @@ def export_lora(
 
     Every layer has the same rank, that of the largest (smaller ones are filled up with zeros), and a scaling of one:
     some servers, such as llama.cpp, know one rank for all. vLLM has to be told the next of 8, 16, 32, 64, 128, 256,
-    320 and 512, which the notes name. No base model is read; the LoRA is in memory,
-    whole.
+    320 and 512, which the notes name. No base model is read; the LoRA is in memory, whole.
+
     On text the outputs are those of the adapter. The projectors stay behind: images are seen through the base model's.
 
     Args:
@@ -149,7 +149,7 @@ def _served_rank(name: str, rank: int, tasks: Sequence[TaskAdapter]) -> int:
             f"The task '{large}' of {name} has layers of rank {of_tasks[large]}, and vLLM serves at most {most}: "
             "export it without the tasks' own LoRAs (`with_tasks`)."
         )
-    return next(served for served in SERVED_RANKS if served >= max(rank, *of_tasks.values(), 0))
+    return next(served for served in SERVED_RANKS if served >= max([rank, *of_tasks.values()]))
 
 
 def _left_behind(read: Adapter) -> Iterator[str]:

@@ -67,6 +67,11 @@ class ByPattern(Generic[T]):
         return self._pattern[min(found, key=self._order.__getitem__)] if found else self._default
 
 
+def exceptions_by_pattern(values: Mapping[str, T], usual: T | None) -> dict[str, T]:
+    """The layers' values that are not the usual one, as a `rank_pattern` has them and [`ByPattern`] reads them."""
+    return {re.escape(layer): value for layer, value in values.items() if value != usual}
+
+
 def check_patterns(config: PeftConfig, names: Sequence[str], source: str, *, only_ranks: bool = False) -> None:
     """Raise `MalformedAdapterError` unless PEFT gets done with a config's regular expressions on these module names.
 

@@ -23,7 +23,7 @@ from ..algebra.precision import without_autocast
 from ..files.adapter import read_adapter
 from ..files.atomic import new_folder
 from ..files.mergeable import check_mergeable
-from ..files.patterns import ByPattern, check_patterns
+from ..files.patterns import ByPattern, check_patterns, exceptions_by_pattern
 from ..files.peft_methods import described, is_plain_lora
 from ..files.source import AdapterSource, read_config, write_adapter
 from ..files.tensor_keys import KEY_PREFIX
@@ -108,8 +108,8 @@ def _config_of(
     check_patterns(settings, list(there.values()), str(source), only_ranks=True)
     rank_of = ByPattern(settings.rank_pattern, settings.r)
     alpha_of = ByPattern(settings.alpha_pattern, settings.lora_alpha)
-    ranks = {re.escape(module): rank_of[name] for module, name in there.items()}
-    alphas = {re.escape(module): alpha_of[name] for module, name in there.items()}
+    ranks = {module: rank_of[name] for module, name in there.items()}
+    alphas = {module: alpha_of[name] for module, name in there.items()}
     projectors = [PROJECTOR] if any(key.startswith(PROJECTOR) for key in tensors) else []
     return MAnyConfig(
         r=settings.r,
@@ -118,8 +118,8 @@ def _config_of(
         use_rslora=settings.use_rslora,
         # By full names: the ends of the names would match the vision tower's layers too.
         target_modules=modules,
-        rank_pattern={module: r for module, r in ranks.items() if r != settings.r},
-        alpha_pattern={module: alpha for module, alpha in alphas.items() if alpha != settings.lora_alpha},
+        rank_pattern=exceptions_by_pattern(ranks, settings.r),
+        alpha_pattern=exceptions_by_pattern(alphas, settings.lora_alpha),
         projector_modules=projectors,
         modules_to_save=projectors or None,
         task_name=task_name,

@@ -7,6 +7,7 @@ from statistics import mode
 from typing import Any
 
 from ..files.adapter import Adapter
+from ..files.patterns import exceptions_by_pattern
 from ..records import MergeRecord
 from ..tuner.config import MAnyConfig, Statistics
 from .prepare import PreparedMerge
@@ -22,7 +23,7 @@ def merged_config(
     rank = mode(ranks.values())
     projectors = sorted({*prepared.routing, *prepared.averaged})
     base_model, revision = base_of(prepared.adapters)
-    exceptions = {layer.replace(".", r"\."): r for layer, r in ranks.items() if r != rank}
+    exceptions = exceptions_by_pattern(ranks, rank)
     merged = MAnyConfig(
         r=rank,
         lora_alpha=rank,  # the scaling is folded into the weights

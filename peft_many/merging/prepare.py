@@ -18,6 +18,7 @@ from ..algebra.scatter import multiplications
 from ..files.adapter import Adapter, TaskAdapter, read_without_hash, with_hashes
 from ..files.errors import UnmergeableAdapterError
 from ..files.older_names import with_current_names
+from ..files.patterns import exceptions_by_pattern
 from ..files.statistics import TaskStatistics
 from ..files.tensor_file import TensorFile
 from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT, lora_key
@@ -137,7 +138,7 @@ class PreparedMerge:
             expected_routing={name: found.kept() for name, found in self.drawn_inputs.expected.items()},
             averaged_projectors=self.averaged,
             task_ranks=usual,
-            task_rank_pattern={layer.replace(".", r"\."): of for layer, of in blocks.items() if of != usual},
+            task_rank_pattern=exceptions_by_pattern(blocks, usual),
         )
 
 
