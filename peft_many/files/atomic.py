@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from peft.utils import CONFIG_NAME
 
 from .processes import Processes, several_run
 
@@ -34,9 +35,10 @@ def replace_file(path: Path) -> Iterator[Path]:
 def new_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
     """Give an empty folder that becomes `path` when the block ends well; folders above it are made as needed.
 
-    After an error or Ctrl-C nothing is left. A process that is killed leaves a hidden folder beside `path`, which the
-    next call for this path removes. That `path` cannot be created, holds files that are not `replaced`, or is being
-    written by another process, is found out before the block runs.
+    What lies in `path` beside files that are `replaced` stays there, a trainer's files beside an adapter's say. After
+    an error or Ctrl-C nothing is left. A process that is killed leaves a hidden folder beside `path`, which the next
+    call for this path removes. That `path` cannot be created, holds something and nothing that is `replaced`, or is
+    being written by another process, is found out before the block runs.
     """
     path = writable_place(path, replaced)
     missing = [parent for parent in path.parents if not parent.exists()]
@@ -48,6 +50,7 @@ def new_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
             yield new
             writable_place(path, replaced)  # again: somebody may have put something there
             if replaced:
+                _keep_others(path, new, replaced)
                 replace_folder(new, path)
             else:
                 os.replace(new, path)  # an empty folder in the way is replaced, anything else refused
@@ -87,7 +90,7 @@ def _reserved(path: Path) -> Iterator[Path]:
 
 
 def writable_place(path: Path, replaced: Collection[str] = ()) -> Path:
-    """Where a new folder really goes, or `FileExistsError` if there are more than files by the names in `replaced`."""
+    """Where a new folder really goes, or `FileExistsError` if there is something, but no file that is `replaced`."""
     path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"The output folder '{path}' is a file; nothing was written.")
@@ -97,13 +100,28 @@ def writable_place(path: Path, replaced: Collection[str] = ()) -> Path:
             f"The output folder '{path}' already exists and is not empty; nothing was written. Give another "
             f"folder.{_hint()}"
         )
-    strange = next((name for name in found if name not in replaced or not (path / name).is_file()), None)
-    if strange is not None:
+    if found and not any((path / name).is_file() for name in replaced):
         raise FileExistsError(
-            f"The output folder '{path}' holds '{strange}', which is no file of an adapter and would be lost; "
-            "nothing was written."
+            f"The output folder '{path}' holds '{found[0]}' and no adapter to replace; nothing was written. Give "
+            "another folder."
         )
     return path
+
+
+def _keep_others(path: Path, new: Path, replaced: Collection[str]) -> None:
+    """Put all that is in `path` into `new` too, but what is `replaced`; nothing is moved before `new` is complete."""
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        return {name for name in names if name in replaced or (new / name).exists()} if folder == str(path) else set()
+
+    def link(source: str, place: str) -> None:
+        try:
+            os.link(source, place, follow_symlinks=False)
+        except OSError:  # the file system has no links
+            shutil.copy2(source, place, follow_symlinks=False)
+
+    if path.exists():
+        shutil.copytree(path, new, symlinks=True, ignore=left_out, copy_function=link, dirs_exist_ok=True)
 
 
 def check_apart(
@@ -116,9 +134,9 @@ def check_apart(
             continue  # a model in memory
         folder = Path(os.path.realpath(Path(given).expanduser()))
         if folder == place and folder.is_dir() and not may_replace(folder):
+            called = "" if str(given) == str(output) else f" as '{given}'"
             raise FileExistsError(
-                f"The output folder '{output}' is '{given}', which is read here; nothing was written. Give another "
-                "folder."
+                f"The output folder '{output}' is also an input{called}; nothing was written. Give another folder."
             )
 
 
@@ -137,6 +155,8 @@ def results_folder(
         raise NotADirectoryError(f"The output folder '{path}' cannot be created: '{above}' is a file.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise PermissionError(f"Nothing can be written into the output folder '{path}': '{above}': Permission denied.")
+    if (path / CONFIG_NAME).exists():
+        raise FileExistsError(f"The output folder '{path}' is an adapter's; nothing was written. Give another folder.")
     earlier = next((name for name in files if (path / name).exists()), None)
     if earlier is not None and not overwrite:
         raise FileExistsError(

@@ -135,15 +135,17 @@ def test_the_folder_itself_is_replaced_whole(shelf, tmp_path, monkeypatch, in_on
     assert files(folder)[WEIGHTS] == files(merge(shelf, "a c", tmp_path / "2", weights=[2.0, 1.0]))[WEIGHTS]
 
 
-def test_a_folder_with_other_files_is_not_replaced(shelf, tmp_path):
+def test_other_files_in_the_folder_stay(shelf, tmp_path):
     folder = merge(shelf, "a b", tmp_path / "merge")
     (folder / "notes.txt").write_text("precious")
     before = files(folder)
-    with pytest.raises(FileExistsError, match=r"'notes.txt', which is no file of an adapter and would be lost"):
-        remove_task(folder, "b", progress=False)
     with pytest.raises(FileExistsError, match="already exists and is not empty"):
         remove_task(folder, "b", folder, progress=False)
     assert files(folder) == before
+    remove_task(folder, "b", progress=False)
+    found = files(folder)
+    assert found.pop("notes.txt") == b"precious"
+    assert found.keys() == files(merge(shelf, "a", tmp_path / "expected")).keys()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

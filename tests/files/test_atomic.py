@@ -135,6 +135,33 @@ def test_files_that_may_go_are_replaced_with_their_folder(tmp_path, out):
     assert (out / "file").read_text() == "new"
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_what_lies_beside_files_that_may_go_stays(tmp_path, out, links, monkeypatch):
+    def refused(*arguments, **options):
+        raise PermissionError
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    write(out, "old")
+    (out / "log").write_text("mine")
+    (out / "also new").write_text("mine")
+    (out / "link").symlink_to("log")
+    (out / "checkpoint").mkdir()
+    write(out / "checkpoint", "mine")
+    with new_folder(out, ["file"]) as new:
+        write(new, "new")
+        (new / "also new").write_text("new")
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["also new", "checkpoint", "file", "link", "log"]
+    assert {name: (out / name).read_text() for name in ("file", "also new", "link", "log")} == {
+        **{"file": "new", "also new": "new"},
+        **{"link": "mine", "log": "mine"},
+    }
+    assert os.readlink(out / "link") == "log"
+    assert (out / "checkpoint" / "file").read_text() == "mine"
+    (out / "log").write_text("still mine")  # it is nobody else's file
+
+
 @pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt("mine")])
 @pytest.mark.parametrize("place", ["out", "deep/er/out"])
 def test_an_error_and_an_interruption_leave_nothing(tmp_path, place, error):

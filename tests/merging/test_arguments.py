@@ -139,7 +139,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
         "finite and not negative.*'1'",
     ),
     "no weight": (lambda a, b, w, m, o: by_files([a, b], o, weights={"a": None}), "finite and not negative.*None"),
-    "the output is an adapter": (lambda a, b, w, m, o: by_files([a, b], a), "which is read here; nothing was written"),
+    "the output is an adapter": (lambda a, b, w, m, o: by_files([a, b], a), "is also an input; nothing was written"),
     "a dot in the name": (lambda a, b, w, m, o: by_sequence(base("llama"), [a], adapter_name="v1.5"), "without a dot"),
     "no name": (lambda a, b, w, m, o: by_sequence(base("llama"), [a], adapter_name=None), "without a dot.*None"),
     "a layer's name": (lambda a, b, w, m, o: by_sequence(base("llama"), [a], adapter_name="0"), "should not be '0'"),
@@ -175,7 +175,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
     "exporting a model": (lambda a, b, w, m, o: export_lora(m, o), "one is a PeftModel"),
     "exporting a list": (lambda a, b, w, m, o: export_routed_model([a], o), "one is a list"),
     "exporting into a list": (lambda a, b, w, m, o: export_lora(a, [o]), "output folder must be a path"),
-    "exporting onto itself": (lambda a, b, w, m, o: export_lora(a, a), "which is read here; nothing was written"),
+    "exporting onto itself": (lambda a, b, w, m, o: export_lora(a, a), "is also an input; nothing was written"),
     "exporting with a model": (
         lambda a, b, w, m, o: export_model(a, o, base_model=base("llama")),
         "`base_model` must be a folder",
