@@ -32,7 +32,8 @@ else:
     from .merging.recipe import read_recipe
     from .records import MergeOptions
     from .reports.asking import ask_merge
-    from .reports.evaluation import evaluate_merge, save_evaluation
+    from .reports.evaluating import evaluate_merge
+    from .reports.evaluation import save_evaluation
     from .reports.inspection import inspect_adapter
     from .reports.plan import plan_merge
     from .reports.report import MergeReport, merge_report, save_report

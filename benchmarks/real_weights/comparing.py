@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from peft_many.reports.evaluation import perplexity_of
+from peft_many.reports.perplexity import perplexity_of
 
 from .learning import answers, autocast
 from .messages import find_tasks

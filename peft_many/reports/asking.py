@@ -12,11 +12,11 @@ from typing_extensions import Unpack
 
 from ..data.conversations import Example, question_about
 from ..data.reading import opened
-from ..hub.sources import HubArguments
+from ..hub.sources import HubArguments, find_adapter
 from ..routing.row_weights import remembered
 from ..statistics.forward import state_kept
 from .comparison import routed_projectors, watched
-from .running import RunningMerge, answers_of, inputs_of
+from .running import RunningMerge, Said, answers_of, inputs_of
 
 MERGED_LORA = "merged LoRA"  # where a gate chooses no task's own
 
@@ -29,11 +29,12 @@ class Answer:
         question (`str`): What was asked.
         answer (`str`): What the merge said.
         routing (`dict[str, dict[str, float]]`):
-            By projector and task, what the task's projector counted for the images; empty if there are no images, or
-            if nothing is routed.
+            By projector and task, what the task's projector counted for the images, of several the mean; empty if
+            there are no images, or if nothing is routed.
         gate (`dict[str, float]`):
             By task, what its own LoRA counted, and what the merged one did (`"merged LoRA"`); empty without a gate.
         others (`dict[str, str]`): With `compare`, what the base model said, and each task's adapter alone.
+        cut_short (`bool`): Whether the merge's answer had as many tokens as it may have, and no end.
     """
 
     question: str
@@ -41,6 +42,7 @@ class Answer:
     routing: dict[str, dict[str, float]] = field(default_factory=dict)
     gate: dict[str, float] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
+    cut_short: bool = False
 
 
 def ask_merge(
@@ -90,7 +92,7 @@ def ask_merge(
     several: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
     example = question_about([opened(one) for one in several], question)  # before a model is loaded for it
     running = RunningMerge.load(
-        merge,
+        find_adapter(merge, **hub),
         [example],
         base_model=base_model,
         processor=processor,
@@ -99,12 +101,14 @@ def ask_merge(
         model_options=model_options,
         hub=hub,
     )
-    said: dict[str, str] = {}
+    said: dict[str, Said] = {}
     for name, context in running.contexts(running.tasks if compare else (), base=compare):
         with context:
             (said[name],) = answers_of(running.model, running.collator, [example], max_new_tokens=max_new_tokens)
     routing, gate = decided(running, example)
-    return Answer(question, said.pop(next(iter(said))), routing, gate, said)
+    own, *others = said
+    heard = {name: said[name].text for name in others}
+    return Answer(question, said[own].text, routing, gate, heard, cut_short=not said[own].ended)
 
 
 def decided(running: RunningMerge, example: Example) -> tuple[dict[str, dict[str, float]], dict[str, float]]:

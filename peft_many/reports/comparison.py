@@ -67,7 +67,7 @@ def compare(model: PeftModel, processor: Any, image: Any, question: str, *, max_
 
     def answer() -> str:
         (said,) = answers_of(model, collator, [example], max_new_tokens=max_new_tokens)
-        return said
+        return said.text
 
     with alone, state_kept(model):
         with watched(model, projectors) as weights:

@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.utils import PeftWarning
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from ..data.batches import ChatCollator, batches, for_model
 from ..data.conversations import Example
 from ..files.errors import UnmergeableAdapterError
-from ..files.source import AdapterSource
+from ..files.source import AdapterSource, read_config
 from ..hub.base_model import BaseModel
 from ..hub.loading import put_on
-from ..hub.sources import HubArguments, find_adapter
+from ..hub.sources import HubArguments
 from ..merging.merge import merge_adapter_files
 from ..records import MergeRecord, merge_of
 from ..statistics.forward import state_kept
@@ -47,7 +47,7 @@ class RunningMerge:
     @classmethod
     def load(
         cls,
-        adapter: Any,
+        source: AdapterSource,
         examples: Sequence[Example],
         *,
         base_model: Any = None,
@@ -58,8 +58,7 @@ class RunningMerge:
         hub: HubArguments,
     ) -> RunningMerge:
         """Load an adapter's base model and processor, and put the adapter on it, if it can be asked the examples."""
-        source = find_adapter(adapter, **hub)
-        base = BaseModel.of(base_model, PeftConfig.from_pretrained(str(source.folder)), hub)
+        base = BaseModel.of(base_model, read_config(source), hub)
         collator = ChatCollator(base.load_processor() if processor is None else processor, system)
         collator.check(examples)
         return cls(source, put_on(base.load_on(device, **(model_options or {})), source), collator)
@@ -110,6 +109,13 @@ class RunningMerge:
                 yield alone_name(task), self.alone(folder)
 
 
+class Said(NamedTuple):
+    """What a model said, and whether it ended by itself; if not, there were as many tokens as it may say."""
+
+    text: str
+    ended: bool
+
+
 def answers_of(
     model: PeftModel,
     collator: ChatCollator,
@@ -117,19 +123,23 @@ def answers_of(
     batch_size: int = 8,
     max_new_tokens: int = 64,
     label: str | None = None,
-) -> list[str]:
+) -> list[Said]:
     """What the model as it stands says to each example, greedily; with a progress bar if that has a `label`."""
-    said: list[str] = []
+    said: list[Said] = []
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=model.device)
     bar = tqdm(total=len(examples), desc=label, unit="question", disable=label is None)
     with bar, state_kept(model), torch.inference_mode():
         model.eval()
         for batch in batches(examples, collator.questions, batch_size):
             inputs = for_model(batch, model)
             tokens = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-            said += collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            ended = torch.isin(tokens, ends).any(1) | (tokens.shape[1] < max_new_tokens)
+            texts = collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            said += [Said(text.strip(), *whether) for text, *whether in zip(texts, ended.tolist())]
             bar.update(len(tokens))
-    return [text.strip() for text in said]
+    return said
 
 
 def inputs_of(model: PeftModel, collator: ChatCollator, example: Example) -> dict[str, Tensor]:

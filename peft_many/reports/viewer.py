@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from peft import PeftModel
 
+from ..hub.sources import find_adapter
 from .comparison import NO_TASK, Comparison, compare, resembles, routed_projectors
 from .running import RunningMerge
 
@@ -89,7 +90,7 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 64,
 ) -> None:
     """Show in the browser which tasks a merge takes an image for, and what routing does to its answer."""
-    running = RunningMerge.load(merge, [], base_model=base, device=device, hub={})
+    running = RunningMerge.load(find_adapter(merge), [], base_model=base, device=device, hub={})
     launch(running.model, running.collator.processor, max_new_tokens=max_new_tokens, server_port=port)
 
 

@@ -35,7 +35,7 @@ from benchmarks.real_weights.tasks import CAPTIONS, SHARING, TASKS
 from benchmarks.real_weights.things import COUNTRIES, GROUP_OF
 from peft_many import MAnyConfig, MergeOptions
 from peft_many.data.batches import ChatCollator, Rows
-from peft_many.reports.evaluation import perplexity_of
+from peft_many.reports.perplexity import perplexity_of
 from tests import tiny
 from tests.examples import toy
 

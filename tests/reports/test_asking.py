@@ -109,8 +109,10 @@ def test_the_command(place):
     found = ask_merge(place / "gated", QUESTION, place / "red.png", compare=True, max_new_tokens=8)
     lines = told.stdout.splitlines()
     assert lines[0] == found.answer
-    assert lines[1].startswith("• Images went through the projectors of: warm ")
-    assert lines[2].startswith("• The LoRA was that of: warm ")
+    assert found.cut_short
+    assert lines[1] == "• The answer ran to the limit of its tokens (--max-new-tokens)"
+    assert lines[2].startswith("• Images went through the projectors of: warm ")
+    assert lines[3].startswith("• The LoRA was that of: warm ")
     told = json.loads(CliRunner().invoke(app, [*words, "--compare", "--json"]).stdout)
     assert told["others"] == found.others
     told = CliRunner().invoke(app, [*words, "--compare"]).stdout

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 from peft_many import evaluate_merge, merge_adapter_files, save_evaluation
 from peft_many.commands import app
 from peft_many.data import scores
+from peft_many.data.conversations import question_about
+from peft_many.hub.sources import find_adapter
 from peft_many.reports.evaluation import Evaluation
-from peft_many.reports.running import BASE, MERGE
-from tests.adapters import scatter
+from peft_many.reports.running import BASE, MERGE, RunningMerge, answers_of
+from tests.adapters import make, scatter
 from tests.examples import toy
 from tests.reports.test_asking import QUESTION, load, place, said  # noqa: F401  (a fixture)
 
@@ -42,7 +44,13 @@ def test_everybody_is_asked_everything(place, data, monkeypatch):  # noqa: F811
     assert all(found.scores[f"{task} alone"][task] == 100 for task in data)
     assert found.scores[BASE] == {"warm": 0, "cold": 0}
     merged = PeftModel.from_pretrained(load(place), place / "gated")
-    assert found.answers[MERGE]["warm"] == [said(merged, place, "red")] * 3
+    answer = said(merged, place, "red")
+    assert found.answers[MERGE]["warm"] == [answer] * 3
+    (row, *_) = found.conversations()["warm"]
+    assert (row["question"], row["said"][MERGE]) == (QUESTION, answer)
+    assert [row["said"]["warm alone"]] == row["right"]
+    assert row["images"] == [str(place / "red.png")]
+    assert found.cut_short == {who: {"warm": 3, "cold": 3} for who in found.scores}, "the toy never ends by itself"
     assert found.questions == {"warm": 3, "cold": 3}
     assert found.forgotten == {task: 100 - found.scores[MERGE][task] for task in data}
     assert found.mean["cold alone"] == sum(found.scores["cold alone"].values()) / 2
@@ -56,6 +64,17 @@ def test_everybody_is_asked_everything(place, data, monkeypatch):  # noqa: F811
     none = evaluate_merge(place / "gated", {"other": data["warm"]}, alone="none", max_new_tokens=2, progress=False)
     assert list(none.scores) == [MERGE, BASE]
     assert none.forgotten == {}
+
+
+def test_an_answer_ends_where_the_model_ends_it(place):  # noqa: F811
+    running = RunningMerge.load(find_adapter(place / "merged"), [], hub={})
+    example = question_about([], QUESTION)
+    (said,) = answers_of(running.model, running.collator, [example], max_new_tokens=3)
+    assert not said.ended
+    ids = running.collator.tokenizer(said.text.split()[-1], add_special_tokens=False)["input_ids"]
+    running.model.generation_config.eos_token_id = ids
+    (said,) = answers_of(running.model, running.collator, [example], max_new_tokens=3)
+    assert said.ended
 
 
 def test_caption_metrics_are_told_one_by_one(place, data, monkeypatch):  # noqa: F811
@@ -113,14 +132,14 @@ def test_means_of_projectors_cannot_be_taken_apart(place, data, tmp_path):  # no
 def test_perplexity_is_that_of_the_texts_tokens(place, data, tmp_path, monkeypatch):  # noqa: F811
     text = tmp_path / "prose.txt"
     text.write_text("What colour is it ? red green blue grey a chat between a curious user and an assistant")
-    monkeypatch.setattr("peft_many.reports.evaluation._WINDOW", 1000)
+    monkeypatch.setattr("peft_many.reports.perplexity._WINDOW", 1000)
     whole = evaluate_merge(place / "merged", data, text=text, alone="none", limit=1, max_new_tokens=1, progress=False)
     ids = AutoTokenizer.from_pretrained(place / "base")(text.read_text(), return_tensors="pt")["input_ids"]
     for who, model in {BASE: load(place), MERGE: PeftModel.from_pretrained(load(place), place / "merged")}.items():
         with torch.no_grad():
             expected = math.exp(model(input_ids=ids, labels=ids).loss.item())
         assert whole.perplexity[who] == pytest.approx(expected, rel=1e-4)
-    monkeypatch.setattr("peft_many.reports.evaluation._WINDOW", 4)
+    monkeypatch.setattr("peft_many.reports.perplexity._WINDOW", 4)
     cut = evaluate_merge(place / "merged", data, text=text, alone="none", limit=1, max_new_tokens=1, progress=False)
     assert cut.perplexity[BASE] != whole.perplexity[BASE]
 
@@ -145,7 +164,7 @@ def test_mistakes_show_before_the_model_is_loaded(place, data, monkeypatch, opti
 
 def test_data_that_no_task_is_called_by_are_named(place, data):  # noqa: F811
     given = {"limit": 1, "max_new_tokens": 2, "progress": False}
-    with pytest.warns(PeftWarning, match="No task of the merge is called 'wram'.*the tasks are 'cold', 'warm'"):
+    with pytest.warns(PeftWarning, match="called 'wram'.*the tasks are 'cold', 'warm'.*Did you mean 'warm' by 'wram'"):
         evaluate_merge(place / "merged", {"wram": data["warm"], "cold": data["cold"]}, alone="own", **given)
 
 
@@ -195,6 +214,9 @@ def test_an_output_that_cannot_be_is_found_out_before_anybody_is_asked(tmp_path,
     told = CliRunner().invoke(app, words)
     assert told.exit_code == 1
     assert "is a file" in told.stderr
+    adapter = make(tmp_path / "a").folder
+    with pytest.raises(FileExistsError, match="is an adapter's; nothing was written"):
+        save_evaluation(FOUND, adapter)
 
 
 def test_what_was_found_is_shown_though_it_cannot_be_written(tmp_path, monkeypatch):
