@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import typer
@@ -50,6 +51,7 @@ def documented() -> str:
 
 def _section(name: str, command) -> str:
     text, _, examples = inspect.cleandoc(command.help).partition("[bold]Examples[/bold]")
+    about = "\n\n".join(textwrap.fill(_plain(part), 119) for part in text.strip().split("\n\n"))
     lines = [re.sub(r" *\[dim\](.*?)\[/dim\]", r"  \1", line) for line in examples.splitlines() if line]
     lines = [part for line in lines for part in _broken(line)]
     arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
@@ -58,11 +60,12 @@ def _section(name: str, command) -> str:
     for option in command.params:
         if option.param_type_name == "option" and option.name != "help":
             names = ", ".join(f"`{one}`" for one in (*option.opts, *option.secondary_opts))
+            names += f" `{option.metavar}`" if option.metavar else ""
             rows.append((names, _help(option)))
     table = "\n".join(f"| {names} | {text} |" for names, text in rows)
     shown = "\n".join(lines)
     return (
-        f"\n## peft-many {name}\n\n`peft-many {name} {usage}`\n\n{_plain(text).strip()}\n\n```bash\n{shown}\n```\n\n"
+        f"\n## peft-many {name}\n\n`peft-many {name} {usage}`\n\n{about}\n\n```bash\n{shown}\n```\n\n"
         f"| | |\n|---|---|\n{table}\n"
     )
 
@@ -76,7 +79,7 @@ def _broken(line: str) -> list[str]:
 
 
 def _shown(argument) -> str:
-    name = argument.name.upper()
+    name = (argument.metavar or argument.name).upper()
     several = f"{name}..." if argument.nargs == -1 else name
     return several if argument.required else f"[{several}]"
 

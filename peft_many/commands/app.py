@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect as python
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -42,5 +44,11 @@ def main(
     """Merge task adapters of multimodal language models without forgetting (MAny, arXiv 2604.14016)."""
 
 
+def _help(command: Callable[..., Any]) -> str:
+    """A command's docstring with each paragraph in one line, as typer breaks lines where it does."""
+    paragraphs = python.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 for command in (measure, plan, merge, ask, evaluate, inspect, report, add, remove, refit, pool, export):
-    app.command()(command)
+    app.command(help=_help(command))(command)

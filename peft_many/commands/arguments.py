@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -79,7 +80,16 @@ LoadIn = Annotated[
         "[dim]default: the dtype it is stored in[/dim]"
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.")]
+
+
+def _without_bars(quiet: bool) -> bool:
+    """Keep the bars of libraries away too, none of which is imported yet."""
+    if quiet:
+        os.environ |= dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1")
+    return quiet
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bars.", callback=_without_bars)]
 
 
 def merge_arguments(

@@ -55,4 +55,4 @@ def ask(
     if json:
         print_json(found)
     else:
-        show_answer(found)
+        show_answer(found, len(image or []))

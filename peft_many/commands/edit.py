@@ -67,7 +67,7 @@ def add(
         device=device or "cpu",
         progress=not quiet,
     )
-    say_merged(folder, quiet)
+    say_merged(folder)
 
 
 def remove(
@@ -100,7 +100,7 @@ def remove(
         _show_change([merge], weights, device, quiet, without=[task])
         return
     folder = remove_task(merge, task, output, weights=weights, device=device or "cpu", progress=not quiet)
-    say_merged(folder, quiet)
+    say_merged(folder)
 
 
 def _show_change(

@@ -78,10 +78,10 @@ def merge(
         show(arguments, quiet)
         return
     folder = merge_adapter_files(**arguments, output_dir=output, overwrite=overwrite, progress=not quiet)
-    say_merged(folder, quiet)
+    say_merged(folder)
 
 
-def say_merged(folder: Path, quiet: bool) -> None:
+def say_merged(folder: Path) -> None:
     """Say where a merge is, and before that what it costs, where images go, and what can be done next."""
     from peft import PeftConfig
 
@@ -89,7 +89,7 @@ def say_merged(folder: Path, quiet: bool) -> None:
     from .display import show_merged
 
     merge = merge_of(PeftConfig.from_pretrained(str(folder)))
-    if merge is not None and not quiet:
+    if merge is not None:
         show_merged(merge, str(folder))
     typer.echo(f"The merge: {folder}")
 

@@ -22,7 +22,7 @@ class Commands(TyperGroup):
             warnings.showwarning = _show_warning
             try:
                 return super().invoke(ctx)
-            except (typer.Exit, typer.Abort):
+            except (typer.Exit, typer.Abort, BrokenPipeError):  # the last: whoever reads has seen enough
                 raise
             except Exception as error:
                 if ctx.params.get("debug") or hasattr(error, "show"):  # the latter are typer's own, of wrong usage

@@ -15,7 +15,7 @@ from typing import Any
 
 from peft.utils import PeftWarning
 
-from ..records.words import counted
+from ..records.words import counted, quoted
 from .conversations import Example, examples_of
 
 _JSON = (".json", ".jsonl")
@@ -67,6 +67,8 @@ def read_examples(
         places = random.Random(seed).sample(range(len(rows)), min(limit, len(rows)))
     if images is not None:
         folders = [Path(images).expanduser()]
+        if not folders[0].is_dir():
+            raise FileNotFoundError(f"There is no folder '{images}', which `--images` (`images=`) names.")
     found: list[Example] = []
     for place in places:
         try:
@@ -130,8 +132,7 @@ def opened(picture: Any) -> Any:
 def _rows(data: Any, split: str, first: int | None) -> tuple[Sequence[Any], str, list[Path]]:
     """The rows of some data, what to call it in errors, and where its images may be."""
     if not isinstance(data, (str, os.PathLike)):
-        if isinstance(data, Mapping):  # of splits
-            data = data[split]
+        data = _split_of(data, split, "The data set")
         # Images as they are stored: they are opened when they are wanted.
         rows = data.with_format("arrow") if hasattr(data, "with_format") and hasattr(data, "__len__") else data
         return rows if hasattr(rows, "__getitem__") else list(islice(rows, first)), "The data", [Path()]
@@ -180,7 +181,8 @@ def _json_lines(text: str) -> list[Any]:
             if line.strip():
                 rows.append(json.loads(line))
         except json.JSONDecodeError as error:  # which takes each line for the first
-            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+            reason = error.msg.removesuffix(" starting at")  # which JSON's own message goes on after
+            raise ValueError(f"line {number}, column {error.colno}: {reason}") from error
     return rows
 
 
@@ -200,11 +202,25 @@ def _by_datasets(given: str, path: Path, split: str) -> Any:
         return datasets.load_dataset(_BY_DATASETS[path.suffix], data_files=str(path), split="train")
     if path.is_dir():
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            saved = datasets.load_from_disk(str(path))
-            return saved[split] if isinstance(saved, Mapping) else saved
-        return datasets.load_dataset(str(path), split=split)
-    name, _, revision = given.partition("@")
-    return datasets.load_dataset(name, split=split, revision=revision or None)
+            return _split_of(datasets.load_from_disk(str(path)), split, f"'{path}'")
+        given, revision = str(path), ""
+    else:
+        given, _, revision = given.partition("@")
+    try:
+        return datasets.load_dataset(given, split=split, revision=revision or None)
+    except ValueError as error:
+        raise ValueError(
+            f"'{given}' cannot be read as a data set with a split '{split}' (`--split`): {error}"
+        ) from None
+
+
+def _split_of(data: Any, split: str, name: str) -> Any:
+    """One of the splits of data that have several, or all of other data."""
+    if not isinstance(data, Mapping):
+        return data
+    if split not in data:
+        raise ValueError(f"{name} has no split '{split}' (`--split`), but {quoted(data)}.")
+    return data[split]
 
 
 def _plain(row: Any) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from ..records import MergeRecord, Operation, Origin, PoolRecord, merge_of
@@ -186,6 +187,11 @@ def _read_statistics(source: AdapterSource, config: PeftConfig) -> tuple[list[Te
     if path.is_file():
         file = open_statistics(path)
         return [file], AdapterStatistics.of(file)
+    if getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
+        raise UnmergeableAdapterError(
+            f"{source.name} is a routed model (`export_routed_model`), with its LoRAs in the model's weights: merge "
+            "what it was exported from."
+        )
     if merge_of(config) is not None:
         raise UnmergeableAdapterError(
             f"{source.name} is a merge and has no statistics: its {STATISTICS_NAME}, which holds its tasks' deltas, "

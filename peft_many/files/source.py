@@ -63,7 +63,7 @@ def _what_else(source: AdapterSource) -> str:
         several = "adapters lie in subfolders of it; give one of them" if len(inside) > 1 else "give its subfolder"
         return f"{several}, {', '.join(map(repr, map(str, inside[:5])))}"
     if (source.folder / "config.json").is_file():
-        return "it is a whole model; give the adapters' folders alone"
+        return "it is a whole model; give an adapter"
     at_hub = "; if the adapter lies in a subfolder, download that and give the folder"
     return f"it is no PEFT adapter{at_hub if source.revision else ''}"
 

@@ -35,12 +35,12 @@ _WHAT_IS_WRONG: dict[type[Exception], str] = {
     HFValidationError: "There is no folder {entry}, and it is no Hub repository id either.",
     RevisionNotFoundError: "The Hub repository '{repo_id}' has no revision '{revision}'.",
     GatedRepoError: (
-        "The Hub repository '{repo_id}' is gated: ask for access on its page, and log in by `hf auth login`, or pass "
-        "`token`."
+        "The Hub repository '{repo_id}' is gated: ask for access on its page, and log in by `hf auth login`, or set "
+        "HF_TOKEN."
     ),
     RepositoryNotFoundError: (
         "There is no folder {entry} and no Hub repository '{repo_id}' (or it is private: log in by `hf auth login`, "
-        "or pass `token`)."
+        "or set HF_TOKEN)."
     ),
     LocalEntryNotFoundError: (
         "There is no folder {entry}, and the Hub cannot be reached for '{repo_id}', which is not in the cache."

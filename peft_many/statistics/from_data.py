@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from huggingface_hub import get_token
 from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]
-from peft import PeftConfig
 from typing_extensions import Unpack
 
 from ..data.batches import ChatCollator, batches, for_model
 from ..data.reading import read_examples
 from ..files.adapter import check_can_be_merged
 from ..files.atomic import new_folder
-from ..files.source import AdapterSource
+from ..files.source import AdapterSource, read_config
 from ..hub.base_model import BaseModel
 from ..hub.llava_checkpoint import PROJECTOR_WEIGHTS_NAME, import_llava_checkpoint
 from ..hub.loading import put_on
@@ -116,10 +115,10 @@ def measure_adapter(
         validate_repo_id(push_to)
         if not isinstance(hub.get("token"), str) and get_token() is None:
             raise ValueError(
-                f"Pushing to '{push_to}' needs a token of the Hub: log in by `hf auth login`, or pass `token`."
+                f"Pushing to '{push_to}' needs a token of the Hub: log in by `hf auth login`, or set HF_TOKEN."
             )
     with new_folder(folder, replaced) as partial, _as_adapter(find_adapter(adapter, **hub), base_model) as source:
-        config = PeftConfig.from_pretrained(str(source.folder))
+        config = read_config(source)
         if merge_of(config) is not None:
             raise ValueError(f"{source.name} is a merge and holds its tasks' statistics; only adapters are measured.")
         # Files are read before the model is: what is missing shows at once.

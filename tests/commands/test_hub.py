@@ -47,7 +47,7 @@ def test_from_revisions_to_a_merge_and_back(hub, made, tmp_path):  # noqa: F811
     ("entry", "message"),
     [
         ("me/one@v9", "has no revision 'v9'"),
-        ("me/secret", "private: log in by `hf auth login`, or pass `token`"),
+        ("me/secret", "private: log in by `hf auth login`, or set HF_TOKEN"),
         ("me/gated", "is gated: ask for access"),
         ("me/pickle-only", "has no adapter_model.safetensors"),
     ],

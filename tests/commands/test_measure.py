@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -10,6 +14,8 @@ from peft_many.commands import app
 from peft_many.commands.arguments import model_options
 from tests.adapters import files
 from tests.statistics.test_from_data import place  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*words: object, code: int = 0):
@@ -36,6 +42,19 @@ def test_it_is_measure_adapter(place, tmp_path):  # noqa: F811
     assert [task.prompts for task in inspect_adapter(tmp_path / "1").tasks] == [2]
     assert "not empty" in run(*words, "--output", tmp_path / "1", code=1).stderr
     assert "There is no file" in run(*words[:2], "--data", "none.jsonl", "-o", tmp_path / "3", code=1).stderr
+
+
+def test_quiet_shows_no_bar_of_any_library(place, tmp_path):  # noqa: F811
+    bars = {}
+    for quiet in ([], ["-q"]):
+        program = ["-c", "from peft_many_command import main; main()"]
+        words = ["measure", place / "plain", "--data", place / "colours.json", "-o", tmp_path / f"{quiet}", *quiet]
+        done = subprocess.run(
+            [sys.executable, *program, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        bars[bool(quiet)] = "it/s" in done.stderr, "Measuring" in done.stderr
+    assert bars == {False: (True, True), True: (False, False)}
 
 
 def test_bits():

@@ -147,6 +147,11 @@ def test_every_place_gives_the_same(tmp_path):
         stored,
         splits,
     ]
+    for place in (tmp_path / "several", splits):
+        with pytest.raises(ValueError, match=r"has no split 'dev' \(`--split`\), but 'train', 'test'"):
+            read_examples(place, split="dev")
+    with pytest.raises(ValueError, match=r"pictures' cannot be read as a data set with a split 'dev' \(`--split`\)"):
+        read_examples(folder, split="dev")
     for place in places:
         (found,) = read_examples(place)
         assert (found.question, found.answer) == ("What?", "red"), place
@@ -174,6 +179,8 @@ def test_images_begin_at_the_folder_that_is_named(tmp_path):
     path = toy.write(tmp_path / "deep" / "down" / "rows.json", [ROW])
     with pytest.raises(FileNotFoundError, match="which folder the image paths are relative to"):
         read_examples(path)
+    with pytest.raises(FileNotFoundError, match="There is no folder 'nowhere', which `--images`"):
+        read_examples(path, images="nowhere")
     (found,) = read_examples(path, images=tmp_path / "elsewhere")
     assert found.images == (tmp_path / "elsewhere" / "a.png",)
 
@@ -199,7 +206,12 @@ def test_lines_end_where_lines_end(tmp_path):
         ("none.jsonl", None, FileNotFoundError, "There is no file"),
         ("none.parquet", None, FileNotFoundError, "There is no file"),
         ("bad.jsonl", "{", ValueError, "is no JSONL file"),
-        ("cut.jsonl", '{"question": "?", "answer": "x"}\n\n{"question', ValueError, "line 3, column 2: Unterminated"),
+        (
+            "cut.jsonl",
+            '{"question": "?", "answer": "x"}\n\n{"question',
+            ValueError,
+            "line 3, column 2: Unterminated string.$",
+        ),
         ("map.json", "{}", ValueError, "must hold a list of rows, but it holds a single dict.$"),
         ("lines.json", '{"question": "?"}\n{"question": "!"}', ValueError, "is a row: rename it to end in .jsonl"),
         ("list.jsonl", '[\n{"question": "?"}\n]', ValueError, "is one list of rows: rename it to end in .json"),

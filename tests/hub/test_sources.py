@@ -119,7 +119,7 @@ def test_two_revisions_of_one_repository(hub, tmp_path):
 
 
 def test_private_repositories_need_the_token(hub, made, tmp_path):
-    assert_not_found(tmp_path, "me/secret", "private", "`token`")
+    assert_not_found(tmp_path, "me/secret", "private", "set HF_TOKEN")
     assert_not_found(tmp_path, "me/secret", "private", token="hf_wrong")
     output = merge_adapter_files(["me/secret"], tmp_path / "merged", token=hub.token, progress=False)
     expected = merge_adapter_files([made["secret"]], tmp_path / "expected", progress=False)

@@ -201,10 +201,13 @@ def test_what_fails_leaves_nothing(place, tmp_path, monkeypatch, change, error, 
 
 def test_an_adapter_may_be_replaced_by_itself_measured(place, tmp_path):
     adapter = shutil.copytree(place / "colours", tmp_path / "own")
+    (adapter / "training_args.bin").write_bytes(b"a trainer's")
     before = files(adapter)
     measure_adapter(adapter, place / "colours.json", adapter, overwrite=True, max_samples=4, progress=False)
     assert STATISTICS in files(adapter)
-    assert files(adapter)[WEIGHTS] == before[WEIGHTS]
+    assert {name: files(adapter)[name] for name in (WEIGHTS, "training_args.bin")} == {
+        name: before[name] for name in (WEIGHTS, "training_args.bin")
+    }
 
 
 def test_what_cannot_be_measured_shows_before_a_model_is_loaded(place, tmp_path, monkeypatch):
@@ -212,6 +215,8 @@ def test_what_cannot_be_measured_shows_before_a_model_is_loaded(place, tmp_path,
     given = {"data": place / "colours.json", "output_dir": tmp_path / "new", "progress": False}
     with pytest.raises(ValueError, match=r"colours' is an adapter, not a base model; its base model is '.*base'"):
         measure_adapter(place / "colours", base_model=place / "colours", **given)
+    with pytest.raises(ValueError, match=r"base has no adapter_config\.json: it is a whole model"):
+        measure_adapter(place / "base", **given)
     bad = shutil.copytree(place / "plain", tmp_path / "bad")
     config = json.loads((bad / "adapter_config.json").read_text())
     (bad / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
