@@ -73,23 +73,21 @@ def export(
         raise typer.BadParameter("Only --format lora is checked.", param_hint="--check-for")
     if base_model is not None and chosen == "lora" and check_for is None:
         raise typer.BadParameter("--format lora needs no base model.", param_hint="--base-model")
-    if dry_run:
-        _say_plan(adapter, output, chosen, base_model, projector)
-        return
     from .. import export_lora, export_model, export_routed_model
+    from .tables import say_notes
 
+    given = {"base_model": base_model, "dry_run": dry_run}
     if chosen == "lora":
-        done = export_lora(adapter, output, with_tasks=with_tasks, check_for=check_for, base_model=base_model)
+        done = export_lora(adapter, output, with_tasks=with_tasks, check_for=check_for, **given)
     elif chosen == "model":
-        done = export_model(adapter, output, base_model=base_model, projector=projector)
+        done = export_model(adapter, output, projector=projector, **given)
     else:
-        done = export_routed_model(adapter, output, base_model=base_model)
+        done = export_routed_model(adapter, output, **given)
     if json:
         print_json(done)
         return
-    for note in done.notes:
-        typer.echo(f"• {note}", err=True)
-    typer.echo(f"The export: {done.folder}")
+    say_notes(done.notes, aside=True)
+    typer.echo(f"{'Nothing was written. The export would be' if dry_run else 'The export'}: {done.folder}")
 
 
 def _only_format(adapter: str, output: Path) -> str:
@@ -109,28 +107,3 @@ def _only_format(adapter: str, output: Path) -> str:
         "  for plain transformers; right on text and about that task's images, mostly wrong about others"
     )
     raise typer.Exit(WRONG_USAGE)
-
-
-def _say_plan(adapter: str, output: Path, format: str, base_model: str | None, projector: str | None) -> None:
-    from .. import inspect_adapter
-    from ..exports.model import check_task
-    from ..files.adapter import read_adapter
-    from ..files.atomic import writable_place
-    from ..files.errors import UnmergeableAdapterError
-    from ..hub.sources import find_adapter
-    from ..merging.arguments import output_folder
-    from ..records.words import counted
-
-    writable_place(output_folder(output, [adapter, base_model]))
-    found = inspect_adapter(adapter)
-    if found.problem is not None:
-        raise UnmergeableAdapterError(found.problem)
-    if projector is not None:
-        check_task(read_adapter(find_adapter(adapter)), projector)
-    kind = f"merge of {counted(len(found.tasks), 'task')}" if found.is_merge else "adapter of one task"
-    onto = (
-        ""
-        if format == "lora"
-        else f", with the base model {base_model or found.base_model or '(not named, give --base-model)'}"
-    )
-    typer.echo(f"{found.name}, a {kind}, would be written as {format} to {output}{onto}.")

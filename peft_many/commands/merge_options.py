@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,7 +16,22 @@ import typer
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 OPTIONS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+_IN_PYTHON = re.compile(r"`(\w+)=['\"]?([\w.+-]+)['\"]?`")
 _KINDS = {kind.__name__: kind for kind in (bool, float, int, str)}
+
+
+def as_typed(message: str) -> str:
+    """A message in which options of merging are called as on the command line, not as in Python."""
+    return _IN_PYTHON.sub(lambda found: _typed_option(*found.group(1, 2)) or found[0], message)
+
+
+def _typed_option(name: str, value: str) -> str:
+    if name not in OPTIONS:
+        return ""
+    typed = name.replace("_", "-")
+    if value in ("True", "False"):
+        return f"`--{'' if value == 'True' else 'no-'}{typed}`"
+    return f"`--{typed} {value}`"
 
 
 def with_merge_options(command: Command) -> Command:

@@ -11,6 +11,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from .merge_options import as_typed
+
 FAILED, WRONG_USAGE = 1, 2  # what a command exits with; the second is typer's
 
 
@@ -35,7 +37,7 @@ class Commands(TyperGroup):
 
 def say_error(message: str) -> None:
     """Print an error where errors go."""
-    typer.secho(message, err=True, fg="red")
+    typer.secho(as_typed(message), err=True, fg="red")
 
 
 def print_json(result: Any) -> None:
@@ -57,4 +59,4 @@ def _told(error: Exception) -> str:
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     if not issubclass(category, (DeprecationWarning, FutureWarning)):
-        typer.secho(f"Warning: {message}", err=True, fg="yellow")
+        typer.secho(f"Warning: {as_typed(str(message))}", err=True, fg="yellow")

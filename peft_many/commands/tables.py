@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..records.words import shortened
+from .merge_options import as_typed
 
 
 def say(text: str | Text, aside: bool = False, whole: bool = False) -> None:
@@ -27,7 +28,7 @@ def say(text: str | Text, aside: bool = False, whole: bool = False) -> None:
 def say_notes(notes: Sequence[str], aside: bool = False) -> None:
     """Print notes as a list."""
     for note in notes:
-        say(f"• {note}", aside)
+        say(f"• {as_typed(note)}", aside)
 
 
 def show_table(title: str, rows: Sequence[Mapping[str, str]], aside: bool = False) -> None:

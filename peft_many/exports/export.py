@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from ..algebra.reduction import padded
 from ..files.adapter import Adapter
+from ..files.atomic import new_folder, writable_place
 from ..files.card import CARD_NAME, is_repo_id, plain
 from ..files.patterns import exceptions_by_pattern
 from ..files.tensor_keys import lora_key
@@ -28,12 +32,25 @@ class Export:
     """What was exported.
 
     Args:
-        folder (`Path`): Where it is.
+        folder (`Path`): Where it is; or would be, of a dry run.
         notes (`list[str]`): What it cannot do that the adapter could; the folder's `README.md` says so too.
     """
 
     folder: Path
     notes: list[str]
+
+
+@contextmanager
+def export_folder(output: Path, dry_run: bool) -> Iterator[Path]:
+    """The folder to write an export into; of a dry run one that nobody will see, once it could be the other."""
+    if not dry_run:
+        with new_folder(output) as folder:
+            yield folder
+        return
+    writable_place(output)
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # the model has no weights
+        yield Path(place)
 
 
 def read_pairs(adapter: Adapter) -> Pairs:

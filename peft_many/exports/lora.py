@@ -15,7 +15,6 @@ from typing_extensions import Unpack
 
 from ..algebra.precision import without_autocast
 from ..files.adapter import Adapter, TaskAdapter, read_adapter
-from ..files.atomic import new_folder
 from ..files.card import plain
 from ..files.card_usage import class_of, quoted
 from ..files.errors import UnmergeableAdapterError
@@ -30,6 +29,7 @@ from ..records.values import one_of
 from .export import (
     Export,
     as_lora,
+    export_folder,
     notes_on_gate,
     public_model,
     read_pairs,
@@ -48,8 +48,10 @@ model = PeftModel.from_pretrained(base, ".")  # this folder, or its id on the Hu
 ```
 
 ```bash
-vllm serve {base_model} --enable-lora --max-lora-rank {rank} --lora-modules merged=.
+vllm serve {base_model} --enable-lora --max-lora-rank {rank} --lora-modules merged=.{routed}
 ```"""
+_ROUTED = """ \\
+    --additional-config '{"peft_many": "MERGE"}'  # what this was exported from, for vLLM with peft_many installed"""
 
 
 @without_autocast()
@@ -60,6 +62,7 @@ def export_lora(
     with_tasks: bool = False,
     check_for: str | None = None,
     base_model: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
     **hub: Unpack[HubArguments],
 ) -> Export:
     """Write a merge or an adapter as a plain PEFT LoRA, which loads without this package.
@@ -82,6 +85,7 @@ def export_lora(
             config alone: vLLM leaves out others without a word. It gets the names that transformers has today, and
             each layer keeps its own rank.
         base_model (`str`, *optional*): For that: a folder or Hub id, if the adapter does not say it.
+        dry_run (`bool`, defaults to `False`): Check all that can be checked, and write nothing.
         **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
     Returns:
@@ -99,7 +103,7 @@ def export_lora(
 
         >>> # then: vllm serve … --enable-lora --lora-modules merged=lora
         >>> export_lora("merged", "lora").notes[0]
-        'All layers have rank 8 (vLLM: `max_lora_rank=8`), in float32.'
+        'All layers have rank 8 (vLLM: `--max-lora-rank 8`), in float32.'
         ```
     """
     output = output_folder(output_dir, [adapter, base_model])
@@ -117,9 +121,9 @@ def export_lora(
     stored = next(iter(tensors.values())).dtype
     dtype = str(stored).removeprefix("torch.")
     ranks = "Layers have ranks up to" if config.rank_pattern else "All layers have rank"
-    notes = [f"{ranks} {config.r} (vLLM: `max_lora_rank={served}`), in {dtype}."]
+    notes = [f"{ranks} {config.r} (vLLM: `--max-lora-rank {served}`), in {dtype}."]
     notes += [*_left_behind(read), *(_beside(read) if with_tasks else notes_on_gate(read))]
-    with new_folder(output) as folder:
+    with export_folder(output, dry_run) as folder:
         write_adapter(folder, config, tensors)
         if with_tasks:
             _write_tasks(folder, read, stored, shape)
@@ -129,6 +133,7 @@ def export_lora(
             base=quoted(base) if public_model(base) else "...",
             base_model=shlex.quote(base) if public_model(base) else "BASE_MODEL",
             rank=served,
+            routed=_ROUTED if read.merge is not None and read.merge.is_routed else "",
         )
         write_card(folder, "A LoRA of {tasks}", read, base, usage, notes, library_name="peft")
     return Export(output, notes)
@@ -159,7 +164,7 @@ def _left_behind(read: Adapter) -> Iterator[str]:
             "The tasks' projectors are not exported. Answers on text are the adapter's; images go through the base "
             "model's projector, with which the tasks were not trained: expect most answers about images to be "
             "wrong. `export_routed_model` (`--format routed`) keeps the projectors, and vLLM with peft_many installed "
-            "takes them from the merge (docs/how-to/vllm.md)."
+            "takes them from the merge (`--additional-config`)."
         )
     beside = sorted({name for task in read.tasks for name in task.base_tensors})
     if beside:

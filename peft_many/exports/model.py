@@ -8,7 +8,6 @@ from typing_extensions import Unpack
 
 from ..algebra.precision import without_autocast
 from ..files.adapter import Adapter, read_adapter
-from ..files.atomic import new_folder
 from ..files.older_names import with_current_names
 from ..hub.base_model import BaseModel
 from ..hub.sources import HubArguments, find_adapter
@@ -17,7 +16,7 @@ from ..merging.mean_projectors import average_projectors
 from ..merging.prepare import AdapterPath
 from ..records.words import quoted
 from .base_model import fold, put_projector
-from .export import Export, notes_on_gate, write_card
+from .export import Export, export_folder, notes_on_gate, write_card
 
 _USAGE = """```python
 from transformers import {kind}
@@ -33,6 +32,7 @@ def export_model(
     *,
     base_model: str | os.PathLike[str] | None = None,
     projector: str | None = None,
+    dry_run: bool = False,
     **hub: Unpack[HubArguments],
 ) -> Export:
     """Fold a merge or an adapter into its base model and write a full model, which loads without this package.
@@ -50,6 +50,8 @@ def export_model(
         base_model (`str`, *optional*): Folder or Hub id (`"me/model@revision"`), if the adapter does not say it.
         projector (`str`, *optional*):
             The task whose projector is kept in place of the mean. Of averaged projectors there is only the mean.
+        dry_run (`bool`, defaults to `False`):
+            Check all that can be checked without the base model's weights, and write nothing.
         **hub: `token`, `cache_dir` and `local_files_only`, as in [`~huggingface_hub.snapshot_download`].
 
     Returns:
@@ -72,17 +74,18 @@ def export_model(
     """
     output = output_folder(output_dir, [adapter, base_model])
     read = read_adapter(find_adapter(adapter, **hub))
+    _check_task(read, projector)
     base = BaseModel.of(base_model, read.config, hub)
-    check_task(read, projector)
-    with new_folder(output) as folder:
-        model = base.load()
+    with export_folder(output, dry_run) as folder:
+        model = base.empty() if dry_run else base.load()
         (read,) = with_current_names([read], model)
         plain = fold(model, read)
         chosen = [task for task in read.tasks if projector in (None, task.name)]
         averaged, tensors = average_projectors(chosen)
         for name in averaged:
             put_projector(plain, name, tensors)
-        plain.save_pretrained(folder)
+        if not dry_run:
+            plain.save_pretrained(folder)
         notes = [*notes_on_gate(read), *_notes_on_projectors(read, projector)]
         notes = (notes or ["Outputs are the adapter's, up to rounding."]) + base.copy_tokenizer(folder)
         usage = _USAGE.format(kind=type(plain).__name__)
@@ -91,7 +94,7 @@ def export_model(
     return Export(output, notes)
 
 
-def check_task(adapter: Adapter, task_name: str | None) -> None:
+def _check_task(adapter: Adapter, task_name: str | None) -> None:
     """A `ValueError` if the projector of that task cannot be kept."""
     if task_name is None:
         return

@@ -16,7 +16,6 @@ from typing_extensions import Unpack
 
 from ..algebra.precision import without_autocast
 from ..files.adapter import Adapter, read_adapter
-from ..files.atomic import new_folder
 from ..files.older_names import with_current_names
 from ..files.source import write_adapter
 from ..files.tensor_keys import KEY_PREFIX
@@ -28,7 +27,7 @@ from ..records import GATES, ROUTED_PREFIX, MergeRecord
 from ..records.options import IMAGES
 from ..tuner.config import MAnyConfig
 from .base_model import fold
-from .export import Export, notes_on_gate, write_card
+from .export import Export, export_folder, notes_on_gate, write_card
 
 _USAGE = """```python
 import peft_many  # pip install peft-many
@@ -43,6 +42,7 @@ def export_routed_model(
     output_dir: str | os.PathLike[str],
     *,
     base_model: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
     **hub: Unpack[HubArguments],
 ) -> Export:
     """Fold a merge into its base model and write one folder with everything, which goes on routing images.
@@ -55,6 +55,8 @@ def export_routed_model(
         adapter (`str`): The folder or Hub id of a merge with routed projectors.
         output_dir (`str`): As in [`export_model`], like the others.
         base_model (`str`, *optional*): Folder or Hub id.
+        dry_run (`bool`, defaults to `False`):
+            Check all that can be checked without the base model's weights, and write nothing.
         **hub: `token`, `cache_dir` and `local_files_only`.
 
     Returns:
@@ -78,11 +80,13 @@ def export_routed_model(
     if read.merge is None or not read.merge.routing:
         raise ValueError(f"{source.name} routes no projector; use `export_model`, which loses nothing here.")
     base = BaseModel.of(base_model, read.config, hub)
-    with new_folder(output) as folder:
-        model = base.load()
+    with export_folder(output, dry_run) as folder:
+        model = base.empty() if dry_run else base.load()
         (renamed,) = with_current_names([read], model)
-        fold(model, renamed).save_pretrained(folder)
-        _rename_architecture(folder)
+        folded = fold(model, renamed)
+        if not dry_run:
+            folded.save_pretrained(folder)
+            _rename_architecture(folder)
         _save_projectors(read, read.merge, folder)
         notes = [
             "Loads only with peft_many, in transformers and in vLLM. Other programs do not know the architecture; "

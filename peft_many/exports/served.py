@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import AutoConfig
-
 from ..families.parts import parts_of
 from ..files.adapter import Adapter
 from ..files.errors import UnmergeableAdapterError
 from ..files.older_names import with_current_names
-from ..hub.base_model import BaseModel, model_class
-from ..hub.sources import first_line
+from ..hub.base_model import BaseModel
 
 SERVERS = ("vllm",)
 
@@ -20,12 +16,7 @@ def as_served(adapter: Adapter, base: BaseModel) -> Adapter:
 
     An `UnmergeableAdapterError` names a layer that the model does not have, or that is outside its language model.
     """
-    try:
-        config = AutoConfig.from_pretrained(base.name, revision=base.revision, **base.hub)
-    except OSError as error:
-        raise FileNotFoundError(f"The base model '{base.name}' cannot be read: {first_line(error)}") from None
-    with torch.device("meta"):
-        model = model_class(config, base.name)(config)
+    model = base.empty()
     (adapter,) = with_current_names([adapter], model)
     parts = parts_of(model)
     inside = "" if parts is None or parts.language_model is None else f"{parts.language_model}."

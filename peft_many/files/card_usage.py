@@ -19,7 +19,7 @@ peft-many remove . TASK --output without-task
 vLLM serves it{beside}; the export says which rank it takes:
 
 ```bash
-peft-many export . --format lora --output lora
+peft-many export . --format lora --check-for vllm --output lora
 vllm serve {base} --enable-lora --max-lora-rank RANK --lora-modules merged=lora{told}
 ```"""
 _TOLD = """ \\

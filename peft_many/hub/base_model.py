@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..algebra.devices import answers, has_half_precision
 from ..families.parts import find_projectors, parts_of
@@ -72,12 +72,27 @@ class BaseModel:
         No code but transformers' own is run.
         """
         options = {"dtype": "auto", "revision": self.revision, **options, **self.hub}
+        kind, _ = self._described()
         try:
-            config = AutoConfig.from_pretrained(self.name, revision=self.revision, **self.hub)
-            model: PreTrainedModel = model_class(config, self.name).from_pretrained(self.name, **options)
+            model: PreTrainedModel = kind.from_pretrained(self.name, **options)
         except OSError as error:  # which those of the Hub are too
             raise FileNotFoundError(f"The base model '{self.name}' cannot be loaded: {first_line(error)}") from None
         return model.eval()
+
+    def empty(self) -> PreTrainedModel:
+        """The model without its weights, on the device `meta`: of it only the config is read."""
+        kind, config = self._described()
+        with torch.device("meta"):
+            model: PreTrainedModel = kind(config)
+        return model.eval()
+
+    def _described(self) -> tuple[Any, PreTrainedConfig]:
+        """The model's class and its config."""
+        try:
+            config = AutoConfig.from_pretrained(self.name, revision=self.revision, **self.hub)
+        except OSError as error:
+            raise FileNotFoundError(f"The base model '{self.name}' cannot be loaded: {first_line(error)}") from None
+        return model_class(config, self.name), config
 
     def load_on(self, device: str | torch.device | None, **options: Any) -> PreTrainedModel:
         """The model on a device: by default on the accelerator, if there is one.
@@ -105,9 +120,7 @@ class BaseModel:
 
     def _visual_parts(self) -> list[str]:
         """The names of the vision tower and the projectors."""
-        config = AutoConfig.from_pretrained(self.name, revision=self.revision, **self.hub)
-        with torch.device("meta"):
-            empty = model_class(config, self.name)(config)
+        empty = self.empty()
         parts = parts_of(empty)
         return [*(parts.towers if parts is not None else ()), *find_projectors(empty)]
 

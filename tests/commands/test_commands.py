@@ -24,6 +24,7 @@ from peft_many import (
     remove_task,
 )
 from peft_many.commands import app
+from peft_many.commands.merge_options import as_typed
 from tests import new_process
 from tests.adapters import STATISTICS, base, but_operations, files, make
 
@@ -226,7 +227,7 @@ def test_exports_are_the_functions(merged, tmp_path):
     base("llava").save_pretrained(place)
     before = files(tmp_path)
     told = run("export", merged, "-f", "model", "-o", tmp_path / "1", "--base-model", place, "--dry-run").stdout
-    assert "a merge of 2 tasks, would be written as model" in told
+    assert told == f"Nothing was written. The export would be: {tmp_path / '1'}\n"
     told = run("export", merged, "-f", "model", "-o", tmp_path / "1", "--projector", "c", "--dry-run", code=1).stderr
     assert "There is no task 'c' whose projector could be kept" in told
     assert files(tmp_path) == before
@@ -249,6 +250,19 @@ def test_exports_are_the_functions(merged, tmp_path):
     run("export", merged, "-f", "routed", "--base-model", place, "-o", tmp_path / "6")
     export_routed_model(merged, tmp_path / "7", base_model=place)
     assert files(tmp_path / "6") == files(tmp_path / "7")
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("Pass `gate_by='instructions'`.", "Pass `--gate-by instructions`."),
+        ("With `rank=512` or `gate_lora=True`.", "With `--rank 512` or `--gate-lora`."),
+        ('Not `gate_lora=False` but `projectors="mean"`.', "Not `--no-gate-lora` but `--projectors mean`."),
+        ("It trains biases (`bias='all'`); `overwrite=True`.", "It trains biases (`bias='all'`); `overwrite=True`."),
+    ],
+)
+def test_options_of_merging_are_called_as_they_are_typed(message, typed):
+    assert as_typed(message) == typed
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,11 +47,17 @@ def test_it_is_measure_adapter(place, tmp_path):  # noqa: F811
 
 def test_quiet_shows_no_bar_of_any_library(place, tmp_path):  # noqa: F811
     bars = {}
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("DISABLE_PROGRESS_BARS")}
     for quiet in ([], ["-q"]):
         program = ["-c", "from peft_many_command import main; main()"]
         words = ["measure", place / "plain", "--data", place / "colours.json", "-o", tmp_path / f"{quiet}", *quiet]
         done = subprocess.run(
-            [sys.executable, *program, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
+            [sys.executable, *program, *map(str, words)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
         bars[bool(quiet)] = "it/s" in done.stderr, "Measuring" in done.stderr

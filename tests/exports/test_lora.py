@@ -156,7 +156,7 @@ def test_layers_that_a_server_would_leave_out(shelf, tmp_path):
     for tower in (tmp_path / "c", tmp_path / "d"):
         with pytest.raises(UnmergeableAdapterError, match=r"vision_tower.*outside the language model 'model\."):
             export_lora(tower, tmp_path / "none", **options)
-    with pytest.raises(FileNotFoundError, match="The base model 'no/model' cannot be read"):
+    with pytest.raises(FileNotFoundError, match="The base model 'no/model' cannot be loaded"):
         export_lora(merged, tmp_path / "none", check_for="vllm", base_model="no/model", local_files_only=True)
     with pytest.raises(ValueError, match="`check_for` must be one of 'vllm', but it is 'other'"):
         export_lora(merged, tmp_path / "none", check_for="other")
@@ -167,7 +167,7 @@ def test_a_server_that_reads_rank_patterns_needs_no_padding(shelf, tmp_path):
     options = {"target_modules": r".*language_model.*(q|v)_proj", "rank_pattern": {"q_proj": 3}, "r": 5}
     made = make(tmp_path / "a", kind=LoraConfig, lora_alpha=7, **options)
     exported = export_lora(made.folder, tmp_path / "lora", check_for="vllm", base_model=shelf.base)
-    assert exported.notes[0].startswith("Layers have ranks up to 5 (vLLM: `max_lora_rank=8`)")
+    assert exported.notes[0].startswith("Layers have ranks up to 5 (vLLM: `--max-lora-rank 8`)")
     found = text_logits(PeftModel.from_pretrained(base("llava"), exported.folder))
     assert distance(found, text_logits(PeftModel.from_pretrained(base("llava"), made.folder))) < 1e-5
     tensors = load_file(exported.folder / WEIGHTS)
@@ -183,8 +183,8 @@ def test_the_tasks_own_may_have_a_larger_rank(tmp_path):
         make(tmp_path / name, "llama", task_name=name, r=r, **options).folder for name, r in (("a", 4), ("b", 12))
     ]
     merged = merge_adapter_files(adapters, tmp_path / "merged", rank=4, progress=False)
-    assert "max_lora_rank=8" in export_lora(merged, tmp_path / "lora").notes[0]
-    assert "max_lora_rank=16" in export_lora(merged, tmp_path / "all", with_tasks=True).notes[0]
+    assert "--max-lora-rank 8" in export_lora(merged, tmp_path / "lora").notes[0]
+    assert "--max-lora-rank 16" in export_lora(merged, tmp_path / "all", with_tasks=True).notes[0]
     large = make(tmp_path / "c", "llama", task_name="c", r=600, **options).folder
     merged = merge_adapter_files([*adapters, large], tmp_path / "larger", rank=4, progress=False)
     with pytest.raises(UnmergeableAdapterError, match=r"The task 'c' of .* rank 600.*without the tasks' own LoRAs"):
@@ -195,7 +195,7 @@ def test_the_tasks_own_may_have_a_larger_rank(tmp_path):
 def test_ranks_that_no_server_takes(tmp_path):
     options = {"lora_alpha": 1, "target_modules": ["q_proj"]}
     large = make(tmp_path / "a", "llama", r=300, **options).folder
-    assert "rank 300 (vLLM: `max_lora_rank=320`)" in export_lora(large, tmp_path / "one").notes[0]
+    assert "rank 300 (vLLM: `--max-lora-rank 320`)" in export_lora(large, tmp_path / "one").notes[0]
     larger = make(tmp_path / "b", "llama", r=600, **options).folder
     with pytest.raises(UnmergeableAdapterError, match=r"rank 600, and vLLM serves at most 512: merge it again"):
         export_lora(larger, tmp_path / "lora")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from benchmarks.mini_ucit.parts import with_parts
-from peft_many import export_lora, export_model, merge_adapter_files
+from peft_many import export_lora, export_model, export_routed_model, merge_adapter_files
 from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.files.statistics import AdapterStatistics
 from tests import new_process
@@ -141,21 +143,44 @@ def test_tokenizers_and_processors_come_along(shelf, tmp_path):
     assert "has no tokenizer" in export_model(shelf.adapters["a"], tmp_path / "2", base_model=shelf.base).notes[-1]
 
 
-def test_mistakes(shelf, tmp_path):
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_mistakes(shelf, tmp_path, dry_run):
     merged = shelf.merge("ab", tmp_path / "merged")
+    export = partial(export_model, merged, dry_run=dry_run)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
     before = files(tmp_path)
     with pytest.raises(ValueError, match="does not name its base model"):
-        export_model(merged, tmp_path / "model")
+        export(tmp_path / "model")
     with pytest.raises(ValueError, match=r"no task 'x' whose projector could be kept; the tasks are 'a', 'b'"):
-        export_model(merged, tmp_path / "model", base_model=shelf.base, projector="x")
+        export(tmp_path / "model", base_model=shelf.base, projector="x")
     with pytest.raises(FileNotFoundError, match="The base model 'me/nowhere' cannot be loaded"):
-        export_model(merged, tmp_path / "model", base_model="me/nowhere", local_files_only=True)
-    with pytest.raises(FileExistsError):
-        export_model(merged, merged, base_model=shelf.base)
+        export(tmp_path / "model", base_model="me/nowhere", local_files_only=True)
+    for place in (merged, tmp_path / "full"):
+        with pytest.raises(FileExistsError):
+            export(place, base_model=shelf.base)
     base("qwen2_vl").save_pretrained(shelf.root / "other")
     with pytest.raises(UnmergeableAdapterError, match="trained on another base model"):
-        export_model(merged, tmp_path / "model", base_model=shelf.root / "other")
+        export(tmp_path / "model", base_model=shelf.root / "other")
     assert files(tmp_path) == before
+
+
+def test_a_dry_run_does_all_but_write_and_read_the_base_models_weights(shelf, tmp_path, recwarn):
+    merged = shelf.merge("ab", tmp_path / "merged")
+    bare = Path(shutil.copytree(shelf.base, tmp_path / "bare"))
+    (bare / "model.safetensors").unlink()
+    before = files(tmp_path)
+    for export, more in (
+        (export_model, {"projector": "b"}),
+        (export_routed_model, {}),
+        (export_lora, {"with_tasks": True, "check_for": "vllm"}),
+    ):
+        tried = export(merged, tmp_path / "new", base_model=bare, dry_run=True, **more)
+        assert tried.folder == tmp_path / "new"
+        assert files(tmp_path) == before
+        assert tried.notes == export(merged, tmp_path / export.__name__, base_model=shelf.base, **more).notes
+        shutil.rmtree(tmp_path / export.__name__)
+    assert [str(one.message) for one in recwarn if "meta parameter" in str(one.message)] == []
 
 
 @pytest.mark.slow
@@ -169,7 +194,8 @@ def test_it_needs_nothing_of_this_package(shelf, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_projector_of_another_size(shelf, tmp_path):
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_projector_of_another_size(shelf, tmp_path, dry_run):
     folder = shutil.copytree(shelf.adapters["a"], tmp_path / "a")
     stored = load_file(folder / WEIGHTS)
     key = next(key for key in stored if key.endswith("linear_1.weight"))
@@ -177,7 +203,7 @@ def test_a_projector_of_another_size(shelf, tmp_path):
     measured = AdapterStatistics.load(folder / STATISTICS).tasks[0]
     AdapterStatistics((replace(measured, projector_shapes={}),)).save(folder)  # or it would be seen to be damaged
     with pytest.raises(UnmergeableAdapterError, match=r"does not fit this LlavaFor.*another base model.*linear_1"):
-        export_model(folder, tmp_path / "model", base_model=shelf.base)
+        export_model(folder, tmp_path / "model", base_model=shelf.base, dry_run=dry_run)
     assert not (tmp_path / "model").exists()
 
 
