@@ -39,14 +39,14 @@ _PAGE = """<!DOCTYPE html>
 <h1>A merge of {{ tasks }}</h1>
 <p>What merging costs each task, before any evaluation: no model was run for this page.</p>
 <table>
-<tr><th>task</th><th>residual</th><th>largest, in layer</th><th>loses most by</th><th>directions of its outputs</th>
+<tr><th>task</th><th>interference</th><th>largest residual, in layer</th><th>loses most by</th><th>directions of its outputs</th>
 <th>of its inputs</th><th>statistics</th></tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
-<p><b>Residual</b>: how far the merged LoRA's outputs on the task's inputs are from those of the task's own LoRA,
-relative to their size, mean over {{ report.layers | length }} layers: 0 is as if alone, 1 as if the task's LoRA were
-lost. Use it to compare merges of the same tasks. It does not tell how many answers become wrong: on the toy of this
-project some answers stayed right at a half, others became wrong at a third.
+<p><b>Interference</b> is the mean over {{ report.layers | length }} layers of the <b>residual</b>: how far the merged
+LoRA's outputs on the task's inputs are from those of the task's own LoRA, relative to their size. 0 is as if alone, 1
+as if the task's LoRA were lost. Use it to compare merges of the same tasks. It does not tell how many answers become
+wrong: on the toy of this project some answers stayed right at a half, others became wrong at a third.
 <b>Directions</b> are effective ranks, mean over layers. The merged LoRA takes {{ weights }}.</p>
 {% if report.conflicts is not none %}<p><b>Conflicts</b>, in the picture, are the residuals that the task of the row
 would have in a merge with the task of the column alone.</p>
