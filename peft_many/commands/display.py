@@ -180,7 +180,8 @@ def show_evaluation(found: Evaluation) -> None:
 def _shares(weights: Mapping[str, float]) -> str:
     """What has a weight, the largest first."""
     told = sorted(((weight, name) for name, weight in weights.items() if weight >= 0.005), key=lambda one: -one[0])
-    return ", ".join(f"{name} {100 * weight:.0f} %" for weight, name in told) or "no task: the input resembles none of them"
+    shares = [f"{name} {100 * weight:.0f} %" for weight, name in told]
+    return ", ".join(shares) or "no task: the input resembles none of them"
 
 
 def show_merged(merge: MergeRecord, folder: str) -> None:

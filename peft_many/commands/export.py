@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -76,7 +76,7 @@ def export(
     from .. import export_lora, export_model, export_routed_model
     from .tables import say_notes
 
-    given = {"base_model": base_model, "dry_run": dry_run}
+    given: dict[str, Any] = {"base_model": base_model, "dry_run": dry_run}
     if chosen == "lora":
         done = export_lora(adapter, output, with_tasks=with_tasks, check_for=check_for, **given)
     elif chosen == "model":

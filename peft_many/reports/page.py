@@ -39,8 +39,8 @@ _PAGE = """<!DOCTYPE html>
 <h1>A merge of {{ tasks }}</h1>
 <p>What merging costs each task, before any evaluation: no model was run for this page.</p>
 <table>
-<tr><th>task</th><th>interference</th><th>largest residual, in layer</th><th>loses most by</th><th>directions of its outputs</th>
-<th>of its inputs</th><th>statistics</th></tr>
+<tr><th>task</th><th>interference</th><th>largest residual, in layer</th><th>loses most by</th>
+<th>directions of its outputs</th><th>of its inputs</th><th>statistics</th></tr>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 <p><b>Interference</b> is the mean over {{ report.layers | length }} layers of the <b>residual</b>: how far the merged
