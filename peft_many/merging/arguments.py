@@ -41,9 +41,9 @@ def check_arguments(entries: Any, weights: Any, without: Any, task_names: Any) -
                 f"`{name}` goes with the adapters by their order, but a set has no order: give two lists."
             )
     for given in () if task_names is None else task_names:
-        if given is not None and not isinstance(given, str) and not _are_names(given):
+        if given is not None and not isinstance(given, str) and not are_names(given):
             raise ValueError(f"`task_names` holds names, and for a merge a list of them, but one is {_shown(given)}.")
-    if not _are_names(without):
+    if not are_names(without):
         raise ValueError(f"`without` must be a list of tasks' names, but it is {_shown(without)}.")
     numbers = list(weights.values() if by_task else () if weights is None else weights)
     if not all(_is_weight(weight) for weight in numbers):
@@ -101,7 +101,8 @@ def _is_list(given: Any) -> bool:
     return isinstance(given, Collection) and not isinstance(given, (str, bytes, Mapping))
 
 
-def _are_names(given: Any) -> bool:
+def are_names(given: Any) -> bool:
+    """Whether something is a list of names."""
     return _is_list(given) and all(isinstance(name, str) for name in given)
 
 

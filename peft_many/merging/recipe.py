@@ -12,6 +12,7 @@ import yaml
 
 from ..records import MergeOptions
 from ..records.values import number
+from .arguments import are_names
 
 _FURTHER = ("device", "same_base", "without", "weights")  # what `options` knows beside those of `MergeOptions`
 
@@ -116,7 +117,7 @@ def _entry(entry: Any, place: int, folder: Path) -> dict[str, Any]:
         found["adapter"] = f"{name}@{revision}"
     if "weight" in found:
         found["weight"] = number(f"the weight of {where}", found["weight"])
-    if not isinstance(found.get("name", ""), str) and not _are_names(found["name"]):
+    if not isinstance(found.get("name", ""), str) and not are_names(found["name"]):
         raise RecipeError(f"the name of {where} must be a string, or a list of them for a merge.")
     return found
 
@@ -127,20 +128,16 @@ def _check_keys(found: Mapping[Any, Any], known: tuple[str, ...], where: str) ->
         raise RecipeError(f"{where} knows no `{unknown}`; it knows {', '.join(f'`{key}`' for key in known)}.")
 
 
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
-
-
 def _read_further(name: str, value: Any) -> Any:
     """What is no field of `MergeOptions`."""
     if name == "device" and not isinstance(value, str):
         raise RecipeError(f"`device` must be a string, but it is {value!r}.")
     if name == "same_base" and not isinstance(value, bool):
         raise RecipeError(f"`same_base` must be true or false, but it is {value!r}.")
-    if name == "without" and not _are_names(value):
+    if name == "without" and not are_names(value):
         raise RecipeError(f"`without` must be a list of tasks' names, but it is {value!r}.")
     if name != "weights":
         return value
-    if not isinstance(value, dict) or not _are_names(list(value)):
+    if not isinstance(value, dict) or not are_names(list(value)):
         raise RecipeError(f"`weights` must map tasks' names to numbers, but it is {value!r}.")
     return {task: number(f"the weight of '{task}'", weight) for task, weight in value.items()}
