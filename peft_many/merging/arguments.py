@@ -36,12 +36,14 @@ def check_arguments(entries: Any, weights: Any, without: Any, task_names: Any) -
             )
         if len(given) != len(entries):
             raise ValueError(f"`{name}` has {len(given)} entries for {len(entries)} adapters.")
-        if isinstance(entries, (set, frozenset)) or isinstance(given, (set, frozenset)):
+        if _has_no_order(entries) or _has_no_order(given):
             raise ValueError(
                 f"`{name}` goes with the adapters by their order, but a set has no order: give two lists."
             )
     for given in () if task_names is None else task_names:
-        if given is not None and not isinstance(given, str) and not are_names(given):
+        if given is None or isinstance(given, str):
+            continue
+        if not are_names(given) or _has_no_order(given):
             raise ValueError(f"`task_names` holds names, and for a merge a list of them, but one is {_shown(given)}.")
     if not are_names(without):
         raise ValueError(f"`without` must be a list of tasks' names, but it is {_shown(without)}.")
@@ -99,6 +101,10 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 def _is_list(given: Any) -> bool:
     return isinstance(given, Collection) and not isinstance(given, (str, bytes, Mapping))
+
+
+def _has_no_order(given: Any) -> bool:
+    return isinstance(given, (set, frozenset))
 
 
 def are_names(given: Any) -> bool:

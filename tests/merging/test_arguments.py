@@ -131,6 +131,10 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda a, b, w, m, o: by_files([a, b], o, task_names={"a": "x", "b": "y"}),
         "must be a list",
     ),
+    "names of a merge's tasks in a set": (
+        lambda a, b, w, m, o: by_files([a, b], o, task_names=["x", {"y", "z"}]),
+        "for a merge a list of them, but one is {'y', 'z'}",
+    ),
     "numbers as task_names": (lambda a, b, w, m, o: by_files([a, b], o, task_names=[1, 2]), "holds names.*one is 1"),
     "without as a string": (lambda a, b, w, m, o: by_files([a, b], o, without="a"), "`without` must be a list.*'a'"),
     "one weight": (lambda a, b, w, m, o: by_files([a, b], o, weights=0.5), "`weights` must be a list.*mapping.*0.5"),
