@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .lpm import LowRankDelta
 from .reduction import nearest_of_rank
-from .scatter import SingularMergeError
+from .scatter import cholesky
 
 
 class LayerRefit:
@@ -51,9 +51,8 @@ class LayerRefit:
         With `R = L Lᵀ` and `N` the targets, it is `W L⁻¹` with `W` the matrix of that rank that is nearest to
         `N R⁻¹ L = N L⁻ᵀ` (reduced-rank regression; Izenman 1975).
         """
-        root, info = torch.linalg.cholesky_ex(self._moments)
-        if info.item() != 0:
-            raise SingularMergeError("the covariance of its inputs is singular; pass a larger `ridge` or more samples")
+        singular = "the covariance of its inputs is singular; pass a larger `ridge` or more samples"
+        root = cholesky(self._moments, singular)
         whitened = torch.linalg.solve_triangular(root, self._targets.T, upper=False).T
         A, B = nearest_of_rank(whitened, min(rank, *whitened.shape))
         # Singular values are shared out, so that both factors keep their digits in half precision.

@@ -12,6 +12,8 @@ from torch import Tensor
 from .covariance import Covariance, add_lower_gram
 from .devices import moved, numbers_of
 
+_NEARLY_SINGULAR = "the sum of the tasks' covariances is nearly singular; pass a larger `ridge`"
+
 
 class SingularMergeError(ValueError):
     """`R = Σ w_t C_t` has no inverse: some input direction was never seen and there is no ridge."""
@@ -84,7 +86,7 @@ def _by_cholesky(
     for weight, part in parts:
         part.add_to(scatter, weight)
     moments = torch.cat([parts[t][0] * parts[t][1].product(A.to(device)) for t, A in blocks])
-    return torch.cholesky_solve(moments.T, _cholesky(scatter)).T
+    return torch.cholesky_solve(moments.T, cholesky(scatter, _NEARLY_SINGULAR)).T
 
 
 def _in_span(
@@ -111,7 +113,7 @@ def _in_span(
     kernel = torch.zeros(len(S), len(S), dtype=torch.float64, device=device)
     add_lower_gram(kernel, S)
     kernel.mul_(D).mul_(D[:, None]).diagonal().add_(remainder)
-    root = _cholesky(kernel)
+    root = cholesky(kernel, _NEARLY_SINGULAR)
 
     ranks = [A.shape[0] for _, A in blocks]
     A = torch.cat([A.to(device) for _, A in blocks]).double()
@@ -142,8 +144,9 @@ def _repeated(values: Sequence[float], times: Sequence[int], device: torch.devic
     return moved(torch.tensor(whole, dtype=torch.float64), device)
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
+def cholesky(matrix: Tensor, otherwise: str) -> Tensor:
+    """`L` with `L Lᵀ` the matrix, of which the lower triangle is read; if it is singular, an error that says this."""
     root, info = torch.linalg.cholesky_ex(matrix)
     if numbers_of([info]) != [[0.0]]:
-        raise SingularMergeError("the sum of the tasks' covariances is nearly singular; pass a larger `ridge`")
+        raise SingularMergeError(otherwise)
     return root

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..algebra.covariance import Covariance
 from ..algebra.lpm import LowRankDelta
-from ..algebra.scatter import SingularMergeError, span_is_cheaper
+from ..algebra.scatter import SingularMergeError, cholesky, slices, span_is_cheaper
 from .base import LayerTask, MergeMethod, check_share
+
+_SINGULAR = "the sum of the tasks' covariances is singular; pass an `alpha` below 1"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class RegMean(MergeMethod):
             matrix.mul_(self.alpha).diagonal().copy_(diagonal)
             total.add_(matrix, alpha=task.weight)
             moments.append(task.weight * task.delta.A.double() @ matrix)
-        return torch.cholesky_solve(torch.cat(moments).T, _cholesky(total)).T
+        return torch.cholesky_solve(torch.cat(moments).T, cholesky(total, _SINGULAR)).T
 
     def _in_span(self, tasks: Sequence[LayerTask], covariances: Sequence[Covariance]) -> Tensor:
         """`R = Zᵀ Z + D`, `Z` stacks `√(w_t α) S_t`, `D` is diagonal: with `N = (I + Z D⁻¹ Zᵀ)⁻¹`, `Z R⁻¹ = N Z D⁻¹`.
@@ -82,24 +84,13 @@ class RegMean(MergeMethod):
         scaled = Z / D.sqrt()
         kernel = scaled @ scaled.T
         kernel.diagonal().add_(1.0)
-        root = _cholesky(kernel)
-        coefficients, kept, start = [], [], 0
-        for task, rows, diagonal in zip(tasks, stacked, diagonals):
+        root = cholesky(kernel, _SINGULAR)
+        coefficients, kept = [], []
+        for task, rows, diagonal, place in zip(tasks, stacked, diagonals, slices([len(rows) for rows in stacked])):
             A = task.delta.A.double()
             own = A * (diagonal / D)
             in_span = -(own @ Z.T)
-            in_span[:, start : start + len(rows)] += A @ rows.T
-            start += len(rows)
+            in_span[:, place] += A @ rows.T
             coefficients.append(in_span)
             kept.append(own)
         return torch.cholesky_solve(torch.cat(coefficients).T, root).T @ (Z / D) + torch.cat(kept)
-
-
-_SINGULAR = "the sum of the tasks' covariances is singular; pass an `alpha` below 1"
-
-
-def _cholesky(matrix: Tensor) -> Tensor:
-    root, info = torch.linalg.cholesky_ex(matrix)
-    if info.item() != 0:
-        raise SingularMergeError(_SINGULAR)
-    return root
