@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,15 @@ class TaskStatistics:
     def tokens_of(self, layer: str) -> int:
         """How many tokens that is the mean of."""
         return self.inputs[self.input_of[layer]].tokens if layer in self.input_of else 0
+
+
+def group_by_input(layers: Iterable[str], inputs_of: Sequence[Mapping[str, str | None]]) -> list[list[str]]:
+    """The layers that read the same input as each other by all of several `input_of`; one that none knows is alone."""
+    groups: dict[tuple[str | None, ...] | str, list[str]] = {}
+    for layer in layers:
+        inputs = tuple(input_of.get(layer) for input_of in inputs_of)
+        groups.setdefault(inputs if any(inputs) else layer, []).append(layer)
+    return list(groups.values())
 
 
 class AdapterStatistics:

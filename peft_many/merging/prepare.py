@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mode
 
@@ -19,7 +19,7 @@ from ..files.adapter import Adapter, TaskAdapter, read_without_hash, with_hashes
 from ..files.errors import UnmergeableAdapterError
 from ..files.older_names import with_current_names
 from ..files.patterns import exceptions_by_pattern
-from ..files.statistics import TaskStatistics
+from ..files.statistics import group_by_input
 from ..files.tensor_file import TensorFile
 from ..files.tensor_keys import KEY_PREFIX, TASK_WEIGHT, lora_key
 from ..hub.sources import HubArguments, find_adapter
@@ -214,13 +214,4 @@ def _shared_inputs(tasks: Sequence[TaskAdapter]) -> list[list[str]]:
             found.setdefault(layer, []).append((task, delta.shape))
     for layer, shapes in found.items():
         check_same_shape(f"The shape of '{layer}'", shapes)
-    return group_by_input(sorted(found), [task.statistics for task in tasks])
-
-
-def group_by_input(layers: Iterable[str], tasks: Sequence[TaskStatistics]) -> list[list[str]]:
-    """The layers that read the same input as each other in every task; one that nobody measured is by itself."""
-    groups: dict[tuple[str | None, ...] | str, list[str]] = {}
-    for layer in layers:
-        inputs = tuple(task.input_of.get(layer) for task in tasks)
-        groups.setdefault(inputs if any(inputs) else layer, []).append(layer)
-    return list(groups.values())
+    return group_by_input(sorted(found), [task.statistics.input_of for task in tasks])

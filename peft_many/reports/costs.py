@@ -16,10 +16,9 @@ from ..algebra.covariance import Covariance, know_traces
 from ..algebra.devices import moved
 from ..algebra.lpm import LeastSquaresMerge, LowRankDelta, MergedDelta
 from ..algebra.residual import effective_ranks_of_inputs, effective_ranks_of_outputs, relative_residuals
-from ..files.statistics import TaskStatistics
+from ..files.statistics import TaskStatistics, group_by_input
 from ..files.stored_covariance import check_covariance
 from ..merging.expected_routing import DrawnInputs
-from ..merging.prepare import group_by_input
 from ..records import ExpectedRouting, MergeRecord, most_telling
 
 _LEAST, _MUCH = 0.1, 1 / 3  # of a residual that is worth naming, and of one that is called so
@@ -144,7 +143,7 @@ def report_on(
     residuals, output_ranks, input_ranks, pairs = (*(unknown(*shape) for _ in range(3)), unknown(*shape, len(tasks)))
     weight_bytes = 0
     with tqdm(total=len(layers), desc="Reporting", unit="layer", disable=not progress) as bar:
-        for group in group_by_input(layers, tasks):
+        for group in group_by_input(layers, [task.input_of for task in tasks]):
             covariances = _covariances(group[0], tasks, device)
             ranks = effective_ranks_of_inputs(list(covariances.values())) if covariances else ()
             trained: dict[str, dict[int, LowRankDelta]] = {}

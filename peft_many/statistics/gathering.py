@@ -12,7 +12,7 @@ from ..algebra.devices import float64_device
 from ..algebra.lpm import LowRankDelta
 from ..algebra.spectrum import Truncation
 from ..files.processes import Processes
-from ..files.statistics import InputStatistics
+from ..files.statistics import InputStatistics, group_by_input
 from .inputs import MeasuredInputs, added_inputs
 
 
@@ -39,10 +39,7 @@ def gather_inputs(
     seen_here = {name: key if found.inputs[key].tokens else None for name, key in found.input_of.items()}
     everyone = processes.every(lambda: seen_here)
     known = list(dict.fromkeys(name for one in everyone for name in one))
-    groups: dict[tuple[str | None, ...] | str, list[str]] = {}
-    for name in known:
-        seen = tuple(one.get(name) for one in everyone)
-        groups.setdefault(seen if any(seen) else name, []).append(name)
+    groups = group_by_input(known, everyone)
 
     def gathered(names: list[str]) -> InputStatistics:
         own = next((found.inputs[found.input_of[name]] for name in names if name in found.input_of), None)
@@ -52,6 +49,6 @@ def gather_inputs(
         summed = total.covariance if processes.count == 1 else total.covariance.on(float64_device(device))
         return InputStatistics(processes.together(lambda: finish(summed, names)), total.tokens)
 
-    inputs = {names[0]: gathered(names) for names in groups.values()}
-    input_of = {name: names[0] for names in groups.values() for name in names}
+    inputs = {names[0]: gathered(names) for names in groups}
+    input_of = {name: names[0] for names in groups for name in names}
     return MeasuredInputs(inputs, {name: input_of[name] for name in known})

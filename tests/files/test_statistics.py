@@ -24,10 +24,10 @@ from peft_many.files.statistics import (
     AdapterStatistics,
     InputStatistics,
     TaskStatistics,
+    group_by_input,
 )
 from peft_many.files.stored_covariance import check_covariance
 from peft_many.files.stored_features import IMAGE_TOKENS, INSTRUCTIONS, FeatureStatistics, Prompts
-from peft_many.merging.prepare import group_by_input
 
 WIDTH = 12
 
@@ -167,8 +167,8 @@ def test_the_columns_of_many_tasks_are_found_in_one_pass():
 
 
 def test_layers_are_grouped_by_what_they_read_in_every_task():
-    one = task(input_of={"a.q": "a.q", "a.k": "a.q", "a.v": "a.q", "c.o": "c.o"})
-    two = task(input_of={"a.q": "a.q", "a.k": "a.q", "a.v": "b.down"})
+    one = {"a.q": "a.q", "a.k": "a.q", "a.v": "a.q", "c.o": "c.o"}
+    two = {"a.q": "a.q", "a.k": "a.q", "a.v": "b.down"}
     assert group_by_input(["a.k", "a.q", "a.v", "c.o", "x", "y"], [one, two]) == [
         ["a.k", "a.q"],
         ["a.v"],
