@@ -11,7 +11,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from ..algebra.devices import numbers_of
-from ..records import INSTRUCTION_ROUTER, RoutedInstructions, RoutedProjector, merge_of
+from ..records import INSTRUCTION_ROUTER, RoutedProjector, RouterRecord, merge_of
 from ..records.checking import check_types, nonsense
 from .errors import MalformedAdapterError, unusable_config
 from .peft_methods import RANKS, name_of
@@ -111,13 +111,13 @@ def check_backed(config: Any, weights: TensorFile | None, source: str) -> None:
     for projector, routed in merge.routing.items():
         _check_routing(projector, routed, shapes, source)
     if merge.instructions is not None:
-        _check_router(INSTRUCTION_ROUTER, len(merge.instructions.tasks), merge.instructions, shapes, source)
+        _check_router(INSTRUCTION_ROUTER, merge.instructions, shapes, source)
 
 
 def _check_routing(
     projector: str, routed: RoutedProjector, shapes: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    inside = _check_router(projector, len(routed.tasks), routed, shapes, source)
+    inside = _check_router(projector, routed, shapes, source)
     experts: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
         if key.startswith(f"{inside}experts."):
@@ -129,20 +129,11 @@ def _check_routing(
             raise unusable_config(source, f"its weights lack a tensor of '{projector}' of the task '{task.name}'")
 
 
-def _check_router(
-    name: str,
-    tasks: int,
-    routed: RoutedProjector | RoutedInstructions,
-    shapes: Mapping[str, tuple[int, ...]],
-    source: str,
-) -> str:
+def _check_router(name: str, routed: RouterRecord, shapes: Mapping[str, tuple[int, ...]], source: str) -> str:
     """How the keys of a router's tensors begin, if these are as large as the config says."""
     ends = f".{name}.prototypes"
     inside = next((key.removesuffix("prototypes") for key in shapes if f".{key}".endswith(ends)), "")
-    expected: dict[str, tuple[int, ...]] = {"prototypes": (tasks, routed.width)}
-    if routed.directions is not None:
-        expected |= {"directions": (routed.directions, routed.width), "variances": (routed.directions + 1,)}
-    for part, shape in expected.items():
+    for part, shape in routed.shapes.items():
         found = shapes.get(f"{inside}{part}") if inside else None
         if found != shape:
             raise unusable_config(

@@ -17,6 +17,7 @@ from .record import (
     RoutedInstructions,
     RoutedProjector,
     RoutedTask,
+    RouterRecord,
     TaskRecord,
     merge_of,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "RoutedInstructions",
     "RoutedProjector",
     "RoutedTask",
+    "RouterRecord",
     "TaskRecord",
     "merge_of",
     "most_telling",

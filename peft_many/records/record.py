@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import Number, Record
 from .expected_routing import ExpectedRouting
@@ -112,7 +111,41 @@ class RoutedTask(Record):
 
 
 @dataclass(frozen=True)
-class RoutedProjector(Record):
+class RouterRecord(Record):
+    """What must be known of a router, for images or for instructions, before its tensors are loaded."""
+
+    what: ClassVar[str]  # in messages
+    width: int
+    tasks: list[Any]
+    directions: int | None
+    distances: list[Number] | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        distances = self.distances
+        are_known = distances is None or (len(distances) == len(self.tasks) and min(distances, default=1) > 0)
+        fits = are_known and (distances is None) == (self.directions is None)
+        if self.width < 1 or (self.directions or 0) < 0 or not fits:
+            raise ValueError(
+                f"{self.what} cannot have the width {self.width}, {self.directions} directions and the distances "
+                f"{distances!r:.80}"
+            )
+
+    def limits(self, above: float | None) -> list[float] | None:
+        """From which squared distance on an input is not like each task's, by `abstain_above`, if from any."""
+        return None if above is None or self.distances is None else [above * distance for distance in self.distances]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of its tensors, by their names."""
+        found: dict[str, tuple[int, ...]] = {"prototypes": (len(self.tasks), self.width)}
+        if self.directions is not None:
+            found |= {"directions": (self.directions, self.width), "variances": (self.directions + 1,)}
+        return found
+
+
+@dataclass(frozen=True)
+class RoutedProjector(RouterRecord):
     """What must be known of a routed projector before its tensors are loaded.
 
     Args:
@@ -124,24 +157,10 @@ class RoutedProjector(Record):
             multiplies.
     """
 
-    width: int
+    what = "a routed projector"
     tasks: list[RoutedTask]
     directions: int | None = None
     distances: list[Number] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        known = self.distances is None or _fit(self.distances, self.tasks)
-        fits = known and (self.distances is None) == (self.directions is None)
-        if self.width < 1 or (self.directions or 0) < 0 or not fits:
-            raise ValueError(
-                f"a routed projector cannot have the width {self.width}, {self.directions} directions and the "
-                f"distances {self.distances!r:.80}"
-            )
-
-    def limits(self, above: float | None) -> list[float] | None:
-        """From which squared distance on an image is not like each task's, by `abstain_above`, if from any."""
-        return None if above is None or self.distances is None else [above * distance for distance in self.distances]
 
     @property
     def names(self) -> list[str]:
@@ -150,7 +169,7 @@ class RoutedProjector(Record):
 
 
 @dataclass(frozen=True)
-class RoutedInstructions(Record):
+class RoutedInstructions(RouterRecord):
     """What must be known of the router of instructions before its tensors are loaded.
 
     Args:
@@ -161,26 +180,10 @@ class RoutedInstructions(Record):
             The squared distance of each task's own new instructions, on average, which `abstain_above` multiplies.
     """
 
-    width: int
+    what = "a router of instructions"
     tasks: list[str]
     directions: int
     distances: list[Number]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.width < 1 or self.directions < 0 or not _fit(self.distances, self.tasks):
-            raise ValueError(
-                f"a router of instructions cannot have the width {self.width}, {self.directions} directions and the "
-                f"distances {self.distances!r:.80}"
-            )
-
-    def limits(self, above: float | None) -> list[float] | None:
-        """From which squared distance on an instruction is not like each task's, by `abstain_above`, if from any."""
-        return None if above is None else [above * distance for distance in self.distances]
-
-
-def _fit(distances: Sequence[float], tasks: Sequence[Any]) -> bool:
-    return len(distances) == len(tasks) and min(distances, default=1) > 0
 
 
 @dataclass(frozen=True)

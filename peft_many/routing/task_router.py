@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..algebra.routing import among_all, gaussian_scores
 from ..algebra.spread import FeatureMetric
-from ..records import MergeRecord
+from ..records import MergeRecord, RouterRecord
 
 
 class TaskRouter(nn.Module):
@@ -17,9 +17,7 @@ class TaskRouter(nn.Module):
     is cast to, since rounded ones would route differently.
 
     Args:
-        tasks (`int`): How many there are.
-        width (`int`): Features of a prototype.
-        directions (`int`, *optional*): How many directions the metric has.
+        routed ([`RouterRecord`]): How many tasks there are, and what is known of the metric.
         device (`torch.device`): Where the buffers are.
     """
 
@@ -27,14 +25,12 @@ class TaskRouter(nn.Module):
     directions: Tensor
     variances: Tensor
 
-    def __init__(self, tasks: int, width: int, directions: int | None, device: torch.device) -> None:
+    def __init__(self, routed: RouterRecord, device: torch.device) -> None:
         super().__init__()
-        like = torch.ones(0, dtype=torch.float32, device=device)
-        self.register_buffer("prototypes", like.new_zeros(tasks, width))
-        self.is_gaussian = directions is not None
-        if directions is not None:
-            self.register_buffer("directions", like.new_zeros(directions, width))
-            self.register_buffer("variances", like.new_ones(directions + 1))
+        self.is_gaussian = routed.directions is not None
+        for name, shape in routed.shapes.items():
+            until_loaded = torch.ones if name == "variances" else torch.zeros
+            self.register_buffer(name, until_loaded(shape, dtype=torch.float32, device=device))
 
     @property
     def metric(self) -> FeatureMetric | None:
@@ -56,7 +52,7 @@ class InstructionRouter(TaskRouter):
     def __init__(self, merge: MergeRecord, device: torch.device) -> None:
         routed = merge.instructions
         assert routed is not None
-        super().__init__(len(routed.tasks), routed.width, routed.directions, device)
+        super().__init__(routed, device)
         self.tasks = len(merge.tasks)
         self.columns = [merge.names.index(name) for name in routed.tasks]
         self.limits = routed.limits(merge.options.abstain_above)

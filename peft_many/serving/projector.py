@@ -72,10 +72,7 @@ class ServedProjector(nn.Module):
         self.experts = nn.ModuleDict(
             {f"task_{t}": self._another() for t, trained in enumerate(self._trained) if trained}
         )
-        shapes: dict[str, tuple[int, ...]] = {"prototypes": (len(routed.tasks), routed.width)}
-        if routed.directions is not None:
-            shapes |= {"directions": (routed.directions, routed.width), "variances": (routed.directions + 1,)}
-        for name, shape in shapes.items():
+        for name, shape in routed.shapes.items():
             # Parameters, which servers load; buffers they leave alone.
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False))
 

@@ -35,7 +35,7 @@ class ProjectorMixture(TaskRouter):
         self, template: nn.Module, routed: RoutedProjector, options: MergeOptions, gate: GateTarget | None = None
     ) -> None:
         device = next((parameter.device for parameter in template.parameters()), torch.device("cpu"))
-        super().__init__(len(routed.tasks), routed.width, routed.directions, device)
+        super().__init__(routed, device)
         assert options.temperature is not None
         self.trained = [task.trained for task in routed.tasks]
         self.temperature = options.temperature
