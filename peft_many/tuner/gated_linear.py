@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from ..files.patterns import ByPattern
 from ..records import MergeRecord
 from ..routing.gates import current_gates
 from .layers import lora_layers
@@ -72,8 +72,9 @@ def gate_layers(model: nn.Module, adapter_name: str, merge: MergeRecord) -> None
     """Give the LoRA layers of a merge the place for the tasks' own `A_t`, if it is gated."""
     if not merge.options.gate_lora:
         return
+    ranks_of = ByPattern(merge.task_rank_pattern, merge.task_ranks)
     for name, layer in lora_layers(model, adapter_name).items():
-        ranks = merge.task_rank_pattern.get(get_pattern_key(merge.task_rank_pattern, name), merge.task_ranks)
+        ranks = ranks_of[name]
         if ranks is None or sum(ranks) != layer.r[adapter_name]:
             raise ValueError(
                 f"The adapter's config has `gate_lora`, but its `task_ranks` {ranks} do not add up to the rank "
