@@ -190,6 +190,11 @@ def last_width(module: nn.Module) -> int | None:
     return int(linears[-1].out_features) if linears else None
 
 
+def modules_around(path: str) -> list[str]:
+    """The paths of the modules around another one, the nearest first."""
+    return [path.rsplit(".", levels)[0] for levels in range(1, path.count(".") + 1)]
+
+
 def is_inside(name: str | None, outer: str) -> bool:
     """Whether a path is that of a module, or of a part of it."""
     return name is not None and (not outer or f"{name}.".startswith(f"{outer}."))

@@ -10,6 +10,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..families.family import is_registered_projector
+from ..families.structure import modules_around
 from ..records import MergeRecord
 from .errors import UnmergeableAdapterError
 from .fingerprints import same_weights, state_fingerprint
@@ -145,7 +146,7 @@ def tensors_inside(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
 
 def _named_like_projectors(rest: Iterable[str]) -> list[str]:
     """The modules of these tensors that are called as projectors of known families are."""
-    parents = {key.rsplit(".", levels)[0]: None for key in rest for levels in range(key.count("."), 0, -1)}
+    parents = dict.fromkeys(path for key in rest for path in reversed(modules_around(key)))
     found: list[str] = []
     for path in parents:
         inside = any(path.startswith(f"{outer}.") for outer in found)
@@ -157,5 +158,5 @@ def _named_like_projectors(rest: Iterable[str]) -> list[str]:
 
 def is_saved_whole(module: str, config: PeftConfig) -> bool:
     """Whether `modules_to_save` names the module or one around it; PEFT compares the ends of paths."""
-    around = [module.rsplit(".", levels)[0] for levels in range(module.count(".") + 1)]
-    return any(path.endswith(name) for path in around for name in getattr(config, "modules_to_save", None) or [])
+    paths = [module, *modules_around(module)]
+    return any(path.endswith(name) for path in paths for name in getattr(config, "modules_to_save", None) or [])

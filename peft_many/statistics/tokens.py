@@ -15,6 +15,7 @@ from peft.utils import PeftWarning
 from torch import Tensor, nn
 
 from ..families.projector_call import features_of
+from ..families.structure import modules_around
 
 # Of the text, and of the decoder's text in an encoder-decoder model.
 MASK_NAMES = ("attention_mask", "decoder_attention_mask")
@@ -212,7 +213,7 @@ class RoutedRows:
     """
 
     def __init__(self, layers: Collection[str]) -> None:
-        self.around = {path for layer in layers for path in _parents(layer)}
+        self.around = {path for layer in layers for path in modules_around(layer)}
         self._running: dict[str, tuple[Tensor, TokenMask | None]] = {}
         self._known: dict[str, _Known | None] = {}
         # Whether rows were compared, and padding was among them: a router that changes rows would hide it.
@@ -240,7 +241,7 @@ class RoutedRows:
 
     def _outer(self, path: str, rows: Tensor) -> _Known | None:
         """The nearest module around another one that got the same rows, or from which rows may have been copied."""
-        around = (self._of(parent) for parent in _parents(path) if parent in self._running)
+        around = (self._of(parent) for parent in modules_around(path) if parent in self._running)
         return next(
             (one for one in around if one and (len(one.tokens) == len(rows) or one.width == rows.shape[1])), None
         )
@@ -267,11 +268,6 @@ class RoutedRows:
             if padding.any() or len(rows) != len(outer.tokens):
                 return ~padding
         return outer.tokens.to(rows.device)
-
-
-def _parents(path: str) -> list[str]:
-    """The paths of the modules around one, the nearest first."""
-    return [path.rsplit(".", levels)[0] for levels in range(1, path.count(".") + 1)]
 
 
 def _hashes(rows: Tensor) -> Tensor:
