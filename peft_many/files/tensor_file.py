@@ -14,7 +14,7 @@ import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,6 +36,14 @@ _DTYPES = {
 }
 _LFS_POINTER = b"version https://git-lfs"  # what a clone without LFS has in place of a large file
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class _Stored(TypedDict):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]  # where its bytes begin and end, behind the header
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -155,11 +163,11 @@ def _opened_and_checked(path: Path) -> BinaryIO:
         file.close()
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int, dict[str, str]]:
-    """Dtype, shape and place of each tensor by key, where the data begins, and the metadata."""
+def _read_header(file: BinaryIO) -> tuple[dict[str, _Stored], int, dict[str, str]]:
+    """What is stored by key, where the data begins, and the metadata."""
     length = int.from_bytes(file.read(8), "little")
-    header: dict[str, Any] = json.loads(file.read(length))
-    metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+    header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", None) or {}
     return header, 8 + length, metadata
 
 
@@ -177,15 +185,15 @@ def lay_out(
 
     All tensors read as zero. A file that is there is replaced.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    stored: dict[str, _Stored] = {}
     position = 0
     # As the library does: wide dtypes first, so that every tensor is aligned, then by key.
     for key in sorted(tensors, key=lambda key: (-tensors[key][0].itemsize, key)):
         dtype, shape = tensors[key]
         end = position + dtype.itemsize * math.prod(shape)
-        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        stored[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    text = _header_text(header)
+    text = _header_text(metadata or {}, stored)
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -195,13 +203,14 @@ def lay_out(
 def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     """Put other metadata, no longer ones, in the place of a safetensors file's; spaces fill the header up."""
     with open(path, "r+b") as file:
-        header, start, _ = _read_header(file)
-        text = _header_text({"__metadata__": dict(metadata), **header})
+        stored, start, _ = _read_header(file)
+        text = _header_text(metadata, stored)
         if len(text) > start - 8:
             raise ValueError(f"{len(text)} bytes of metadata do not fit into {path}.")
         file.seek(8)
         file.write(text.ljust(start - 8))
 
 
-def _header_text(header: Mapping[str, Any]) -> bytes:
-    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+def _header_text(metadata: Mapping[str, str], stored: Mapping[str, _Stored]) -> bytes:
+    first = {"__metadata__": dict(metadata)} if metadata else {}
+    return json.dumps({**first, **stored}, separators=(",", ":"), ensure_ascii=False).encode()
