@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,19 +128,8 @@ def pool_adapters(
         if (pooled := _pooled_input(prepared.tasks, group[0], truncation)) is not None:
             inputs[group[0]] = pooled
             input_of |= dict.fromkeys(group, group[0])
-    statistics = TaskStatistics(
-        name=name,
-        samples=sum(task.statistics.samples for task in prepared.tasks),
-        weighed=any(task.statistics.weighed for task in prepared.tasks),
-        inputs=inputs,
-        input_of=input_of,
-        projectors=_pooled_images(prepared.tasks, truncation),
-        **_pooled_words([task.statistics for task in prepared.tasks], truncation),
-        fingerprints=fingerprints,
-        projector_shapes={
-            name: shapes_of(tensors_inside(prepared.routed_tensors, f"{name}.")) for name in prepared.averaged
-        },
-        weight=sum(task.weight for task in prepared.tasks),
+    statistics = replace(
+        _without_layers(prepared, name, truncation), inputs=inputs, input_of=input_of, fingerprints=fingerprints
     )
     return _save(output, tensors, _config_of(prepared, name, statistics))
 
@@ -166,6 +154,24 @@ def _config_of(prepared: PreparedMerge, name: str, statistics: TaskStatistics) -
     return replace(config, task_name=name, pool=PoolRecord(pooled, [*prepared.operations[:-1], done]))
 
 
+def _without_layers(prepared: PreparedMerge, name: str, truncation: Truncation) -> TaskStatistics:
+    """What a pool's statistics say of everything but its layers."""
+    measured = [task.statistics for task in prepared.tasks]
+    return TaskStatistics(
+        name=name,
+        samples=sum(one.samples for one in measured),
+        weighed=any(one.weighed for one in measured),
+        projectors=_pooled_images(measured, truncation),
+        instructions=_pooled_features([one.instructions for one in measured], truncation),
+        prompts=_pooled_prompts([one.prompts for one in measured], truncation),
+        projector_shapes={
+            projector: shapes_of(tensors_inside(prepared.routed_tensors, f"{projector}."))
+            for projector in prepared.averaged
+        },
+        weight=sum(task.weight for task in prepared.tasks),
+    )
+
+
 def _pooled_input(tasks: Sequence[TaskAdapter], module: str, truncation: Truncation) -> InputStatistics | None:
     """`Σ_t w_t C_t / Σ_t w_t` with the sum of all weights below, so that the pool's weight times it is their `R`."""
     whole = sum(task.weight for task in tasks)
@@ -177,22 +183,14 @@ def _pooled_input(tasks: Sequence[TaskAdapter], module: str, truncation: Truncat
     return InputStatistics(truncation.apply(added_covariances(known)), tokens)
 
 
-def _pooled_images(tasks: Sequence[TaskAdapter], truncation: Truncation) -> dict[str, FeatureStatistics]:
+def _pooled_images(measured: Sequence[TaskStatistics], truncation: Truncation) -> dict[str, FeatureStatistics]:
     """All images together, by projector."""
     seen: dict[str, list[FeatureStatistics | None]] = {}
-    for task in tasks:
-        for projector, one in task.statistics.projectors.items():
+    for task in measured:
+        for projector, one in task.projectors.items():
             seen.setdefault(projector, []).append(one)
     pooled = {projector: _pooled_features(ones, truncation) for projector, ones in seen.items()}
     return {projector: one for projector, one in pooled.items() if one is not None}
-
-
-def _pooled_words(measured: Sequence[TaskStatistics], truncation: Truncation) -> dict[str, Any]:
-    """What statistics say of all instructions together, and the prompts of all."""
-    return {
-        "instructions": _pooled_features([one.instructions for one in measured], truncation),
-        "prompts": _pooled_prompts([one.prompts for one in measured], truncation),
-    }
 
 
 def _pooled_features(seen: Sequence[FeatureStatistics | None], truncation: Truncation) -> FeatureStatistics | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -163,18 +164,16 @@ def collect_statistics(
     weights = processes.together(lambda: weights_of(peft_model, measuring.adapter_name, measuring.layers))
     samples = measuring.run(dataloader, max_samples, forward_fn, processes, progress)
     finish = partial(kept, measuring.truncation, weights.deltas)
-    features = measuring.features(processes)
+    features = measuring.features(samples, processes)
     gathered = gather_inputs(processes.together(measuring.inputs.result), finish, processes, device_of(peft_model))
     config = peft_model.peft_config[measuring.adapter_name]
-    task = TaskStatistics(
-        name=measuring.task_name,
-        samples=samples,
+    task = replace(
+        features,
         inputs=gathered.inputs,
         input_of=gathered.input_of,
         fingerprints=weights.fingerprints,
         shapes=weights.shapes,
         weighed=weigh_tokens,
-        **features,
     )
     _warn_of_little(task)
     measuring.asked.warn_of_untold()

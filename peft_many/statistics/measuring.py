@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..algebra.spectrum import Truncation
 from ..algebra.total import FiniteCheck
 from ..files.processes import Processes
+from ..files.statistics import TaskStatistics
 from ..routing.watching import watching_calls
 from .features import SPREAD_OF_INSTRUCTIONS, gather_features
 from .forward import device_of, forward, in_inference, run_together
@@ -85,19 +86,24 @@ class Measuring:
             raise ValueError("The dataloader gave no batch, so there is nothing to measure.")
         return samples
 
-    def features(self, processes: Processes) -> dict[str, Any]:
-        """What statistics say of images and words, over all processes, and of the adapter's copies of projectors."""
+    def features(self, samples: int, processes: Processes) -> TaskStatistics:
+        """The task's statistics but for its layers: of images and words, and of the adapter's copies of projectors.
+
+        Over all processes, which saw so many samples.
+        """
         seen = gather_features(processes.together(self.images.result), processes)
         asked = gather_features(processes.together(self.asked.result), processes, SPREAD_OF_INSTRUCTIONS)
         projectors = list(self.images.projectors)
         unseen = [name for name in projectors if name not in seen]
-        return {
-            "projectors": seen,
-            "instructions": next(iter(asked.values()), None),
-            "prompts": gather_prompts(self.prompts, processes),
-            "projector_shapes": projector_shapes(self.base, self.adapter_name, projectors),
-            "unmoved_projectors": processes.together(lambda: unmoved_projectors(self.base, self.adapter_name, unseen)),
-        }
+        return TaskStatistics(
+            name=self.task_name,
+            samples=samples,
+            projectors=seen,
+            instructions=next(iter(asked.values()), None),
+            prompts=gather_prompts(self.prompts, processes),
+            projector_shapes=projector_shapes(self.base, self.adapter_name, projectors),
+            unmoved_projectors=processes.together(lambda: unmoved_projectors(self.base, self.adapter_name, unseen)),
+        )
 
     def _checked(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, if nothing was wrong with what was measured of those before.
