@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,11 @@ def _arguments(content: Any, folder: Path) -> dict[str, Any]:
         raise RecipeError("a recipe needs a list of `adapters`.")
     _check_keys(content, ("adapters", "options"), "a recipe")
     entries = [_entry(entry, i, folder) for i, entry in enumerate(content["adapters"], start=1)]
-    arguments: dict[str, Any] = {"adapters": [entry["adapter"] for entry in entries]}
-    if any("name" in entry for entry in entries):
-        arguments["task_names"] = [entry.get("name") for entry in entries]
-    if any("weight" in entry for entry in entries):
-        arguments["weights"] = [entry.get("weight", 1.0) for entry in entries]
+    arguments: dict[str, Any] = {"adapters": [entry.adapter for entry in entries]}
+    if any(entry.name is not None for entry in entries):
+        arguments["task_names"] = [entry.name for entry in entries]
+    if any(entry.weight is not None for entry in entries):
+        arguments["weights"] = [1.0 if entry.weight is None else entry.weight for entry in entries]
     options = content.get("options") or {}
     if not isinstance(options, dict):
         raise RecipeError("`options` must map names of options to values.")
@@ -97,29 +97,40 @@ def _arguments(content: Any, folder: Path) -> dict[str, Any]:
     return arguments | {name: getattr(chosen, name) for name in given}
 
 
-def _entry(entry: Any, place: int, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Entry:
+    """An adapter of a recipe."""
+
+    adapter: str  # as merging takes it
+    name: str | Sequence[str] | None = None
+    weight: float | None = None
+
+
+def _entry(entry: Any, place: int, folder: Path) -> _Entry:
     where = f"adapter {place}"
     if isinstance(entry, str):
         entry = {"adapter": entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("adapter"), str):
         raise RecipeError(f"{where} must be a folder or Hub id, or a mapping with one under `adapter`.")
     _check_keys(entry, ("adapter", "revision", "weight", "name"), where)
-    found = dict(entry)
-    name, revision = found["adapter"], found.pop("revision", None)
-    beside = folder / Path(name).expanduser()
+    weight = number(f"the weight of {where}", entry["weight"]) if "weight" in entry else None
+    if "name" in entry and not isinstance(entry["name"], str) and not are_names(entry["name"]):
+        raise RecipeError(f"the name of {where} must be a string, or a list of them for a merge.")
+    return _Entry(_place_of(entry["adapter"], entry.get("revision"), where, folder), entry.get("name"), weight)
+
+
+def _place_of(adapter: str, revision: Any, where: str, folder: Path) -> str:
+    """The folder, which may be beside the recipe, or the Hub id of an entry, with its revision."""
+    beside = folder / Path(adapter).expanduser()
     if beside.is_dir():
         if revision is not None:
-            raise RecipeError(f"{where}, '{name}', is a folder, which has no `revision`.")
-        found["adapter"] = str(beside)
-    elif revision is not None:
-        if "@" in name:
-            raise RecipeError(f"{where}, '{name}', names its revision twice.")
-        found["adapter"] = f"{name}@{revision}"
-    if "weight" in found:
-        found["weight"] = number(f"the weight of {where}", found["weight"])
-    if not isinstance(found.get("name", ""), str) and not are_names(found["name"]):
-        raise RecipeError(f"the name of {where} must be a string, or a list of them for a merge.")
-    return found
+            raise RecipeError(f"{where}, '{adapter}', is a folder, which has no `revision`.")
+        return str(beside)
+    if revision is None:
+        return adapter
+    if "@" in adapter:
+        raise RecipeError(f"{where}, '{adapter}', names its revision twice.")
+    return f"{adapter}@{revision}"
 
 
 def _check_keys(found: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
