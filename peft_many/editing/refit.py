@@ -109,7 +109,7 @@ def refit_merge(
         model = extract_model_from_parallel(model, keep_torch_compile=False)
     name, config, merge, statistics = _merge_to_refit(model, calibration)
     tasks = {task.name or "": task for task in statistics.tasks}
-    layers: dict[str, Any] = dict(lora_layers(model.get_base_model(), name))
+    layers = lora_layers(model.get_base_model(), name)
     if calibration is None:
         check_prompts(tasks, model.get_base_model(), layers)
     exact = exact_weights(model.get_base_model(), name, config)

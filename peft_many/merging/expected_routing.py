@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from ..algebra.spread import FeatureMetric
 from ..files.statistics import TaskStatistics
 from ..files.stored_features import FeatureStatistics
 from ..records import GATES, ExpectedRouting, MergeOptions, RoutedProjector
+from ..records.base import Number
 from ..records.options import IMAGES, INSTRUCTIONS
 from ..routing.row_weights import RowWeights
 from .routed_instructions import instruction_metric
@@ -134,11 +134,11 @@ def _expected(
     undecided: Sequence[Tensor] = (),
     like_none: Sequence[Tensor] = (),
 ) -> ExpectedRouting:
-    def means(parts: Sequence[Tensor]) -> dict[str, Any]:
+    def means(parts: Sequence[Tensor]) -> dict[str, Number]:
         found = {name: part.double().mean().item() for name, part in zip(names, parts)}
         return {name: share for name, share in found.items() if share > 1e-6}
 
-    shares: dict[str, dict[str, Any]] = {
+    shares: dict[str, dict[str, Number]] = {
         name: dict(zip(names, weight.double().mean(0).tolist())) for name, weight in zip(names, weights)
     }
     return ExpectedRouting(by, shares, means(undecided), means(like_none))
