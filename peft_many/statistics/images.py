@@ -13,7 +13,9 @@ from ..algebra.total import FiniteCheck
 from ..families.image_layouts import image_rows_of
 from ..families.projector_call import features_of
 from ..routing.calls import current_image_call, projector_call
-from .features import PooledFeatures
+from .features import PooledFeatures, finished
+
+_NOT_FINITE = "The vision features at '{}' hold NaN or Inf."
 
 
 class PrototypeHooks:
@@ -34,13 +36,11 @@ class PrototypeHooks:
 
     def check(self) -> FiniteCheck:
         """Asks whether features held NaN or Inf. Other processes may need the whole pass, so not before."""
-        sums = {name: found.total.sum() for name, found in self._found.items()}
-        return FiniteCheck(sums, "The vision features at '{}' hold NaN or Inf.")
+        return FiniteCheck({name: found.total.sum() for name, found in self._found.items()}, _NOT_FINITE)
 
     def result(self) -> dict[str, PooledFeatures]:
         """What each projector that saw an image got."""
-        self.check().refuse()
-        return {name: found.on_cpu() for name, found in self._found.items()}
+        return finished(self._found, _NOT_FINITE)
 
     def _pool(self, name: str, projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         features = features_of(args, kwargs)
