@@ -20,10 +20,17 @@ def float64_device(device: str | torch.device) -> torch.device:
     return torch.device("cpu") if chosen.type in WITHOUT_FLOAT64 else chosen
 
 
-def answers(device: torch.device, dtype: torch.dtype) -> torch.device:
-    """Fail as PyTorch does where a device is not here, or does not know a dtype."""
-    found = torch.zeros(1, dtype=dtype, device=device)
-    found.item()
+def answers(device: str | int | torch.device, dtype: torch.dtype) -> torch.device:
+    """The device, tried out and with its number, if it has one; a `ValueError` if it is not here or lacks the dtype.
+
+    A GPU without a number is another one in each thread.
+    """
+    try:
+        found = torch.zeros(1, dtype=dtype, device=device)
+        found.item()
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(f"`device` {str(device)!r} cannot be used here: {first}") from None
     return found.device
 
 

@@ -101,8 +101,8 @@ class BaseModel:
         train, and the vision tower are left alone.
         """
         if device is None:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        _check_device(device)
+            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        answers(device, torch.float32)  # before the model is loaded for it, which takes long
         quantised = options.get("quantization_config")
         if quantised is None:
             model = self.load(**options)
@@ -166,14 +166,6 @@ def _check_whole(folder: Path) -> None:
         f"'{folder}' is an adapter, not a base model{of}. Give the base model, or leave `base_model` (`--base-model`) "
         "out."
     )
-
-
-def _check_device(device: Any) -> None:
-    """Try a device out before a model is loaded for it, which takes long."""
-    try:
-        answers(torch.device(device), torch.float32)
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
-        raise ValueError(f"`device` {str(device)!r} cannot be used here: {first_line(error)}") from None
 
 
 def _warn_of_slow_products(model: PreTrainedModel) -> None:

@@ -29,6 +29,7 @@ from ..files.source import AdapterSource, read_config, write_adapter
 from ..files.tensor_keys import KEY_PREFIX
 from ..records.words import quoted
 from ..tuner.config import MAnyConfig
+from .sources import first_line
 
 PROJECTOR_WEIGHTS_NAME = "non_lora_trainables.bin"
 LANGUAGE_MODEL, PROJECTOR = "model.language_model", "model.multi_modal_projector"
@@ -159,7 +160,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"'{path}' is refused: it is damaged, or a pickle of more than tensors, which could execute code. Nothing "
-            f"of it was executed. ({str(error).strip().splitlines()[0]})"
+            f"of it was executed. ({first_line(error)})"
         ) from None
     except (EOFError, OSError, RuntimeError, SafetensorError, ValueError, TypeError, LookupError) as error:
         raise ValueError(f"'{path}' cannot be read, or is damaged or truncated ({error}).") from error

@@ -179,5 +179,5 @@ def replaceable_files(output: Path, overwrite: bool) -> list[str]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of the Hub says, without the requests' ids below."""
+    """What an error says, without what is below: the Hub's ids of requests, or advice of torch."""
     return str(error).strip().partition("\n")[0]

@@ -83,20 +83,10 @@ def _holds_merge(folder: Path) -> bool:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Where to compute: the device, tried out before anything is read, or the CPU in place of one without float64.
-
-    With its number, where it has one: the GPU that is meant without is another matter in each thread.
-    """
+    """Where to compute: the device, tried out before anything is read, or the CPU in place of one without float64."""
     if not isinstance(device, (str, int, torch.device)):
         raise ValueError(f"`device` must be a device or its name, but it is {_shown(device)}.")
-    try:
-        asked, computing = torch.device(device), float64_device(device)
-        if computing != asked:
-            answers(asked, torch.float32)
-        return answers(computing, torch.float64)
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"`device` {str(device)!r} cannot compute in float64 here: {reason}") from None
+    return answers(float64_device(answers(device, torch.float32)), torch.float64)
 
 
 def _is_list(given: Any) -> bool:

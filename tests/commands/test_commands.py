@@ -280,7 +280,7 @@ def test_options_of_merging_are_called_as_they_are_typed(message, typed):
         (["merge", "a", "-o", "y", "--rank", "0"], 2, "`rank` must be at least 1"),
         (["merge", "a", "-o", "y", "-w", "a=1", "-w", "a=2"], 2, "'a' is weighed twice"),
         (["merge", "a", "-o", "y", "--method", "magic"], 2, "unknown method 'magic'"),
-        (["merge", "a", "-o", "y", "--device", "nonsense"], 1, "cannot compute in float64"),
+        (["merge", "a", "-o", "y", "--device", "nonsense"], 1, "cannot be used here"),
         (["remove", "nowhere", "a", "-o", "y"], 1, "There is no folder 'nowhere'"),
         (["remove", "nowhere", "a"], 1, "is not a local folder, so it cannot be replaced"),
         (["export", "nowhere", "-o", "y"], 1, "There is no folder 'nowhere'"),
