@@ -43,9 +43,7 @@ class FeatureMetric:
 
     def whitened(self, rows: Tensor) -> Tensor:
         """`Σ^(−1/2) x` of each row, `(m, d)`: between these, plain distances are those of the metric."""
-        V, inverses = self.directions.to(rows), self.variances.to(rows).rsqrt()
-        along = rows @ V.T
-        return inverses[-1] * rows + (along * (inverses[:-1] - inverses[-1])) @ V
+        return self._scaled(rows, self.variances.to(rows).rsqrt())
 
     def mean_distance(self, covariance: Covariance) -> float:
         """`tr(Σ⁻¹ C)`: the mean squared distance of features with the covariance `C` from their own mean."""
@@ -57,10 +55,14 @@ class FeatureMetric:
 
     def draws(self, count: int, generator: torch.Generator) -> Tensor:
         """Gaussian vectors of mean zero and covariance `Σ`, shape `(count, d)`, float64, drawn on the CPU."""
-        V, deviations = self.directions.double(), self.variances.double().sqrt()
-        drawn = torch.randn(count, V.shape[1], dtype=torch.float64, generator=generator)
-        along = drawn @ V.T
-        return deviations[-1] * drawn + (along * (deviations[:-1] - deviations[-1])) @ V
+        drawn = torch.randn(count, self.directions.shape[1], dtype=torch.float64, generator=generator)
+        return self._scaled(drawn, self.variances.double().sqrt())
+
+    def _scaled(self, rows: Tensor, scales: Tensor) -> Tensor:
+        """Rows with what lies along each direction, and along every other one, times its scale, `(k + 1,)`."""
+        V = self.directions.to(rows)
+        along = rows @ V.T
+        return scales[-1] * rows + (along * (scales[:-1] - scales[-1])) @ V
 
 
 def gaussian(mean: Tensor, covariance: Covariance, count: int, generator: torch.Generator) -> Tensor:
