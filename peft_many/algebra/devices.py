@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WITHOUT_FLOAT64 = ("mps",)  # Apple's GPUs
 
@@ -32,6 +32,11 @@ def answers(device: str | int | torch.device, dtype: torch.dtype) -> torch.devic
         first = str(error).strip().partition("\n")[0]
         raise ValueError(f"`device` {str(device)!r} cannot be used here: {first}") from None
     return found.device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is, by its first parameter that is not offloaded."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def has_caches(device: torch.device) -> bool:

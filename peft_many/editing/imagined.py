@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..algebra.devices import device_of
 from ..algebra.spread import gaussian
 from ..families.family import Parts
 from ..families.instructions import are_placeholders
 from ..families.parts import parts_of
 from ..files.statistics import TaskStatistics
 from ..files.stored_features import FeatureStatistics, Prompts
-from ..statistics.forward import device_of
 
 _AT_ONCE = 8  # prompts that are answered together
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..algebra.devices import float64_device
+from ..algebra.devices import device_of, float64_device
 from ..algebra.lpm import LowRankDelta
 from ..algebra.refit import LayerRefit
 from ..algebra.scatter import SingularMergeError
@@ -24,7 +24,7 @@ from ..merging.operations import REFIT, operation
 from ..records import MergeRecord
 from ..statistics.answers import AnswerGradients, answer_gradients
 from ..statistics.capture import LayerCapture, layers_by_input
-from ..statistics.forward import device_of, forward, in_inference
+from ..statistics.forward import forward, in_inference
 from ..statistics.tokens import masks_of
 from ..tuner.config import MAnyConfig
 from ..tuner.layers import lora_layers

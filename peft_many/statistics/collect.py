@@ -12,6 +12,7 @@ import torch
 from peft.utils import PeftWarning
 from torch import nn
 
+from ..algebra.devices import device_of
 from ..algebra.spectrum import DEFAULT_ENERGY, Truncation
 from ..families.parts import find_projectors, language_model_linears, parts_of, text_encoder
 from ..files.peft_methods import described, is_plain_lora
@@ -22,7 +23,7 @@ from ..tuner.config import MAnyConfig
 from ..tuner.layers import adapted_layers, hang_on_layers
 from ..tuner.registration import give_statistics
 from .answers import AnswerGradients, answer_gradients
-from .forward import check_batches, device_of
+from .forward import check_batches
 from .gathering import gather_inputs, kept
 from .images import PrototypeHooks
 from .inputs import CovarianceHooks

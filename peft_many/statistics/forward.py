@@ -192,11 +192,6 @@ def run_together(
     return samples
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter is."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-
-
 def batch_size(batch: Any) -> int:
     """Rows of a batch: the first dimension of its ids or mask, or else of its first tensor; or its length."""
     values: list[Any] = [batch]

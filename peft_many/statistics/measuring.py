@@ -12,13 +12,14 @@ from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..algebra.devices import device_of
 from ..algebra.spectrum import Truncation
 from ..algebra.total import FiniteCheck
 from ..files.processes import Processes
 from ..files.statistics import TaskStatistics
 from ..routing.watching import watching_calls
 from .features import SPREAD_OF_INSTRUCTIONS, gather_features
-from .forward import device_of, forward, in_inference, run_together
+from .forward import forward, in_inference, run_together
 from .images import PrototypeHooks
 from .inputs import CovarianceHooks
 from .instructions import InstructionHook

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ..algebra.devices import device_of
 from ..records import INSTRUCTION_ROUTER, MergeRecord
 from ..routing.task_router import InstructionRouter
 
@@ -34,8 +34,7 @@ def route_instructions(model: nn.Module, adapter_name: str, merge: MergeRecord) 
     """Give a merge whose gates go by instructions its router, to be loaded into."""
     if merge.instructions is None:
         return
-    here = (parameter.device for parameter in model.parameters() if not parameter.is_meta)  # or else it is offloaded
-    router = InstructionRouter(merge, next(here, torch.device("cpu")))
+    router = InstructionRouter(merge, device_of(model))
     routers = getattr(model, INSTRUCTION_ROUTER, None)
     if routers is None:
         setattr(model, INSTRUCTION_ROUTER, InstructionRouters(adapter_name, router))
