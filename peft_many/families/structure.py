@@ -81,10 +81,7 @@ def _token_embeddings(model: nn.Module) -> str | None:
 
 
 def _embeddings_of(model: PreTrainedModel) -> nn.Module | None:
-    try:
-        embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
+    embeddings = embeddings_of(model)
     return embeddings if isinstance(plain(embeddings), nn.Embedding) else None
 
 
@@ -182,6 +179,15 @@ def plain(module: Any) -> Any:
     if isinstance(module, BaseTunerLayer):
         return module.get_base_layer()
     return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+
+
+def embeddings_of(model: Any) -> nn.Module | None:
+    """The token embeddings that a model names, if it reads text and is of transformers' kind."""
+    try:
+        embeddings: nn.Module | None = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embeddings
 
 
 def last_width(module: nn.Module) -> int | None:

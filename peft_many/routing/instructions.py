@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..algebra.instructions import features_of_tokens
 from ..families.instructions import Instructions, instructions_of
-from ..families.structure import plain
+from ..families.structure import embeddings_of, plain
 from ..records import INSTRUCTION_ROUTER
 from .task_router import InstructionRouter
 
@@ -28,15 +28,7 @@ def features_of_instructions(model: nn.Module, arguments: Mapping[str, Any]) -> 
     They are the base model's own, whatever adapter is active.
     """
     found = instructions_of(model, arguments)
-    embed = None if found is None else _embedding(model)
+    embed = None if found is None else plain(embeddings_of(model))
     if found is None or embed is None:
         return None
     return found, features_of_tokens(embed, found.ids, found.kept)
-
-
-def _embedding(model: Any) -> Any:
-    """The base model's own token embedding."""
-    try:
-        return plain(model.get_input_embeddings())
-    except (AttributeError, NotImplementedError):  # no language model of transformers
-        return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..algebra.gating import rows_of_images
 from ..families.image_rows import ImageRows
 from ..families.prompts import PICTURE_INDEX, placeholder_tokens, token_ids
+from ..families.structure import embeddings_of
 from .instructions import features_of_instructions, router_of
 from .row_weights import RowWeights, cached_length, refuse_checkpointing, shapes_of_batch, warn_of_merged
 from .task_router import InstructionRouter
@@ -88,9 +89,10 @@ def _which_are(token: int, model: Any, arguments: Mapping[str, Any]) -> Tensor |
     ids, embedded = token_ids(arguments), arguments.get("inputs_embeds")
     if ids is not None:
         return ids == token
-    if embedded is None or token < 0 or not callable(getattr(model, "get_input_embeddings", None)):
+    embeddings = embeddings_of(model)
+    if embedded is None or token < 0 or embeddings is None:
         return None
-    placeholder = model.get_input_embeddings()(torch.tensor(token, device=embedded.device))
+    placeholder = embeddings(torch.tensor(token, device=embedded.device))
     return (embedded == placeholder.to(embedded)).all(dim=-1)
 
 
