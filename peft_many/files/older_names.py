@@ -7,7 +7,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -80,13 +80,19 @@ def _renamed_task(task: TaskAdapter, current: Names, model: str) -> TaskAdapter:
 
 
 def _renamed_statistics(statistics: TaskStatistics, current: Names) -> TaskStatistics:
-    by_layer = ("inputs", "input_of", "fingerprints", "shapes", "lora_A", "lora_B")
-    by_projector = ("projectors", "projector_shapes", "unmoved_projectors")
-    renamed: dict[str, Any] = {
-        field: _by_new_name(getattr(statistics, field), current) for field in (*by_layer, *by_projector)
-    }
-    renamed["input_of"] = {name: current(key) or key for name, key in renamed["input_of"].items()}
-    return replace(statistics, **renamed)
+    input_of = _by_new_name(statistics.input_of, current)
+    return replace(
+        statistics,
+        inputs=_by_new_name(statistics.inputs, current),
+        input_of={name: current(key) or key for name, key in input_of.items()},
+        fingerprints=_by_new_name(statistics.fingerprints, current),
+        shapes=_by_new_name(statistics.shapes, current),
+        lora_A=_by_new_name(statistics.lora_A, current),
+        lora_B=_by_new_name(statistics.lora_B, current),
+        projectors=_by_new_name(statistics.projectors, current),
+        projector_shapes=_by_new_name(statistics.projector_shapes, current),
+        unmoved_projectors=_by_new_name(statistics.unmoved_projectors, current),
+    )
 
 
 def _by_new_name(values: Mapping[str, Value], current: Names) -> dict[str, Value]:

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -172,13 +172,18 @@ def end_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 def projector_call(projector: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ProjectorCall:
     """What is known of a projector's call that is running."""
-    call = running.get()
-    known: dict[str, Any] = {}
+    here, call = ProjectorCall(features_of(args, kwargs), projector, kwargs), running.get()
     if call is not None and call.of_model is not None:
-        known |= {"model": call.of_model.owner, "model_arguments": call.of_model.arguments}
+        here = replace(here, model=call.of_model.owner, model_arguments=call.of_model.arguments)
     if call is not None and call.images is not None:
         images, *outer = (one for one in call.lineage if isinstance(one, ImageCall))
-        known |= {"image_model": images.owner, "image_arguments": images.arguments, "modality": images.told.modality}
-        known |= {"is_further": projector in images.decided, "tower_features": images.encoded}
-        known["outer_image_arguments"] = tuple(one.arguments for one in outer)
-    return ProjectorCall(features_of(args, kwargs), projector, kwargs, **known)
+        here = replace(
+            here,
+            image_model=images.owner,
+            image_arguments=images.arguments,
+            outer_image_arguments=tuple(one.arguments for one in outer),
+            modality=images.told.modality,
+            is_further=projector in images.decided,
+            tower_features=images.encoded,
+        )
+    return here
