@@ -35,6 +35,11 @@ class Example:
         """The words of the last message."""
         return " ".join(part["text"] for part in self.messages[-1]["content"] if part["type"] == "text")
 
+    @property
+    def right(self) -> Sequence[str]:
+        """All answers that count as right."""
+        return self.references or (self.answer,)
+
 
 def question_about(images: Sequence[Any], question: str) -> Example:
     """A question without an answer, about images that stand before it."""

@@ -17,7 +17,7 @@ _SPACED = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
 
 def exact(answer: str, example: Example) -> float:
     """1 if the answer is one of those that are right, but for case, spaces and a stop at the end."""
-    return float(_plain(answer) in {_plain(right) for right in _right(example)})
+    return float(_plain(answer) in {_plain(right) for right in example.right})
 
 
 def vqa(answer: str, example: Example) -> float:
@@ -26,7 +26,7 @@ def vqa(answer: str, example: Example) -> float:
     The mean over leaving out each of the people, `min(1, others who said it / 3)`; with a single right answer, 1 if it
     is that.
     """
-    given, right = vqa_words(answer), [vqa_words(one) for one in _right(example)]
+    given, right = vqa_words(answer), [vqa_words(one) for one in example.right]
     if len(right) < 2:
         return float(given in right)
     said = sum(one == given for one in right)
@@ -62,17 +62,13 @@ def check_metric(metric: str) -> None:
 
 def score_captions(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
     """What each caption metric says of the answers, in per cent, and their `"mean"`."""
-    return caption_scores(answers, [_right(example) for example in examples])
+    return caption_scores(answers, [example.right for example in examples])
 
 
 def score(metric: str, answers: Sequence[str], examples: Sequence[Example]) -> float:
     """The mean score of answers, in per cent, by a metric that looks at each answer alone."""
     points = [SCORES[metric](answer, example) for answer, example in zip(answers, examples, strict=True)]
     return 100 * sum(points) / len(points)
-
-
-def _right(example: Example) -> Sequence[str]:
-    return example.references or (example.answer,)
 
 
 def _plain(text: str) -> str:

@@ -157,8 +157,8 @@ def _cut_short(said: Mapping[str, Mapping[str, Sequence[Said]]]) -> dict[str, di
 def _shown(example: Example) -> dict[str, Any]:
     """A question as a file shows it."""
     images = [os.fspath(image) for image in example.images if isinstance(image, (str, os.PathLike))]
-    right = list(example.references) or [example.answer]
-    return {"question": example.question, **({"images": images} if images else {}), "right": right}
+    named = {"images": images} if images else {}
+    return {"question": example.question, **named, "right": list(example.right)}
 
 
 def _scored(
