@@ -124,8 +124,9 @@ def export_lora(
     notes = [f"{ranks} {config.r} (vLLM: `--max-lora-rank {served}`), in {dtype}."]
     notes += [*_left_behind(read), *(_beside(read) if with_tasks else notes_on_gate(read))]
     with export_folder(output, dry_run) as folder:
-        write_adapter(folder, config, tensors)
-        if with_tasks:
+        if not dry_run:
+            write_adapter(folder, config, tensors)
+        if with_tasks and not dry_run:
             _write_tasks(folder, read, stored, shape)
         base = config.base_model_name_or_path
         usage = _USAGE.format(

@@ -87,7 +87,7 @@ def export_routed_model(
         if not dry_run:
             folded.save_pretrained(folder)
             _rename_architecture(folder)
-        _save_projectors(read, read.merge, folder)
+            _save_projectors(read, read.merge, folder)
         notes = [
             "Loads only with peft_many, in transformers and in vLLM. Other programs do not know the architecture; "
             "read as a plain model, it would use the base model's projector for images.",
