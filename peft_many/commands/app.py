@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect as python
 from collections.abc import Callable
+from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
@@ -46,7 +46,7 @@ def main(
 
 def _help(command: Callable[..., Any]) -> str:
     """A command's docstring with each paragraph in one line, as typer breaks lines where it does."""
-    paragraphs = python.cleandoc(command.__doc__ or "").split("\n\n")
+    paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
