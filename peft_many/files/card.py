@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _BEGIN, _END = "<!-- peft_many -->", "<!-- /peft_many -->"
 _PLUGIN = "`peft_many` (MAny, arXiv 2604.14016)"
 _MOST_IN_TABLE = 12  # tasks
 _LARGEST_CARD = 1 << 20  # bytes that are read of somebody else's card
+_UNREADABLE = (OSError, RecursionError, TypeError, ValueError, yaml.YAMLError)
 
 
 def update_card(folder: Path, config: Described, repo_id: str | None = None, subfolder: str | None = None) -> None:
@@ -73,6 +75,32 @@ def update_card(folder: Path, config: Described, repo_id: str | None = None, sub
         card.save(temporary)
 
 
+def copy_card(source: Path, folder: Path) -> None:
+    """Put a folder's card, if it has one, into another, where what is saved there adds to it.
+
+    One that could not be added to is a `ValueError`: it must show before there is work to lose.
+    """
+    check_card(source)
+    if (source / CARD_NAME).is_file():
+        shutil.copyfile(source / CARD_NAME, folder / CARD_NAME)
+
+
+def check_card(folder: Path) -> None:
+    """Refuse a folder whose card nothing can be added to, with a `ValueError`."""
+    path = folder / CARD_NAME
+    if not path.is_file():
+        return
+    try:
+        if path.stat().st_size > _LARGEST_CARD:
+            raise ValueError(f"it is larger than {_LARGEST_CARD >> 20} MiB")
+        ModelCard.load(path)
+    except _UNREADABLE as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"The model card '{path}', whose text is to be kept, cannot be read: {why}. Correct or remove it."
+        ) from error
+
+
 def _is_untouched(text: str) -> bool:
     """Whether it is the form with nothing filled in that PEFT saves."""
     form = re.sub(r"### Framework versions\s+- PEFT \S+\s*$", "", text)
@@ -87,7 +115,7 @@ def data_sets_of(folder: Path) -> list[str]:
             return []
         # A file that anybody may have written; of its metadata only names that the Hub would take are used.
         named = _listed((metadata_load(path) or {}).get("datasets"))
-    except (OSError, RecursionError, ValueError, yaml.YAMLError):
+    except _UNREADABLE:
         return []
     return sorted({name for name in named if isinstance(name, str) and is_repo_id(name)})
 

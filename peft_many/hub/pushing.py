@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
-from ..files.card import CARD_NAME, update_card
+from ..files.card import CARD_NAME, copy_card, update_card
 from ..files.upstream import wrap_method
 from ..tuner.config import MAnyConfig
 
@@ -35,7 +35,7 @@ def _create_or_update_model_card(create: Callable[..., None], model: PeftModel, 
 
 def _push_to_hub(push: Callable[..., Any], model: PeftModel, repo_id: str, **kwargs: Any) -> Any:
     """`PeftModel.push_to_hub`, which leaves adapters of other types to PEFT."""
-    return (_push if _folders(model, "") else push)(model, repo_id, **kwargs)
+    return (push_adapters if _folders(model, "") else push)(model, repo_id, **kwargs)
 
 
 def _folders(model: PeftModel, folder: str) -> dict[str, Path]:
@@ -48,7 +48,7 @@ def _folders(model: PeftModel, folder: str) -> dict[str, Path]:
     return {name: Path(folder, "" if name == "default" else name) for name in ours}
 
 
-def _push(
+def push_adapters(
     model: PeftModel,
     repo_id: str,
     *,
@@ -59,15 +59,21 @@ def _push(
     revision: str | None = None,
     create_pr: bool = False,
     tags: list[str] | None = None,
+    first_card: Path | None = None,
     **kwargs: Any,
 ) -> Any:
-    """What `push_to_hub` says it does, with the card that saving writes."""
+    """What `push_to_hub` says it does, with the card that saving writes, into that of the repository.
+
+    In a repository without a card, the folder `first_card` has the one to write into.
+    """
     hub = HfApi(token=token)
     repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.suppress(EntryNotFoundError, RevisionNotFoundError):  # of a new repository or branch
             card = hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)
             shutil.copyfile(card, Path(folder, CARD_NAME))
+        if first_card is not None and not Path(folder, CARD_NAME).is_file():
+            copy_card(first_card, Path(folder))
         model.save_pretrained(folder, **kwargs)
         for name, adapter in _folders(model, folder).items():
             update_card(adapter, model.peft_config[name], repo_id, None if name == "default" else name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from ..algebra.precision import without_autocast
 from ..files.atomic import shared_folder
-from ..files.card import CARD_NAME
+from ..files.card import check_card, copy_card
 from ..files.processes import ALONE, all_processes
 from ..files.tensor_file import TensorFileWriter, lay_out
 from ..files.tensor_keys import KEY_PREFIX
@@ -215,6 +214,7 @@ def merge_adapter_files(
         chosen, computing = MergeOptions(**options), usable_device(device)
         given = several(adapters)
         replaced = replaced_by_merge(output, overwrite, given)  # before anything is read
+        check_card(output)
         prepared = prepare_merge(
             given,
             chosen,
@@ -242,7 +242,7 @@ def merge_adapter_files(
         groups = processes.share(prepared.groups, prepared.cost_of)
         everyones = processes.every(lambda: _merge_into_file(prepared, groups, weights_file, computing, progress))
         records = {layer: record for found in everyones for layer, record in found.items()}
-        processes.in_one(lambda: _complete(prepared, records, folder, output / CARD_NAME))
+        processes.in_one(lambda: _complete(prepared, records, folder, output))
         processes.in_one(lambda: [complete(records) for complete in completing])
     return output
 
@@ -276,8 +276,7 @@ def _whole_tensors_copied_meanwhile(
         yield lambda records: copying.result()
 
 
-def _complete(prepared: PreparedMerge, records: dict[str, LayerRecord], folder: Path, card: Path) -> None:
+def _complete(prepared: PreparedMerge, records: dict[str, LayerRecord], folder: Path, output: Path) -> None:
     """Write all of a merge but its tensors; what is not ours in the card that is replaced stays."""
-    if card.is_file():
-        shutil.copyfile(card, folder / CARD_NAME)
+    copy_card(output, folder)
     merged_config(prepared, prepared.record(mean_residuals(records))).save_pretrained(folder)

@@ -18,10 +18,12 @@ from ..data.batches import ChatCollator, batches, for_model
 from ..data.reading import read_examples
 from ..files.adapter import check_can_be_merged
 from ..files.atomic import new_folder
+from ..files.card import copy_card
 from ..files.source import AdapterSource, read_config
 from ..hub.base_model import BaseModel
 from ..hub.llava_checkpoint import PROJECTOR_WEIGHTS_NAME, import_llava_checkpoint
 from ..hub.loading import put_on
+from ..hub.pushing import push_adapters
 from ..hub.sources import HubArguments, find_adapter, replaceable_files
 from ..records import merge_of
 from .collect import collect_statistics
@@ -53,7 +55,8 @@ def measure_adapter(
 
     Loads the base model that the adapter names, makes batches of the data by the processor's chat template, with
     labels on the answers, and calls [`collect_statistics`]. The adapter may be of any type that can be merged, a plain
-    [`~peft.LoraConfig`] one say; its weights stay as they are. Nothing is written unless all goes well.
+    [`~peft.LoraConfig`] one say; its weights, and what you wrote in its model card, stay as they are. Nothing is
+    written unless all goes well.
 
     Args:
         adapter (`str` or `os.PathLike`):
@@ -117,12 +120,14 @@ def measure_adapter(
             raise ValueError(
                 f"Pushing to '{push_to}' needs a token of the Hub: log in by `hf auth login`, or set HF_TOKEN."
             )
-    with new_folder(folder, replaced) as partial, _as_adapter(find_adapter(adapter, **hub), base_model) as source:
+    found = find_adapter(adapter, **hub)
+    with new_folder(folder, replaced) as partial, _as_adapter(found, base_model) as source:
         config = read_config(source)
         if merge_of(config) is not None:
             raise ValueError(f"{source.name} is a merge and holds its tasks' statistics; only adapters are measured.")
         # Files are read before the model is: what is missing shows at once.
         check_can_be_merged(source)
+        copy_card(found.folder, partial)
         examples = read_examples(data, split=split, images=images, limit=max_samples, seed=seed)
         base = BaseModel.of(base_model, config, hub)
         collator = ChatCollator(base.load_processor() if processor is None else processor, system)
@@ -138,7 +143,7 @@ def measure_adapter(
         model.save_pretrained(str(partial))
     if push_to is not None:
         try:
-            model.push_to_hub(push_to, token=hub.get("token"))
+            push_adapters(model, push_to, token=hub.get("token"), first_card=found.folder)
         except (OSError, httpx.HTTPError) as error:
             raise OSError(
                 f"The measured adapter is in '{folder}', but could not be pushed to '{push_to}': {error}"

@@ -617,3 +617,13 @@ def test_config_type_of_a_merge(shelf, tmp_path):
     assert config.target_modules == set(
         json.loads((shelf("llama a").folder / "adapter_config.json").read_text())["target_modules"]
     )
+
+
+def test_a_card_that_cannot_be_kept_shows_before_anything_is_merged(shelf, tmp_path, monkeypatch):
+    folder = merge(tmp_path, shelf("a").folder, shelf("b").folder)
+    (folder / "README.md").write_text("---\nlicense: [\n---\n")
+    before = files(folder)
+    monkeypatch.setattr("peft_many.merging.merge.prepare_merge", lambda *args, **kwargs: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=r"The model card '.*README.md', whose text is to be kept, cannot be read"):
+        merge(tmp_path, shelf("a").folder, shelf("b").folder, overwrite=True)
+    assert files(folder) == before

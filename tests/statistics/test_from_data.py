@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
@@ -24,6 +25,7 @@ from peft_many.data.batches import ChatCollator, batches
 from peft_many.data.reading import read_examples
 from peft_many.files.statistics import AdapterStatistics
 from peft_many.hub.base_model import BaseModel
+from peft_many.statistics import from_data
 from tests import tiny
 from tests.adapters import STATISTICS, WEIGHTS, files, scatter
 from tests.data.test_batches import TEXT
@@ -142,6 +144,44 @@ def test_the_measured_adapter_goes_to_the_hub(place, tmp_path, hub, monkeypatch)
     assert hub.files("me/measured")[STATISTICS] == files(tmp_path / "1")[STATISTICS]
 
 
+CARD = "---\nlicense: mit\ndatasets:\n- me/colours-data\n---\n\n# Mine\n\nMind the gap.\n"
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "in its own folder"])
+def test_what_somebody_wrote_in_the_card_stays(place, tmp_path, where):
+    source = shutil.copytree(place / "plain", tmp_path / "source")
+    (source / "README.md").write_text(CARD)
+    output = source if where == "in its own folder" else tmp_path / "measured"
+    folder = measure_adapter(
+        source, place / "colours.json", output, overwrite=output == source, max_samples=4, progress=False
+    )
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.license, card.data.datasets) == ("mit", ["me/colours-data"])
+    assert card.text.count("Mind the gap.") == card.text.count("Measured with") == 1
+    merge = merge_adapter_files([folder], tmp_path / "merged", progress=False)
+    assert ModelCard.load(merge / "README.md").data.datasets == ["me/colours-data"]
+
+
+def test_a_new_repository_gets_the_card_too(place, tmp_path, hub, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    source = shutil.copytree(place / "plain", tmp_path / "source")
+    (source / "README.md").write_text(CARD)
+    given = {"push_to": "me/measured", "max_samples": 4, "progress": False}
+    measure_adapter(source, place / "colours.json", tmp_path / "measured", **given)
+    card = ModelCard(hub.files("me/measured")["README.md"].decode())
+    assert (card.data.license, card.text.count("Mind the gap.")) == ("mit", 1)
+    assert 'PeftModel.from_pretrained(base, "me/measured")' in card.text
+
+
+@pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "---\n- mit\n---\n", b"\xff\xfe"])
+def test_a_card_that_cannot_be_read_shows_before_anything_is_measured(place, tmp_path, card):
+    source = shutil.copytree(place / "plain", tmp_path / "source")
+    (source / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
+    with pytest.raises(ValueError, match=r"The model card '.*source/README.md', .* cannot be read: .* or remove it\."):
+        measure_adapter(source, "nowhere.json", tmp_path / "1", base_model="nowhere")
+    assert not (tmp_path / "1").exists()
+
+
 def test_pushing_without_a_token_is_refused_before_measuring(place, tmp_path, hub):  # noqa: F811
     options = {"push_to": "me/measured", "base_model": "nowhere"}
     with pytest.raises(ValueError, match="'me/measured' needs a token of the Hub: log in by `hf auth login`"):
@@ -153,7 +193,7 @@ def test_where_the_measured_adapter_is_when_it_cannot_be_pushed(place, tmp_path,
     def fails(*args, **kwargs):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(PeftModel, "push_to_hub", fails)
+    monkeypatch.setattr(from_data, "push_adapters", fails)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     given = {"push_to": "me/measured", "progress": False, "max_samples": 4}
     with pytest.raises(OSError, match=r"is in '.*kept', but could not be pushed to 'me/measured': no network"):
