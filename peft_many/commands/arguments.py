@@ -11,13 +11,20 @@ import typer
 
 from .merge_options import OPTIONS
 
-AnAdapter = "A folder or a Hub id: me/adapter, me/adapter@revision."
-Adapters = Annotated[
-    list[str] | None,
+Adapter = Annotated[
+    str,
     typer.Argument(
-        help="Folders or Hub ids (me/adapter, me/adapter@revision) of adapters and merges.", show_default=False
+        metavar="ADAPTER", help="A folder or a Hub id: me/adapter, me/adapter@revision.", show_default=False
     ),
 ]
+_SEVERAL = typer.Argument(
+    metavar="ADAPTER",
+    help="Folders or Hub ids (me/adapter, me/adapter@revision) of adapters and merges.",
+    show_default=False,
+)
+Adapters = Annotated[list[str], _SEVERAL]
+AdaptersUnlessRecipe = Annotated[list[str] | None, _SEVERAL]
+Merge = Annotated[str, typer.Argument(metavar="MERGE", help="The folder or Hub id of a merge.", show_default=False)]
 Recipe = Annotated[
     Path | None,
     typer.Option("--recipe", "-r", help="A YAML file that lists the adapters and options.", show_default=False),
@@ -76,8 +83,9 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of an an
 LoadIn = Annotated[
     Literal["4bit", "8bit", "float32", "bfloat16", "float16"] | None,
     typer.Option(
-        help="The precision of the base model: 4bit or 8bit by bitsandbytes, or a dtype. "
-        "[dim]default: the dtype it is stored in[/dim]"
+        metavar="PRECISION",
+        help="The precision of the base model: 4bit or 8bit, by bitsandbytes, or float32, bfloat16, float16. "
+        "[dim]default: the dtype it is stored in[/dim]",
     ),
 ]
 

@@ -12,8 +12,8 @@ from .running import print_json
 
 
 def ask(
-    merge: Annotated[str, typer.Argument(help="The folder or Hub id of a merge.", show_default=False)],
-    question: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
+    merge: a.Merge,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.", show_default=False)],
     image: Annotated[
         list[Path] | None,
         typer.Option("--image", "-i", help="An image that the question is about. Can be given several times."),
@@ -26,6 +26,7 @@ def ask(
     max_new_tokens: a.MaxNewTokens = 64,
     device: a.ModelDevice = None,
     load_in: a.LoadIn = None,
+    quiet: a.Quiet = False,
     json: a.Json = False,
 ) -> None:
     """Ask a merge a question; shows the answer, and which tasks' projectors and LoRAs it came from.

@@ -22,7 +22,6 @@ def _tasks_of(ctx: typer.Context, incomplete: str) -> list[str]:
         return []
 
 
-AMerge = Annotated[str, typer.Argument(help="The folder or Hub id of a merge.", show_default=False)]
 NewPlace = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="The folder to write. By default the merge's own folder is replaced."),
@@ -30,8 +29,8 @@ NewPlace = Annotated[
 
 
 def add(
-    merge: AMerge,
-    adapter: Annotated[str, typer.Argument(help=a.AnAdapter, show_default=False)],
+    merge: a.Merge,
+    adapter: a.Adapter,
     output: NewPlace = None,
     name: Annotated[str | None, typer.Option(help="The name of the task in the merge.")] = None,
     weight: a.Weights = None,
@@ -48,7 +47,7 @@ def add(
 
     peft-many add merged me/new-task [dim]# replaces the folder[/dim]
 
-    peft-many add merged me/new-task@v2 --name charts --weight charts=0.5 --output merged-2
+    peft-many add merged me/new@v2 --name charts --weight charts=0.5 -o merged-2
     """
     from .. import add_task
 
@@ -71,9 +70,12 @@ def add(
 
 
 def remove(
-    merge: AMerge,
+    merge: a.Merge,
     task: Annotated[
-        str, typer.Argument(help="The task's name in the merge.", autocompletion=_tasks_of, show_default=False)
+        str,
+        typer.Argument(
+            metavar="TASK", help="The task's name in the merge.", autocompletion=_tasks_of, show_default=False
+        ),
     ],
     output: NewPlace = None,
     weight: a.Weights = None,
@@ -114,7 +116,7 @@ def _show_change(
 
 
 def pool(
-    adapters: Annotated[list[str], typer.Argument(help=a.AnAdapter, show_default=False)],
+    adapters: a.Adapters,
     output: a.Output,
     name: Annotated[str | None, typer.Option(help="The name of the pool in merges.")] = None,
     weight: a.Weights = None,

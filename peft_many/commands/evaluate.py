@@ -28,7 +28,7 @@ _Alone = Annotated[
 
 
 def evaluate(
-    merge: Annotated[str, typer.Argument(help="The folder or Hub id of a merge.", show_default=False)],
+    merge: a.Merge,
     more: a.MoreData = None,
     data: Annotated[list[str] | None, a.data_option("Test questions of a task")] = None,
     metric: _Metric = None,
@@ -58,7 +58,7 @@ def evaluate(
 
     peft-many evaluate merged --data clevr=clevr.jsonl iconqa=iconqa.jsonl
 
-    peft-many evaluate merged --data vqa=me/vqa --metric vqa --limit 500 --alone own --output evaluated
+    peft-many evaluate merged --data vqa=me/vqa --metric vqa --limit 500 -o scores
 
     peft-many evaluate merged --data clevr=clevr.jsonl --text prose.txt --json
     """

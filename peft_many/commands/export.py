@@ -11,9 +11,22 @@ import typer
 from . import arguments as a
 from .running import WRONG_USAGE, print_json, say_error
 
+# What to choose from, of adapters with projectors of their own.
+_ROUTED = {
+    "routed": "keeps all projectors; loads only with peft_many",
+    "lora": "for stock PEFT and servers; right on text, mostly wrong about images, except in vLLM\n"
+    "  with peft_many installed, which takes the projectors from the merge (--additional-config)",
+    "model --projector {task}": "for plain transformers; right on text and about that task's images, mostly wrong "
+    "about others",
+}
+_NOT_ROUTED = {
+    "model": "for plain transformers; keeps the projector",
+    "lora": "for stock PEFT and servers; right on text, mostly wrong about images",
+}
+
 
 def export(
-    adapter: Annotated[str, typer.Argument(help=a.AnAdapter, show_default=False)],
+    adapter: a.Adapter,
     output: a.Output,
     format: Annotated[
         Literal["lora", "model", "routed"] | None,
@@ -41,6 +54,7 @@ def export(
         typer.Option("--check-for", help="lora: check that this server loads every layer, each in its own rank."),
     ] = None,
     dry_run: a.DryRun = False,
+    quiet: a.Quiet = False,
     json: a.Json = False,
 ) -> None:
     """Convert a merge, or one adapter, to a plain LoRA or to a full model.
@@ -62,7 +76,7 @@ def export(
 
     peft-many export merged --format model --projector clevr --output model
 
-    peft-many export me/merged --format routed --base-model llava-hf/llava-1.5-7b-hf --output routed
+    peft-many export merged --format routed --base-model me/llava --output routed
     """
     chosen = format or _only_format(adapter, output)
     if projector is not None and chosen != "model":
@@ -94,16 +108,14 @@ def _only_format(adapter: str, output: Path) -> str:
     """What an adapter without projectors of its own is exported as; of others the user must say what they give up."""
     from .. import inspect_adapter
 
-    tasks = inspect_adapter(adapter).tasks
-    if not any(task.projectors for task in tasks):
+    found = inspect_adapter(adapter)
+    if not any(task.projectors for task in found.tasks):
         return "lora"
     command = f"peft-many export {shlex.quote(adapter)} --output {shlex.quote(str(output))} --format"
+    task = shlex.quote(found.tasks[0].name)
+    formats = (_ROUTED if found.routing else _NOT_ROUTED).items()
     say_error(
-        f"{adapter} has projectors that its tasks trained, and formats differ in what happens to them. Choose one:\n"
-        f"{command} routed\n  keeps all projectors; loads only with peft_many\n"
-        f"{command} lora\n  for stock PEFT and servers; right on text, mostly wrong about images, except in vLLM\n"
-        "  with peft_many installed, which takes the projectors from the merge (--additional-config)\n"
-        f"{command} model --projector {shlex.quote(tasks[0].name)}\n"
-        "  for plain transformers; right on text and about that task's images, mostly wrong about others"
+        f"{adapter} has projectors that were trained, and formats differ in what happens to them. Choose one:\n"
+        + "\n".join(f"{command} {format.format(task=task)}\n  {what}" for format, what in formats)
     )
     raise typer.Exit(WRONG_USAGE)

@@ -11,7 +11,7 @@ from .running import print_json
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(help=a.AnAdapter, show_default=False)],
+    adapter: a.Adapter,
     json: a.Json = False,
 ) -> None:
     """Show what is in an adapter or a merge: tasks and where they come from, sizes, statistics, routing, gate.
@@ -33,7 +33,7 @@ def inspect(
 
 
 def report(
-    merge: Annotated[str, typer.Argument(help="The folder or Hub id of a merge.", show_default=False)],
+    merge: a.Merge,
     output: a.Output,
     conflicts: Annotated[
         bool,
@@ -51,7 +51,7 @@ def report(
 
     peft-many report merged --output merged-report
 
-    peft-many report me/merged --output merged-report --no-conflicts [dim]# in half the time[/dim]
+    peft-many report me/merged -o report --no-conflicts [dim]# in half the time[/dim]
     """
     from .. import merge_report, save_report
     from ..reports.report import check_report_folder

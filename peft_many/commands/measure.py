@@ -10,7 +10,7 @@ from . import arguments as a
 
 
 def measure(
-    adapter: Annotated[str, typer.Argument(help=a.AnAdapter, show_default=False)],
+    adapter: a.Adapter,
     data: Annotated[str, typer.Option("--data", "-d", help=f"Data of its task: {a.SomeData}", show_default=False)],
     output: a.Output,
     name: Annotated[str | None, typer.Option(help="The name of the task in merges.")] = None,
@@ -45,9 +45,9 @@ def measure(
 
     peft-many measure me/clevr --data clevr.jsonl --output clevr-measured
 
-    peft-many measure plain-lora --data me/iconqa --split train --name iconqa --output iconqa-measured
+    peft-many measure plain-lora --data me/iconqa --name iconqa --output measured
 
-    peft-many measure me/clevr --data clevr.parquet --load-in 4bit --push me/clevr-measured --output clevr-measured
+    peft-many measure me/clevr --data clevr.parquet -o measured --push me/measured
     """
     from .. import measure_adapter
 

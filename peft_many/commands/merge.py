@@ -14,7 +14,7 @@ from .running import FAILED, print_json
 
 @with_merge_options
 def plan(
-    adapters: a.Adapters = None,
+    adapters: a.AdaptersUnlessRecipe = None,
     recipe: a.Recipe = None,
     weight: a.Weights = None,
     name: a.Names = None,
@@ -41,7 +41,7 @@ def plan(
 @with_merge_options
 def merge(
     output: a.Output,
-    adapters: a.Adapters = None,
+    adapters: a.AdaptersUnlessRecipe = None,
     recipe: a.Recipe = None,
     weight: a.Weights = None,
     name: a.Names = None,
@@ -63,11 +63,11 @@ def merge(
 
     peft-many merge me/iconqa me/vizwiz@v2 clevr --output merged
 
-    peft-many merge me/iconqa charts-lora --name charts-lora=charts --output merged [dim]# a task's name[/dim]
+    peft-many merge me/iconqa my-lora --name my-lora=charts --output merged
 
     peft-many merge --recipe tasks.yaml --output merged --router gaussian
 
-    peft-many merge merged --output merged-2 --weight clevr=2 --ridge 1e-5 [dim]# weigh it anew[/dim]
+    peft-many merge merged --output merged-2 --weight clevr=2 [dim]# weighed anew[/dim]
     """
     from .. import merge_adapter_files
     from ..merging.arguments import replaced_by_merge

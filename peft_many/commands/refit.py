@@ -7,11 +7,10 @@ from typing import Annotated
 import typer
 
 from . import arguments as a
-from .edit import AMerge
 
 
 def refit(
-    merge: AMerge,
+    merge: a.Merge,
     output: a.Output,
     more: a.MoreData = None,
     data: Annotated[list[str] | None, a.data_option("Samples of a task")] = None,
@@ -38,9 +37,9 @@ def refit(
 
     [bold]Examples[/bold]
 
-    peft-many refit merged --output refitted [dim]# on prompts that the tasks' adapters kept[/dim]
+    peft-many refit merged --output refitted [dim]# on prompts that adapters kept[/dim]
 
-    peft-many refit merged --data clevr=clevr.jsonl iconqa=iconqa.jsonl --output refitted
+    peft-many refit merged -d clevr=clevr.jsonl iconqa=iconqa.jsonl -o refitted
     """
     from .. import refit_merge_files
 

@@ -161,11 +161,16 @@ def _served_rank(name: str, rank: int, tasks: Sequence[TaskAdapter]) -> int:
 def _left_behind(read: Adapter) -> Iterator[str]:
     """What an adapter has that its LoRA has not."""
     if any(task.projectors for task in read.tasks):
+        kept = "`export_model` (`--format model`) keeps the projector."
+        if read.merge is not None and read.merge.routing:
+            kept = (
+                "`export_routed_model` (`--format routed`) keeps the projectors, and vLLM with peft_many installed "
+                "takes them from the merge (`--additional-config`)."
+            )
         yield (
             "The tasks' projectors are not exported. Answers on text are the adapter's; images go through the base "
-            "model's projector, with which the tasks were not trained: expect most answers about images to be "
-            "wrong. `export_routed_model` (`--format routed`) keeps the projectors, and vLLM with peft_many installed "
-            "takes them from the merge (`--additional-config`)."
+            f"model's projector, with which the tasks were not trained: expect most answers about images to be "
+            f"wrong. {kept}"
         )
     beside = sorted({name for task in read.tasks for name in task.base_tensors})
     if beside:

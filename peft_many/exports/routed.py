@@ -78,7 +78,7 @@ def export_routed_model(
     source = find_adapter(adapter, **hub)
     read = read_adapter(source)
     if read.merge is None or not read.merge.routing:
-        raise ValueError(f"{source.name} routes no projector; use `export_model`, which loses nothing here.")
+        raise ValueError(f"{source.name} routes no projector: `export_model` (`--format model`) keeps what it has.")
     base = BaseModel.of(base_model, read.config, hub)
     with export_folder(output, dry_run) as folder:
         model = base.empty() if dry_run else base.load()

@@ -57,6 +57,10 @@ def test_every_command_has_help_with_examples(name):
     told = run(name, "--help").output
     assert "Examples" in told
     assert f"peft-many {name}" in told
+    (command,) = (one.callback for one in app.registered_commands if one.callback.__name__ == name)
+    examples = re.findall(r"^ *(peft-many .*)", command.__doc__, re.MULTILINE)
+    assert [one for one in examples if len(re.sub(r"\[/?dim\]", "", one)) > 78] == [], "a terminal would break these"
+    assert ("--quiet" in told) == (name != "inspect"), "all others may show bars"
     assert name in run("--help").output
 
 
@@ -222,7 +226,7 @@ def test_report_writes_and_says_it(merged, tmp_path):
     assert "contradict" not in told
 
 
-def test_exports_are_the_functions(merged, tmp_path):
+def test_exports_are_the_functions(shelf, merged, tmp_path):
     place = tmp_path / "base"
     base("llava").save_pretrained(place)
     before = files(tmp_path)
@@ -233,6 +237,12 @@ def test_exports_are_the_functions(merged, tmp_path):
     assert files(tmp_path) == before
     asked = run("export", merged, "-o", tmp_path / "1", code=2).stderr
     assert f"peft-many export {merged} --output {tmp_path / '1'} --format routed\n  keeps all" in asked
+    asked = run("export", shelf["a"], "-o", tmp_path / "1", code=2).stderr
+    assert f"peft-many export {shelf['a']} --output {tmp_path / '1'} --format model\n  for plain" in asked
+    assert "routed" not in asked, "which it would refuse"
+    assert "`--format model`" in run("export", shelf["a"], "-f", "routed", "-o", tmp_path / "1", code=1).stderr
+    told = run("export", shelf["a"], "-f", "lora", "-o", tmp_path / "1", "--dry-run").stderr
+    assert "`export_model` (`--format model`) keeps the projector." in told
     more = ["--with-tasks", "--check-for", "vllm", "--base-model", place]
     told = run("export", merged, "-f", "lora", "-o", tmp_path / "1", *more).stderr
     assert "expect most answers about images to be wrong" in told
