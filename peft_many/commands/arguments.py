@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,6 +62,9 @@ MoreData = Annotated[
     list[str] | None,
     typer.Argument(metavar="TASK=DATA", help="Further tasks and their data, as in --data.", show_default=False),
 ]
+_SPLIT = "The split to read of a data set; files have none. [dim]default: {}[/dim]"
+TrainSplit = Annotated[str | None, typer.Option("--split", help=_SPLIT.format("train"))]
+TestSplit = Annotated[str | None, typer.Option("--split", help=_SPLIT.format("test"))]
 Base = Annotated[
     str | None,
     typer.Option(
@@ -174,7 +177,12 @@ def weights_by_task(given: list[str] | None) -> dict[str, float] | None:
 
 def data_option(what: str) -> Any:
     """`--data`, which takes data of several tasks."""
-    return typer.Option("--data", "-d", metavar="TASK=DATA", help=f"{what}: {SomeData} Can be given several times.")
+    return typer.Option(
+        "--data",
+        "-d",
+        metavar="TASK=DATA",
+        help=f"{what}: {SomeData} Without TASK=, the task is called as the file is. Can be given several times.",
+    )
 
 
 def data_by_task(given: list[str], needed: str = "") -> dict[str, str]:
@@ -192,6 +200,15 @@ def data_by_task(given: list[str], needed: str = "") -> dict[str, str]:
     if needed and not found:
         raise typer.BadParameter(f"Give {needed}: --data TASK=DATA, for each task.", param_hint="--data")
     return found
+
+
+def chosen_split(split: str | None, default: str, data: Iterable[str]) -> str:
+    """What `--split` says, if any of the data has splits, or the default."""
+    if split is not None and all(Path(place).expanduser().is_file() for place in data):
+        raise typer.BadParameter(
+            "There is no data set to read a split of; files are read whole.", param_hint="--split"
+        )
+    return split or default
 
 
 def model_options(load_in: str | None) -> dict[str, Any]:

@@ -119,8 +119,8 @@ def _show_statistics(found: AdapterInspection) -> None:
             "covariances": str(task.covariances),
             "of rank": span(task.covariance_ranks),
             "energy": "" if task.energy is None else f"{task.energy:.5f}",
-            "size": decimal(task.covariance_bytes),
-            "routers": "both" if task.spreads else "cosine" if task.prototypes else "none",
+            "size": decimal(task.statistics_bytes),
+            "for routers": "cosine, gaussian" if task.spreads else "cosine" if task.prototypes else "none",
         }
         for task in found.tasks
         if task.covariances or task.prototypes

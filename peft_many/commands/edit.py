@@ -10,7 +10,7 @@ import typer
 
 from ..editing.pool_sizes import DEFAULT_POOL_RANK, DEFAULT_STATISTICS_RANK
 from . import arguments as a
-from .merge import say_merged, show
+from .merge import say_merged, show_without_writing
 
 
 def _tasks_of(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -54,7 +54,7 @@ def add(
     weights = a.weights_by_task(weight)
     if dry_run:
         names = None if name is None else [None, name]
-        _show_change([merge, adapter], weights, device, quiet, task_names=names, same_base=same_base)
+        _show_change([merge, adapter], output, weights, device, quiet, task_names=names, same_base=same_base)
         return
     folder = add_task(
         merge,
@@ -99,20 +99,27 @@ def remove(
 
     weights = a.weights_by_task(weight)
     if dry_run:
-        _show_change([merge], weights, device, quiet, without=[task])
+        typer.echo(f"Without '{task}':")
+        _show_change([merge], output, weights, device, quiet, without=[task])
         return
     folder = remove_task(merge, task, output, weights=weights, device=device or "cpu", progress=not quiet)
     say_merged(folder)
 
 
 def _show_change(
-    adapters: list[str], weights: dict[str, float] | None, device: str | None, quiet: bool, **change: Any
+    adapters: list[str],
+    output: Path | None,
+    weights: dict[str, float] | None,
+    device: str | None,
+    quiet: bool,
+    **change: Any,
 ) -> None:
     """Show what a merge, the first of the adapters, would be after a change; its options stay."""
-    from ..editing.tasks import merge_options
+    from ..editing.tasks import merge_options, place_for
 
-    options = vars(merge_options(adapters[0]))
-    show({"adapters": adapters, "weights": weights, "device": device or "cpu", **change, **options}, quiet)
+    place = Path(place_for(adapters[0], output))
+    arguments = {"adapters": adapters, "weights": weights, "device": device or "cpu", **change}
+    show_without_writing(arguments | vars(merge_options(adapters[0])), place, output is None, quiet)
 
 
 def pool(

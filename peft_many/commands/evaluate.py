@@ -38,7 +38,7 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="A folder for scores, answers and a picture.")
     ] = None,
     limit: _Limit = None,
-    split: Annotated[str, typer.Option(help="The split of a data set.")] = "test",
+    split: a.TestSplit = None,
     images: a.Images = None,
     base_model: a.Base = None,
     system: a.System = None,
@@ -67,14 +67,14 @@ def evaluate(
 
     if output is not None:
         check_evaluation_folder(output, overwrite, merge)  # now, and not when all are asked
+    by_task = a.data_by_task([*(data or ()), *(more or ())], "test questions")
     found = evaluate_merge(
         merge,
-        a.data_by_task([*(data or ()), *(more or ())], "test questions"),
+        by_task,
         metric=_metrics(metric),
         alone=alone,
         text=text,
         limit=limit,
-        split=split,
         images=images,
         base_model=base_model,
         system=system,
@@ -83,6 +83,7 @@ def evaluate(
         device=device,
         model_options=a.model_options(load_in),
         progress=not quiet,
+        split=a.chosen_split(split, "test", by_task.values()),
     )
     _tell(found, output, overwrite, json)
 

@@ -15,7 +15,7 @@ def measure(
     output: a.Output,
     name: Annotated[str | None, typer.Option(help="The name of the task in merges.")] = None,
     base_model: a.Base = None,
-    split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
+    split: a.TrainSplit = None,
     images: a.Images = None,
     system: a.System = None,
     samples: Annotated[int, typer.Option(min=1, help="The number of answers to measure on.")] = 256,
@@ -57,7 +57,6 @@ def measure(
         output,
         task_name=name,
         base_model=base_model,
-        split=split,
         images=images,
         system=system,
         max_samples=samples,
@@ -69,6 +68,7 @@ def measure(
         push_to=push,
         overwrite=overwrite,
         progress=not quiet,
+        split=a.chosen_split(split, "train", [data]),
     )
     typer.echo(f"The measured adapter: {folder}")
     if push is not None:

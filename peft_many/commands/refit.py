@@ -19,7 +19,7 @@ def refit(
     weigh_tokens: Annotated[
         bool, typer.Option(help="Count tokens by how far they move the answers, by backward passes.")
     ] = True,
-    split: Annotated[str, typer.Option(help="The split of a data set.")] = "train",
+    split: a.TrainSplit = None,
     images: a.Images = None,
     base_model: a.Base = None,
     system: a.System = None,
@@ -43,15 +43,15 @@ def refit(
     """
     from .. import refit_merge_files
 
+    by_task = a.data_by_task([*(data or ()), *(more or ())])
     folder = refit_merge_files(
         merge,
         output,
-        a.data_by_task([*(data or ()), *(more or ())]) or None,
+        by_task or None,
         rank=rank,
         max_samples=samples,
         weigh_tokens=weigh_tokens,
         base_model=base_model,
-        split=split,
         images=images,
         system=system,
         batch_size=batch_size,
@@ -60,5 +60,6 @@ def refit(
         model_options=a.model_options(load_in),
         overwrite=overwrite,
         progress=not quiet,
+        split=a.chosen_split(split, "train", by_task.values()),
     )
     typer.echo(f"The refitted merge: {folder}")

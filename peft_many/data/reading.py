@@ -47,7 +47,7 @@ def read_examples(
         data (`str`, `os.PathLike` or `Iterable`):
             A file (`.json`, `.jsonl`, `.parquet`), a folder that `datasets` reads, the Hub id of a data set
             (`"me/clevr"`, `"me/clevr@revision"`), a `datasets.Dataset`, or rows.
-        split (`str`, defaults to `"train"`): Which part of a data set that has several.
+        split (`str`, defaults to `"train"`): Which part of a data set that has several; files are read whole.
         images (`str` or `os.PathLike`, *optional*):
             The folder that names of images begin at. By default that of the file, or one beside or above it.
         limit (`int`, *optional*): Read no more than this number of rows.

@@ -176,6 +176,15 @@ def merge_options(merge: AdapterPath, **hub: Unpack[HubArguments]) -> MergeOptio
     return record.options
 
 
+def place_for(merge: AdapterPath, output_dir: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+    """Where a merge that is changed goes: to a folder that is given, or in its own place."""
+    if output_dir is None and not Path(merge).expanduser().is_dir():
+        raise ValueError(
+            f"'{merge}' is not a local folder, so it cannot be replaced; give a folder for the new merge (`--output`)."
+        )
+    return merge if output_dir is None else output_dir
+
+
 def _merged_anew(
     merge: AdapterPath,
     output_dir: str | os.PathLike[str] | None,
@@ -187,13 +196,9 @@ def _merged_anew(
     check_entry(merge)
     if not isinstance(change["weights"], (Mapping, type(None))):
         raise ValueError(f"`weights` must map tasks' names to weights, but it is {change['weights']!r}.")
-    if output_dir is None and not Path(merge).expanduser().is_dir():
-        raise ValueError(
-            f"'{merge}' is not a local folder, so it cannot be replaced; give a folder for the new merge (`--output`)."
-        )
     return merge_adapter_files(
         [merge, *further],
-        output_dir=merge if output_dir is None else output_dir,
+        output_dir=place_for(merge, output_dir),
         overwrite=output_dir is None,
         **vars(merge_options(merge, **hub)),
         **change,

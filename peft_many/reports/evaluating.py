@@ -66,7 +66,7 @@ def evaluate_merge(
             Ask each task's adapter alone the questions of all tasks (`"all"`), of its own (`"own"`), or none.
         text (`str` or `os.PathLike`, *optional*): A text file to compute the perplexity of.
         limit (`int`, *optional*): Ask no more than this number of questions of each task, the first ones.
-        split (`str`, defaults to `"test"`): Which part of a data set that has several.
+        split (`str`, defaults to `"test"`): Which part of a data set that has several; files are read whole.
         batch_size (`int`, defaults to 8): Questions in one pass.
         max_new_tokens (`int`, defaults to 64): The longest answer.
 

@@ -63,7 +63,7 @@ class TaskInspection(TaskSummary):
         covariances (`int`): Distinct covariances among these.
         covariance_ranks (`tuple[int, int]`, *optional*): How many directions they keep; `None` if there are none.
         energy (`float`, *optional*): Share of the covariances' energy in these directions, the mean over them.
-        covariance_bytes (`int`): What they take.
+        statistics_bytes (`int`): What all that was measured takes.
         prototypes (`dict[str, int]`): By projector, the width of the visual prototype.
         spreads (`list[str]`): The projectors for which `router="gaussian"` has what it needs.
         instruction_width (`int`, *optional*): The width of the instructions' prototype.
@@ -79,7 +79,7 @@ class TaskInspection(TaskSummary):
     covariances: int
     covariance_ranks: tuple[int, int] | None
     energy: float | None
-    covariance_bytes: int
+    statistics_bytes: int
     prototypes: dict[str, int]
     spreads: list[str]
     instruction_width: int | None
@@ -244,7 +244,7 @@ def _inspect_task(task: TaskAdapter, told: TaskRecord | None) -> TaskInspection:
         covariances=len(covariances),
         covariance_ranks=(min(kept), max(kept)) if kept else None,
         energy=sum(energies) / len(energies) if energies else None,
-        covariance_bytes=sum(covariance.nbytes for covariance in covariances),
+        statistics_bytes=measured.nbytes,
         prototypes={name: len(seen.prototype) for name, seen in measured.projectors.items()},
         spreads=sorted(name for name, seen in measured.projectors.items() if seen.spread is not None),
         instruction_width=len(measured.instructions.prototype) if measured.instructions is not None else None,

@@ -71,7 +71,7 @@ def measure_adapter(
             What to call the task in merges. Defaults to the adapter's own, or else to the name of its folder.
         base_model (`str` or `os.PathLike`, *optional*): Another base model than the one that the adapter names.
         processor (`transformers.ProcessorMixin`, *optional*): Another one than the base model's.
-        split (`str`, defaults to `"train"`): Which part of a data set that has several.
+        split (`str`, defaults to `"train"`): Which part of a data set that has several; files are read whole.
         images (`str` or `os.PathLike`, *optional*): The folder that names of images in a file begin at.
         system (`str`, *optional*):
             The system prompt that the adapter was trained with, if the chat template does not put it there.

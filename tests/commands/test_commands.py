@@ -158,12 +158,28 @@ def test_pool_is_the_function_and_cannot_be_taken_apart(shelf, merged, tmp_path)
     assert '"a"' not in json.dumps(told)
 
 
+def test_a_merge_says_what_it_was_written_over(shelf, merged, tmp_path):
+    there = shutil.copytree(shelf["c"], tmp_path / "there")
+    told = run("merge", merged, "-o", there, "--overwrite", "-q").stderr
+    assert "It was written in place of the adapter that was there." in told
+    told = run("merge", merged, "-o", there, "--overwrite", "-q").stderr
+    assert "It was written in place of the merge of 2 tasks that was there." in told
+
+
 def test_dry_runs_write_nothing(shelf, merged, tmp_path):
     before = files(tmp_path)
     told = run("merge", shelf["a"], shelf["c"], "-o", tmp_path / "new", "--dry-run", "-q").stdout
     assert "A merge of 2 tasks" in told
-    assert "A merge of 3 tasks" in run("add", merged, shelf["c"], "--dry-run", "-q").stdout
-    assert "A merge of 1 task" in run("remove", merged, "a", "--dry-run", "-q").stdout
+    assert told.endswith(f"Nothing was written. The merge would be: {tmp_path / 'new'}\n")
+    told = run("add", merged, shelf["c"], "--dry-run", "-q").stdout
+    assert "A merge of 3 tasks" in told
+    replaced = ", in place of the merge of 2 tasks that was there\n"
+    assert told.endswith(f"Nothing was written. The merge would be: {merged}{replaced}")
+    told = run("remove", merged, "a", "--dry-run", "-q").stdout
+    assert told.startswith("Without 'a':\nA merge of 1 task\n")
+    assert told.endswith(replaced)
+    told = run("remove", merged, "a", "-o", shelf["b"], "--dry-run", "-q", code=1).stderr
+    assert "already exists and is not empty" in told
     assert "`--overwrite`" in run("merge", shelf["a"], "-o", merged, "--dry-run", "-q", code=1).stderr
     told = run("remove", merged, "x", "--dry-run", "-q", code=1).stderr
     assert "no task 'x' to remove; the tasks are 'a', 'b'" in told

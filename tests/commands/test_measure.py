@@ -73,3 +73,16 @@ def test_bits():
 
 def test_a_dtype():
     assert model_options("float32") == {"dtype": "float32"}
+
+
+def test_a_split_of_a_file_is_refused(place, tmp_path):  # noqa: F811
+    for words in (
+        ["measure", place / "plain", "--data", place / "colours.json", "-o", tmp_path / "1"],
+        ["evaluate", place / "plain", "--data", f"a={place / 'colours.json'}"],
+        ["refit", place / "plain", "-o", tmp_path / "1"],
+    ):
+        done = CliRunner().invoke(app, [*map(str, words), "--split", "validation"])
+        assert done.exit_code == 2
+        told = done.stderr
+        assert "There is no data set to read a split of" in " ".join(told.replace("│", " ").split())
+    assert not (tmp_path / "1").exists()

@@ -40,7 +40,7 @@ def test_one_adapter(shelf):
     assert 0.99 <= task.energy < 1  # what was asked for, the even remainder in the kept directions included
     stored = load_file(shelf["b"] / STATISTICS)
     covariances = [tensor for key, tensor in stored.items() if ".covariance." in key]
-    assert task.covariance_bytes == sum(tensor.numel() * tensor.element_size() for tensor in covariances)
+    assert task.statistics_bytes == sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
     ranks = [len(tensor) for tensor in covariances]
     assert task.covariance_ranks == (min(ranks), max(ranks))
 
