@@ -145,6 +145,8 @@ def show_answer(found: Answer, images: int) -> None:
     say(found.answer)
     if found.cut_short:
         say("• The answer ran to the limit of its tokens (--max-new-tokens)")
+    if not images:
+        say("• There was no image to route (--image)")
     mean = f", the mean of {images} images" if images > 1 else ""
     for projector, weights in found.routing.items():
         say(f"• Images went through the projectors of: {_shares(weights)} ({projector}{mean})")

@@ -75,7 +75,7 @@ def read_examples(
             found += examples_of(_plain(rows[place]), lambda image: _located(image, folders, name))
         except (KeyError, TypeError, AttributeError, IndexError, StopIteration, ValueError) as error:
             said = str(error) if type(error) is ValueError else repr(error)
-            raise ValueError(f"{name}, row {place}, cannot be used: {said}.") from error
+            raise ValueError(f"{name}, row {place}, cannot be used: {said}.{_other_data(data)}") from error
     empty = sum(not example.answer for example in found)
     if empty == len(found):
         raise ValueError(f"{name} holds no row with an answer{', but only with empty ones' if found else ''}.")
@@ -171,6 +171,14 @@ def _other_ending(path: Path, text: str) -> str:
         elif isinstance(json.loads(text), list):
             return " It is one list of rows: rename it to end in .json."
     return ""
+
+
+def _other_data(data: Any) -> str:
+    """A hint, if a folder's rows are not what `datasets` takes for them: files of pictures, mostly."""
+    if not isinstance(data, (str, os.PathLike)) or not Path(data).expanduser().is_dir():
+        return ""
+    inside = sorted(str(path) for path in Path(data).expanduser().iterdir() if path.suffix in _JSON)
+    return f" If the rows are in {quoted(inside[:3])}, give that file." if inside else ""
 
 
 def _json_lines(text: str) -> list[Any]:

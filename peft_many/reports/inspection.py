@@ -63,7 +63,7 @@ class TaskInspection(TaskSummary):
         covariances (`int`): Distinct covariances among these.
         covariance_ranks (`tuple[int, int]`, *optional*): How many directions they keep; `None` if there are none.
         energy (`float`, *optional*): Share of the covariances' energy in these directions, the mean over them.
-        statistics_bytes (`int`): What all that was measured takes.
+        statistics_bytes (`int`): What it takes in the file of statistics, of a merge with its LoRA's `A`.
         prototypes (`dict[str, int]`): By projector, the width of the visual prototype.
         spreads (`list[str]`): The projectors for which `router="gaussian"` has what it needs.
         instruction_width (`int`, *optional*): The width of the instructions' prototype.

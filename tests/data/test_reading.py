@@ -158,6 +158,16 @@ def test_every_place_gives_the_same(tmp_path):
         assert opened(found.images[0]).tobytes() == Image.new("RGB", (4, 4), "red").tobytes(), place
 
 
+def test_a_folder_of_pictures_names_the_file_that_the_rows_may_be_in(tmp_path):
+    for name in "abc":  # more than other files, by which `datasets` tells what a folder is
+        (tmp_path / f"{name}.png").write_bytes(picture())
+    toy.write(tmp_path / "rows.json", [ROW])
+    with pytest.raises(ValueError, match=r"has the columns 'image', .*If the rows are in '.*/rows.json', give that"):
+        read_examples(tmp_path)
+    (found,) = read_examples(tmp_path / "rows.json")
+    assert found.answer == "red"
+
+
 def test_data_sets_of_the_hub_are_asked_for_by_id_revision_and_split(monkeypatch):
     asked = []
 

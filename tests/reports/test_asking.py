@@ -115,5 +115,6 @@ def test_the_command(place):
     assert lines[3].startswith("• The LoRA was that of: warm ")
     told = json.loads(CliRunner().invoke(app, [*words, "--compare", "--json"]).stdout)
     assert told["others"] == found.others
+    assert "• There was no image to route (--image)" in CliRunner().invoke(app, words[:3]).stdout.splitlines()
     told = CliRunner().invoke(app, [*words, "--compare"]).stdout
     assert f"• {BASE}: {found.others[BASE]}" in told

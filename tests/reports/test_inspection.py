@@ -81,7 +81,13 @@ def test_a_merge_and_what_was_removed_from_it(shelf, tmp_path):
     lost = merge_report(merged, conflicts=False, progress=False).interference
     for task in found.tasks:
         assert task.interference == pytest.approx(lost[task.name], rel=1e-3)
-    bare = [dataclasses.replace(task, interference=None) for task in found.tasks]
+    for task in found.tasks:
+        own = 4 * sum(
+            tensor.numel() for key, tensor in load_file(shelf[task.name] / WEIGHTS).items() if "lora_A" in key
+        )
+        assert task.statistics_bytes == single[task.name].statistics_bytes + own
+    measured = {name: one.statistics_bytes for name, one in single.items()}
+    bare = [dataclasses.replace(task, interference=None, statistics_bytes=measured[task.name]) for task in found.tasks]
     assert bare == [dataclasses.replace(single["a"], weight=2.0), single["b"]]
     assert [(line.kind, line.tasks) for line in found.operations] == [("merge", ["a", "b"])]
     assert json.loads(json.dumps(dataclasses.asdict(found)))["tasks"][1]["sha256"] == single["b"].sha256
