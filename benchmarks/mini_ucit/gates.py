@@ -53,7 +53,9 @@ def gates() -> Iterator[Method]:
 
 def hard_methods() -> Iterator[Measurement]:
     """What the hard half asks, after the last task only."""
-    for method in (*(METHODS[name] for name in _HARD), *gates()):
+    early = partial(_gated, gate_by="both", route_by="both", abstain_above=2.0)
+    earlier = Method("gated and routed by both, abstaining above 2", GATED, "More rows are left.", early)
+    for method in (*(METHODS[name] for name in _HARD), *gates(), earlier):
         yield replace(method, group=HARD, every_stage=False)
     last = [*gates()][-1]
     yield WhenLearnt(f"{last.name}, when just learnt", HARD, "Each task right after it joined the merge.", last)
