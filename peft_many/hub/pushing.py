@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,20 @@ def keep_cards() -> None:
 
 def _create_or_update_model_card(create: Callable[..., None], model: PeftModel, output_dir: str) -> None:
     """`PeftModel.create_or_update_model_card`, with our part of the card."""
+    folders, card = _folders(model, output_dir), Path(output_dir, CARD_NAME)
+    tags = ModelCard.load(card).data.tags if folders and card.is_file() else None
     create(model, output_dir)
-    for name, folder in _folders(model, output_dir).items():
+    if tags:  # in whose place PEFT puts its own
+        _add_tags(card, tags)
+    for name, folder in folders.items():
         if (folder / CONFIG_NAME).is_file():  # else saving is about to write both
             update_card(folder, model.peft_config[name])
+
+
+def _add_tags(path: Path, tags: Iterable[str]) -> None:
+    card = ModelCard.load(path)
+    card.data.tags = sorted({*(card.data.tags or []), *tags})
+    card.save(path)
 
 
 def _push_to_hub(push: Callable[..., Any], model: PeftModel, repo_id: str, **kwargs: Any) -> Any:
@@ -78,9 +88,7 @@ def push_adapters(
         for name, adapter in _folders(model, folder).items():
             update_card(adapter, model.peft_config[name], repo_id, None if name == "default" else name)
         if tags:
-            whole = ModelCard.load(Path(folder, CARD_NAME))
-            whole.data.tags = sorted({*(whole.data.tags or []), *tags})
-            whole.save(Path(folder, CARD_NAME))
+            _add_tags(Path(folder, CARD_NAME), tags)
         if revision is not None and not revision.startswith("refs/pr"):
             hub.create_branch(repo_id, branch=revision, exist_ok=True)
         return hub.upload_folder(

@@ -39,12 +39,14 @@ def test_the_words_of_the_repository_stay(hub):
     mine = card_of(hub, "me/clevr")
     mine.text += "\nMind the gap.\n"
     mine.data.license = "mit"
+    mine.data.tags = ["of my own"]
     hub.repositories["me/clevr"].commit({**hub.files("me/clevr"), "README.md": str(mine).encode()})
     model.push_to_hub("me/clevr", token=hub.token, commit_message="again")
     card = card_of(hub, "me/clevr")
     assert card.text.count("Mind the gap.") == 1
     assert card.text.count("import peft_many") == 1
     assert card.data.license == "mit"
+    assert {"of my own", "peft-many"} <= set(card.data.tags)
 
 
 def test_a_push_to_a_branch_and_of_an_adapter_in_a_subfolder(hub):
