@@ -16,11 +16,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..algebra.devices import answers, has_half_precision
 from ..families.parts import find_projectors, parts_of
+from ..files.card import is_repo_id
 from ..files.source import AdapterSource, read_config
+from ..records import merge_of
 from .sources import HubArguments, first_line
 
 # What tokenizers, processors and generation are made of; no weights and no code.
@@ -38,6 +41,9 @@ _BESIDES = (
 )
 
 
+_HINT = " If it is in another folder, pass that as `base_model`, on the command line `--base-model`."
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """Which model an adapter belongs to, and how to download it."""
@@ -51,6 +57,11 @@ class BaseModel:
         """The one given (`"me/model@revision"` too), or the one that the adapter's config names."""
         if not isinstance(given, (str, os.PathLike, type(None))):
             raise ValueError(f"`base_model` must be a folder or a Hub id, but it is a {type(given).__name__}.")
+        if merge_of(config) is not None and config.target_modules == DUMMY_TARGET_MODULES:
+            raise ValueError(
+                "It is a routed model, which `export_routed_model` wrote with its base model inside: load it by "
+                "`load_routed_model`, or give the merge that it was made of."
+            )
         if given is None:
             name, revision = config.base_model_name_or_path, config.revision
         elif Path(given).expanduser().is_dir():
@@ -62,6 +73,9 @@ class BaseModel:
             raise ValueError(
                 "The adapter does not name its base model; pass `base_model`, on the command line `--base-model`."
             )
+        if not Path(name).expanduser().is_dir() and not is_repo_id(name):
+            named = "" if given is not None else ", by which the adapter names its base model"
+            raise FileNotFoundError(f"There is no folder '{name}'{named}.{_HINT}")
         if given is not None:
             _check_whole(Path(name))
         return cls(name, revision, hub)
@@ -76,7 +90,9 @@ class BaseModel:
         try:
             model: PreTrainedModel = kind.from_pretrained(self.name, **options)
         except OSError as error:  # which those of the Hub are too
-            raise FileNotFoundError(f"The base model '{self.name}' cannot be loaded: {first_line(error)}") from None
+            raise FileNotFoundError(
+                f"The base model '{self.name}' cannot be loaded: {first_line(error)}{_HINT}"
+            ) from None
         return model.eval()
 
     def empty(self) -> PreTrainedModel:
@@ -91,7 +107,9 @@ class BaseModel:
         try:
             config = AutoConfig.from_pretrained(self.name, revision=self.revision, **self.hub)
         except OSError as error:
-            raise FileNotFoundError(f"The base model '{self.name}' cannot be loaded: {first_line(error)}") from None
+            raise FileNotFoundError(
+                f"The base model '{self.name}' cannot be loaded: {first_line(error)}{_HINT}"
+            ) from None
         return model_class(config, self.name), config
 
     def load_on(self, device: str | torch.device | None, **options: Any) -> PreTrainedModel:
@@ -130,7 +148,7 @@ class BaseModel:
             return AutoProcessor.from_pretrained(self.name, revision=self.revision, **self.hub)
         except OSError as error:
             raise FileNotFoundError(
-                f"The processor of the base model '{self.name}' cannot be loaded: {first_line(error)}"
+                f"The processor of the base model '{self.name}' cannot be loaded: {first_line(error)}{_HINT}"
             ) from None
 
     def copy_tokenizer(self, folder: Path) -> list[str]:

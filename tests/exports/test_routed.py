@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from peft_many import export_routed_model, load_routed_model, merge_adapter_files
+from peft_many import ask_merge, export_routed_model, load_routed_model, merge_adapter_files
 from peft_many.files.errors import UnmergeableAdapterError
 from peft_many.tuner.projector import ProjectorMixture
 from tests import new_process
@@ -104,6 +104,10 @@ def test_what_has_nothing_to_route_and_what_is_no_export(shelf, tmp_path):
     for adapter in (mean, shelf.adapters["a"]):
         with pytest.raises(ValueError, match=r"routes no projector: `export_model` \(`--format model`\) keeps"):
             export_routed_model(adapter, tmp_path / "model", base_model=shelf.base)
+    routed = export_routed_model(shelf.merge("ab", tmp_path / "ab"), tmp_path / "routed", base_model=shelf.base).folder
+    with pytest.raises(ValueError, match=r"It is a routed model, .*load it by `load_routed_model`"):
+        ask_merge(routed, "What is it ?", base_model=shelf.base)
+    before = files(tmp_path)
     for folder in (mean, shelf.base):
         with pytest.raises(ValueError, match="no model that `export_routed_model` wrote"):
             load_routed_model(folder)

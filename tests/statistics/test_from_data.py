@@ -144,7 +144,7 @@ def test_the_measured_adapter_goes_to_the_hub(place, tmp_path, hub, monkeypatch)
     assert hub.files("me/measured")[STATISTICS] == files(tmp_path / "1")[STATISTICS]
 
 
-CARD = "---\nlicense: mit\ndatasets:\n- me/colours-data\n---\n\n# Mine\n\nMind the gap.\n"
+CARD = "---\nlicense: mit\ntags:\n- mine\ndatasets:\n- me/colours-data\n---\n\n# Mine\n\nMind the gap.\n"
 
 
 @pytest.mark.parametrize("where", ["elsewhere", "in its own folder"])
@@ -157,6 +157,7 @@ def test_what_somebody_wrote_in_the_card_stays(place, tmp_path, where):
     )
     card = ModelCard.load(folder / "README.md")
     assert (card.data.license, card.data.datasets) == ("mit", ["me/colours-data"])
+    assert "mine" in card.data.tags
     assert card.text.count("Mind the gap.") == card.text.count("Measured with") == 1
     merge = merge_adapter_files([folder], tmp_path / "merged", progress=False)
     assert ModelCard.load(merge / "README.md").data.datasets == ["me/colours-data"]
@@ -201,6 +202,19 @@ def test_where_the_measured_adapter_is_when_it_cannot_be_pushed(place, tmp_path,
     assert STATISTICS in files(tmp_path / "kept")
     with pytest.raises(FileExistsError, match="--overwrite"):
         measure_adapter(place / "colours", place / "colours.json", tmp_path / "kept", **given)
+
+
+@pytest.mark.parametrize("path", ["../nowhere/base", "/nowhere/base", "nowhere/base/of/mine"])
+def test_a_base_model_that_is_named_by_a_path_is_not_asked_for_on_the_hub(place, tmp_path, path, hub):  # noqa: F811
+    moved = shutil.copytree(place / "colours", tmp_path / "moved")
+    content = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps({**content, "base_model_name_or_path": path}))
+    said = f"There is no folder '{path}', by which the adapter names its base model. .*`--base-model`"
+    with pytest.raises(FileNotFoundError, match=said):
+        measure_adapter(moved, place / "colours.json", tmp_path / "1", progress=False)
+    with pytest.raises(FileNotFoundError, match=f"There is no folder '{path}'\\. If"):
+        measure_adapter(moved, place / "colours.json", tmp_path / "1", base_model=path, progress=False)
+    assert not hub.requests
 
 
 def test_a_base_model_of_another_size_is_not_called_a_bug(place, tmp_path):
