@@ -12,6 +12,8 @@ IMAGE_MARK = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant"}
 _QUESTIONS = ("question", "text")
 _ANSWERS = ("answer", "answers", "caption", "captions")
+_READ = {"images", "image", "messages", "conversations", "prompt", "completion", *_QUESTIONS, *_ANSWERS}
+_IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,17 @@ def examples_of(row: Mapping[str, Any], find: Callable[[Any], Any]) -> Iterator[
         before.append({"role": role, "content": parts})
     if beside:
         raise ValueError(f"it has more images than its text has places for; '{beside[0]}' is left over")
+
+
+def images_elsewhere(row: Mapping[str, Any]) -> list[str]:
+    """The columns of a row that hold an image, or its name, and are not read."""
+    return [name for name, value in row.items() if name not in _READ and _is_image(value)]
+
+
+def _is_image(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lower().endswith(_IMAGE_ENDINGS)
+    return hasattr(value, "getbbox") or (isinstance(value, Mapping) and value.keys() == {"bytes", "path"})
 
 
 def _messages(row: Mapping[str, Any]) -> list[Message]:

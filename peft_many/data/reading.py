@@ -16,7 +16,7 @@ from typing import Any
 from peft.utils import PeftWarning
 
 from ..records.words import counted, quoted
-from .conversations import Example, examples_of
+from .conversations import Example, examples_of, images_elsewhere
 
 _JSON = (".json", ".jsonl")
 _BY_DATASETS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -70,15 +70,25 @@ def read_examples(
         if not folders[0].is_dir():
             raise FileNotFoundError(f"There is no folder '{images}', which `--images` (`images=`) names.")
     found: list[Example] = []
+    unread: dict[str, None] = {}
     for place in places:
         try:
-            found += examples_of(_plain(rows[place]), lambda image: _located(image, folders, name))
+            row = _plain(rows[place])
+            found += examples_of(row, lambda image: _located(image, folders, name))
+            unread |= dict.fromkeys(images_elsewhere(row))
         except (KeyError, TypeError, AttributeError, IndexError, StopIteration, ValueError) as error:
             said = str(error) if type(error) is ValueError else repr(error)
             raise ValueError(f"{name}, row {place}, cannot be used: {said}.{_other_data(data)}") from error
     empty = sum(not example.answer for example in found)
     if empty == len(found):
         raise ValueError(f"{name} holds no row with an answer{', but only with empty ones' if found else ''}.")
+    if unread and not any(example.images for example in found):
+        warnings.warn(
+            f"{name} is read as questions without images: images are in the columns 'image' or 'images', and not in "
+            f"{quoted(unread)}.",
+            PeftWarning,
+            stacklevel=3,
+        )
     if empty:
         warnings.warn(
             f"{empty} of the {counted(len(found), 'answer')} in {name} are empty: correct these rows, or leave them "

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from peft.utils import PeftWarning
 from PIL import Image
 
 from peft_many.data import reading
@@ -166,6 +167,15 @@ def test_a_folder_of_pictures_names_the_file_that_the_rows_may_be_in(tmp_path):
         read_examples(tmp_path)
     (found,) = read_examples(tmp_path / "rows.json")
     assert found.answer == "red"
+
+
+def test_a_column_of_images_that_is_not_read_is_named():
+    rows = [{"img": "a.png", "question": "What?", "answer": "red"}]
+    said = "The data is read as questions without images: .* and not in 'img'"
+    with pytest.warns(PeftWarning, match=said):
+        read_examples(rows)
+    with pytest.warns(PeftWarning, match=said):
+        read_examples([{**rows[0], "img": Image.new("RGB", (4, 4))}])
 
 
 def test_data_sets_of_the_hub_are_asked_for_by_id_revision_and_split(monkeypatch):
