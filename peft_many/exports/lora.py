@@ -114,7 +114,10 @@ def export_lora(
     if check_for is not None:
         one_of("check_for", check_for, SERVERS)
         read = as_served(read, BaseModel.of(base_model, read.config, hub))
-    told = {name: getattr(read.config, name) for name in ("task_type", "base_model_name_or_path", "revision")}
+    told = {
+        name: getattr(read.config, name)
+        for name in ("task_type", "auto_mapping", "base_model_name_or_path", "revision")
+    }
     shape: Mapping[str, Any] = {**told, "pad": check_for is None}
     config, tensors = as_lora(read, read_pairs(read), LoraConfig, **shape)
     served = _served_rank(source.name, config.r, read.tasks if with_tasks else [])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModel, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_many import collect_statistics, export_lora, merge_adapter_files
@@ -44,6 +44,14 @@ def test_an_adapter_of_another_peft_method_becomes_a_lora(tmp_path):
     assert all(distance(found[layer], delta) < 1e-6 for layer, delta in made.deltas.items())
     as_lora, as_loha = (PeftModel.from_pretrained(base("llama"), at).eval() for at in (exported.folder, made.folder))
     torch.testing.assert_close(logits(as_lora, "llama"), logits(as_loha, "llama"), atol=1e-4, rtol=1e-4)
+
+
+def test_it_loads_by_auto_peft_model(shelf, tmp_path):
+    exported = export_lora(shelf.merge("ab", tmp_path / "merged"), tmp_path / "lora").folder
+    content = json.loads((exported / "adapter_config.json").read_text())
+    (exported / "adapter_config.json").write_text(json.dumps(content | {"base_model_name_or_path": str(shelf.base)}))
+    model = AutoPeftModel.from_pretrained(exported)
+    assert type(model.get_base_model()) is type(base("llava"))
 
 
 def test_names_of_tasks_are_no_markup_in_the_card(tmp_path):
