@@ -86,6 +86,8 @@ def show_inspection(found: AdapterInspection) -> None:
     for task in found.tasks:
         if task.pooled:
             say(f"{task.name} is a pool of {', '.join(task.pooled)}")
+    if found.operations:
+        say("What was done, in this order:")
     for place, done in enumerate(found.operations, start=1):
         say(f"{place}. {in_words(done)}")
 

@@ -47,8 +47,8 @@ def check_can_be_refitted(
     if without:
         raise ValueError(
             f"No prompts were kept of {', '.join(map(repr, without))}, so that samples cannot be imagined. Give "
-            "samples of every task (`--data TASK=FILE`), or measure the adapters by "
-            "`collect_statistics(model, dataloader, keep_prompts=16)` (`peft-many measure --keep-prompts 16`) and "
+            f"samples of every task (`{argument}`, on the command line `--data TASK=FILE`), or measure the adapters "
+            "by `collect_statistics(model, dataloader, keep_prompts=16)` (`peft-many measure --keep-prompts 16`) and "
             "merge them again."
         )
     return config.merge, config.statistics

@@ -166,7 +166,8 @@ def merge_options(merge: AdapterPath, **hub: Unpack[HubArguments]) -> MergeOptio
     record = read_adapter(source).merge
     if record is None:
         raise UnmergeableAdapterError(
-            f"{source.name} is the adapter of one task and no merge; merge it with others (`merge_adapter_files`)."
+            f"{source.name} is the adapter of one task and no merge. Give a merge first, then what is to be added or "
+            "removed; or make a merge of this and others (`peft-many merge`, `merge_adapter_files`)."
         )
     if isinstance(record.options.method, ForeignMethod):
         raise UnmergeableAdapterError(

@@ -69,8 +69,8 @@ def check_measured(adapters: Sequence[Adapter], tasks: Sequence[TaskAdapter], op
 def _check_covariances(task: TaskAdapter) -> None:
     if not task.statistics.is_measured:
         raise UnmergeableAdapterError(
-            f"{task.source} has no statistics: load it, run `collect_statistics(model, dataloader)` on its task's "
-            "data, and save it again (`peft-many measure ADAPTER --data FILE --output FOLDER`); or merge by a method "
+            f"{task.source} has no statistics. Measure it on data of its task: `peft-many measure ADAPTER --data FILE "
+            "--output FOLDER`, in Python `measure_adapter` or `collect_statistics`. Or merge by a method "
             f"that needs none ({', '.join(without_statistics())}), with averaged projectors: `method='average', "
             "projectors='mean'`, on the command line `--method average --projectors mean`."
         )

@@ -91,6 +91,8 @@ def evaluate_merge(
         ```
     """
     one_of("alone", alone, ("all", "own", "none"))
+    if not isinstance(data, Mapping):
+        raise ValueError(f"`data` must map tasks' names to test questions, but it is a {type(data).__name__}.")
     metrics = {task: metric if isinstance(metric, str) else metric.get(task, "exact") for task in data}
     for one in set(metrics.values()):
         check_metric(one)

@@ -148,6 +148,7 @@ def test_perplexity_is_that_of_the_texts_tokens(place, data, tmp_path, monkeypat
     ("options", "match"),
     [
         ({"data": {}}, "nothing to evaluate on"),
+        ({"data": ["warm.json"]}, "`data` must map tasks' names to test questions, but it is a list"),
         ({"metric": "bleu"}, "no metric 'bleu'"),
         ({"metric": {"warm": "bleu"}}, "no metric 'bleu'"),
         ({"data": {"warm": "nowhere.json"}}, "There is no file"),
