@@ -57,7 +57,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the adapte
 Replace = Annotated[bool, typer.Option("--overwrite", help="Replace earlier results that are in the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 # Of commands that run a base model.
-SomeData = "a .json, .jsonl or .parquet file, or a folder or Hub id that `datasets` reads."
+SomeData = "a .json, .jsonl, .parquet or .csv file, or a folder or Hub id that `datasets` reads."
 MoreData = Annotated[
     list[str] | None,
     typer.Argument(metavar="TASK=DATA", help="Further tasks and their data, as in --data.", show_default=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -42,6 +43,7 @@ def refit(
     peft-many refit merged -d clevr=clevr.jsonl iconqa=iconqa.jsonl -o refitted
     """
     from .. import refit_merge_files
+    from .tables import say
 
     by_task = a.data_by_task([*(data or ()), *(more or ())])
     folder = refit_merge_files(
@@ -62,4 +64,5 @@ def refit(
         progress=not quiet,
         split=a.chosen_split(split, "train", by_task.values()),
     )
+    say(f"To compare it with the merge: peft-many evaluate {shlex.quote(str(folder))} --data TASK=DATA", aside=True)
     typer.echo(f"The refitted merge: {folder}")

@@ -228,7 +228,7 @@ def _by_datasets(given: str, path: Path, split: str) -> Any:
         return datasets.load_dataset(given, split=split, revision=revision or None)
     except ValueError as error:
         raise ValueError(
-            f"'{given}' cannot be read as a data set with a split '{split}' (`--split`): {error}"
+            f"'{given}' cannot be read as a data set with a split '{split}' (`--split`): {error}{_other_data(given)}"
         ) from None
 
 
