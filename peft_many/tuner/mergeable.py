@@ -9,6 +9,7 @@ from peft import PeftConfig
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper, PeftWarning
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from ..families.linears import is_linear
@@ -20,8 +21,18 @@ from .config import MAnyConfig
 from .layers import adapted_layers
 
 
-def warn_if_unmergeable(model: nn.Module, adapter_name: str, config: MAnyConfig) -> None:
-    """Say of an adapter that is made for training what stands in the way of merging it."""
+def warn_of_trouble(model: nn.Module, adapter_name: str, config: MAnyConfig, for_peft_model: bool) -> None:
+    """Say of an adapter what stands in the way of merging it, if it is made for training, or that it is misplaced.
+
+    `for_peft_model` says whether it was put on the model by PEFT, and not by transformers as a part of it.
+    """
+    if for_peft_model and config.is_merge and config.target_modules == DUMMY_TARGET_MODULES:
+        warnings.warn(
+            f"{getattr(config, 'loaded_from', 'The adapter')} is a part of a routed model, in whose weights its LoRA "
+            "is: on another model it answers wrongly. Load it by `load_routed_model`.",
+            PeftWarning,
+            stacklevel=3,
+        )
     if config.is_merge or config.inference_mode:
         return
     layers = adapted_layers(model, adapter_name).values()

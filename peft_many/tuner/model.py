@@ -34,7 +34,7 @@ from .gated_linear import gate_layers
 from .instruction_routers import forget_instructions, route_instructions
 from .layers import hang_on_layers
 from .loaded_keys import check_projectors_are_there, require_known, with_current_keys
-from .mergeable import warn_if_unmergeable
+from .mergeable import warn_of_trouble
 from .merged_linear import exact_weights, restore_merge, round_merge, use_merged_linears
 from .projector import Mixing, ProjectorMixture, ProjectorWrapper
 from .targets import default_targets, update_expert_names
@@ -108,7 +108,7 @@ class MAnyModel(LoraModel):
             watch_calls(model)
         if isinstance(config.statistics, AdapterStatistics):
             hang_on_layers(model, adapter_name, config.statistics)
-        warn_if_unmergeable(model, adapter_name, config)
+        warn_of_trouble(model, adapter_name, config, self._is_for_peft_model)
 
     def _wrap_projectors(self, model: nn.Module, adapter_name: str, config: MAnyConfig, rollback: ExitStack) -> None:
         """Give the adapter its projectors; how to take them away again goes on the stack `rollback`."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import PeftWarning
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -107,6 +109,11 @@ def test_what_has_nothing_to_route_and_what_is_no_export(shelf, tmp_path):
     routed = export_routed_model(shelf.merge("ab", tmp_path / "ab"), tmp_path / "routed", base_model=shelf.base).folder
     with pytest.raises(ValueError, match=r"It is a routed model, .*load it by `load_routed_model`"):
         ask_merge(routed, "What is it ?", base_model=shelf.base)
+    with pytest.warns(PeftWarning, match=r"is a part of a routed model, .* Load it by `load_routed_model`"):
+        PeftModel.from_pretrained(base("llava"), routed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        load_routed_model(routed)
     before = files(tmp_path)
     for folder in (mean, shelf.base):
         with pytest.raises(ValueError, match="no model that `export_routed_model` wrote"):
