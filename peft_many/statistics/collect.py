@@ -137,7 +137,7 @@ def collect_statistics(
         >>> sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 100}
         >>> config = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, **sizes)
         >>> base = LlamaForCausalLM(config)
-        >>> model = get_peft_model(base, MAnyConfig(r=4, task_name="demo"))
+        >>> model = get_peft_model(base, MAnyConfig(r=4, task_name="demo"))  # and train it
         >>> batches = [{"input_ids": torch.randint(0, 100, (4, 16))} for _ in range(8)]
         >>> statistics = collect_statistics(model, batches, progress=False)
         >>> statistics.tasks[0].samples
@@ -229,6 +229,14 @@ def _warn_of_little(task: TaskStatistics) -> None:
         warnings.warn(
             "The statistics are of a single sample, so a merge will keep of this task what matters to that one. Give "
             "more of the task's data; 32 to 128 samples are enough.",
+            PeftWarning,
+            stacklevel=3,
+        )
+    norms_of_B = [fingerprint[0] for fingerprint in task.fingerprints.values()]
+    if not task.shapes and norms_of_B and not any(norms_of_B):  # of a plain LoRA, whose shapes need not be kept
+        warnings.warn(
+            "The adapter's LoRA is zero in all layers, as it is before training: a merge will keep nothing of this "
+            "task. Train the adapter first, and measure it then.",
             PeftWarning,
             stacklevel=3,
         )

@@ -28,7 +28,7 @@ from peft_many.statistics.measurable import weights_of
 from peft_many.statistics.projectors import projector_shapes, unmoved_projectors
 from peft_many.tuner.layers import adapted_layers, lora_layers
 from tests import tiny
-from tests.adapters import covariances
+from tests.adapters import covariances, scatter
 from tests.files import making
 from tests.files.making import PROJECTORS, perturb, pictures
 
@@ -312,7 +312,18 @@ def test_adapters_in_the_vision_tower_see_no_text_masks(recwarn: pytest.Warnings
     language = "model.language_model.layers.0.self_attn.q_proj"
     assert task.tokens_of(language) == batch["attention_mask"].sum()
     said = [str(warning.message) for warning in recwarn if issubclass(warning.category, PeftWarning)]
-    assert all("have no `labels`" in one for one in said)
+    assert all("have no `labels`" in one or "zero in all layers" in one for one in said)
+
+
+@pytest.mark.parametrize("kind", [MAnyConfig, LoraConfig])
+def test_an_adapter_that_was_not_trained_is_remarked_on(kind, recwarn: pytest.WarningsRecorder) -> None:
+    model = get_peft_model(tiny.build_text("llama"), kind(r=2, target_modules=["q_proj", "v_proj"]))
+    collect(model, text_batches())
+    assert any("LoRA is zero in all layers" in str(warning.message) for warning in recwarn)
+    recwarn.clear()
+    scatter(model, 0)
+    collect(model, text_batches())
+    assert not any("LoRA is zero in all layers" in str(warning.message) for warning in recwarn)
 
 
 def test_dropout_and_its_randomness_are_off() -> None:
