@@ -305,7 +305,7 @@ def test_methods_that_need_statistics_say_which_do_not(shelf, tmp_path, method, 
     adapter = shelf("llama b?").folder
     if merged_first:
         adapter = merge(tmp_path / "first", [adapter], method="average")
-    message = rf"{adapter.name}.* has no statistics: .*collect_statistics.* or merge by .*average.*ties.*knots"
+    message = rf"{adapter.name}.* has no statistics\. .*collect_statistics.* Or merge by .*average.*ties.*knots"
     with pytest.raises(UnmergeableAdapterError, match=message) as caught:
         merge(tmp_path / "merged", [shelf("llama a"), adapter], method=method)
     assert "regmean" not in str(caught.value)
