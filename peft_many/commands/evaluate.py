@@ -75,6 +75,7 @@ def evaluate(
         alone=alone,
         text=text,
         limit=limit,
+        split=a.chosen_split(split, "test", by_task.values()),
         images=images,
         base_model=base_model,
         system=system,
@@ -83,7 +84,6 @@ def evaluate(
         device=device,
         model_options=a.model_options(load_in),
         progress=not quiet,
-        split=a.chosen_split(split, "test", by_task.values()),
     )
     _tell(found, output, overwrite, json)
 

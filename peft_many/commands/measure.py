@@ -57,6 +57,7 @@ def measure(
         output,
         task_name=name,
         base_model=base_model,
+        split=a.chosen_split(split, "train", [data]),
         images=images,
         system=system,
         max_samples=samples,
@@ -68,7 +69,6 @@ def measure(
         push_to=push,
         overwrite=overwrite,
         progress=not quiet,
-        split=a.chosen_split(split, "train", [data]),
     )
     typer.echo(f"The measured adapter: {folder}")
     if push is not None:

@@ -70,17 +70,16 @@ def merge(
     peft-many merge merged --output merged-2 --weight clevr=2 [dim]# weighed anew[/dim]
     """
     from .. import merge_adapter_files
+    from .tables import say
 
     arguments = a.merge_arguments(adapters, recipe, weight, name, without, same_base, device, options)
     if dry_run:
         show_without_writing(arguments, output, overwrite, quiet)
         return
-    from .tables import say
-
     replaced = _in_place_of(output)
     folder = merge_adapter_files(**arguments, output_dir=output, overwrite=overwrite, progress=not quiet)
     if replaced:
-        say(f"It was written{replaced.removeprefix(',')}.", aside=True)
+        say(f"It was written {replaced}.", aside=True)
     say_merged(folder)
 
 
@@ -90,22 +89,21 @@ def show_without_writing(arguments: dict[str, Any], output: Path, overwrite: boo
 
     replaced_by_merge(output.expanduser(), overwrite, arguments["adapters"])
     show(arguments, quiet)
-    typer.echo(f"Nothing was written. The merge would be: {output}{_in_place_of(output)}")
+    replaced = _in_place_of(output)
+    typer.echo(f"Nothing was written. The merge would be: {output}{replaced and f', {replaced}'}")
 
 
 def _in_place_of(output: Path) -> str:
     """What a merge replaces, if anything."""
-    from ..files.source import AdapterSource, read_config
-    from ..records import merge_of
+    from ..merging.arguments import merge_in
     from ..records.words import counted
 
     place = output.expanduser()
-    try:
-        merge = merge_of(read_config(AdapterSource(place, str(output))))
-    except ValueError:
-        return ", in place of an adapter that cannot be read" if (place / "adapter_config.json").is_file() else ""
+    if not (place / "adapter_config.json").is_file():
+        return ""
+    merge = merge_in(place)
     what = "the adapter" if merge is None else f"the merge of {counted(len(merge.tasks), 'task')}"
-    return f", in place of {what} that was there"
+    return f"in place of {what} that was there"
 
 
 def say_merged(folder: Path) -> None:

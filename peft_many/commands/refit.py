@@ -54,6 +54,7 @@ def refit(
         max_samples=samples,
         weigh_tokens=weigh_tokens,
         base_model=base_model,
+        split=a.chosen_split(split, "train", by_task.values()),
         images=images,
         system=system,
         batch_size=batch_size,
@@ -62,7 +63,6 @@ def refit(
         model_options=a.model_options(load_in),
         overwrite=overwrite,
         progress=not quiet,
-        split=a.chosen_split(split, "train", by_task.values()),
     )
     say(f"To compare it with the merge: peft-many evaluate {shlex.quote(str(folder))} --data TASK=DATA", aside=True)
     typer.echo(f"The refitted merge: {folder}")

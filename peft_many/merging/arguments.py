@@ -16,7 +16,7 @@ from ..files.atomic import check_apart
 from ..files.errors import UnmergeableAdapterError
 from ..files.source import AdapterSource, read_config
 from ..hub.sources import check_entry, replaceable_files
-from ..records import merge_of
+from ..records import MergeRecord, merge_of
 
 
 def check_arguments(entries: Any, weights: Any, without: Any, task_names: Any) -> None:
@@ -71,15 +71,18 @@ def replaced_by_merge(output: Path, overwrite: bool, adapters: Any) -> list[str]
 
     A `FileExistsError` if it may not be written there: a task's adapter would be lost to a merge that takes its place.
     """
-    check_apart(output, adapters if _is_list(adapters) else (), may_replace=_holds_merge)
+    check_apart(
+        output, adapters if _is_list(adapters) else (), may_replace=lambda folder: merge_in(folder) is not None
+    )
     return replaceable_files(output, overwrite)
 
 
-def _holds_merge(folder: Path) -> bool:
+def merge_in(folder: Path) -> MergeRecord | None:
+    """What a folder's config says of how its merge was made; `None` of one that is no merge's, or cannot be read."""
     try:
-        return merge_of(read_config(AdapterSource(folder, str(folder)))) is not None
+        return merge_of(read_config(AdapterSource(folder, str(folder))))
     except UnmergeableAdapterError:  # which will be said when it is read
-        return False
+        return None
 
 
 def usable_device(device: str | torch.device) -> torch.device:
