@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from ..records import MergeRecord, Operation, Origin, PoolRecord, merge_of
@@ -20,7 +19,7 @@ from .hashes import sha256_of_each
 from .lora_pairs import lora_pairs
 from .mergeable import check_mergeable, layers_in_file
 from .peft_deltas import deltas_by_peft
-from .peft_methods import check_method, is_plain_lora, name_of
+from .peft_methods import check_method, has_no_layers, is_plain_lora, name_of
 from .projectors import projectors_in_merge, projectors_of_adapter
 from .source import AdapterSource, open_weights, read_config
 from .statistics import STATISTICS_NAME, AdapterStatistics, TaskStatistics, open_statistics
@@ -187,7 +186,7 @@ def _read_statistics(source: AdapterSource, config: PeftConfig) -> tuple[list[Te
     if path.is_file():
         file = open_statistics(path)
         return [file], AdapterStatistics.of(file)
-    if getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
+    if has_no_layers(config):
         raise UnmergeableAdapterError(
             f"{source.name} is a routed model (`export_routed_model`), with its LoRAs in the model's weights: merge "
             "what it was exported from."

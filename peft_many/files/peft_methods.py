@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from .errors import UnmergeableAdapterError
 
@@ -54,6 +55,11 @@ _WHY_NOT_IN_GENERAL = "is not known to add a delta to linear layers that can be 
 def name_of(config: PeftConfig) -> str:
     """The PEFT type, as PEFT writes it."""
     return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def has_no_layers(config: Any) -> bool:
+    """Whether an adapter has no layers of its own: of merges, that inside a routed model (`export_routed_model`)."""
+    return bool(getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES)
 
 
 def is_plain_lora(config: PeftConfig) -> bool:

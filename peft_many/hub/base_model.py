@@ -16,12 +16,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..algebra.devices import answers, has_half_precision
 from ..families.parts import find_projectors, parts_of
 from ..files.card import is_repo_id
+from ..files.peft_methods import has_no_layers
 from ..files.source import AdapterSource, read_config
 from ..records import merge_of
 from .sources import HubArguments, first_line
@@ -57,7 +57,7 @@ class BaseModel:
         """The one given (`"me/model@revision"` too), or the one that the adapter's config names."""
         if not isinstance(given, (str, os.PathLike, type(None))):
             raise ValueError(f"`base_model` must be a folder or a Hub id, but it is a {type(given).__name__}.")
-        if merge_of(config) is not None and config.target_modules == DUMMY_TARGET_MODULES:
+        if merge_of(config) is not None and has_no_layers(config):
             raise ValueError(
                 "It is a routed model, which `export_routed_model` wrote with its base model inside: load it by "
                 "`load_routed_model`, or give the merge that it was made of."
@@ -90,9 +90,7 @@ class BaseModel:
         try:
             model: PreTrainedModel = kind.from_pretrained(self.name, **options)
         except OSError as error:  # which those of the Hub are too
-            raise FileNotFoundError(
-                f"The base model '{self.name}' cannot be loaded: {first_line(error)}{_HINT}"
-            ) from None
+            raise self._missing("The base model", error) from None
         return model.eval()
 
     def empty(self) -> PreTrainedModel:
@@ -107,9 +105,7 @@ class BaseModel:
         try:
             config = AutoConfig.from_pretrained(self.name, revision=self.revision, **self.hub)
         except OSError as error:
-            raise FileNotFoundError(
-                f"The base model '{self.name}' cannot be loaded: {first_line(error)}{_HINT}"
-            ) from None
+            raise self._missing("The base model", error) from None
         return model_class(config, self.name), config
 
     def load_on(self, device: str | torch.device | None, **options: Any) -> PreTrainedModel:
@@ -147,9 +143,10 @@ class BaseModel:
         try:
             return AutoProcessor.from_pretrained(self.name, revision=self.revision, **self.hub)
         except OSError as error:
-            raise FileNotFoundError(
-                f"The processor of the base model '{self.name}' cannot be loaded: {first_line(error)}{_HINT}"
-            ) from None
+            raise self._missing("The processor of the base model", error) from None
+
+    def _missing(self, what: str, error: OSError) -> FileNotFoundError:
+        return FileNotFoundError(f"{what} '{self.name}' cannot be loaded: {first_line(error)}{_HINT}")
 
     def copy_tokenizer(self, folder: Path) -> list[str]:
         """Copy the model's tokenizer and processor files; what to note if there are none."""

@@ -9,14 +9,13 @@ from peft import PeftConfig
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper, PeftWarning
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from ..families.linears import is_linear
 from ..families.parts import find_projectors
 from ..files.errors import UnmergeableAdapterError
 from ..files.mergeable import check_mergeable
-from ..files.peft_methods import is_plain_lora
+from ..files.peft_methods import has_no_layers, is_plain_lora
 from .config import MAnyConfig
 from .layers import adapted_layers
 
@@ -26,7 +25,7 @@ def warn_of_trouble(model: nn.Module, adapter_name: str, config: MAnyConfig, for
 
     `for_peft_model` says whether it was put on the model by PEFT, and not by transformers as a part of it.
     """
-    if for_peft_model and config.is_merge and config.target_modules == DUMMY_TARGET_MODULES:
+    if for_peft_model and config.is_merge and has_no_layers(config):
         warnings.warn(
             f"{getattr(config, 'loaded_from', 'The adapter')} is a part of a routed model, in whose weights its LoRA "
             "is: on another model it answers wrongly. Load it by `load_routed_model`.",
