@@ -30,8 +30,8 @@ def _create_or_update_model_card(create: Callable[..., None], model: PeftModel, 
     folders, card = _folders(model, output_dir), Path(output_dir, CARD_NAME)
     tags = ModelCard.load(card).data.tags if folders and card.is_file() else None
     create(model, output_dir)
-    if tags:  # in whose place PEFT puts its own
-        _add_tags(card, tags)
+    if tags:  # in whose place PEFT puts its own, one of which names the base model
+        _add_tags(card, (tag for tag in tags if not tag.startswith("base_model:")))
     for name, folder in folders.items():
         if (folder / CONFIG_NAME).is_file():  # else saving is about to write both
             update_card(folder, model.peft_config[name])

@@ -39,7 +39,7 @@ def test_the_words_of_the_repository_stay(hub):
     mine = card_of(hub, "me/clevr")
     mine.text += "\nMind the gap.\n"
     mine.data.license = "mit"
-    mine.data.tags = ["of my own"]
+    mine.data.tags = ["of my own", "base_model:adapter:me/older"]
     hub.repositories["me/clevr"].commit({**hub.files("me/clevr"), "README.md": str(mine).encode()})
     model.push_to_hub("me/clevr", token=hub.token, commit_message="again")
     card = card_of(hub, "me/clevr")
@@ -47,6 +47,7 @@ def test_the_words_of_the_repository_stay(hub):
     assert card.text.count("import peft_many") == 1
     assert card.data.license == "mit"
     assert {"of my own", "peft-many"} <= set(card.data.tags)
+    assert "base_model:adapter:me/older" not in card.data.tags
 
 
 def test_a_push_to_a_branch_and_of_an_adapter_in_a_subfolder(hub):
