@@ -12,6 +12,7 @@ from .workshop import Workshop
 
 GATED, HARD = "gated by", "the hard half"
 ABSTAIN_ABOVE = 3.0
+_BOTH = {"gate_by": "both", "route_by": "both"}
 _HARD = (
     *("zero-shot", "alone", "average", "ties", "regmean", "MAny", "MAny, Gaussian router"),
     *("refitted to outputs, Gaussian router", "LPM, own projector", "own LoRA, CPM by Gaussian router"),
@@ -45,17 +46,17 @@ def gates() -> Iterator[Method]:
     yield Method("gated by images, abstaining", GATED, "Rows like no task's are left.", partial(_gated, **left))
     for gate_by, what in (("instructions", "instructions"), ("both", "images and instructions")):
         yield Method(f"gated by {gate_by}", GATED, about.format(what), partial(_gated, gate_by=gate_by))
-    both = {"gate_by": "both", "route_by": "both"}
-    yield Method("gated and routed by both", GATED, "Instructions choose the projector too.", partial(_gated, **both))
-    after = partial(_gated, **both, **left)
+    both = partial(_gated, **_BOTH)
+    yield Method("gated and routed by both", GATED, "Instructions choose the projector too.", both)
+    after = partial(_gated, **_BOTH, **left)
     yield Method("gated and routed by both, abstaining", GATED, "As above; rows like no task's are left.", after)
 
 
 def hard_methods() -> Iterator[Measurement]:
     """What the hard half asks, after the last task only."""
-    early = partial(_gated, gate_by="both", route_by="both", abstain_above=2.0)
-    earlier = Method("gated and routed by both, abstaining above 2", GATED, "More rows are left.", early)
-    for method in (*(METHODS[name] for name in _HARD), *gates(), earlier):
+    lower = partial(_gated, **_BOTH, abstain_above=2.0)
+    leaving_more = Method("gated and routed by both, abstaining above 2", GATED, "More rows are left.", lower)
+    for method in (*(METHODS[name] for name in _HARD), *gates(), leaving_more):
         yield replace(method, group=HARD, every_stage=False)
     last = [*gates()][-1]
     yield WhenLearnt(f"{last.name}, when just learnt", HARD, "Each task right after it joined the merge.", last)

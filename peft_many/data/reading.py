@@ -45,7 +45,7 @@ def read_examples(
 
     Args:
         data (`str`, `os.PathLike` or `Iterable`):
-            A file (`.json`, `.jsonl`, `.parquet`), a folder that `datasets` reads, the Hub id of a data set
+            A file (`.json`, `.jsonl`, `.parquet`, `.csv`), a folder that `datasets` reads, the Hub id of a data set
             (`"me/clevr"`, `"me/clevr@revision"`), a `datasets.Dataset`, or rows.
         split (`str`, defaults to `"train"`): Which part of a data set that has several; files are read whole.
         images (`str` or `os.PathLike`, *optional*):
@@ -185,9 +185,10 @@ def _other_ending(path: Path, text: str) -> str:
 
 def _other_data(data: Any) -> str:
     """A hint, if a folder's rows are not what `datasets` takes for them: files of pictures, mostly."""
-    if not isinstance(data, (str, os.PathLike)) or not Path(data).expanduser().is_dir():
+    folder = Path(data).expanduser() if isinstance(data, (str, os.PathLike)) else None
+    if folder is None or not folder.is_dir():
         return ""
-    inside = sorted(str(path) for path in Path(data).expanduser().iterdir() if path.suffix in _JSON)
+    inside = sorted(str(path) for path in folder.iterdir() if path.suffix in _JSON)
     return f" If the rows are in {quoted(inside[:3])}, give that file." if inside else ""
 
 

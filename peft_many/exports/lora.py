@@ -172,7 +172,7 @@ def _left_behind(read: Adapter) -> Iterator[str]:
             )
         yield (
             "The tasks' projectors are not exported. Answers on text are the adapter's; images go through the base "
-            f"model's projector, with which the tasks were not trained: expect most answers about images to be "
+            "model's projector, with which the tasks were not trained: expect most answers about images to be "
             f"wrong. {kept}"
         )
     beside = sorted({name for task in read.tasks for name in task.base_tensors})

@@ -64,7 +64,7 @@ def measure_adapter(
             repository, which does not say which `base_model` of transformers it is of.
         data (`str`, `os.PathLike` or `Iterable`):
             What the adapter was trained on, or like it: a file of conversations or questions (`.json`, `.jsonl`,
-            `.parquet`), a folder or Hub id that `datasets` reads, a `datasets.Dataset`, or rows
+            `.parquet`, `.csv`), a folder or Hub id that `datasets` reads, a `datasets.Dataset`, or rows
             (docs/how-to/measure.md).
         output_dir (`str` or `os.PathLike`): The folder to write.
         task_name (`str`, *optional*):
