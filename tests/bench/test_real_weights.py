@@ -24,7 +24,7 @@ from benchmarks.real_weights import comparing, drawings, fetching, jobs, run
 from benchmarks.real_weights.__main__ import app
 from benchmarks.real_weights.alignment import say_words
 from benchmarks.real_weights.charts import Table
-from benchmarks.real_weights.learning import IGNORED, AnswerTrainer, Schedule, learn
+from benchmarks.real_weights.learning import IGNORED, AnswerTrainer, Schedule, compile_layers, learn
 from benchmarks.real_weights.messages import find_tasks
 from benchmarks.real_weights.methods import METHODS, VARIANTS
 from benchmarks.real_weights.packages import PICTURES, WEIGHTS, Package
@@ -259,6 +259,20 @@ def test_training_goes_on_where_it_stopped(place, tmp_path, monkeypatch):
     assert rest == 4, "two steps of two passes were left"
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor)
+
+
+def test_compiled_layers_learn_what_others_do(place, tmp_path):
+    learnt = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny.build("llava"), MAnyConfig(r=2, task_name="colours"))
+        trainer, batch = trainer_of(place, tmp_path, model)
+        if compiled:
+            compile_layers(model, backend="aot_eager")  # without a C++ compiler
+        trainer.compute_loss(model, batch).backward()
+        learnt.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert len(learnt[0]) > 10
+    torch.testing.assert_close(learnt[1], learnt[0])
 
 
 class Seeing(nn.Module):
