@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from peft_many import MAnyConfig, collect_statistics
-from peft_many.algebra.devices import has_half_precision
+from peft_many.algebra.devices import has_half_precision, multiply_rows_at_once
 from peft_many.data.batches import ChatCollator, batches
 from peft_many.files.atomic import new_folder
 
@@ -221,6 +221,7 @@ def load(name: str) -> tuple[PreTrainedModel, ChatCollator]:
     if device.type == "cpu":  # a quarter faster to train: its fused attention is slow at some dozens of tokens
         model.set_attn_implementation("eager")
         model.to(memory_format=torch.channels_last)
+        multiply_rows_at_once(model.get_output_embeddings())
     return model, ChatCollator(AutoProcessor.from_pretrained(name), pad_images=True)
 
 

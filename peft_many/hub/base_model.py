@@ -18,7 +18,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
-from ..algebra.devices import answers, has_half_precision
+from ..algebra.devices import answers, has_half_precision, multiply_rows_at_once
 from ..families.parts import find_projectors, parts_of
 from ..files.card import is_repo_id
 from ..files.peft_methods import has_no_layers
@@ -91,6 +91,8 @@ class BaseModel:
             model: PreTrainedModel = kind.from_pretrained(self.name, **options)
         except OSError as error:  # which those of the Hub are too
             raise self._missing("The base model", error) from None
+        if (head := model.get_output_embeddings()) is not None:
+            multiply_rows_at_once(head)
         return model.eval()
 
     def empty(self) -> PreTrainedModel:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.profiler import profile
 
 from peft_many.algebra import covariance, devices, lpm, scatter
 from peft_many.algebra.covariance import LowRankCovariance
@@ -133,3 +135,20 @@ def test_many_numbers_are_asked_for_at_once():
     tensors = [torch.arange(3), torch.tensor(2.5), torch.zeros(0), torch.ones(2, 2, dtype=torch.bfloat16)]
     assert devices.numbers_of(tensors) == [[0.0, 1.0, 2.0], [2.5], [], [1.0] * 4]
     assert devices.numbers_of([]) == []
+
+
+def test_rows_that_lie_apart_are_multiplied_at_once():
+    layer = nn.Linear(64, 300, bias=False).requires_grad_(False)
+    last = torch.randn(8, 5, 64)[:, -1:]
+
+    def multiplied():
+        with profile() as found:
+            output = layer(last)
+        return output, {event.name for event in found.events()} & {"aten::mm", "aten::bmm"}
+
+    expected, products = multiplied()
+    assert products == {"aten::bmm"}, "torch needs no help any more"
+    devices.multiply_rows_at_once(layer)
+    output, products = multiplied()
+    assert products == {"aten::mm"}
+    torch.testing.assert_close(output, expected)

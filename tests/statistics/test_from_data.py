@@ -289,6 +289,14 @@ def test_four_bits_that_a_cpu_cannot_compute_with_are_refused(place):
         BaseModel(str(place / "base"), None, {}).load_on("cpu", quantization_config=quantised)
 
 
+def test_prompts_are_read_without_a_copy_of_the_vocabulary_for_each(place):
+    model = BaseModel(str(place / "base"), None, {}).load_on("cpu")
+    given = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, rows: given.append(rows[0]))
+    model.generate(input_ids=torch.ones(3, 4, dtype=torch.long), max_new_tokens=1, do_sample=False)
+    assert [(len(rows), rows.is_contiguous()) for rows in given] == [(3, True)]
+
+
 def test_a_cpu_without_half_precision_is_remarked_on(place, monkeypatch, recwarn):
     base = BaseModel(str(place / "base"), None, {})
     for capability, dtype, remarked in (
