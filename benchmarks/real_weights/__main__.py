@@ -36,7 +36,7 @@ def bench(
     captions: Annotated[int | None, typer.Option(min=1, help="Captions to align with.")] = None,
     tests: Annotated[int | None, typer.Option(min=1, help="Questions asked of each task.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where fetched packages are kept.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Adapters and methods at the same time; for a GPU.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Adapters and methods at the same time; on CPUs one a core.")] = 1,
     method: Annotated[list[str] | None, typer.Option(help="A method; all if not given. Repeatable.")] = None,
     variants: Annotated[bool, typer.Option("--variants", help="Also MAny with one option changed at a time.")] = False,
     only_prepare: Annotated[bool, typer.Option("--only-prepare", help="Build and align; train no adapter.")] = False,
