@@ -24,7 +24,7 @@ from peft_many.data.batches import IGNORED, ChatCollator, Rows, batches
 from peft_many.data.conversations import Example
 
 _WORKERS = 2  # processes that open pictures while a GPU computes
-_COMPILED_FROM = 50  # steps, on a CPU: compiling takes as long as these save
+_COMPILED_FROM = 50  # steps, on a CPU: fewer hardly save what compiling takes
 
 
 @dataclass(frozen=True)

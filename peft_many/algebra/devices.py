@@ -49,13 +49,14 @@ def has_half_precision(device: torch.device) -> bool:
     return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
 
 
-def multiply_rows_at_once(layer: nn.Module) -> None:
-    """Make what a linear layer is given contiguous, from now on.
+def multiply_rows_at_once(layer: nn.Module | None) -> None:
+    """Make what a linear layer, such as a model's output embeddings if it has any, is given contiguous from now on.
 
     A CPU multiplies rows that are not, as the last tokens of a batch's prompts, by a copy of the weights each, in
     bfloat16 at least. Copies of a small model's vocabulary take longer than reading the prompts, and gigabytes.
     """
-    layer.register_forward_pre_hook(_contiguous)
+    if layer is not None:
+        layer.register_forward_pre_hook(_contiguous)
 
 
 def _contiguous(layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

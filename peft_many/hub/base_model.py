@@ -91,8 +91,7 @@ class BaseModel:
             model: PreTrainedModel = kind.from_pretrained(self.name, **options)
         except OSError as error:  # which those of the Hub are too
             raise self._missing("The base model", error) from None
-        if (head := model.get_output_embeddings()) is not None:
-            multiply_rows_at_once(head)
+        multiply_rows_at_once(model.get_output_embeddings())
         return model.eval()
 
     def empty(self) -> PreTrainedModel:
