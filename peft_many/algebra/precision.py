@@ -8,6 +8,13 @@ from typing import Any
 
 import torch
 
+# What `set_float32_matmul_precision` calls it, and what CUDA and oneDNN do. CUDA has nothing below TF32.
+_PRECISIONS = {
+    torch.float32: ("highest", "ieee", "ieee"),
+    torch.float16: ("high", "tf32", "tf32"),
+    torch.bfloat16: ("medium", "tf32", "bf16"),
+}
+
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
@@ -25,24 +32,26 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def float32_products(*, full: bool) -> Iterator[None]:
-    """Float32 products in full precision, or with factors as bfloat16 or TF32 on the devices that can do that.
+def float32_products(rounded: torch.dtype = torch.float32) -> Iterator[None]:
+    """Float32 products of factors that were rounded to `rounded`: as quickly as a device can without rounding further.
 
-    What users allow may be less, and would drown small directions. Their setting is afterwards as before, whether made
-    by `torch.set_float32_matmul_precision` or by `fp32_precision`, of which the former may know nothing.
+    Of float32 that is full precision; TF32 keeps float16's ten bits, and CPUs have bfloat16's seven. What users allow
+    may be less, and would drown small directions. Their setting is afterwards as before, whether made by
+    `torch.set_float32_matmul_precision` or by `fp32_precision`, of which the former may know nothing.
     """
     has_parts = hasattr(torch.backends, "fp32_precision")  # since torch 2.9
     backends: Any = torch.backends
     parts: list[Any] = [backends.cuda.matmul, backends.mkldnn.matmul] if has_parts else []
     before = [part.fp32_precision for part in parts]
+    word, *names = _PRECISIONS[rounded]
     whole: str | None = None
     try:
         whole = torch.get_float32_matmul_precision()
     except RuntimeError:  # the parts were set to something that it has no word for
-        for part, low in zip(parts, ("tf32", "bf16")):
-            part.fp32_precision = "ieee" if full else low
+        for part, name in zip(parts, names):
+            part.fp32_precision = name
     else:
-        torch.set_float32_matmul_precision("highest" if full else "medium")
+        torch.set_float32_matmul_precision(word)
     try:
         yield
     finally:

@@ -186,12 +186,13 @@ class _Sums:
         may overflow in float16, with factors that are exact in TF32.
         """
         in_blocks, width = has_caches(rows.device), rows.shape[1]
-        rounds = rows.dtype == torch.bfloat16 or (rows.dtype == torch.float16 and not in_blocks)
-        with float32_products(full=not rounds):  # else the factors are rounded already
+        halves = (torch.bfloat16,) if in_blocks else (torch.bfloat16, torch.float16)
+        rounded = rows.dtype if rows.dtype in halves else torch.float32
+        with float32_products(rounded):
             if rows.dtype != torch.bfloat16:
                 rows = rows.float()
             projected = rows @ self.test.to(rows.dtype)
-            if rounds:
+            if rounded != torch.float32:
                 projected = projected.bfloat16()
             if not (rows.dtype == torch.bfloat16 and _sums_bfloat16_in_float32(rows.device)):
                 projected = projected.float()

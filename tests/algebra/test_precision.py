@@ -66,12 +66,14 @@ def inputs(dtype=torch.float32):
 
 @NEW
 @pytest.mark.parametrize(("allow", "precision"), WAYS)
-@pytest.mark.parametrize("full", [True, False])
-def test_the_users_precision_is_as_before(settings, allow, precision, full):
+@pytest.mark.parametrize(
+    ("rounded", "wanted"),
+    [(torch.float32, ["ieee", "ieee"]), (torch.float16, ["tf32", "tf32"]), (torch.bfloat16, ["tf32", "bf16"])],
+)
+def test_the_users_precision_is_as_before(settings, allow, precision, rounded, wanted):
     allow(precision)
     before = precisions()
-    with contextlib.suppress(KeyError), float32_products(full=full):
-        wanted = ["ieee", "ieee"] if full else ["tf32", "bf16"]
+    with contextlib.suppress(KeyError), float32_products(rounded):
         assert [part.fp32_precision for part in parts()] == wanted
         raise KeyError
     assert precisions() == before
