@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from peft_many.reports.perplexity import perplexity_of
 
-from .learning import answers, autocast
+from .learning import autocast
 from .messages import find_tasks
 from .methods import METHODS, VARIANTS, Method
-from .skills import overlap, prose
+from .skills import prose
 
 if TYPE_CHECKING:
     from .run import Bench
@@ -37,20 +38,21 @@ def compare(bench: Bench, names: Sequence[str] | None = None) -> None:
 
 def _measured(bench: Bench, method: Method) -> dict[str, Any]:
     answerer = method.make(bench)
-    accuracy: dict[str, float] = {}
+    found: dict[str, dict[str, Any]] = {"scores": {}, "answers": {}}
     skills: dict[str, list[float]] = {}
     model = None
     for task in bench.tasks():
         before, model = model, answerer(task)
         if method.is_known:
             known = bench.records[f"alone/{task.name}"]
-            accuracy[task.name] = (known["zero_shot"] if method.name == "zero-shot" else known)["accuracy"]
+            found["scores"][task.name] = (known["zero_shot"] if method.name == "zero-shot" else known)["score"]
         else:
-            accuracy[task.name] = bench.asked(model, bench.collator, task)["accuracy"]
+            asked = bench.asked(model, bench.collator, task)
+            found["scores"][task.name], found["answers"][task.name] = asked["score"], asked["answers"]
         if model is not before:
             for skill, value in _skills(bench, model).items():
                 skills.setdefault(skill, []).append(value)
-    return {"accuracy": accuracy, "skills": {skill: sum(found) / len(found) for skill, found in skills.items()}}
+    return {**found, "skills": {skill: fmean(values) for skill, values in skills.items()}}
 
 
 def _skills(bench: Bench, model: Any) -> dict[str, float]:
@@ -60,7 +62,5 @@ def _skills(bench: Bench, model: Any) -> dict[str, float]:
         found = {"perplexity": perplexity_of(model, collator.processor.tokenizer, prose())}
     if bench.captions is not None:
         (task,) = find_tasks(bench.captions)
-        examples = task.examples("test", bench.settings.tests)
-        said = answers(model, collator, examples, bench.settings.training.at_once, label="describing pictures")
-        found["captions"] = overlap(said, [example.answer for example in examples])
+        found["captions"] = bench.asked(model, collator, task)["score"]
     return found

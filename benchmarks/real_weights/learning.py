@@ -176,12 +176,6 @@ def answers(
     return [text.strip() for text in texts]
 
 
-def accuracy(given: Sequence[str], examples: Sequence[Example]) -> float:
-    """The share of answers that are right but for case, in per cent."""
-    right = sum(text.lower() == example.answer.lower() for text, example in zip(given, examples, strict=True))
-    return 100 * right / len(examples)
-
-
 def _keeps_logits(model: nn.Module) -> bool:
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -12,10 +12,10 @@ _BAR = "#cfe3d8"
 
 
 def bars(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """The mean accuracy of each method, with its deviation over seeds, and that of each task.
+    """The mean score of each method, with its deviation over seeds, and that of each task.
 
     Args:
-        scores (`Mapping[str, Sequence[Mapping[str, float]]]`): By method and seed, the tasks' accuracies in per cent.
+        scores (`Mapping[str, Sequence[Mapping[str, float]]]`): By method and seed, the tasks' scores in per cent.
     """
     names = [*reversed(scores)]
     figure = Figure(figsize=(8.5, 1.2 + 0.34 * len(names)), layout="constrained")
@@ -34,6 +34,6 @@ def bars(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
         axis.scatter(*zip(*dots), s=16, color=colormaps["tab20"](number % 20), label=task, zorder=3)
     axis.set_yticks(range(len(names)), names, fontsize=9)
     axis.set_xlim(0, 100)
-    axis.set_xlabel("right answers in %: bars are means of the tasks, dots the tasks")
+    axis.set_xlabel("score in %: bars are means of the tasks, dots the tasks")
     figure.legend(loc="outside right upper", fontsize=8)
     return figure

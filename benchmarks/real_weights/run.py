@@ -21,11 +21,12 @@ from peft_many.files.atomic import new_folder
 from .alignment import align
 from .checkpoint import build_checkpoint
 from .fetching import default_cache, fetch
-from .learning import Schedule, accuracy, answers, autocast, learn
+from .learning import Schedule, answers, autocast, learn
 from .messages import TaskFiles, find_tasks
 from .packages import PICTURES, WEIGHTS, Package
 from .pictures import paint_tasks
 from .records import Records
+from .scores import score
 from .tasks import CAPTIONS, SHARING, TASKS, Task
 
 RESULTS_NAME = "results.json"
@@ -206,11 +207,10 @@ class Bench:
         return {**found, **self.asked(adapted, collator, task)}
 
     def asked(self, model: Any, collator: ChatCollator, task: TaskFiles) -> dict[str, Any]:
-        """Accuracy on the task's test questions, and a few answers to look at."""
+        """What a model answers to the task's test questions, in their order, and how good that is."""
         examples = task.examples("test", self.settings.tests)
         given = answers(model, collator, examples, self.settings.training.at_once, label=f"asking {task.name}")
-        shown = [{"question": e.question, "truth": e.answer, "answer": a} for e, a in zip(examples[:8], given)]
-        return {"accuracy": accuracy(given, examples), "answers": shown}
+        return {"score": score(given, [example.answer for example in examples]), "answers": given}
 
 
 def load(name: str) -> tuple[PreTrainedModel, ChatCollator]:

@@ -32,7 +32,7 @@ def write_report(output: Path, results_name: str) -> str:
     for number, named in enumerate(sets, start=1):
         found = _found(runs, named)
         tables.append(_table(found, named.split("+")))
-        scores = {name: [one["accuracy"] for one in of_seeds] for name, of_seeds in found.items() if name in METHODS}
+        scores = {name: [one["scores"] for one in of_seeds] for name, of_seeds in found.items() if name in METHODS}
         if scores:
             with replace_file(output / f"methods-{number}.png") as temporary:
                 bars(scores).savefig(temporary, dpi=130, format="png")
@@ -51,7 +51,7 @@ def _found(runs: Sequence[Mapping[str, Any]], named: str) -> _Found:
 
 
 def _table(by_method: _Found, tasks: Sequence[str]) -> str:
-    """In per cent: accuracy by task and on average, and as a share of each adapter's own; and the base's skills."""
+    """In per cent: the score by task and on average, and as a share of each adapter's own; and the base's skills."""
     skills = [
         name for name in _HEADINGS if any(name in found["skills"] for all_ in by_method.values() for found in all_)
     ]
@@ -59,7 +59,7 @@ def _table(by_method: _Found, tasks: Sequence[str]) -> str:
     lines = [f"### {', '.join(tasks)}", "", _line(columns), _line(["---", *["---:"] * (len(columns) - 1)])]
     bound = _mean_of(by_method.get("alone", []))
     for name, found in by_method.items():
-        each = [_cell([one["accuracy"][task] for one in found]) for task in tasks]
+        each = [_cell([one["scores"][task] for one in found]) for task in tasks]
         means = [_mean_of([one]) for one in found]
         share = f"{100 * _mean_of(found) / bound:.0f} %" if bound else ""
         known = [_cell([one["skills"][skill] for one in found if skill in one["skills"]]) for skill in skills]
@@ -68,7 +68,7 @@ def _table(by_method: _Found, tasks: Sequence[str]) -> str:
 
 
 def _mean_of(found: Sequence[Mapping[str, Any]]) -> float:
-    scores = [score for one in found for score in one["accuracy"].values()]
+    scores = [score for one in found for score in one["scores"].values()]
     return sum(scores) / len(scores) if scores else 0.0
 
 

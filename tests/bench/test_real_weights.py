@@ -30,7 +30,8 @@ from benchmarks.real_weights.methods import METHODS, VARIANTS
 from benchmarks.real_weights.packages import PICTURES, WEIGHTS, Package
 from benchmarks.real_weights.pictures import paint_tasks
 from benchmarks.real_weights.records import Records
-from benchmarks.real_weights.skills import overlap, prose
+from benchmarks.real_weights.scores import score
+from benchmarks.real_weights.skills import prose
 from benchmarks.real_weights.tasks import CAPTIONS, SHARING, TASKS
 from benchmarks.real_weights.things import COUNTRIES, GROUP_OF
 from peft_many import MAnyConfig, MergeOptions
@@ -326,12 +327,14 @@ def test_one_command_takes_any_model_and_any_tasks(place, tmp_path, monkeypatch)
     assert compared == [f"methods/{name}/colours+others" for name in COMPARED]
     for name in compared:
         found = results[name]["result"]
-        assert list(found["accuracy"]) == ["colours", "others"]
+        assert list(found["scores"]) == ["colours", "others"]
         assert found["skills"]["perplexity"] > 1
+        known = name.split("/")[1] in ("zero-shot", "alone")
+        assert [len(given) for given in found["answers"].values()] == ([] if known else [4, 4])
         assert f"| {name.split('/')[1]} | 1 |" in (tmp_path / "tables.md").read_text()
     for name in ("alone/colours", "alone/others"):
         stage = results[name]
-        assert 0 <= stage["result"]["accuracy"] <= 100
+        assert 0 <= stage["result"]["score"] <= 100
         assert stage["result"]["losses"]
         assert (tmp_path / "seed0" / name / "adapter_statistics.safetensors").exists()
     picture = tmp_path / "methods-1.png"
@@ -411,11 +414,25 @@ def test_what_is_missing_to_build_is_said_before_anything_is_fetched(tmp_path, m
     assert CliRunner().invoke(app, ["--output", str(tmp_path), "--only-prepare"]).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "right", "expected"),
+    [
+        ("Fire Engine", "fire engine", 100),
+        ("fire", "fire engine", 0),
+        ("a fox below a hamburger", "a fox below a rocket", 200 / 3),
+        ("The picture shows an owl.", "The picture shows a cat", 200 / 3),
+        ("", "a fox below a rocket", 0),
+    ],
+)
+def test_names_are_right_or_wrong_and_descriptions_share_words(given, right, expected):
+    assert score([given], [right]) == pytest.approx(expected)
+    assert score([given, right], [right, right]) == pytest.approx((expected + 100) / 2)
+
+
 def test_prose_is_english_and_what_is_forgotten_is_seen():
     text = prose()
     assert 8_000 < len(text) < 80_000
     assert "handwritten digits" in text
-    assert overlap(["The picture shows an owl."], ["A picture shows a cat"]) == pytest.approx(40.0)
     model, tokenizer = tiny.build("llava"), lambda text, return_tensors: {"input_ids": ids}
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.autocast("cpu", torch.bfloat16):
