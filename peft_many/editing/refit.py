@@ -32,6 +32,7 @@ from ..tuner.merged_linear import exact_weights
 from .calibration import check_can_be_refitted, check_numbers, samples_of
 from .imagined import check_prompts, imagined
 from .lora_pair import LoraPair, own_in_place, put_back
+from .resumed import ResumedPasses
 from .token_weights import squared_gradients
 
 DEFAULT_REFIT_RIDGE = 1e-4
@@ -60,9 +61,10 @@ def refit_merge(
     - `targets="outputs"`: to what comes out of the layer when the task's own adapter is in place, which also makes up
       for what earlier layers changed. The result is brought to the rank by reduced-rank regression.
 
-    Each distinct layer input takes two passes over all samples, up to that layer, and is fitted on the layer's own
-    device. Projectors and routing stay as they are, and the statistics too, so that the refitted merge can still be
-    merged further, from its tasks' own deltas.
+    Each distinct layer input takes two passes over all samples, through the block that it is in, and is fitted on the
+    layer's own device. What the block before gave is kept in the CPU's memory, as long as that lasts. Projectors and
+    routing stay as they are, and the statistics too, so that the refitted merge can still be merged further, from its
+    tasks' own deltas.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -129,7 +131,8 @@ def refit_merge(
             forward(model, batch, forward_fn)
 
         answers = answer_gradients(model.get_base_model(), sharded=False) if weigh_tokens else None
-        refit = _Refit(layers, pairs, own, weights, samples, run, targets == "outputs", ridge, rank, answers)
+        passes = ResumedPasses(model.get_base_model(), layers)
+        refit = _Refit(layers, pairs, own, weights, samples, run, targets == "outputs", ridge, rank, answers, passes)
         groups = layers_by_input(layers, lambda: run(next(iter(samples.values()))[0]))
         for group in tqdm(groups, desc="Refitting", unit="input", disable=not progress):
             refit.group(group)
@@ -156,6 +159,7 @@ class _Refit:
     ridge: float
     rank: int | None
     answers: AnswerGradients | None  # what weighs tokens
+    passes: ResumedPasses
 
     @functools.cached_property
     def squares(self) -> dict[str, dict[str, Tensor]]:
@@ -198,18 +202,19 @@ class _Refit:
                 pair.set(fit.solve(min(pair.A.shape[0], self.rank or pair.A.shape[0])))
             except SingularMergeError as error:
                 raise RuntimeError(f"'{path}' cannot be refitted: {error}.") from None
+        self.passes.settle(group)
 
     def _with_own_deltas(self, task: str, group: Sequence[str]) -> LayerCapture:
         """What the layers see and give where the task's own adapter is in place everywhere."""
         with own_in_place(self.pairs, self.own[task]):
-            return self._observed(task, group)
+            return self._observed(task, group, own=True)
 
-    def _observed(self, task: str, group: Sequence[str]) -> LayerCapture:
+    def _observed(self, task: str, group: Sequence[str], own: bool = False) -> LayerCapture:
         """One pass over a task's samples, up to the layers of the group."""
         capture = LayerCapture({path: self.layers[path] for path in group})
-        for batch in self.samples[task]:
+        for number, batch in enumerate(self.samples[task]):
             capture.masks = masks_of(batch, has_encoder=False)
-            with capture:
+            with self.passes.over((task, own, number)), capture:
                 # In a context of its own: transformers' capturing of outputs does not clean up after a pass that is
                 # cut short.
                 contextvars.copy_context().run(self.run, batch)
