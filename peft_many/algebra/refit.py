@@ -36,14 +36,14 @@ class LayerRefit:
         among them is a `FloatingPointError`.
         """
         x, d = (rows.to(self._moments) for rows in (inputs, targets))
-        if not (x.isfinite().all() & d.isfinite().all()):
+        moments, towards = x.T @ x / len(x), d.T @ x / len(x)
+        if not (moments.isfinite().all() & towards.isfinite().all()):  # which NaN and Inf of a token end up in
             raise FloatingPointError("inputs or targets hold NaN or Inf")
-        moments = x.T @ x / len(x)
         pull = self.ridge * moments.diagonal().mean()
         moments.diagonal().add_(pull)
         self._moments += weight * moments
         A, B = own.A.to(self._moments), own.B.to(self._moments)
-        self._targets += weight * (d.T @ x / len(x) + pull * B @ A)
+        self._targets += weight * (towards + pull * B @ A)
 
     def solve(self, rank: int) -> LowRankDelta:
         """The best delta of at most this rank under the objective, float64, on the device.

@@ -85,10 +85,11 @@ def test_no_delta_of_the_rank_is_better(seed, rank):
         assert best <= objective(tasks, targets, 1e-2, B @ A) * (1 + 1e-9)
 
 
-def test_what_is_not_finite_is_an_error():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_an_error(value):
     (task,) = make_tasks(0, tasks=1)
     broken = task.inputs.clone()
-    broken[3, 2] = float("nan")
+    broken[3, 2] = value
     problem = LayerRefit(7, 12, 1e-2)
     for inputs, targets in ((broken, task.inputs[:, :7]), (task.inputs, broken[:, :7])):
         with pytest.raises(FloatingPointError):
