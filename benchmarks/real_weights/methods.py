@@ -21,6 +21,7 @@ from .messages import TaskFiles
 if TYPE_CHECKING:
     from .run import Bench
 
+_REFITTED = 64  # samples of each task to refit on
 # The model that answers for a task.
 Answerer = Callable[[TaskFiles], Any]
 
@@ -64,7 +65,7 @@ def _merge(bench: Bench, **options: Any) -> Answerer:
 def _refit(bench: Bench, **options: Any) -> Answerer:
     model, (_, collator), wants = _merged(bench, **options), bench.base(), bench.settings
     samples = {
-        task.name: [*batches(task.examples("train", wants.measured), collator.training, wants.training.at_once)]
+        task.name: [*batches(task.examples("train", _REFITTED), collator.training, wants.training.at_once)]
         for task in bench.tasks()
     }
     with autocast(model.device):
@@ -75,7 +76,7 @@ def _refit(bench: Bench, **options: Any) -> Answerer:
 def _refit_without_data(bench: Bench, **options: Any) -> Answerer:
     model = _merged(bench, **options)
     with autocast(model.device):
-        refit_merge(model, max_samples=bench.settings.measured, progress=False)
+        refit_merge(model, max_samples=_REFITTED, progress=False)
     return _same(model)
 
 
