@@ -49,7 +49,10 @@ class ResumedPasses:
 
     @contextmanager
     def over(self, key: Hashable) -> Iterator[None]:
-        """One pass over a batch, which `key` stands for, together with all weights that are not said to change."""
+        """One pass over a batch, which `key` stands for, together with all weights that are not said to change.
+
+        The pass is a `RuntimeError` if the model goes another way than before, and what it needs was not kept.
+        """
         with _replaced(self._units, _Pass(self, self._calls.setdefault(key, [])).forward):
             yield
 
@@ -83,15 +86,17 @@ class _Pass:
 
     def forward(self, unit: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """In place of a unit's own `forward`."""
-        if not self.ended and self.passes.changes(unit):
-            self.ended = True
-            self.passes.drop(self.calls, unit)
         if self.ended or self.inside:
             return original(*args, **kwargs)
-        if self.place < len(self.calls) and self.calls[self.place].unit == unit:
-            self.place += 1
-            return self.calls[self.place - 1].output()
-        del self.calls[self.place :]
+        if self.place < len(self.calls):
+            if self.calls[self.place].unit == unit:
+                self.place += 1
+                return self.calls[self.place - 1].output()
+            self._leave(unit)
+        if self.passes.changes(unit):
+            self.ended = True
+            self.passes.drop(self.calls, unit)
+            return original(*args, **kwargs)
         self.inside = True
         output = original(*args, **kwargs)
         self.inside = False
@@ -104,6 +109,15 @@ class _Pass:
             self.place += 1
         return output
 
+    def _leave(self, unit: str) -> None:
+        """Go another way than the last pass, from here on."""
+        if any(call.is_dropped for call in self.calls[: self.place]):
+            raise RuntimeError(
+                f"The model did not run '{unit}' at this place when it read the same batch before, so that it cannot "
+                "be refitted layer by layer."
+            )
+        del self.calls[self.place :]
+
 
 class _Call:
     """What a unit gave."""
@@ -112,7 +126,7 @@ class _Call:
         self.unit = unit
         self._devices: list[torch.device] = []
         self._given: list[StorageWeakRef] = []
-        self._is_dropped = False
+        self.is_dropped = False
         self._kept = recursively_apply(self._copied, output)
 
     def output(self) -> Any:
@@ -133,9 +147,9 @@ class _Call:
 
     def drop(self) -> None:
         """Keep the shapes only."""
-        if not self._is_dropped:
+        if not self.is_dropped:
             self._kept = recursively_apply(lambda tensor: tensor.new_zeros(()).expand(tensor.shape), self._kept)
-            self._is_dropped = True
+            self.is_dropped = True
 
     def _copied(self, tensor: Tensor) -> Tensor:
         self._devices.append(tensor.device)

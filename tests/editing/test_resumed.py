@@ -136,6 +136,23 @@ def test_a_pass_that_goes_another_way_runs_what_it_needs():
     assert torch.equal(arriving(model, "blocks.0.one", passes), arriving(model, "blocks.0.one"))
 
 
+def test_a_pass_that_needs_what_was_not_kept_is_an_error():
+    class Turning(Model):
+        def forward(self, x):
+            for number in (3, 0, 1, 2) if self.rereads else (3, 2, 1, 0):
+                x = self.blocks[number](x)
+            return x
+
+    model = Turning()
+    passes = ResumedPasses(model, layers := layers_of(model))
+    for path in [*layers][::-1][:5]:
+        arriving(model, path, passes)
+        passes.settle([path])
+    model.rereads = True
+    with pytest.raises(RuntimeError, match=r"did not run 'blocks\.0' at this place"):
+        arriving(model, "blocks.0.one", passes)
+
+
 def test_blocks_that_are_not_called_as_such_change_all_the_same():
     class Inside(Model):
         def forward(self, x):
