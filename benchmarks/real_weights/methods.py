@@ -139,6 +139,11 @@ _LISTED = (
     Method("gated by images", "Each row gets the LoRA of the task that its image is like.", partial(_merge, **_GATED)),
     Method("gated by instructions", "... its instruction.", partial(_merge, **_GATED, gate_by="instructions")),
     Method("gated by both", "... both.", partial(_merge, **_GATED, gate_by="both")),
+    Method(
+        "gated and routed by both",
+        "... and each image gets that task's projector.",
+        partial(_merge, **_GATED, gate_by="both", route_by="both"),
+    ),
     Method("sequential", "One LoRA and projector, trained on task after task.", _sequential, trains=True),
     Method("joint", "One LoRA and projector, trained on all tasks at once.", _joint, trains=True),
 )
