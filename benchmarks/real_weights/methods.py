@@ -121,6 +121,7 @@ def _same(model: Any) -> Answerer:
 
 
 _GATED = {"gate_lora": True, "router": "gaussian"}
+_BY_BOTH = {**_GATED, "gate_by": "both", "route_by": "both"}
 _LISTED = (
     Method("zero-shot", "The base model.", _base, is_known=True),
     Method("alone", "Each task's own adapter, told which task it is: an oracle.", _alone, is_known=True),
@@ -142,7 +143,7 @@ _LISTED = (
     Method(
         "gated and routed by both",
         "... and each image gets that task's projector.",
-        partial(_merge, **_GATED, gate_by="both", route_by="both"),
+        partial(_merge, **_BY_BOTH),
     ),
     Method("sequential", "One LoRA and projector, trained on task after task.", _sequential, trains=True),
     Method("joint", "One LoRA and projector, trained on all tasks at once.", _joint, trains=True),
@@ -158,10 +159,7 @@ _CHANGED: Sequence[tuple[str, dict[str, Any]]] = (
         for value in (0.25, 4, 16)
     ),
     *((f"MAny, top_k={count}", {"top_k": count}) for count in (1, 2)),
-    *(
-        (f"gated by both, abstain_above={value}", {**_GATED, "gate_by": "both", "abstain_above": value})
-        for value in (3, 4)
-    ),
+    *((f"gated and routed by both, abstain_above={value}", {**_BY_BOTH, "abstain_above": value}) for value in (2, 3)),
 )
 VARIANTS: Mapping[str, Method] = {
     name: Method(name, "An option changed.", partial(_merge, **options)) for name, options in _CHANGED
