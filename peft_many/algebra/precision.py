@@ -32,7 +32,7 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def float32_products(rounded: torch.dtype = torch.float32) -> Iterator[None]:
+def float32_products(rounded: torch.dtype) -> Iterator[None]:
     """Float32 products of factors that were rounded to `rounded`: as quickly as a device can without rounding further.
 
     Of float32 that is full precision; TF32 keeps float16's ten bits, and CPUs have bfloat16's seven. What users allow

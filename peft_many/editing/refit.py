@@ -91,7 +91,7 @@ def refit_merge(
     Raises:
         ValueError: The model's active adapter is no merge with statistics, or `calibration` does not fit its tasks.
         RuntimeError: A layer saw no token, or other tokens in the merge than with a task's own adapter; activations
-            hold NaN or Inf. The weights are then as before.
+            hold NaN or Inf; the model runs other parts when it reads a batch again. The weights are then as before.
 
     Example:
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..families.parts import parts_of
+from ..families.structure import is_inside, members_of
 
 # Of the machine's memory, what is left free: a pass whose outputs do not fit begins anew each time.
 _LEFT_FREE = 0.15
@@ -39,7 +40,7 @@ class ResumedPasses:
         # The layers themselves too: some models call what is in a block without calling the block.
         units = {module: path for path, module in [*layers.items(), *_units(model, set(layers))]}
         self._units = {path: module for module, path in units.items()}
-        self._changing = {name: {path for path in layers if _is_in(path, name)} for name in self._units}
+        self._changing = {name: {path for path in layers if is_inside(path, name)} for name in self._units}
         self._calls: dict[Hashable, list[_Call]] = {}
 
     def settle(self, paths: Collection[str]) -> None:
@@ -157,18 +158,14 @@ class _Call:
         return tensor.detach().to("cpu", copy=True)
 
 
-def _units(module: nn.Module, layers: Collection[str], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _units(model: nn.Module, layers: Collection[str], holder: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The blocks of lists, and outside of them the largest modules that hold no layer of these paths, or are one."""
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        is_container = isinstance(child, nn.ModuleList)
-        if is_container or (path not in layers and any(_is_in(layer, path) for layer in layers)):
-            if isinstance(module, nn.ModuleList) and not is_container:
-                yield path, child
-            else:
-                yield from _units(child, layers, f"{path}.")
-        else:
+    for path, child in members_of(model, holder):
+        is_block = path.rpartition(".")[0] != holder
+        if is_block or path in layers or not any(is_inside(layer, path) for layer in layers):
             yield path, child
+        else:
+            yield from _units(model, layers, path)
 
 
 @contextmanager
@@ -190,10 +187,6 @@ def _replaced(modules: Mapping[str, nn.Module], call: Callable[[str, Any, Any, A
                 del module.forward
             else:
                 module.forward = own
-
-
-def _is_in(path: str, outer: str) -> bool:
-    return path == outer or path.startswith(f"{outer}.")
 
 
 def _list_of(unit: str) -> str:
