@@ -159,6 +159,7 @@ _CHANGED: Sequence[tuple[str, dict[str, Any]]] = (
         for value in (0.25, 4, 16)
     ),
     *((f"MAny, top_k={count}", {"top_k": count}) for count in (1, 2)),
+    ("gated by both, abstain_above=3", {**_GATED, "gate_by": "both", "abstain_above": 3}),
     *((f"gated and routed by both, abstain_above={value}", {**_BY_BOTH, "abstain_above": value}) for value in (2, 3)),
 )
 VARIANTS: Mapping[str, Method] = {
